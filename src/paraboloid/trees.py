@@ -1,0 +1,67 @@
+"""Vectors in parameter space: dict[name, Tensor], and the flat [D] or [D, K] tensors in the same order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def plain_name(name: str) -> str:
+    """The parameter's name in the plain module: what torch.compile, FSDP and checkpoint wrappers insert is removed."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that take part, by plain name, in the order of `named_parameters`: those with requires_grad.
+
+    Raises ValueError for a model without any, for complex or integer ones, and for parameters on several devices.
+    """
+    distributed = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
+    named = (model.module if distributed else model).named_parameters()
+    found = {plain_name(name): p for name, p in named if p.requires_grad}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True, so there is nothing to "
+                         "differentiate; expected at least one.")  # fmt: skip
+    for name, p in found.items():
+        if not p.is_floating_point():
+            raise ValueError(f"parameter {name!r} has dtype {p.dtype}; expected a real floating-point type.")
+    devices = {str(p.device) for p in found.values()}
+    if len(devices) > 1:
+        raise ValueError(f"parameters lie on several devices {sorted(devices)}; expected one. Move the model with "
+                         ".to(device).")  # fmt: skip
+    return found
+
+
+def flatten(tree: Mapping[str, Tensor], order: Mapping[str, Tensor]) -> Tensor:
+    """dict -> [D], or [D, K] when every tensor carries a trailing axis of K columns; in the order of `order`."""
+    check_names(tree, order)
+    columns = [tree[k].shape[p.dim() :] for k, p in order.items()]
+    for (k, p), extra in zip(order.items(), columns, strict=True):
+        if tree[k].shape != p.shape + columns[0] or len(extra) > 1:
+            raise ValueError(f"the vector's entry {k!r} has shape {tuple(tree[k].shape)}; expected {tuple(p.shape)}"
+                             " (all entries may carry one trailing axis of columns).")  # fmt: skip
+    return torch.cat([tree[k].reshape(p.numel(), *columns[0]) for k, p in order.items()])
+
+
+def unflatten(vector: Tensor, order: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """[D] or [D, K] -> dict of views, [*shape] or [*shape, K]."""
+    size = sum(p.numel() for p in order.values())
+    if vector.dim() not in (1, 2) or len(vector) != size:
+        raise ValueError(f"the vector has shape {tuple(vector.shape)}; expected [{size}] or [{size}, K], or a dict by "
+                         "parameter name.")  # fmt: skip
+    pieces = vector.split([p.numel() for p in order.values()])
+    return {k: t.reshape(*p.shape, *vector.shape[1:]) for (k, p), t in zip(order.items(), pieces, strict=True)}
+
+
+def check_names(tree: Mapping[str, Tensor], order: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the vector has exactly the parameters' names."""
+    missing, unknown = [k for k in order if k not in tree], [k for k in tree if k not in order]
+    if missing or unknown:
+        raise ValueError(f"the vector's names do not match the parameters: missing {missing}, unknown {unknown}; "
+                         f"expected {list(order)}.")  # fmt: skip
