@@ -1,0 +1,54 @@
+# Every target sets up what it needs: a bare Python is enough. `make help` lists them.
+PYTHON ?= python3
+PROBLEM ?= digits-cnn
+OUT ?= report
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help report test lint types format bench-statistics peers install clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
+
+report: $(STAMP) ## train PROBLEM (digits-cnn), measure it, and write the report to OUT (report)
+	$(BIN)/paraboloid inspect $(PROBLEM) --out $(OUT)
+	@echo "The report: $(abspath $(OUT))/report.html"
+
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## check types
+	$(BIN)/pyright
+
+format: $(STAMP) ## format, and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-statistics: $(STAMP) ## time the statistics against a plain gradient (peers too: make peers)
+	$(BIN)/python -m benchmarks.statistics
+
+peers: $(STAMP) ## install the packages that the benchmarks compare with
+	$(BIN)/python -m pip install -c constraints.txt einconv einops opt_einsum unfoldNd
+	$(BIN)/python -m pip install --no-deps -c constraints.txt backpack-for-pytorch curvlinops-for-pytorch opacus
+
+install: $(STAMP) ## only set up the environment in .venv
+
+# The stamp is written last, so an interrupted set-up is simply done again. An environment whose Python is missing or
+# lacks pip (interrupted before ensurepip ended) is rebuilt; any other is completed in place.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: no '$(PYTHON)' found; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: paraboloid needs Python 3.11 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1); name another one: make PYTHON=python3.11" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv || { echo "make: '$(PYTHON) -m venv' failed; on Debian install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean: ## remove the environment, caches and the report
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis src/*.egg-info $(OUT)
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
