@@ -218,15 +218,14 @@ class CrossEntropy(Loss):
         Column j is sqrt(p_j r_j / r_{j-1}) (e_j - sum_{i>j} p_i / r_j e_i) with r_j = sum_{i>j} p_i.
         """
         f = _full(f)
-        p, scale = f.softmax(1).flatten(2), self._mass(f, y).sqrt().flatten(2)  # [N C T] and [N 1 T], T = 1 if f is 2-d
-        if f.dim() == 2:
-            p, scale = p.unsqueeze(2), scale.unsqueeze(2)
+        p = f.softmax(1).reshape(len(f), f.shape[1], -1)  # [N C T]
+        scale = self._mass(f, y).sqrt().reshape(len(f), 1, -1)
         tail = p.flip(1).cumsum(1).flip(1)  # tail_j = p_j + r_j
         for j in range(max(f.shape[1] - 1, 1)):
             column = torch.zeros_like(p)
             if f.shape[1] > 1:
                 rest = tail[:, j + 1]
-                column[:, j] = (p[:, j] * rest / tail[:, j]).sqrt()
+                column[:, j] = (p[:, j] * (rest / tail[:, j])).sqrt()
                 column[:, j + 1 :] = -p[:, j + 1 :] * (p[:, j] / (rest * tail[:, j])).sqrt().unsqueeze(1)
                 column = torch.nan_to_num(column, nan=0.0, posinf=0.0, neginf=0.0)  # 0/0 where all the tail underflowed
             column *= scale
