@@ -10,10 +10,10 @@ PACKAGE = ROOT / "src" / "paraboloid"
 
 # From the ground up. `problems` stands beside the house: it uses the ground only, and only the roof uses it.
 FLOORS = [
-    {"losses", "trees", "data", "distributed"},
-    {"tape", "outer", "certify", "regroup", "layers"},
-    {"quantities", "statistics", "linalg", "operators", "quadratic", "bias"},
-    {"posteriors", "gp", "optim", "noise", "report", "cli", "__main__"},
+    {"losses", "trees", "data", "distributed", "randomness"},
+    {"tape", "recording", "certify", "regroup", "outer", "layers"},
+    {"quantities", "reductions", "kron", "statistics", "linalg", "operators", "quadratic", "bias"},
+    {"posteriors", "gp", "optim", "noise", "report", "inspection", "cli", "__main__"},
 ]
 KNOWN = set().union(*FLOORS, {"problems"})
 FLOOR_NAMES = ["ground", "engine", "middle", "roof"]

@@ -1,3 +1,8 @@
-"""paraboloid: local quadratic models of a deep-learning loss from mini-batches."""
+"""Local quadratic models of deep-learning losses from mini-batches: statistics, curvature, debiasing."""
+
+from paraboloid import losses, quantities
+from paraboloid.losses import Loss
+from paraboloid.statistics import record, statistics
 
 __version__ = "0.1.0.dev0"
+__all__ = ["Loss", "losses", "quantities", "record", "statistics"]

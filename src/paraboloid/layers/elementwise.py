@@ -1,0 +1,42 @@
+"""Raw scale and shift parameters, and parameters joined to data (class tokens)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from paraboloid.layers import rule, spread
+
+
+@rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__)
+def add(x, y, *, alpha=1):
+    yield spread(x, lambda g: g)
+    yield spread(y, lambda g: alpha * g if alpha != 1 else g)
+
+
+@rule(torch.sub, Tensor.sub, Tensor.__sub__)
+def sub(x, y, *, alpha=1):
+    yield spread(x, lambda g: g)
+    yield spread(y, lambda g: -alpha * g)
+
+
+@rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+def mul(x, y):
+    yield spread(x, lambda g: g * y)
+    yield spread(y, lambda g: g * x)
+
+
+@rule(torch.div, Tensor.div, Tensor.__truediv__)
+def div(x, y, *, rounding_mode=None):
+    if rounding_mode is None:
+        yield spread(x, lambda g: g / y)
+        yield spread(y, lambda g: -g * x / (y * y))
+
+
+@rule(torch.cat)
+def cat(tensors, dim=0):
+    axis = dim % tensors[0].dim()
+    start = 0
+    for t in tensors:
+        yield spread(t, lambda g, start=start, length=t.shape[axis]: g.narrow(axis + 1, start, length), t.shape)
+        start += t.shape[axis]

@@ -1,0 +1,16 @@
+"""Losses: value, gradient and curvature in the model's output, for the loss per sample and as the user reduces it.
+
+Every loss is a sum over samples of an *unreduced* loss l_n(f_n, y_n), divided by a normalizer:
+
+    value = sum_n l_n / normalizer,        l_n = sum of sample n's elements under ``reduction="none"``.
+
+`gradient`, `hessian_product`, `hessian_root` and `sampled_gradients` are those of the unreduced sum: multiply by
+``1 / normalizer`` (the factor a) for the loss as reduced.
+"""
+
+from paraboloid.losses.cross_entropy import CrossEntropy
+from paraboloid.losses.elementwise import MSE, BCEWithLogits, Elementwise
+from paraboloid.losses.loss import Loss, NoTargets, Scaled, Sum
+from paraboloid.losses.opaque import Opaque
+
+__all__ = ["MSE", "BCEWithLogits", "CrossEntropy", "Elementwise", "Loss", "NoTargets", "Opaque", "Scaled", "Sum"]

@@ -1,0 +1,160 @@
+"""Cross-entropy over classes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paraboloid.losses.loss import FROM_TORCH, Loss, NoTargets, check_lengths, check_reduction, full
+
+
+class CrossEntropy(Loss):
+    """`torch.nn.CrossEntropyLoss`: class indices [N, ...] or probabilities [N, C, ...], outputs [N, C, ...].
+
+    With q the (smoothed) target distribution and w the class weights, l = -sum_c q_c w_c log softmax(f)_c, the gradient
+    is W softmax(f) - q w and the Hessian W (diag(p) - p p^T), where W = sum_c q_c w_c (0 where ignored).
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+    ):
+        self.weight, self.ignore_index, self.label_smoothing = weight, ignore_index, label_smoothing
+        self.reduction = check_reduction(reduction)
+
+    def _indices(self, f: Tensor, y: Tensor) -> bool:
+        return not (y.is_floating_point() and y.shape == f.shape)
+
+    def _weight(self, f: Tensor) -> Tensor | None:
+        return None if self.weight is None else self.weight.to(f)
+
+    def value(self, f, y):
+        reduction = "sum" if self.reduction == "batchmean" else self.reduction
+        value = F.cross_entropy(
+            f, y, self._weight(f), ignore_index=self.ignore_index, reduction=reduction,
+            label_smoothing=self.label_smoothing,
+        )  # fmt: skip
+        return value / len(f) if self.reduction == "batchmean" else value
+
+    def sample_losses(self, f, y):
+        losses = F.cross_entropy(
+            f, y, self._weight(f), ignore_index=self.ignore_index, reduction="none",
+            label_smoothing=self.label_smoothing,
+        )  # fmt: skip
+        return losses.flatten(1).sum(1) if losses.dim() > 1 else losses
+
+    def normalizer(self, f, y):
+        if self.reduction == "sum":
+            return 1.0
+        if self.reduction == "batchmean":
+            return float(len(f))
+        if not self._indices(f, y):
+            return f.numel() / f.shape[1]
+        kept = y[y != self.ignore_index]
+        total = float(len(kept)) if self.weight is None else float(self.weight.to(y.device)[kept].sum())
+        if total <= 0:
+            raise NoTargets(f"every target is ignored (ignore_index={self.ignore_index}) or has zero class weight, so "
+                            "the mean loss is 0/0; leave such batches out or use reduction='sum'.")  # fmt: skip
+        return total
+
+    def _weighted_targets(self, f: Tensor, y: Tensor) -> Tensor:
+        """q w, [N, C, ...]: the smoothed target distribution times the class weights, zero where ignored."""
+        classes = f.shape[1]
+        if self._indices(f, y):
+            ignored = y == self.ignore_index
+            q = torch.zeros_like(f).scatter_(1, y.masked_fill(ignored, 0).unsqueeze(1), 1.0)
+        else:
+            ignored, q = None, y.to(f)
+        q = q * (1 - self.label_smoothing) + self.label_smoothing / classes
+        if self.weight is not None:
+            q = q * self.weight.to(f).view(-1, *[1] * (f.dim() - 2))
+        return q if ignored is None else q.masked_fill(ignored.unsqueeze(1), 0.0)
+
+    def gradient(self, f, y):
+        f = full(f)
+        q = self._weighted_targets(f, y)
+        return q.sum(1, keepdim=True) * f.softmax(1) - q
+
+    def _mass(self, f: Tensor, y: Tensor) -> Tensor:
+        """W = sum_c q_c w_c, [N, 1, ...], without forming q when the targets are class indices."""
+        if not self._indices(f, y):
+            return self._weighted_targets(f, y).sum(1, keepdim=True)
+        ignored = y == self.ignore_index
+        if self.weight is None:
+            return (~ignored).to(f.dtype).unsqueeze(1)
+        w = self.weight.to(f)
+        mass = (1 - self.label_smoothing) * w[y.masked_fill(ignored, 0)] + self.label_smoothing * w.mean()
+        return mass.masked_fill(ignored, 0.0).unsqueeze(1)
+
+    def hessian_product(self, f, y, u):
+        axis = 1 - f.dim()
+        f = full(f)
+        p = f.softmax(axis)
+        pu = p * u
+        return self._mass(f, y) * (pu - p * pu.sum(axis, keepdim=True))
+
+    def root_columns(self, f):
+        return f[0].numel() // f.shape[1] * max(f.shape[1] - 1, 1)
+
+    def hessian_root(self, f, y):
+        """C - 1 columns per position: the closed-form Cholesky factor of diag(p) - p p^T, which has rank C - 1.
+
+        Column j is sqrt(p_j r_j / r_{j-1}) (e_j - sum_{i>j} p_i / r_j e_i) with r_j = sum_{i>j} p_i.
+        """
+        f = full(f)
+        p = f.softmax(1).reshape(len(f), f.shape[1], -1)  # [N C T]
+        scale = self._mass(f, y).sqrt().reshape(len(f), 1, -1)
+        tail = p.flip(1).cumsum(1).flip(1)  # tail_j = p_j + r_j
+        for j in range(max(f.shape[1] - 1, 1)):
+            column = torch.zeros_like(p)
+            if f.shape[1] > 1:
+                rest = tail[:, j + 1]
+                column[:, j] = (p[:, j] * (rest / tail[:, j])).sqrt()
+                # Quotients of at most 1 only: rest * tail underflows long before its quotient with p is negligible.
+                down = (rest * (p[:, j] / tail[:, j])).sqrt().unsqueeze(1)
+                column[:, j + 1 :] = -(p[:, j + 1 :] / rest.unsqueeze(1)) * down
+                column = torch.nan_to_num(column, nan=0.0, posinf=0.0, neginf=0.0)  # 0/0 where all the tail underflowed
+            column *= scale
+            for t in range(p.shape[2]):
+                if p.shape[2] == 1:
+                    yield column.view_as(f)
+                else:
+                    alone = torch.zeros_like(column)
+                    alone[:, :, t] = column[:, :, t]
+                    yield alone.view_as(f)
+
+    def sampled_gradients(self, f, y, samples, generator):
+        f = full(f)
+        p, scale = f.softmax(1), (self._mass(f, y) / samples).sqrt()
+        flat = p.movedim(1, -1).reshape(-1, f.shape[1])
+        for _ in range(samples):
+            label = torch.multinomial(flat, 1, generator=generator).view(len(f), 1, *f.shape[2:])
+            yield scale * (p - torch.zeros_like(p).scatter_(1, label, 1.0))
+
+    def check(self, f, y):
+        check_lengths(f, y)
+        if f.dim() < 2:
+            raise ValueError(f"cross-entropy needs outputs [N, classes, ...]; found shape {tuple(f.shape)}.")
+        if not self._indices(f, y):
+            return
+        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+            raise ValueError(f"cross-entropy targets have dtype {y.dtype} and shape {tuple(y.shape)}; expected int64 "
+                             f"class indices or probabilities of shape {tuple(f.shape)}.")  # fmt: skip
+        if y.shape != f.shape[:1] + f.shape[2:]:
+            raise ValueError(f"cross-entropy targets have shape {tuple(y.shape)} for outputs {tuple(f.shape)}; "
+                             f"expected {tuple(f.shape[:1] + f.shape[2:])}.")  # fmt: skip
+        wrong = ((y < 0) | (y >= f.shape[1])) & (y != self.ignore_index)
+        if wrong.any():
+            where = wrong.nonzero()[0].tolist()
+            raise ValueError(f"target {int(y[tuple(where)])} at index {where if len(where) > 1 else where[0]} is out "
+                             f"of range; expected class indices 0..{f.shape[1] - 1} for {f.shape[1]} outputs"
+                             f" (or ignore_index={self.ignore_index}).")  # fmt: skip
+        if self.weight is not None and len(self.weight) != f.shape[1]:
+            raise ValueError(f"class weights have length {len(self.weight)}; expected {f.shape[1]}.")
+
+
+FROM_TORCH[nn.CrossEntropyLoss] = lambda m: CrossEntropy(m.weight, m.ignore_index, m.label_smoothing, m.reduction)

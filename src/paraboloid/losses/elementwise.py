@@ -1,0 +1,114 @@
+"""Losses whose Hessian is diagonal in the elements of the output."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paraboloid.losses.loss import FROM_TORCH, Loss, check_lengths, check_reduction, full
+
+
+class Elementwise(Loss):
+    """Losses whose Hessian is diagonal in the output elements: one root column per element of a sample."""
+
+    def _curvature(self, f: Tensor, y: Tensor) -> Tensor:
+        """Diagonal of the output-Hessian of the unreduced loss, shape of f."""
+        raise NotImplementedError
+
+    def normalizer(self, f, y):
+        return {"sum": 1.0, "mean": float(f.numel()), "batchmean": float(len(f))}[self.reduction]
+
+    def hessian_product(self, f, y, u):
+        return self._curvature(full(f), y) * u
+
+    def root_columns(self, f):
+        return f[0].numel()
+
+    def hessian_root(self, f, y):
+        root = self._curvature(full(f), y).sqrt().reshape(len(f), -1)
+        for j in range(root.shape[1]):
+            column = torch.zeros_like(root)
+            column[:, j] = root[:, j]
+            yield column.view_as(f)
+
+    def check(self, f, y):
+        check_lengths(f, y)
+        if f.shape != y.shape:
+            raise ValueError(f"{type(self).__name__} needs targets of the output's shape {tuple(f.shape)}; found "
+                             f"{tuple(y.shape)}.")  # fmt: skip
+        if not y.is_floating_point():
+            raise ValueError(f"{type(self).__name__} needs floating-point targets; found {y.dtype}.")
+
+
+class MSE(Elementwise):
+    """`torch.nn.MSELoss`: l_n = ||f_n - y_n||^2, H = 2 I.  Sampled labels are those of N(f, I / 2)."""
+
+    def __init__(self, reduction: str = "mean"):
+        self.reduction = check_reduction(reduction)
+
+    def sample_losses(self, f, y):
+        return (f - y).square().reshape(len(f), -1).sum(1)
+
+    def gradient(self, f, y):
+        return 2 * (full(f) - y)
+
+    def _curvature(self, f, y):
+        return torch.full_like(f, 2.0)
+
+    def sampled_gradients(self, f, y, samples, generator):
+        f = full(f)
+        for _ in range(samples):
+            noise = torch.randn(f.shape, generator=generator, dtype=f.dtype, device=f.device)
+            yield (2 / samples) ** 0.5 * noise
+
+
+class BCEWithLogits(Elementwise):
+    """`torch.nn.BCEWithLogitsLoss`, soft labels, `weight` and `pos_weight` included.
+
+    With c = weight (pos_weight y + 1 - y), H = diag(c sigmoid(f) (1 - sigmoid(f))).
+    """
+
+    def __init__(self, weight: Tensor | None = None, pos_weight: Tensor | None = None, reduction: str = "mean"):
+        self.weight, self.pos_weight = weight, pos_weight
+        self.reduction = check_reduction(reduction)
+
+    def _options(self, f: Tensor) -> dict[str, Tensor | None]:
+        return {
+            k: None if t is None else t.to(f) for k, t in (("weight", self.weight), ("pos_weight", self.pos_weight))
+        }
+
+    def _mass(self, f: Tensor, y: Tensor) -> Tensor:
+        o = self._options(f)
+        mass = torch.ones_like(f) if o["pos_weight"] is None else 1 + (o["pos_weight"] - 1) * y
+        return mass if o["weight"] is None else mass * o["weight"]
+
+    def sample_losses(self, f, y):
+        losses = F.binary_cross_entropy_with_logits(f, y.to(f), reduction="none", **self._options(f))
+        return losses.reshape(len(f), -1).sum(1)
+
+    def gradient(self, f, y):
+        f, y = full(f), y.to(full(f))
+        o = self._options(f)
+        positive = y if o["pos_weight"] is None else o["pos_weight"] * y
+        gradient = (positive + 1 - y) * f.sigmoid() - positive
+        return gradient if o["weight"] is None else gradient * o["weight"]
+
+    def _curvature(self, f, y):
+        p = f.sigmoid()
+        return self._mass(f, y.to(f)) * p * (1 - p)
+
+    def sampled_gradients(self, f, y, samples, generator):
+        f = full(f)
+        p, scale = f.sigmoid(), (self._mass(f, y.to(f)) / samples).sqrt()
+        for _ in range(samples):
+            yield scale * (p - torch.bernoulli(p, generator=generator))
+
+    def check(self, f, y):
+        super().check(f, y)
+        if ((y < 0) | (y > 1)).any():
+            raise ValueError(f"BCEWithLogits needs targets in [0, 1]; found {y.min():.4g} to {y.max():.4g}.")
+
+
+FROM_TORCH[nn.MSELoss] = lambda m: MSE(m.reduction)
+FROM_TORCH[nn.BCEWithLogitsLoss] = lambda m: BCEWithLogits(m.weight, m.pos_weight, m.reduction)

@@ -1,0 +1,153 @@
+"""The canonical form of a parameter's pulled-back vectors, and what it costs to look at it.
+
+For every parameter, pulling an output vector v back through sample n is a sum over positions of outer products:
+
+    (J_n^T v)[g, p, q] = sum_t left[v, n, g, t, p] * right[n, g, t, q]
+
+V vectors, N samples, G groups, T positions (sequence or space), p x q the parameter block.  `left` is linear in the
+gradient at the layer's output, `right` is a function of the layer's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 16 * 2**20  # default size of a materialised piece: large enough for BLAS, small enough for caches
+
+
+@dataclass(frozen=True)
+class Right:
+    """The input side of an outer product, built for a range of samples at a time (an unfolded input may be large).
+
+    `rows(slice)` gives [R G T q] (or int64 [R G T], a lookup into q) for a range of the rule's rows; the rows unflatten
+    into (a, N, b) with N the samples, and a and b join T.
+    """
+
+    rows: Callable[[slice], Tensor]
+    layout: tuple[int, int, int]
+    lookup: bool = False
+    dtype: torch.dtype | None = None
+
+    def __call__(self, n: slice = slice(None)) -> Tensor:
+        """[N G T q] or int64 [N G T], for the samples in the slice."""
+        a, N, b = self.layout
+        if a == 1:
+            start, stop, _ = n.indices(N)
+            right, count = self.rows(slice(start * b, stop * b)), stop - start
+        else:
+            right, count = self.rows(slice(None)), N
+        if (a, b) != (1, 1):
+            right = right.unflatten(0, (a, count, b)).movedim(1, 0).movedim(3, 1).flatten(2, 4)
+        if a != 1:
+            right = right[n]
+        return right if self.lookup else right.to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Outer:
+    """One use of one parameter: J_n^T v as outer products of `left` [V N G T p] and `right` [N G T q].
+
+    kind "matrix": as above.  "vector": q = 1 and right is one (bias, scale, raw parameter).  "general": left holds
+    J_n^T v itself, p being the whole parameter (from a fallback; it has no structure).  "zero": a parameter without
+    influence on the output.
+    """
+
+    left: Tensor
+    right: Right | None  # None: one
+    shape: torch.Size  # of the weight that the outer products live on
+    q: int = 1
+    flip: bool = False  # that weight is stored as q x p
+    via: Callable[[Tensor], Tensor] | None = None  # derived weight -> parameter: [B *shape] -> [B *parameter's shape]
+    kind: str = "matrix"
+
+    @property
+    def lookup(self) -> bool:
+        return self.right is not None and self.right.lookup
+
+    def finish(self, J: Tensor, lead: tuple[int, ...]) -> Tensor:
+        """[.. G p q] -> [*lead, *parameter's shape]."""
+        J = (J.mT if self.flip else J).reshape(-1, *self.shape)
+        return (self.via(J) if self.via else J).unflatten(0, lead)
+
+    def sum_over(self, left: Tensor, right: Tensor | None) -> Tensor:
+        """sum over positions of left [.. G T p] (x) right [.. G T q] -> [.. G p q]; the axes .. broadcast."""
+        if right is None:
+            return left.sum(-2).unsqueeze(-1)
+        if right.is_floating_point():
+            return left.mT @ right
+        J = left.new_zeros(*left.shape[:-2], self.q, left.shape[-1])
+        index = right.unsqueeze(-1).expand_as(left)
+        return J.scatter_add_(-2, index, left).mT
+
+    def samples(self, n: slice = slice(None)) -> Tensor:
+        """J_n^T v for the samples in the slice, [V n *shape]."""
+        left = self.left[:, n]
+        right = None if self.right is None else self.right(n)
+        V, count = left.shape[:2]
+        if V > 1 and right is not None and right.is_floating_point():
+            # one product per sample and group, the vectors joining p: nothing is copied V times
+            G, T, p = left.shape[2:]
+            J = left.permute(1, 2, 0, 4, 3).reshape(count, G, V * p, T) @ right
+            J = J.view(count, G, V, p, -1).movedim(2, 0)
+        else:
+            J = self.sum_over(left, right)
+        return self.finish(J, (V, count))
+
+    def total(self) -> Tensor:
+        """sum_n J_n^T v, [V *shape], without forming the samples."""
+        V, _, G, T, _ = self.left.shape
+        if self.right is None:
+            return self.finish(self.left.sum((1, 3)).unsqueeze(-1), (V,))
+        if self.lookup:
+            left, right = self.left.transpose(1, 2).flatten(2, 3), self.right().transpose(0, 1).flatten(1, 2)
+            return self.finish(self.sum_over(left, right), (V,))
+        J = None
+        for n in self.chunks(G * T * self.q):
+            right = self.right(n).transpose(0, 1).flatten(1, 2)  # [G nT q]
+            piece = self.left[:, n].transpose(1, 2).flatten(2, 3).mT @ right
+            J = piece if J is None else J.add_(piece)
+        return self.finish(J, (V,))
+
+    def chunks(self, elements: int, memory: int | None = None) -> Iterator[slice]:
+        """Ranges of samples whose pieces of `elements` numbers per sample stay within `memory` bytes."""
+        step = max(1, (memory or CHUNK_BYTES) // max(1, elements * self.left.element_size()))
+        for start in range(0, self.left.shape[1], step):
+            yield slice(start, min(start + step, self.left.shape[1]))
+
+    def dense_right(self, n: slice = slice(None)) -> Tensor:
+        """`right` as numbers, [N G T q]; for a "vector" it is one."""
+        if self.right is None:
+            return self.left.new_ones(*self.left[0, n].shape[:3], 1)
+        right = self.right(n)
+        return torch.nn.functional.one_hot(right, self.q).to(self.left.dtype) if self.lookup else right
+
+
+def general(J: Tensor, shape: torch.Size, kind: str = "general") -> Outer:
+    """A use known only through J_n^T v itself, [V N *shape]."""
+    return Outer(J.reshape(*J.shape[:2], 1, 1, -1), None, shape, kind=kind)
+
+
+def merge(outers: list[Outer]) -> list[Outer]:
+    """Several uses of one parameter as further positions of one outer product, where their blocks agree."""
+    first = outers[0]
+    same = all(
+        o.via is None and (o.flip, o.shape, o.q, o.kind) == (first.flip, first.shape, first.q, first.kind)
+        and (o.left.shape[2], o.left.shape[4]) == (first.left.shape[2], first.left.shape[4])
+        for o in outers
+    )  # fmt: skip
+    if len(outers) == 1 or not same:
+        return outers
+    left = torch.cat([o.left for o in outers], 3)
+    if first.right is None:
+        return [replace(first, left=left)]
+    lookup = all(o.lookup for o in outers)
+
+    def rows(n: slice) -> Tensor:
+        return torch.cat([o.right(n) if lookup else o.dense_right(n) for o in outers], 2)
+
+    right = Right(rows, (1, left.shape[1], 1), lookup, left.dtype)
+    return [replace(first, left=left, right=right)]

@@ -1,0 +1,264 @@
+"""The quantities: which vectors to pull back, and how to reduce them.
+
+| pull back \\ reduce    | samples      | sum of squares      | squared norms, Gram | Kronecker factors |
+|-----------------------|--------------|---------------------|---------------------|-------------------|
+| the loss gradient     | SampleGrads  | SecondMoment, Variance | SquareNorms, Gram | KFAC("empirical") |
+| exact root of Hessian | SqrtGGN      | DiagGGN             |                     | KFAC("exact")     |
+| sampled labels        |              | DiagGGN(samples=1)  |                     | KFAC("mc")        |
+
+g_n is the gradient of the *unreduced* loss of sample n, a = 1 / normalizer the reduction's factor (1/N for a mean),
+and J_n^T S_n the pulled-back root of the output-Hessian: the GGN of the loss as reduced is a sum_{v,n} of its squares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from paraboloid import reductions
+from paraboloid.kron import Kron
+from paraboloid.outer import Outer
+
+
+class Source(NamedTuple):
+    """Which output vectors a quantity pulls back; quantities with equal sources share them."""
+
+    kind: Literal["gradient", "root", "sampled"]
+    samples: int = 1
+
+
+GRADIENT, ROOT = Source("gradient"), Source("root")
+
+
+class Scale(NamedTuple):
+    """What a finished value may need: the samples N and the reduction's factor a."""
+
+    N: int
+    a: float
+
+
+class Quantity:
+    """One value per parameter, summed over the pulled-back vectors as they come.
+
+    `add(value, outers, memory)` returns the running value with one more group of vectors (value is None at first);
+    `finish(value, scale)` scales it.  A new quantity is a subclass of a few lines; `pb.statistics` takes objects of it.
+    """
+
+    name: str
+    source: Source
+    least_samples = 1
+
+    def add(self, value: Any, outers: list[Outer], memory: int | None) -> Any:
+        raise NotImplementedError
+
+    def finish(self, value: Any, scale: Scale) -> Any:
+        return value
+
+
+def _plus(value: Tensor | None, part: Tensor) -> Tensor:
+    return part if value is None else value + part
+
+
+@dataclass(frozen=True)
+class Grad(Quantity):
+    """Gradient of the loss as reduced, [*shape]; exact."""
+
+    name: str = "grad"
+    source: Source = GRADIENT
+
+    def add(self, value, outers, memory):
+        return _plus(value, reductions.total(outers).sum(0))
+
+    def finish(self, value, scale):
+        return scale.a * value
+
+
+@dataclass(frozen=True)
+class SampleGrads(Quantity):
+    """Individual gradients g_n, [N, *shape]; of the unreduced loss, exact."""
+
+    name: str = "sample_grads"
+    source: Source = GRADIENT
+
+    def add(self, value, outers, memory):
+        return _plus(value, reductions.samples(outers).sum(0))
+
+
+@dataclass(frozen=True)
+class SquareNorms(Quantity):
+    """||g_n||^2, [N]; of the unreduced loss, exact."""
+
+    name: str = "square_norms"
+    source: Source = GRADIENT
+
+    def add(self, value, outers, memory):
+        return _plus(value, reductions.square_norms(outers, memory).sum(0))
+
+
+@dataclass(frozen=True)
+class Gram(Quantity):
+    """g_n . g_m, [N, N]; of the unreduced loss, exact."""
+
+    name: str = "gram"
+    source: Source = GRADIENT
+
+    def add(self, value, outers, memory):
+        return _plus(value, reductions.gram(outers, memory))
+
+
+@dataclass(frozen=True)
+class SecondMoment(Quantity):
+    """mean_n g_n^2, [*shape]; uncentred, of the unreduced loss, exact."""
+
+    name: str = "second_moment"
+    source: Source = GRADIENT
+
+    def add(self, value, outers, memory):
+        return _plus(value, reductions.sum_squares(outers, memory))
+
+    def finish(self, value, scale):
+        return value / scale.N
+
+
+@dataclass(frozen=True)
+class Variance(Quantity):
+    """mean_n (g_n - mean g)^2, [*shape]; divided by N (biased by (N - 1) / N), of the unreduced loss."""
+
+    name: str = "variance"
+    source: Source = GRADIENT
+    least_samples = 2
+
+    def add(self, value, outers, memory):
+        parts = reductions.sum_squares(outers, memory), reductions.total(outers).sum(0)
+        return parts if value is None else tuple(v + p for v, p in zip(value, parts, strict=True))
+
+    def finish(self, value, scale):
+        squares, total = value
+        return (squares / scale.N - (total / scale.N).square()).clamp_(min=0)  # rounding may leave -1e-17
+
+
+def _sampled(samples: int | None) -> Source:
+    return ROOT if samples is None else Source("sampled", _count("samples", samples))
+
+
+def _count(name: str, value: int) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; expected an integer >= 1.")
+    return value
+
+
+class DiagGGN(Quantity):
+    """Diagonal of the GGN of the loss as reduced, [*shape]; exact, or by Monte Carlo with `samples` sampled labels
+    (unbiased; the diagonal of the Monte Carlo Fisher)."""
+
+    def __init__(self, samples: int | None = None):
+        self.name, self.source = "diag_ggn" if samples is None else "diag_ggn_mc", _sampled(samples)
+
+    def add(self, value, outers, memory):
+        return _plus(value, reductions.sum_squares(outers, memory))
+
+    def finish(self, value, scale):
+        return scale.a * value
+
+
+class SampleDiagGGN(Quantity):
+    """Diagonal of J_n^T H_n J_n of every sample, [N, *shape]; of the unreduced loss, exact or by Monte Carlo."""
+
+    def __init__(self, samples: int | None = None):
+        self.name, self.source = "sample_diag_ggn", _sampled(samples)
+
+    def add(self, value, outers, memory):
+        return _plus(value, reductions.samples(outers).square_().sum(0))
+
+
+class SqrtGGN(Quantity):
+    """J_n^T S_n, [V, N, *shape], with S_n S_n^T = H_n; of the unreduced loss.
+
+    a times the sum over V and N of outer products is the GGN of the loss as reduced.  Exact: V = (classes - 1) per
+    position for cross-entropy, whose Hessian has that rank, and one per output element otherwise; or Monte Carlo,
+    V = samples.
+    """
+
+    def __init__(self, samples: int | None = None):
+        self.name, self.source = "sqrt_ggn", _sampled(samples)
+
+    def add(self, value, outers, memory):
+        return [*(value or []), reductions.samples(outers)]
+
+    def finish(self, value, scale):
+        return torch.cat(value)
+
+
+class KFAC(Quantity):
+    """Kronecker factors of the curvature block, `Kron(left, right)`, of the loss as reduced.
+
+    fisher: "mc" (labels sampled from the model, unbiased factors), "exact" (KFLR) or "empirical" (the given labels).
+    sharing: "expand" or "reduce", for weights used at several positions.
+    """
+
+    def __init__(self, fisher: str = "mc", samples: int = 1, sharing: str = "expand"):
+        known = {"mc": "kfac", "exact": "kflr", "empirical": "kfac_empirical"}
+        if fisher not in known:
+            raise ValueError(f"fisher is {fisher!r}; expected one of {list(known)}.")
+        if sharing not in ("expand", "reduce"):
+            raise ValueError(f"sharing is {sharing!r}; expected 'expand' or 'reduce'.")
+        self.name, self.sharing = known[fisher], sharing
+        self.source = {"mc": _sampled(_count("samples", samples)), "exact": ROOT, "empirical": GRADIENT}[fisher]
+
+    def add(self, value, outers, memory):
+        return reductions.add_factors(value, outers, self.sharing, memory)
+
+    def finish(self, value, scale):
+        return reductions.scale_factors(value, scale.a)
+
+
+QUANTITIES = {
+    "grad": Grad,
+    "sample_grads": SampleGrads,
+    "square_norms": SquareNorms,
+    "gram": Gram,
+    "second_moment": SecondMoment,
+    "variance": Variance,
+    "diag_ggn": DiagGGN,
+    "diag_ggn_mc": lambda: DiagGGN(samples=1),
+    "sample_diag_ggn": SampleDiagGGN,
+    "sqrt_ggn": SqrtGGN,
+    "kfac": KFAC,
+    "kflr": lambda: KFAC("exact"),
+    "kfac_empirical": lambda: KFAC("empirical"),
+}
+
+
+def resolve(entries: Any) -> list[Quantity]:
+    """Names and `Quantity` objects -> objects, without repeats.  Raises ValueError for unknown or clashing ones."""
+    entries = [entries] if isinstance(entries, str | Quantity) else list(entries)
+    found: dict[str, Quantity] = {}
+    for entry in entries:
+        if isinstance(entry, str) and entry not in QUANTITIES:
+            raise ValueError(f"unknown quantity {entry!r}; expected one of {sorted(QUANTITIES)} or an object of "
+                             "pb.quantities.")  # fmt: skip
+        if not isinstance(entry, str | Quantity):
+            raise ValueError(f"a quantity is {entry!r}; expected a name or an object such as pb.quantities.DiagGGN().")
+        quantity = QUANTITIES[entry]() if isinstance(entry, str) else entry
+        if quantity.name in found and entry != quantity.name:
+            raise ValueError(f"{quantity.name!r} is asked for twice; ask for it once.")
+        found[quantity.name] = quantity
+    if not found:
+        raise ValueError(f"no quantity is asked for; expected some of {sorted(QUANTITIES)}.")
+    return list(found.values())
+
+
+def check_samples(quantities: list[Quantity], N: int) -> None:
+    """Raise ValueError for a batch too small for a quantity."""
+    for q in quantities:
+        if q.least_samples > N:
+            raise ValueError(f"{q.name!r} needs a batch of at least {q.least_samples} samples; found {N}.")
+
+
+__all__ = [
+    "KFAC", "DiagGGN", "Grad", "Gram", "Kron", "Quantity", "SampleDiagGGN", "SampleGrads", "Scale", "SecondMoment",
+    "Source", "SqrtGGN", "SquareNorms", "Variance",
+]  # fmt: skip

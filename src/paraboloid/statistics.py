@@ -1,0 +1,188 @@
+"""The public door to everything that one forward pass and a few pulls give besides the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paraboloid import data as batch_data
+from paraboloid.losses import Loss
+from paraboloid.quantities import GRADIENT, Quantity, Scale, Source, check_samples, resolve
+from paraboloid.randomness import isolated
+from paraboloid.tape import Tape
+
+GROUP_BYTES = 256 * 2**20  # default limit for the gradients at layer outputs that are held at a time
+
+
+class Statistics(Mapping[str, dict[str, Any]]):
+    """quantity -> parameter name -> value; with the loss as reduced and the model's output, detached."""
+
+    def __init__(self, values: dict[str, dict[str, Any]], loss: Tensor, output: Tensor):
+        self._values, self.loss, self.output = values, loss, output
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        if name not in self._values:
+            raise KeyError(f"{name!r} was not asked for; available: {list(self._values)}")
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def total(self, name: str) -> Tensor:
+        """Sum over parameters, for values whose shape does not depend on the parameter (square_norms, gram)."""
+        values = list(self[name].values())
+        if not all(isinstance(v, Tensor) and v.shape == values[0].shape for v in values) or name not in TOTALS:
+            raise ValueError(f"{name!r} has a value of its own shape for every parameter, so there is no total; totals "
+                             f"exist for {sorted(TOTALS)}.")  # fmt: skip
+        return sum(values[1:], values[0])
+
+    def __repr__(self) -> str:
+        return f"Statistics({list(self._values)}, loss={float(self.loss):.6g})"
+
+
+TOTALS = {"square_norms", "gram"}
+
+
+class Recording(Tape):
+    """A tape with the statistics of what it recorded."""
+
+    def statistics(
+        self,
+        loss_fn: nn.Module | Loss,
+        output: Tensor,
+        target: Tensor,
+        quantities: Iterable[str | Quantity] | str | Quantity,
+        *,
+        seed: int = 0,
+        generator: torch.Generator | None = None,
+        max_memory: int | None = None,
+        accumulate_grad: bool = False,
+    ) -> Statistics:
+        """Quantities of the recorded forward pass; see `statistics`.
+
+        Before ``loss.backward()``, or after it with ``retain_graph=True``.
+        """
+        loss = Loss.from_torch(loss_fn)
+        wanted = resolve(quantities)
+        with torch._C.DisableTorchFunction():
+            loss.check(output, target)
+            check_samples(wanted, len(output))
+            value = batch_data.check_finite(loss.value(output, target).detach())
+            a = 1 / loss.normalizer(output, target)
+            if generator is None:
+                generator = torch.Generator(device=output.device).manual_seed(seed)
+            by_source: dict[Source, list[Quantity]] = {}
+            for q in wanted:
+                by_source.setdefault(q.source, []).append(q)
+            if accumulate_grad:
+                by_source.setdefault(GRADIENT, [])
+            results: dict[str, dict[str, Any]] = {q.name: {} for q in wanted}
+            for source, group in by_source.items():
+                vectors = _vectors(loss, output, target, source, generator)
+                adds_grad = accumulate_grad and source == GRADIENT
+                found = self._reduce(output, vectors, group, Scale(len(output), a), max_memory, adds_grad)
+                for name, values in found.items():
+                    results[name] = values
+        return Statistics(results, value, output.detach())
+
+    def _reduce(self, f, vectors, quantities, scale, max_memory, adds_grad) -> dict[str, dict[str, Any]]:
+        running: dict[str, dict[str, Any]] = {q.name: dict.fromkeys(self.parameters) for q in quantities}
+        size = max(1, sum(c.shape.numel() for c in self.calls) * f.element_size())
+        count = max(1, (GROUP_BYTES if max_memory is None else max_memory // 2) // size)
+        memory = None if max_memory is None else max(1, max_memory // 4)
+        while vs := list(islice(vectors, count)):
+            totals = {} if adds_grad else None
+            outers = self.pull(f, torch.stack(vs) if len(vs) > 1 else vs[0][None], totals=totals)
+            with torch.no_grad():
+                if totals is not None:
+                    self._accumulate(totals, scale.a)
+                for name in self.parameters:
+                    uses = outers.pop(name)
+                    for q in quantities:
+                        try:
+                            running[q.name][name] = q.add(running[q.name][name], uses, memory)
+                        except NotImplementedError as e:
+                            raise NotImplementedError(f"{q.name!r}: parameter {name!r} {e}") from None
+        with torch.no_grad():
+            return {q.name: {k: q.finish(v, scale) for k, v in running[q.name].items()} for q in quantities}
+
+    def _accumulate(self, totals: dict[str, Tensor | None], a: float) -> None:
+        for name, p in self.parameters.items():
+            if (g := totals[name]) is not None:
+                p.grad = a * g if p.grad is None else p.grad.add_(g, alpha=a)
+
+
+def _vectors(loss: Loss, f: Tensor, y: Tensor, source: Source, generator: torch.Generator) -> Iterator[Tensor]:
+    if source.kind == "gradient":
+        return iter([loss.gradient(f, y)])
+    if source.kind == "root":
+        return loss.hessian_root(f, y)
+    return loss.sampled_gradients(f, y, source.samples, generator)
+
+
+@contextmanager
+def record(model: nn.Module, verify: str | bool = "auto") -> Iterator[Recording]:
+    """Record the forward passes inside the block, for quantities of your own training step.
+
+        with pb.record(model) as tape:
+            output = model(x)
+        stats = tape.statistics(loss_fn, output, y, ["variance"])
+
+    Axis 0 of the output is the sample.  Everything that consumes a trainable parameter is noted; nothing is attached to
+    the model.  verify: how often the independence of the samples is certified, see `statistics`.
+    """
+    tape = Recording(model, verify)
+    with tape.recorder:
+        yield tape
+
+
+def statistics(
+    model: nn.Module,
+    loss_fn: nn.Module | Loss,
+    batch: Any,
+    quantities: Iterable[str | Quantity] | str | Quantity,
+    *,
+    seed: int = 0,
+    generator: torch.Generator | None = None,
+    max_memory: int | None = None,
+    accumulate_grad: bool = False,
+    output: batch_data.Output | None = None,
+    verify: str | bool = "auto",
+) -> Statistics:
+    """More than the gradient of one batch, from one forward pass and the fewest pulls.
+
+    model            any nn.Module; only parameters with requires_grad take part
+    loss_fn          CrossEntropyLoss, MSELoss, BCEWithLogitsLoss (all options, mean or sum) or a `pb.Loss`
+    batch            (inputs, targets), or a dict with "labels"
+    quantities       names ("grad", "variance", "kfac", ...) or objects of `pb.quantities`; scalings are theirs
+    seed, generator  for sampled labels, and for dropout in a model that is in training mode
+    max_memory       bytes, an upper aim for temporary memory; the smallest chunk never raises
+    accumulate_grad  also add the gradient of the loss to `.grad`, as backward() would
+    output           picks the output tensor from a structured result, e.g. ``lambda o: o.logits``
+    verify           how often sample independence is certified (two extra pulls): "auto" (when a sequence of calls and
+                     shapes is first seen and on its calls 2, 4, 8, ...), "always" or False
+
+    Returns `Statistics`: ``stats["variance"]["conv1.weight"]``, ``stats.loss``, ``stats.output``,
+    ``stats.total(name)``.
+
+    Raises ValueError for inputs that do not fit (the message says which and what was expected), and where the samples
+    are not independent; NotImplementedError for Kronecker factors of a parameter that has none.
+    Sources: BackPACK, arXiv:1912.10985; for each quantity see its class.
+    """
+    if (pair := batch_data.as_batch(batch)) is None:
+        raise ValueError(f"batch is a {type(batch).__name__}; expected (inputs, targets) or a dict with 'labels'.")
+    inputs, target = pair
+    with isolated(model, target.device, seed), torch.enable_grad(), record(model, verify) as tape:
+        f = batch_data.call(model, inputs, output)
+    return tape.statistics(
+        loss_fn, f, target, quantities, seed=seed, generator=generator, max_memory=max_memory,
+        accumulate_grad=accumulate_grad,
+    )  # fmt: skip
