@@ -16,9 +16,6 @@ class NoTargets(ValueError):
     """Every target of a batch is ignored: its mean is 0/0, though it adds nothing to the sum over several batches."""
 
 
-FROM_TORCH: dict[type[nn.Module], Callable[[nn.Module], Loss]] = {}  # filled by the modules of the losses
-
-
 class Loss:
     """A loss that is convex in the output and separates over samples (axis 0 of the output).
 
@@ -75,8 +72,8 @@ class Loss:
         hessians = self.hessian_product(f, y, units).reshape(len(units), len(f), -1).transpose(0, 1)  # [N, C, C]
         values, vectors = torch.linalg.eigh(hessians)
         if (values < -1e-6 * values.abs().max()).any():
-            raise ValueError(f"the output-Hessian has the eigenvalue {values.min():.4g}; expected a loss that is convex "
-                             "in the output, which alone has a real root.")  # fmt: skip
+            raise ValueError(f"the output-Hessian has the eigenvalue {values.min():.4g}; expected a loss that is "
+                             "convex in the output, which alone has a real root.")  # fmt: skip
         root = vectors * values.clamp(min=0).sqrt().unsqueeze(1)
         return iter(root.permute(2, 0, 1).reshape(-1, *f.shape))
 
@@ -181,6 +178,9 @@ class Sum(Loss):
     """loss + other, on the same output and target; both must be normalized alike, so that one factor a exists."""
 
     def __init__(self, *losses: Loss):
+        if len({loss.reduction == "sum" for loss in losses}) > 1:
+            raise ValueError(f"the summed losses have the reductions {[loss.reduction for loss in losses]}; expected "
+                             "all of them to be 'sum' or none.")  # fmt: skip
         self.losses, self.reduction = losses, losses[0].reduction
 
     def sample_losses(self, f, y):
