@@ -141,9 +141,9 @@ def merge(outers: list[Outer]) -> list[Outer]:
     )  # fmt: skip
     if len(outers) == 1 or not same:
         return outers
-    left = torch.cat([o.left for o in outers], 3)
     if first.right is None:
-        return [replace(first, left=left)]
+        return [replace(first, left=sum((o.left for o in outers[1:]), first.left))]
+    left = torch.cat([o.left for o in outers], 3)
     lookup = all(o.lookup for o in outers)
 
     def rows(n: slice) -> Tensor:

@@ -75,8 +75,8 @@ class Recording(Tape):
         with torch._C.DisableTorchFunction():
             loss.check(output, target)
             check_samples(wanted, len(output))
-            value = batch_data.check_finite(loss.value(output, target).detach())
             a = 1 / loss.normalizer(output, target)
+            value = batch_data.check_finite(loss.value(output, target).detach())
             if generator is None:
                 generator = torch.Generator(device=output.device).manual_seed(seed)
             by_source: dict[Source, list[Quantity]] = {}

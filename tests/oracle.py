@@ -1,0 +1,76 @@
+"""The truth, slowly and in plain view: loops of autograd in float64, one sample and one output at a time."""
+
+import torch
+from torch import nn
+
+
+def unreduced(loss_fn, f, y):
+    """l_n, one scalar per sample: the sum of the sample's elements under reduction="none"."""
+    scale = getattr(loss_fn, "scale", 1.0)
+    module = getattr(loss_fn, "module", loss_fn)
+    kept = module.reduction
+    module.reduction = "none"
+    try:
+        return [scale * module(f[n : n + 1], y[n : n + 1]).sum() for n in range(len(f))]
+    finally:
+        module.reduction = kept
+
+
+def grads(value, params):
+    found = torch.autograd.grad(value, list(params.values()), retain_graph=True, allow_unused=True)
+    return {k: torch.zeros_like(p) if g is None else g for (k, p), g in zip(params.items(), found, strict=True)}
+
+
+def sample_grads(loss_fn, f, y, params):
+    each = [grads(value, params) for value in unreduced(loss_fn, f, y)]
+    return {k: torch.stack([g[k] for g in each]) for k in params}
+
+
+def jacobians(f, params):
+    """name -> [N, outputs of a sample, *shape]."""
+    rows = [[grads(e, params) for e in f[n].flatten()] for n in range(len(f))]
+    return {k: torch.stack([torch.stack([g[k] for g in row]) for row in rows]) for k in params}
+
+
+def output_hessians(loss_fn, f, y):
+    """[N, outputs, outputs], of the unreduced loss, by double backward."""
+    result = []
+    for n in range(len(f)):
+        fn = f[n : n + 1].detach().requires_grad_()
+        value = unreduced(loss_fn, fn, y[n : n + 1])[0]
+        (g,) = torch.autograd.grad(value, fn, create_graph=True)
+        rows = [torch.autograd.grad(e, fn, retain_graph=True, allow_unused=True)[0] for e in g.flatten()]
+        zero = torch.zeros_like(fn)
+        result.append(torch.stack([(zero if r is None else r).flatten() for r in rows]))
+    return torch.stack(result)
+
+
+def factor(loss_fn, f, y):
+    """a = reduced loss / total of the unreduced loss."""
+    total = sum(unreduced(loss_fn, f, y))
+    return (loss_fn(f, y) / total).item()
+
+
+def ggn_blocks(loss_fn, f, y, params):
+    """name -> [D, D]: the GGN's diagonal block of each parameter, of the loss as reduced."""
+    J, H, a = jacobians(f, params), output_hessians(loss_fn, f, y), factor(loss_fn, f, y)
+    return {k: a * torch.einsum("nop,nor,nrq->pq", j.flatten(2), H, j.flatten(2)) for k, j in J.items()}
+
+
+def sample_diag_ggn(loss_fn, f, y, params):
+    J, H = jacobians(f, params), output_hessians(loss_fn, f, y)
+    return {
+        k: torch.einsum("nop,nor,nrp->np", j.flatten(2), H, j.flatten(2)).view(len(f), *params[k].shape)
+        for k, j in J.items()
+    }
+
+
+class Times(nn.Module):
+    """scale * module, as a user would write it."""
+
+    def __init__(self, scale, module):
+        super().__init__()
+        self.scale, self.module = scale, module
+
+    def forward(self, f, y):
+        return self.scale * self.module(f, y)
