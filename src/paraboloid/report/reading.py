@@ -1,0 +1,186 @@
+"""What the numbers say, in plain words; each function reads one section of a record and nothing else.
+
+A statement about a ratio or a difference says when the repeats cannot tell it from nothing (two standard errors).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from paraboloid.report.numbers import count, number, percent, short, with_error
+
+Section = dict[str, Any]
+
+
+def training(section: Section) -> list[str]:
+    """How far the training came."""
+    if not section["curve"]:
+        return ["The model was measured as it was given; it was not trained here."]
+    first, last = section["curve"][0], section["curve"][-1]
+    sentence = (
+        f"{count(section['steps'])} steps of {section['optimizer']} ({short(section['epochs'])} epochs, batches of "
+        f"{count(section['batch_size'])}) took the training loss from {number(first['train_loss'])} to "
+        f"{number(last['train_loss'])}"
+    )
+    if last.get("test_loss") is not None:
+        sentence += f"; the test loss is {number(last['test_loss'])}"
+    if last.get("test_accuracy") is not None:
+        sentence += f", the test accuracy {percent(last['test_accuracy'], 3)}"
+    return [sentence + "."]
+
+
+def noise(section: Section) -> list[str]:
+    """Noise against signal at the start and at the end, and which layer is noisiest."""
+    first, last = section["checkpoints"][0], section["checkpoints"][-1]
+    batch, ratio = count(section["batch_size"]), last["total"]["noise_to_signal"]
+    if ratio is None:
+        return [f"The gradient on all data is zero at the end of training: a batch of {batch} sees noise only."]
+    amount = f"{number(ratio)} times as much noise as signal"
+    sentences = [f"At the end of training a gradient from {batch} samples carries {amount}."]
+    start, scale = first["total"]["noise_to_signal"], last["total"]["noise_scale"]
+    if start is not None and first["step"] != last["step"]:
+        sentences.append(f"At the start the ratio was {number(start)}.")
+    if scale is not None:
+        equal = f"batches of {number(scale, 2)} samples drawn with replacement"
+        sentences.append(f"Noise and signal would be equal in {equal}.")
+    layers = [layer for layer in last["layers"] if layer["noise_to_signal"] is not None]
+    if len(layers) > 1:
+        top = max(layers, key=lambda layer: layer["noise_to_signal"])
+        low = min(layers, key=lambda layer: layer["noise_to_signal"])
+        sentences.append(
+            f"By layer it runs from {number(low['noise_to_signal'])} in {low['name']} to "
+            f"{number(top['noise_to_signal'])} in {top['name']}."
+        )
+    return sentences
+
+
+def curvature(section: Section) -> list[str]:
+    """How much of the trace the largest eigenvalues hold, and where they lie."""
+    values = [item["value"] for item in section["eigenvalues"]]
+    trace, parameters = section["trace"]["value"], section["parameters"]
+    sentences = []
+    if trace:
+        sentences.append(
+            f"The {len(values)} largest of {count(parameters)} eigenvalues hold {percent(sum(values) / trace)} of the "
+            f"trace; the largest, {number(values[0])}, holds {percent(values[0] / trace)}."
+        )
+    shares = section["eigenvalues"][0]["layers"]
+    if len(shares) > 1:
+        name = max(shares, key=lambda layer: shares[layer])
+        sentences.append(f"Of its eigenvector's squared norm {percent(shares[name])} lies in {name}.")
+    layers = [layer for layer in section["layers"] if layer["trace"] is not None]
+    if trace and len(layers) > 1:
+        top = max(layers, key=lambda layer: layer["trace"])
+        sentences.append(
+            f"Of the trace {percent(top['trace'] / trace)} lies in {top['name']}, more than in any other layer."
+        )
+    return sentences
+
+
+def bias(section: Section) -> list[str]:
+    """The finding first, what to do about it second, then the second batch, the slope and the step's decrease."""
+    row = reference_row(section)
+    return [_finding(row, section), _advice(row, section), *_second_batch(row), *_slope(row), *_decrease(row)]
+
+
+def reference_row(section: Section) -> dict[str, Any]:
+    """The measured batch size nearest to the one of training (in ratio), of which the finding speaks."""
+    wanted = section["training_batch_size"] or section["table"][0]["batch_size"]
+    return min(section["table"], key=lambda row: max(row["batch_size"] / wanted, wanted / row["batch_size"]))
+
+
+def top_ratio(
+    row: dict[str, Any], which: str = "same", quantity: str = "curvature"
+) -> tuple[float | None, float | None]:
+    """The ratio to all data along the top direction, and its standard error."""
+    ratio = row["ratios"][0][quantity][which]
+    return ratio["value"], ratio["standard_error"]
+
+
+def sufficient_batch(section: Section) -> int | None:
+    """The smallest measured batch size from which on the curvature is overstated by less than the tolerance."""
+    enough = None
+    for row in sorted(section["table"], key=lambda row: -row["batch_size"]):
+        value, _ = top_ratio(row)
+        if value is None or value >= 1 + section["tolerance"]:
+            break
+        enough = row["batch_size"]
+    return enough
+
+
+def _finding(row: dict[str, Any], section: Section) -> str:
+    value, error = top_ratio(row)
+    where = f"With batches of {count(row['batch_size'])} the curvature along the top direction"
+    if value is None:
+        return f"{where} cannot be compared: it is zero on all data."
+    if value < 1 + section["tolerance"]:
+        if value < 1 - section["tolerance"] and error is not None and 1 - value > 2 * error:
+            return f"{where} is understated: {number(value, 2)} of the curvature on all data."
+        limit = percent(section["tolerance"])
+        return f"{where} is overstated by less than {limit}: {number(value)} times the curvature on all data."
+    if error is not None and value - 1 < 2 * error:
+        return f"{where} looks overstated {number(value, 2)} times, but the repeats do not tell this from no bias."
+    return f"{where} is overstated {number(value, 2)} times."
+
+
+def _advice(row: dict[str, Any], section: Section) -> str:
+    value, _ = top_ratio(row)
+    enough, sizes = sufficient_batch(section), [row["batch_size"] for row in section["table"]]
+    tolerance = percent(section["tolerance"])
+    if value is None:
+        return "There is nothing to correct along a flat direction."
+    if value < 1 + section["tolerance"]:
+        return "A batch of this size may measure the directions that it found itself."
+    if enough is None:
+        last, _ = top_ratio(max(section["table"], key=lambda row: row["batch_size"]))
+        return (
+            "Take directions and step lengths from different batches: no measured batch size brings the overstatement "
+            f"below {tolerance} (the largest, {count(max(sizes))}, still overstates {number(last, 2)} times)."
+        )
+    return (
+        f"Take directions and step lengths from different batches, or use at least {count(enough)} samples: the "
+        f"smallest measured size that overstates by less than {tolerance}."
+    )
+
+
+def _second_batch(row: dict[str, Any]) -> list[str]:
+    value, error = top_ratio(row, "other")
+    if value is None:
+        return []
+    sentence = (
+        f"A second batch of {count(row['batch_size'])} measures {with_error(value, error)} of the curvature on all "
+        "data along the same direction"
+    )
+    if error is None:
+        return [sentence + "."]
+    agrees = abs(value - 1) <= 2 * error
+    return [sentence + (", no bias within two standard errors." if agrees else ", more than two standard errors off.")]
+
+
+def _slope(row: dict[str, Any]) -> list[str]:
+    same, full = row["slope"]["same"], row["slope"]["full"]
+    if same["mean"][0] is None or full["mean"][0] is None:
+        return []
+    start = f"Along that direction the batch sees a slope of {number(same['mean'][0], 2)}"
+    error = full["standard_error"][0]
+    if error is not None and abs(full["mean"][0]) < 2 * error:
+        return [f"{start}; on all data the slope, {with_error(full['mean'][0], error)}, cannot be told from zero."]
+    value, spread = top_ratio(row, "same", "slope")
+    return [f"{start}, {with_error(value, spread)} times that on all data."] if value is not None else []
+
+
+def _decrease(row: dict[str, Any]) -> list[str]:
+    same, other = row["decrease"]["same"], row["decrease"]["other"]
+    if same["promised"]["value"] is None or same["delivered"]["value"] is None:
+        return []
+    delivered = same["delivered"]["value"]
+    verb = "lowers" if delivered >= 0 else "raises"
+    sentence = (
+        f"A Newton step along it promises to lower the loss by {number(same['promised']['value'], 2)}; on the "
+        f"quadratic of all data it {verb} it by {number(abs(delivered), 2)}"
+    )
+    if other["delivered"]["value"] is not None:
+        outcome = other["delivered"]["value"]
+        verb = "lowers" if outcome >= 0 else "raises"
+        sentence += f", while the step with its length from a second batch {verb} it by {number(abs(outcome), 2)}"
+    return [sentence + "."]

@@ -1,0 +1,208 @@
+"""The bias of the mini-batch quadratic: curvature, slope and step on the same batch, another batch and all data."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from paraboloid.report.numbers import count, power_of_ten, with_error
+from paraboloid.report.section import Panel, Section, Table
+from paraboloid.report.theme import FULL, MUTED, OTHER, SAME, SERIES, fixed_ticks, gaps, inline_svg, plain_axis
+
+# All data first: the truth is the broad pale line that the measurements are drawn over.
+_WHICH: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("full", "all data", {"color": FULL, "linewidth": 5, "alpha": 0.28}),
+    ("same", "same batch", {"color": SAME, "marker": "o"}),
+    ("other", "another batch", {"color": OTHER, "marker": "s"}),
+)
+_STEPS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("promised", "promised by the batch", {"color": SERIES[4], "marker": "^"}),
+    ("delivered", "delivered on all data", {"color": FULL, "marker": "D"}),
+)
+_QUANTITIES = ("curvature", "slope")
+
+
+def section(record: dict[str, Any]) -> Section:
+    """The section "Bias of the mini-batch quadratic"."""
+    bias = record["bias"]
+    panels = [_ratios(bias), _directions(bias), _decrease(bias)]
+    return Section("bias", "Bias of the mini-batch quadratic", bias["reading"], panels)
+
+
+def _ratios(bias: dict[str, Any]) -> Panel:
+    rows = bias["table"]
+    sums = [ratio["directions"] for ratio in rows[0]["ratios"]]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots(2, len(sums), sharex=True, sharey="row", squeeze=False)
+        for line, quantity in zip(axes, _QUANTITIES, strict=True):
+            for i, (axis, k) in enumerate(zip(line, sums, strict=True)):
+                _reference(axis, bias["tolerance"])
+                for which, label, style in _WHICH[1:]:
+                    _points(axis, rows, [row["ratios"][i][quantity][which] for row in rows], label, style)
+                what = "top direction" if k == 1 else f"sum of top {k}"
+                axis.set(title=f"{quantity.capitalize()}, {what}")
+            line[0].set_ylabel("batch / all data")
+            line[0].set_ylim(*_ratio_limits(rows, quantity))
+            plain_axis(line[0].yaxis)
+        for axis in axes[0]:
+            axis.set_xlabel("")
+        _legend(figure, axes[0, 0])
+
+    what = "Curvature and slope measured on a batch over those of all data along the same direction"
+    caption = (
+        f"{what}, by batch size; bars are one standard error. The directions are the top eigenvectors of the first "
+        "batch: on that same batch they look more curved than they are."
+    )
+    notes = {
+        "curvature": f"Ratios of sums over {count(bias['repeats'])} pairs of batches, ± one standard error.",
+        "slope": "Every direction is oriented downhill on its own batch. Where the slope on all data is close to zero, "
+        "its ratio is wide.",
+    }
+    tables = [_ratio_table(bias, sums, quantity, notes[quantity]) for quantity in _QUANTITIES]
+    return Panel(inline_svg("ratios", what, (7.4, 5.6), draw), caption, tables)
+
+
+def _ratio_table(bias: dict[str, Any], sums: list[int], quantity: str, note: str) -> Table:
+    columns = [f"{'top' if k == 1 else f'top {k}'}, {which}" for k in sums for which in ("same", "other")]
+    rows = [
+        [_cell(ratio[quantity][which]) for ratio in row["ratios"] for which in ("same", "other")]
+        for row in bias["table"]
+    ]
+    return Table(f"{quantity.capitalize()} ratio", ["batch", *columns], _named(bias, rows), note)
+
+
+def _directions(bias: dict[str, Any]) -> Panel:
+    rows, k = bias["table"], bias["k"]
+    ranks = np.arange(1, k + 1)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots(2, len(rows), sharex=True, sharey="row", squeeze=False)
+        for column, row in zip(axes.T, rows, strict=True):
+            for axis, quantity in zip(column, _QUANTITIES, strict=True):
+                for which, label, style in _WHICH:
+                    _band(axis, ranks, row[quantity][which], label, style)
+            column[0].set_title(f"batches of {count(row['batch_size'])}")
+            column[1].set_xlabel("direction")
+            fixed_ticks(column[1].xaxis, [1, *range(5, k + 1, 5)] if k >= 5 else [int(rank) for rank in ranks])
+        for axis, quantity in zip(axes[:, 0], _QUANTITIES, strict=True):
+            axis.set_ylabel(quantity)
+            plain_axis(axis.yaxis)
+        axes[0, 0].set_ylim(bottom=0)
+        _legend(figure, axes[0, 0])
+
+    what = (
+        f"Curvature and slope along the top {k} directions of a batch, measured on that batch, on another batch and on "
+        "all data"
+    )
+    columns = [f"{quantity}, {label}" for quantity in _QUANTITIES for _, label, _ in _WHICH]
+    cells = [
+        [count(row["batch_size"]), str(rank + 1)]
+        + [_entry(row[quantity][which], rank) for quantity in _QUANTITIES for which, _, _ in _WHICH]
+        for row in rows
+        for rank in range(k)
+    ]
+    table = Table(
+        f"All {len(cells)} rows: mean over repeats ± one standard error",
+        ["batch", "direction", *columns],
+        cells,
+        folded=True,
+    )
+    caption = f"{what}. Means over {count(bias['repeats'])} repeats; bands are one standard error."
+    size = (2.0 + 2.1 * len(rows), 4.8)
+    return Panel(inline_svg("directions", what, size, draw), caption, [table], wide=True)
+
+
+def _decrease(bias: dict[str, Any]) -> Panel:
+    rows = bias["table"]
+    titles = {"same": "Length from the same batch", "other": "Length from another batch"}
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots(1, 2, sharey=True)
+        for axis, (which, title) in zip(axes, titles.items(), strict=True):
+            axis.axhline(0, color=MUTED, linewidth=1)
+            for key, label, style in _STEPS:
+                _points(axis, rows, [row["decrease"][which][key] for row in rows], label, style)
+            axis.set_title(title)
+        axes[0].set_ylabel("decrease of the loss")
+        plain_axis(axes[0].yaxis)
+        _legend(figure, axes[0])
+
+    what = (
+        "The decrease of the loss that a Newton step along the top direction promises, and what the quadratic of all "
+        "data delivers"
+    )
+    entries = [[row["decrease"][which][key] for which in titles for key, _, _ in _STEPS] for row in rows]
+    exponent = _common_exponent([entry["value"] for line in entries for entry in line])
+    table = Table(
+        "Decrease of the loss" + (f", in units of {power_of_ten(exponent)}" if exponent else ""),
+        ["batch", *(f"{which}: {key}" for which in titles for key, _, _ in _STEPS)],
+        _named(bias, [[_cell(entry, exponent) for entry in line] for line in entries]),
+    )
+    caption = (
+        f"{what}; bars are one standard error. Left, slope and curvature are those of the batch that found the "
+        "direction; right, those of a second batch."
+    )
+    return Panel(inline_svg("decrease", what, (7.4, 3.4), draw), caption, [table])
+
+
+def _named(bias: dict[str, Any], rows: list[list[str]]) -> list[list[str]]:
+    """Each row of cells with its batch size before it."""
+    return [[count(row["batch_size"]), *cells] for row, cells in zip(bias["table"], rows, strict=True)]
+
+
+def _cell(entry: dict[str, Any], exponent: int = 0) -> str:
+    """`value ± standard error`, in units of 10^exponent."""
+    value, error, unit = entry["value"], entry["standard_error"], 10.0**exponent
+    return with_error(value if value is None else value / unit, error if error is None else error / unit)
+
+
+def _entry(values: dict[str, Any], rank: int) -> str:
+    return with_error(values["mean"][rank], values["standard_error"][rank])
+
+
+def _common_exponent(values: list[float | None]) -> int:
+    """The power of ten to write a table in, so that its largest number is between 1 and 1000; 0 for ordinary sizes."""
+    largest = max((abs(value) for value in values if value is not None), default=1.0)
+    exponent = 3 * math.floor(math.log10(largest) / 3) if largest > 0 else 0
+    return exponent if largest < 0.1 or largest >= 1e4 else 0
+
+
+def _points(axis: Axes, rows: list[dict[str, Any]], entries: list[dict[str, Any]], label: str, style: Any) -> None:
+    """Values with their error bars against the batch sizes."""
+    sizes = [row["batch_size"] for row in rows]
+    error = np.nan_to_num(np.array(gaps([entry["standard_error"] for entry in entries])))
+    axis.errorbar(sizes, gaps([entry["value"] for entry in entries]), yerr=error, label=label, elinewidth=1.2, **style)
+    axis.set_xscale("log", base=2)
+    fixed_ticks(axis.xaxis, sizes)
+    axis.set_xlabel("batch size")
+
+
+def _band(axis: Axes, ranks: np.ndarray, values: dict[str, Any], label: str, style: dict[str, Any]) -> None:
+    """Means over the repeats against the rank of the direction, in a band of one standard error."""
+    mean, error = np.array(gaps(values["mean"])), np.nan_to_num(np.array(gaps(values["standard_error"])))
+    if "marker" in style:
+        axis.fill_between(ranks, mean - error, mean + error, color=style["color"], alpha=0.16, linewidth=0)
+    axis.plot(ranks, mean, label=label, **{"markersize": 3.2, "linewidth": 1.5, **style})
+
+
+def _ratio_limits(rows: list[dict[str, Any]], quantity: str) -> tuple[float, float]:
+    """From 0 to what holds every mean; a bar or value far beyond (a slope near zero on all data) leaves the axis."""
+    found = [ratio[quantity][which]["value"] for row in rows for ratio in row["ratios"] for which in ("same", "other")]
+    values = [value for value in found if value is not None]
+    return min(0.0, max(-2.0, 1.1 * min(values, default=0.0))), min(12.0, max(1.5, 1.2 * max(values, default=1.0)))
+
+
+def _reference(axis: Axes, tolerance: float) -> None:
+    """A line at 1, and the band that the reading calls unbiased enough."""
+    axis.axhline(1, color=FULL, linewidth=1.2, linestyle=(0, (4, 3)), label="all data")
+    axis.axhspan(1 - tolerance, 1 + tolerance, color=MUTED, alpha=0.12, linewidth=0)
+
+
+def _legend(figure: Figure, axis: Axes) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels))
