@@ -1,0 +1,26 @@
+"""Linear algebra that knows a matrix only by its products: any object with ``@`` and ``.shape`` is an operator.
+
+`Operand` says how torch tensors, SciPy's and other people's operators are told apart.
+"""
+
+from paraboloid.linalg.conjugate_gradients import cg
+from paraboloid.linalg.density import spectral_density
+from paraboloid.linalg.eigen import eigh, eigsh
+from paraboloid.linalg.estimate import Estimate, TensorEstimate
+from paraboloid.linalg.krylov import lanczos
+from paraboloid.linalg.stochastic_diagonal import diagonal
+from paraboloid.linalg.trace import hutchinson_trace, hutchpp_trace, xtrace
+
+__all__ = [
+    "Estimate",
+    "TensorEstimate",
+    "cg",
+    "diagonal",
+    "eigh",
+    "eigsh",
+    "hutchinson_trace",
+    "hutchpp_trace",
+    "lanczos",
+    "spectral_density",
+    "xtrace",
+]

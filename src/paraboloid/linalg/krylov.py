@@ -1,0 +1,69 @@
+"""Lanczos tridiagonalisation with full re-orthogonalisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paraboloid.linalg.operand import Operand, check_count
+from paraboloid.linalg.probes import Seed, generator_of, normal
+
+
+def orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """w minus its components in the orthonormal rows of basis [j, D], taken out twice; and those components [j].
+
+    Twice is enough: Parlett, The symmetric eigenvalue problem, section 6.9.
+    """
+    components = basis @ w
+    w = w - components @ basis
+    again = basis @ w
+    return w - again @ basis, components + again
+
+
+def random_unit(basis: Tensor, like: Any, generator: torch.Generator) -> Tensor:
+    """A random unit vector orthogonal to the rows of basis [j, D]."""
+    for _ in range(5):
+        w = normal((like.size,), like, generator)
+        scale = w.norm()
+        w, _ = orthogonalise(w, basis)
+        if (norm := w.norm()) > 1e-3 * scale / like.size**0.5:
+            w, _ = orthogonalise(w / norm, basis)
+            return w / w.norm()
+    raise torch.linalg.LinAlgError(f"found no vector orthogonal to {len(basis)} vectors of length {like.size}.")
+
+
+def lanczos(A: Any, k: int, seed: Seed = 0) -> tuple[Tensor, Tensor]:
+    """k steps of the Lanczos process from a random unit vector: A Q = Q T + a remainder in the last column.
+
+    T [k, k] symmetric tridiagonal, Q [D, k] with orthonormal columns; k <= D.  Where an invariant subspace is exhausted
+    the process goes on from a new random vector, and T has a zero beside its diagonal there.
+    """
+    A = Operand(A)
+    check_count("k", k, most=A.size)
+    generator = generator_of(seed, A.device)
+    Q = torch.zeros(k, A.size, dtype=A.dtype, device=A.device)
+    T = torch.zeros(k, k, dtype=A.dtype, device=A.device)
+    Q[0] = random_unit(Q[:0], A, generator)
+    for j in range(k):
+        w, components = orthogonalise(A @ Q[j], Q[: j + 1])
+        T[j, j] = components[j]
+        if j + 1 == k:
+            break
+        scale = T[: j + 1, : j + 1].abs().max().item()
+        T[j, j + 1], Q[j + 1] = next_vector(w, Q[: j + 1], scale, A, generator)
+        T[j + 1, j] = T[j, j + 1]
+    return T, Q.T
+
+
+def next_vector(w: Tensor, basis: Tensor, scale: float, like: Any, generator: torch.Generator) -> tuple[float, Tensor]:
+    """(norm, unit vector) of a remainder w orthogonal to the basis; (0, a random one) if w is rounding error."""
+    beta = w.norm().item()
+    if beta <= 10 * torch.finfo(like.dtype).eps * max(scale, beta) or beta == 0:
+        return 0.0, random_unit(basis, like, generator)
+    q = w / beta
+    if beta < 1e-3 * scale:  # what is left after cancellation is orthogonal only relative to what was there
+        q, _ = orthogonalise(q, basis)
+        q /= q.norm()
+    return beta, q

@@ -1,0 +1,53 @@
+"""What counts as an operator: anything with ``@`` and a square ``.shape``, on the torch or on the NumPy side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Operand:
+    """A square matrix known by its products with torch vectors [D] or [D, K].
+
+    An object whose ``dtype`` is a torch dtype, or that has none, is multiplied with torch tensors; any other (NumPy
+    arrays, SciPy's sparse matrices and LinearOperators) with NumPy arrays, and the product is converted back.
+    """
+
+    def __init__(self, A: Any):
+        if isinstance(A, Operand):
+            self.__dict__.update(A.__dict__)
+            return
+        shape = tuple(getattr(A, "shape", ()))
+        if not hasattr(type(A), "__matmul__") or len(shape) != 2 or shape[0] != shape[1]:
+            raise ValueError(f"A is a {type(A).__name__} of shape {shape or None}; expected a square operator, that is "
+                             "an object with @ and .shape (D, D).")  # fmt: skip
+        dtype = getattr(A, "dtype", None)
+        self.A, self.size, self.shape = A, shape[0], shape
+        self.on_torch = isinstance(dtype, torch.dtype) or not hasattr(A, "dtype")
+        if self.on_torch:
+            self.dtype = dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype()
+        else:
+            self.dtype = torch.from_numpy(np.empty(0, np.float64 if dtype is None else dtype)).dtype
+        if self.dtype.is_complex:
+            raise ValueError(f"A has dtype {self.dtype}; expected a real operator.")
+        if not self.dtype.is_floating_point:
+            self.dtype = torch.float64
+        device = getattr(A, "device", None)
+        self.device = torch.device(device) if self.on_torch and device is not None else torch.device("cpu")
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        if not self.on_torch:
+            return torch.from_numpy(np.asarray(self.A @ v.numpy())).to(v.dtype)
+        A = self.A.to(v.dtype) if isinstance(self.A, Tensor) else self.A
+        return (A @ v).detach().to(v.dtype)
+
+
+def check_count(name: str, count: int, least: int = 1, most: int | None = None) -> int:
+    """Raise ValueError unless `count` is an integer in least..most."""
+    if not isinstance(count, int) or isinstance(count, bool) or count < least or (most is not None and count > most):
+        limits = f"an integer of at least {least}" if most is None else f"an integer in {least}..{most}"
+        raise ValueError(f"{name} is {count!r}; expected {limits}.")
+    return count

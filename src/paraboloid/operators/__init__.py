@@ -1,0 +1,21 @@
+"""Curvature as linear operators: a matrix [D, D] over the parameters, known by its products.
+
+Arguments that all of them take:
+
+model       any nn.Module, in the mode it is in; only parameters with requires_grad take part
+loss_fn     a torch loss module, a `pb.Loss`, or any callable (f, y) -> scalar
+data        a batch or an iterable of batches; an iterable is read on each product unless its graphs are kept, must give
+            the same samples each time, and counts as one big batch (but for layers that couple a batch's samples)
+output      picks the output tensor from a structured result, e.g. ``lambda o: o.logits``
+seed        of dropout masks and the like, drawn once: the operator is the same on every product
+max_memory  bytes of recorded graphs that are kept between products (default 1 GiB).  With all graphs kept the operator
+            stays that of the samples first seen; what does not fit is recorded anew on each product
+"""
+
+from paraboloid.linalg.estimate import Estimate, TensorEstimate
+from paraboloid.operators.algebra import Identity, Scaled, Sum
+from paraboloid.operators.base import LinearOperator
+from paraboloid.operators.ggn import GGN
+from paraboloid.operators.hessian import Hessian
+
+__all__ = ["GGN", "Estimate", "Hessian", "Identity", "LinearOperator", "Scaled", "Sum", "TensorEstimate"]

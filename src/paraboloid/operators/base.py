@@ -1,0 +1,215 @@
+"""The contract of a curvature: a symmetric linear map on parameter space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paraboloid import linalg, trees
+from paraboloid.linalg.eigen import dense
+from paraboloid.linalg.estimate import Estimate, TensorEstimate, mean_estimate
+from paraboloid.linalg.operand import check_count
+from paraboloid.linalg.probes import Seed, block_size, blocks, generator_of, signs
+
+Vector = Tensor | Mapping[str, Tensor]
+
+
+class LinearOperator:
+    """A symmetric matrix [D, D] over the trainable parameters, in the order of `named_parameters`.
+
+    A subclass gives `parameters`, `_product` and what it can do better than by products.  What is said of exactness and
+    cost below holds for operators known by their products alone.
+    """
+
+    parameters: Mapping[str, Tensor]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        size = sum(p.numel() for p in self.parameters.values())
+        return size, size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtypes = [p.dtype for p in self.parameters.values()]
+        return dtypes[0] if len(set(dtypes)) == 1 else _promoted(dtypes)
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
+
+    def _product(self, rows: Tensor) -> Tensor:
+        """Products with the K rows of a [K, D] tensor, as rows."""
+        raise NotImplementedError
+
+    def __matmul__(self, v: Any) -> Any:
+        """The product with a dict by parameter name (entries may carry a trailing axis K), a tensor [D] or [D, K].
+
+        The result has the form of v, and the dtype of the parameters.
+        """
+        columns = self.columns(v)
+        product = self._product(columns.T if columns.dim() == 2 else columns.unsqueeze(0))
+        return self.like(product.T if columns.dim() == 2 else product.squeeze(0), v)
+
+    def columns(self, v: Vector) -> Tensor:
+        """A vector in any accepted form as a flat [D] or [D, K] tensor of the operator's dtype."""
+        if isinstance(v, Mapping):
+            v = trees.flatten(v, self.parameters)
+        if not isinstance(v, Tensor):
+            raise ValueError(f"the vector is a {type(v).__name__}; expected a tensor [{self.shape[0]}] or "
+                             f"[{self.shape[0]}, K], or a dict by parameter name.")  # fmt: skip
+        if v.dim() not in (1, 2) or len(v) != self.shape[0]:
+            raise ValueError(f"the vector has shape {tuple(v.shape)}; expected [{self.shape[0]}] or "
+                             f"[{self.shape[0]}, K], or a dict by parameter name.")  # fmt: skip
+        if v.is_complex():
+            raise ValueError(f"the vector has dtype {v.dtype}; expected a real type.")
+        if v.device != self.device:
+            raise ValueError(f"the vector is on {v.device}; expected {self.device}, where the parameters are.")
+        return v.detach().to(self.dtype)
+
+    def like(self, flat: Tensor, v: Vector) -> Any:
+        """A flat [D] or [D, K] result in the form of v."""
+        if not isinstance(v, Mapping):
+            return flat
+        return {k: t.to(self.parameters[k].dtype) for k, t in trees.unflatten(flat, self.parameters).items()}
+
+    def rows(self, directions: Tensor) -> Tensor:
+        """Check directions [k, D]; in the operator's dtype."""
+        if not isinstance(directions, Tensor) or directions.dim() != 2 or directions.shape[1] != self.shape[0]:
+            found = tuple(directions.shape) if isinstance(directions, Tensor) else type(directions).__name__
+            raise ValueError(
+                f"the directions are {found}; expected a tensor [k, {self.shape[0]}], one direction per row."
+            )
+        return self.columns(directions.T).T
+
+    def quadratic_forms(self, directions: Tensor) -> Tensor:
+        """d.A d for each row d of `directions` [k, D], as it is given: [k]."""
+        rows = self.rows(directions)
+        return (rows * self._product(rows)).sum(1)
+
+    def to_dense(self) -> Tensor:
+        """The matrix [D, D], exactly symmetric; D products."""
+        return dense(self)
+
+    def diagonal(self, samples: int | None = None, seed: Seed = 0) -> Tensor:
+        """The diagonal [D], exact, from D quadratic forms; or with `samples` an estimate from so many products, which
+        carries `.standard_error` [D]."""
+        if samples is not None:
+            return linalg.diagonal(self, samples, seed)
+        size, step = self.shape[0], block_size(*self.shape[:1], self.dtype)
+        parts = []
+        for start in range(0, size, step):
+            units = torch.zeros(min(step, size - start), size, dtype=self.dtype, device=self.device)
+            units[:, start:].fill_diagonal_(1)
+            parts.append(self.quadratic_forms(units))
+        return torch.cat(parts)
+
+    def trace(self, samples: int | None = None, seed: Seed = 0) -> float:
+        """The trace: exact, at the cost of the diagonal; or with `samples` Hutchinson's estimate from so many quadratic
+        forms, an `Estimate` (a float with `.standard_error`)."""
+        if samples is None:
+            return self.diagonal().sum().item()
+        check_count("samples", samples)
+        generator = generator_of(seed, self.device)
+        size = self.shape[0]
+        forms = [self.quadratic_forms(signs((n, size), self, generator)) for n in blocks(samples, size, self.dtype)]
+        return mean_estimate(torch.cat(forms))
+
+    def eigsh(
+        self, k: int, tol: float | None = None, max_products: int | None = None, seed: Seed = 0
+    ) -> tuple[Tensor, Tensor]:
+        """The k algebraically largest eigenvalues [k], descending, and orthonormal eigenvectors [D, k].
+
+        Lanczos, or the dense matrix where that is cheaper (k = D is allowed); see `paraboloid.linalg.eigsh`.
+        """
+        return linalg.eigsh(self, k, tol, max_products, seed)
+
+    def solve(
+        self,
+        b: Any,
+        damping: float = 0.0,
+        tol: float | None = None,
+        max_iterations: int | None = None,
+        preconditioner: Any = None,
+    ) -> Any:
+        """x with (A + damping I) x = b by conjugate gradients; b and x in any form that `@` takes.
+
+        tol bounds the relative residual: 1e-10 in float64, 1e-5 in lower precision unless given.  See `linalg.cg`.
+        """
+        columns = self.columns(b)
+        tol = (1e-10 if self.dtype == torch.float64 else 1e-5) if tol is None else tol
+        return self.like(linalg.cg(_Damped(self, damping), columns, tol, max_iterations, preconditioner), b)
+
+    def inverse(self, damping: float = 0.0) -> LinearOperator:
+        raise NotImplementedError(self._no_structure("inverse(damping)"))
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        raise NotImplementedError(self._no_structure("logdet(damping)"))
+
+    def sqrt_matmul(self, v: Any) -> Any:
+        raise NotImplementedError(self._no_structure("sqrt_matmul(v)"))
+
+    def _no_structure(self, what: str) -> str:
+        return (
+            f"{type(self).__name__} is known by its products alone, so it has no {what}; expected an operator with "
+            "structure, such as a Kronecker-factored one. Use solve(b, damping=...) for a linear system, or to_dense()."
+        )
+
+    def to_scipy(self):
+        """The same operator as a `scipy.sparse.linalg.LinearOperator`, float64 in and out, on the CPU's side."""
+        from scipy.sparse.linalg import LinearOperator as ScipyOperator
+
+        def multiply(v):
+            columns = torch.from_numpy(v).to(self.device, self.dtype)
+            return (self @ columns).double().cpu().numpy()
+
+        def multiply_vector(v):
+            return multiply(v.reshape(-1).astype("float64"))
+
+        return ScipyOperator(
+            self.shape,  # type: ignore[reportCallIssue]  (SciPy's stubs know the subclassing form only)
+            matvec=multiply_vector,
+            rmatvec=multiply_vector,
+            matmat=lambda V: multiply(V.astype("float64")),
+            rmatmat=lambda V: multiply(V.astype("float64")),
+            dtype="float64",
+        )
+
+    def __add__(self, other: Any) -> LinearOperator:
+        from paraboloid.operators.algebra import Sum
+
+        return Sum(self, other) if isinstance(other, LinearOperator) else NotImplemented
+
+    def __mul__(self, scale: Any) -> LinearOperator:
+        from paraboloid.operators.algebra import Scaled
+
+        return Scaled(self, float(scale)) if isinstance(scale, int | float) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __repr__(self) -> str:
+        size = self.shape[0]
+        return f"{type(self).__name__}([{size}, {size}], {self.dtype}, {self.device})"
+
+
+class _Damped:
+    """A + damping I, for solvers."""
+
+    def __init__(self, A: LinearOperator, damping: float):
+        self.A, self.damping = A, damping
+        self.shape, self.dtype, self.device = A.shape, A.dtype, A.device
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return (self.A @ v).add_(v, alpha=self.damping)
+
+
+def _promoted(dtypes: list[torch.dtype]) -> torch.dtype:
+    dtype = dtypes[0]
+    for other in dtypes[1:]:
+        dtype = torch.promote_types(dtype, other)
+    return dtype
+
+
+__all__ = ["Estimate", "LinearOperator", "TensorEstimate", "Vector"]

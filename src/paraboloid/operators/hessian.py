@@ -1,0 +1,81 @@
+"""The Hessian of the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paraboloid.data import Output
+from paraboloid.linalg.probes import normal
+from paraboloid.losses import Loss
+from paraboloid.operators.base import LinearOperator
+from paraboloid.operators.ggn import dot, join, split
+from paraboloid.operators.replay import Replay
+
+
+class GradientGraph:
+    """The gradient of one batch's unreduced loss, with its graph: a product is one backward pass through it."""
+
+    def __init__(self, f: Tensor, y: Any, loss: Loss, parameters: list[Tensor]):
+        self.f, self.y, self.loss, self.parameters = f, y, loss, parameters
+        self.g: list[Tensor] | None = None
+
+    def prepare(self) -> None:
+        """Record the graph of the gradient."""
+        if self.g is not None:
+            return
+        total = self.loss.sample_losses(self.f, self.y).sum()
+        grads = torch.autograd.grad(total, self.parameters, create_graph=True, allow_unused=True)
+        self.g = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, grads, strict=True)]
+
+    def gradient(self) -> list[Tensor]:
+        self.prepare()
+        return [g.detach() for g in self.g]
+
+    def adjoint_pair(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """w.(A v) and v.(A w) for random v and w."""
+        v, w = ([normal(tuple(p.shape), p, generator) for p in self.parameters] for _ in range(2))
+        Av, Aw = self.product(v), self.product(w)
+        return dot(w, Av), dot(v, Aw), dot(Av, Av).sqrt() + dot(Aw, Aw).sqrt()
+
+    def product(self, v: list[Tensor]) -> list[Tensor]:
+        """Hessian times v, one tensor for each parameter."""
+        self.prepare()
+        curved = [(g, w) for g, w in zip(self.g, v, strict=True) if g.requires_grad]
+        if not curved:  # the loss is linear in the parameters
+            return [torch.zeros_like(p) for p in self.parameters]
+        grads, weights = zip(*curved, strict=True)
+        return list(torch.autograd.grad(grads, self.parameters, weights, retain_graph=True, materialize_grads=True))
+
+
+class Hessian(LinearOperator):
+    """The second derivative of the loss as reduced.  Any callable loss works; a loader counts as one big batch.
+
+    See `paraboloid.operators` for the arguments, and for what is kept between products.
+
+    Cost: a product with a kept graph is about 2 gradients; `to_dense`, `diagonal` and `trace` take D products, or
+    `samples=` of them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Any,
+        data: Any,
+        *,
+        output: Output | None = None,
+        seed: int = 0,
+        max_memory: int | None = None,
+    ):
+        self.replay = Replay(model, loss_fn, data, GradientGraph, output=output, seed=seed, max_memory=max_memory)
+        self.parameters = self.replay.parameters
+
+    def _product(self, rows: Tensor) -> Tensor:
+        result = torch.zeros_like(rows)
+        with self.replay.graphs() as graphs:
+            for graph in graphs:
+                for v, total in zip(rows, result, strict=True):
+                    total += join(graph.product(split(v, graph.parameters)))
+        return result / self.replay.normalizer

@@ -1,0 +1,36 @@
+"""How many bytes a piece of work leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class BytesKept(TorchDispatchMode):
+    """Notes every storage that operations inside the block produce; `total` counts those that still live.
+
+    What lives after a forward pass is what autograd saved, however it was saved: hooks, checkpoints and in-place
+    operations need no special care.  Storages of `besides` (the parameters, whose views are outputs too) do not count.
+    """
+
+    def __init__(self, besides: Iterable[Tensor]):
+        super().__init__()
+        self.besides = {t.untyped_storage()._cdata for t in besides}
+        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor):
+                storage = t.untyped_storage()
+                if storage._cdata not in self.besides and storage._cdata not in self.seen:
+                    self.seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return result
+
+    def total(self) -> int:
+        return sum(size for reference, size in self.seen.values() if not reference.expired())

@@ -1,0 +1,194 @@
+"""A model on its data, the same on every pass: batches, random masks, and graphs that are kept while they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from paraboloid import data as batch_data
+from paraboloid import trees
+from paraboloid.losses import Loss, NoTargets, Opaque
+from paraboloid.operators.memory import BytesKept
+from paraboloid.operators.undisturbed import Autocast, RandomStream, TwiceDifferentiable, eager, undisturbed
+
+MAX_MEMORY = 2**30  # bytes of recorded graphs kept between products
+
+
+class Graph(Protocol):
+    """One batch, recorded for derivatives of its unreduced loss."""
+
+    def __init__(self, f: Tensor, y: Any, loss: Loss, parameters: list[Tensor]): ...
+
+    def prepare(self) -> None:
+        """Record what products need, if that is not done yet."""
+        ...
+
+    def gradient(self) -> list[Tensor]:
+        """The gradient of the unreduced loss, one tensor for each parameter."""
+        ...
+
+    def adjoint_pair(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Two numbers that are equal if the derivatives are right, and their scale."""
+        ...
+
+
+def as_loss(loss_fn: Any) -> Loss:
+    """The loss as a `Loss`; a callable that paraboloid does not know becomes an `Opaque` one."""
+    try:
+        return Loss.from_torch(loss_fn)
+    except TypeError:
+        return Opaque(loss_fn)
+
+
+class Replay:
+    """One graph for each batch of the data: ``with replay.graphs() as graphs``, again and again.
+
+    The first pass, made at once, checks outputs, targets and loss, and finds the total normalizer.  If all graphs fit
+    into `max_memory` bytes they are kept and the data is not read again.  Else none is: each pass reads the data and
+    records anew, and raises RuntimeError if the summed loss moved.  Masks of dropout, and whatever else draws from
+    torch's global random state (a shuffling loader too), are those of `seed` on each pass.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        loss_fn: Any,
+        data: Any,
+        graph: type[Graph],
+        *,
+        output: batch_data.Output | None = None,
+        seed: int = 0,
+        max_memory: int | None = None,
+    ):
+        self.parameters: dict[str, nn.Parameter] = trees.parameters(model)
+        self.model, self.loss, self.data, self.graph, self.output = eager(model), as_loss(loss_fn), data, graph, output
+        if isinstance(data, Iterator):
+            raise ValueError(f"data is a {type(data).__name__}, which can be read only once; expected a batch, or what "
+                             "can be iterated again, such as a list of batches or a DataLoader.")  # fmt: skip
+        device = next(iter(self.parameters.values())).device
+        self.stream, self.autocast = RandomStream(seed, device), Autocast(device)
+        self.max_memory = MAX_MEMORY if max_memory is None else max_memory
+        self.versions = self._versions()
+        self.samples, self.normalizer, self.total = 0, 0.0, 0.0
+        self.kept: list[Any] | None = []
+        self._first_pass()
+
+    @property
+    def value(self) -> float:
+        """The loss as reduced over all batches."""
+        return self.total / self.normalizer
+
+    def gradient(self) -> list[Tensor]:
+        """The gradient of the loss as reduced, one tensor for each parameter."""
+        sums = [torch.zeros_like(p) for p in self.parameters.values()]
+        with self.graphs() as graphs:
+            for graph in graphs:
+                for s, g in zip(sums, graph.gradient(), strict=True):
+                    s.add_(g, alpha=1 / self.normalizer)
+        return [s.detach() for s in sums]
+
+    @contextmanager
+    def graphs(self) -> Iterator[Iterable[Any]]:
+        """The graphs of one pass, to be used inside the block."""
+        for name, made, now in zip(self.parameters, self.versions, self._versions(), strict=True):
+            if made != now:
+                raise RuntimeError(f"parameter {name!r} has changed since this operator was made, whose curvature is "
+                                   "that at the old parameters. Make a new one.")  # fmt: skip
+        with undisturbed(self.model):
+            yield self._recorded() if self.kept is None else self.kept
+
+    def _recorded(self) -> Iterator[Any]:
+        total = 0.0
+        for f, y in self._outputs():
+            total += self._summed_loss(f, y)
+            yield self.graph(f, y, self.loss, list(self.parameters.values()))
+        self._check_total(total)
+
+    def _first_pass(self) -> None:
+        size = 0
+        with undisturbed(self.model):
+            outputs = self._outputs()
+            while self.kept is not None:
+                with BytesKept(self.parameters.values()) as left:
+                    if (pair := next(outputs, None)) is None:
+                        break
+                    self._count(*pair)
+                    self.kept.append(self.graph(*pair, self.loss, list(self.parameters.values())))
+                    self.kept[-1].prepare()
+                    del pair
+                if len(self.kept) == 1:
+                    self._certify(self.kept[0])
+                size += left.total()
+                if size > self.max_memory:
+                    self.kept = None
+            for f, y in outputs:
+                self._count(f, y)
+        if self.loss.reduction in ("sum", "whole"):
+            self.normalizer = 1.0
+        if self.normalizer <= 0:
+            raise NoTargets("every target of every batch is ignored or has zero class weight, so the mean loss is 0/0; "
+                            "expected at least one target that counts.")  # fmt: skip
+
+    def _certify(self, graph: Graph) -> None:
+        """Raise RuntimeError where autograd's second derivative is not the derivative of its first."""
+        device, dtype = self.stream.device, next(iter(self.parameters.values())).dtype
+        one, other, scale = graph.adjoint_pair(torch.Generator(device).manual_seed(0))
+        tolerance = 1e-6 if dtype == torch.float64 else 2e-2
+        if not abs(one - other) <= tolerance * scale:
+            raise RuntimeError(
+                f"autograd's second derivative of {type(self.model).__name__} is wrong: two numbers that must be "
+                f"equal are {one.item():.6g} and {other.item():.6g}. Some operation of the model has no correct double "
+                "backward (a custom autograd.Function, a fused kernel); write it out in plain torch operations."
+            )
+
+    def _outputs(self) -> Iterator[tuple[Tensor, Any]]:
+        """(output, targets) of each batch in one pass; the output is part of a graph, and at least float32."""
+        self.stream.rewind()
+        iterator = batch_data.batches(self.data)
+        while True:
+            with self.stream:
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            inputs, y = batch
+            with self.stream, undisturbed(self.model), TwiceDifferentiable(), self.autocast():
+                f = batch_data.call(self.model, inputs, self.output)
+            if f.dtype in (torch.float16, torch.bfloat16):
+                f = f.float()
+            del batch, inputs
+            yield f, y
+
+    def _count(self, f: Tensor, y: Any) -> None:
+        """Check a batch at the door and add it to the totals."""
+        self.loss.check(f, y)
+        if not f.requires_grad:
+            raise ValueError("the model's output does not depend on any parameter that requires a gradient; expected a "
+                             "differentiable output. Does the model detach it, or run under no_grad?")  # fmt: skip
+        if self.samples and self.loss.reduction == "whole":
+            raise ValueError("the loss is a plain callable, which does not tell how it divides, and the data has "
+                             "several batches; expected one batch, a callable with .reduction == 'sum', a torch loss "
+                             "module that paraboloid knows, or a subclass of pb.Loss.")  # fmt: skip
+        self.samples += len(f) if f.dim() else 1
+        with suppress(NoTargets):  # such a batch adds nothing to the sums over a loader
+            self.normalizer += self.loss.normalizer(f, y)
+        self.total += self._summed_loss(f, y)
+
+    def _summed_loss(self, f: Tensor, y: Any) -> float:
+        return batch_data.check_finite(self.loss.sample_losses(f, y).detach().sum()).item()
+
+    def _versions(self) -> list[tuple[int, int]]:
+        return [(p._version, p.data_ptr()) for p in self.parameters.values()]
+
+    def _check_total(self, total: float) -> None:
+        dtype = next(iter(self.parameters.values())).dtype
+        if abs(total - self.total) > torch.finfo(dtype).eps ** 0.75 * abs(self.total):
+            raise RuntimeError(
+                f"the summed loss moved from {self.total:.8g} to {total:.8g} between two passes over the data, so the "
+                "passes do not see one function; expected the same samples and values on each pass. Turn random "
+                "augmentation, drop_last with shuffling, and changes of mode or parameters off, or let the graphs fit "
+                f"into max_memory (now {self.max_memory} bytes), so that one pass is enough."
+            )
