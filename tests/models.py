@@ -39,9 +39,10 @@ class GPT(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0).transpose(2, 3)
         x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
         x = x + self.down(F.gelu(self.up(self.norm2(x))))
-        return F.linear(self.norm3(x), self.tokens.weight).transpose(
-            1, 2
-        )  # [N, vocabulary, T], as CrossEntropyLoss wants
+        return self.decode(self.norm3(x)).transpose(1, 2)  # [N, vocabulary, T], as CrossEntropyLoss wants
+
+    def decode(self, x):
+        return F.linear(x, self.tokens.weight)
 
 
 class ClassToken(nn.Module):

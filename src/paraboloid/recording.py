@@ -61,6 +61,16 @@ def tensors(*trees_: Any) -> Iterator[Tensor]:
             yield from tensors(*t.values())
 
 
+def _unshared(z: Tensor, inputs: list[Tensor]) -> Tensor:
+    """z as a tensor of its own where the operation made it as a view of its inner result (F.linear on [N T D]).
+
+    An in-place activation on such a view would be routed around the call's output in the graph.
+    """
+    if not z._is_view() or any(z._base is t or z._base is t._base for t in inputs):
+        return z
+    return torch.ops.aten._unsafe_view(z, z.shape)
+
+
 def lowered(op: Callable) -> Callable | None:
     """A composite Python function with its own code, blind to torch-function modes, so that what it calls is recorded.
 
@@ -115,17 +125,16 @@ class Recorder(TorchFunctionMode):
         ]  # fmt: skip
         z = op(*args, **kwargs)
         if all(clean) or (op in STRETCHES and clean[0]):
-            self._note_clean(op, args, inputs, clean, before, weights, z)
+            self._note_clean(op, args, kwargs, inputs, clean, before, weights, z)
         elif mixes and isinstance(z, Tensor) and z.requires_grad:
+            z = _unshared(z, inputs)
             moved = any(t._version != b for t, b in zip(inputs, before, strict=True))
-            if (
-                not moved or op in IN_PLACE_SUMS
-            ):  # other in-place calls stay unrecorded: the completeness walk finds them
+            if not moved or op in IN_PLACE_SUMS:  # the completeness walk finds what other in-place calls hide
                 held = [] if moved else list(zip(inputs, before, strict=True))
                 self.calls.append(Call(op, args, kwargs, get_gradient_edge(z), z.shape, weights, below, held))
         return z
 
-    def _note_clean(self, op, args, inputs, clean, before, weights, z) -> None:
+    def _note_clean(self, op, args, kwargs, inputs, clean, before, weights, z) -> None:
         for t, c, b in zip(inputs, clean, before, strict=True):
             if c and t._version != b:  # changed in place by clean values
                 self._mark(t)
@@ -138,7 +147,10 @@ class Recorder(TorchFunctionMode):
             self.alias[id(z)] = source
         elif op in TURNS and source.root.dim() == 2 and source.table is None:
             self.alias[id(z)] = Alias(source.root, not source.turned)
-        elif op is F.embedding and len(args) > 1 and id(args[1]) in self.names:
-            padding, norm, scaled = (*args[2:4], None, None)[0], (*args[3:4], None)[0], (*args[5:6], False)[0]
-            if padding is None and norm is None and not scaled:
-                self.alias[id(z)] = Alias(z, False, (args[1], args[0]))
+        elif op is F.embedding and id(args[1]) in self.names and _is_plain(*args, **kwargs):
+            self.alias[id(z)] = Alias(z, False, (args[1], args[0]))
+
+
+def _is_plain(idx, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
+    """Whether an embedding only looks up rows: nothing masked, renormalised or scaled."""
+    return padding_idx is None and max_norm is None and not scale_grad_by_freq

@@ -75,7 +75,7 @@ def test_the_finding_comes_first_and_every_figure_has_a_title_and_follows_the_th
 
 def test_numbers_of_the_record_are_on_the_page(record):
     text = visible(render(record))
-    command = "paraboloid inspect digits-cnn --out report --seed 0"
+    command = "paraboloid inspect digits-cnn --seed 0"
     for expected in ("3,818", "16×8×3×3, 16", "1.74 ± 0.13", "98.3%", command):
         assert expected in text, expected
 
@@ -108,7 +108,7 @@ def no_test_set(record):
 
 
 def not_trained(record):
-    record["training"]["curve"] = []
+    record["training"].update(curve=record["training"]["curve"][:1], steps=0, epochs=0.0)
     record["noise"]["checkpoints"] = record["noise"]["checkpoints"][-1:]
 
 
@@ -134,6 +134,7 @@ def flat(record):
     for row in record["curvature"]["layers"]:
         row.update(trace=0.0, mean_diagonal=0.0)
     record["curvature"]["trace"]["value"] = 0.0
+    record["curvature"]["density"] = None
 
 
 def one_of_everything(record):

@@ -1,0 +1,159 @@
+"""Random networks, drawn by hypothesis, against loops of autograd: whatever is composed is right or refused."""
+
+import losses_table
+import oracle
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_statistics import close
+from torch import nn
+
+import paraboloid as pb
+from paraboloid.data import call
+
+ACTIVATIONS = st.sampled_from(
+    [nn.ReLU, lambda: nn.ReLU(inplace=True), nn.Tanh, nn.GELU, lambda: nn.LeakyReLU(0.3), nn.Identity]
+)
+
+
+class Residual(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+class Twice(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(torch.tanh(self.inner(x)))
+
+
+class Transposed(nn.Module):
+    """The weight used forwards and backwards."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, dim) / 2)
+
+    def forward(self, x):
+        return F.linear(torch.tanh(F.linear(x, self.weight)), self.weight.t())
+
+
+class Shifted(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(shape))
+
+    def forward(self, x):
+        return self.scale * x + self.shift
+
+
+@st.composite
+def images(draw):
+    """A convolutional trunk on [N C H W] and a linear head."""
+    channels = draw(st.sampled_from([2, 4]))
+    size, layers = draw(st.integers(3, 5)), []
+    x = torch.zeros(1, channels, size, size)
+    for _ in range(draw(st.integers(1, 3))):
+        kind = draw(st.sampled_from(["conv", "norm", "residual", "shift", "pool"]))
+        if kind == "conv":
+            groups, out = draw(st.sampled_from([1, 2])), draw(st.sampled_from([2, 4]))
+            same, kernel, dilation = draw(st.booleans()), draw(st.integers(1, 3)), draw(st.integers(1, 2))
+            if same and kernel == 2:  # torch warns of a copy where the total padding is odd
+                dilation = 2
+            layer = nn.Conv2d(
+                x.shape[1], out, kernel, stride=1 if same else draw(st.integers(1, 2)), dilation=dilation, groups=groups,
+                padding="same" if same else dilation * (kernel - 1), bias=draw(st.booleans()),
+                padding_mode=draw(st.sampled_from(["zeros", "circular" if not same else "zeros", "replicate"])),
+            )  # fmt: skip
+        elif kind == "norm":
+            norms = [lambda c: nn.GroupNorm(2, c), nn.BatchNorm2d, lambda c: nn.LayerNorm([c, *x.shape[2:]])]
+            layer = draw(st.sampled_from(norms))(x.shape[1])
+        elif kind == "residual":
+            layer = Residual(nn.Conv2d(x.shape[1], x.shape[1], 3, padding=1))
+        elif kind == "shift":
+            layer = Shifted((x.shape[1], 1, 1))
+        else:
+            layer = nn.MaxPool2d(2, ceil_mode=True)
+        layers += [layer, draw(ACTIVATIONS)()]
+        x = nn.Sequential(*layers).eval()(torch.zeros(1, channels, size, size))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(x.numel(), 3)), (channels, size, size)
+
+
+@st.composite
+def sequences(draw):
+    """Layers on [N T D], and a head per position or pooled."""
+    dim, length, layers = 4, draw(st.integers(1, 3)), []
+    for _ in range(draw(st.integers(1, 3))):
+        kind = draw(
+            st.sampled_from(["linear", "norm", "residual", "twice", "attention", "transposed", "shift", "conv"])
+        )
+        layers.append(
+            {
+                "linear": lambda: nn.Linear(dim, dim, bias=draw(st.booleans())),
+                "norm": lambda: nn.LayerNorm(dim),
+                "residual": lambda: Residual(nn.Sequential(nn.Linear(dim, 3), draw(ACTIVATIONS)(), nn.Linear(3, dim))),
+                "twice": lambda: Twice(nn.Linear(dim, dim)),
+                "attention": lambda: nn.TransformerEncoderLayer(
+                    dim, 2, 3, 0.0, batch_first=draw(st.booleans()) or length == 1, norm_first=draw(st.booleans())
+                ),
+                "transposed": lambda: Transposed(dim),
+                "shift": lambda: Shifted((dim,)),
+                "conv": lambda: nn.Sequential(
+                    nn.Unflatten(1, (length, 1)), nn.Flatten(1, 2), nn.Conv1d(length, length, 1)
+                ),
+            }[kind]()
+        )
+        layers.append(draw(ACTIVATIONS)())
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(length * dim, 3)), (length, dim)
+
+
+def mixes(model):
+    """A sequence-first attention layer fed batch-first attends over the batch."""
+    return any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in model.modules())
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    drawn=st.one_of(images(), sequences()),
+    n=st.integers(2, 5),
+    loss_name=st.sampled_from(sorted(losses_table.LOSSES)),
+    seed=st.integers(0, 99),
+)
+def test_random_networks(drawn, n, loss_name, seed):
+    model, shape = drawn
+    model = model.double().eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for p in model.parameters():
+            p.data.normal_(0, 0.5)
+        x = torch.randn(n, *shape).double()
+    f = call(model, x)
+    loss_fn, y = losses_table.make(loss_name, f, seed)
+    params = dict(model.named_parameters())
+    wanted = ["grad", "sample_grads", "square_norms", "gram", "second_moment", "variance", "diag_ggn"]
+    try:
+        stats = pb.statistics(model, loss_fn, (x, y), wanted)
+    except ValueError as error:
+        assert mixes(model), error
+        assert "does not separate" in str(error)
+        return
+    assert not mixes(model)
+    g = oracle.sample_grads(loss_fn, f, y, params)
+    diagonal, a = oracle.sample_diag_ggn(loss_fn, f, y, params), oracle.factor(loss_fn, f, y)
+    for k in params:
+        flat = g[k].flatten(1)
+        close(stats["sample_grads"][k], g[k], k)
+        close(stats["grad"][k], a * g[k].sum(0), k)
+        close(stats["square_norms"][k], flat.square().sum(1), k)
+        close(stats["gram"][k], flat @ flat.T, k)
+        close(stats["second_moment"][k], g[k].square().mean(0), k)
+        close(stats["variance"][k], g[k].var(0, unbiased=False), k)
+        close(stats["diag_ggn"][k], a * diagonal[k].sum(0), k)
