@@ -13,13 +13,13 @@ from torch import nn
 def isolated(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
     """Dropout masks follow `seed`; the global random state and buffers such as running statistics are restored."""
     devices = [device] if device.type == "cuda" else []
-    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()] if model.training else []
+    buffers = [(b, b.detach().clone()) for b in model.buffers()] if any(m.training for m in model.modules()) else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         try:
             yield
         finally:
             with torch.no_grad():
-                for b, version, value in buffers:
-                    if b._version != version:
+                for b, value in buffers:
+                    if not torch.equal(b, value):  # batch norm moves its running statistics without a new version
                         b.copy_(value)

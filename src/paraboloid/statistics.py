@@ -140,7 +140,7 @@ def record(model: nn.Module, verify: str | bool = "auto") -> Iterator[Recording]
     the model.  verify: how often the independence of the samples is certified, see `statistics`.
     """
     tape = Recording(model, verify)
-    with tape.recorder:
+    with tape.recording():
         yield tape
 
 
@@ -180,9 +180,10 @@ def statistics(
     if (pair := batch_data.as_batch(batch)) is None:
         raise ValueError(f"batch is a {type(batch).__name__}; expected (inputs, targets) or a dict with 'labels'.")
     inputs, target = pair
-    with isolated(model, target.device, seed), torch.enable_grad(), record(model, verify) as tape:
-        f = batch_data.call(model, inputs, output)
-    return tape.statistics(
-        loss_fn, f, target, quantities, seed=seed, generator=generator, max_memory=max_memory,
-        accumulate_grad=accumulate_grad,
-    )  # fmt: skip
+    with isolated(model, target.device, seed):
+        with torch.enable_grad(), record(model, verify) as tape:
+            f = batch_data.call(model, inputs, output)
+        return tape.statistics(
+            loss_fn, f, target, quantities, seed=seed, generator=generator, max_memory=max_memory,
+            accumulate_grad=accumulate_grad,
+        )  # fmt: skip

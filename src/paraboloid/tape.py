@@ -6,10 +6,11 @@ calls (residuals, attention, weight tying, a module called twice, any control fl
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,13 @@ class Tape:
     @property
     def calls(self) -> list[Call]:
         return self.recorder.calls
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Note the calls made inside the block; what torch.compile compiled runs eagerly there, call by call."""
+        compiled = "torch._dynamo" in sys.modules  # looking is cheap, importing it is not
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), self.recorder:
+            yield
 
     # --- guards --------------------------------------------------------------------------------------------------
 
@@ -260,5 +268,5 @@ class Tape:
 def record(model: nn.Module, verify: str | bool = "auto") -> Iterator[Tape]:
     """``with record(model) as tape: output = model(x)`` notes every call that consumes a trainable parameter."""
     tape = Tape(model, verify)
-    with tape.recorder:
+    with tape.recording():
         yield tape
