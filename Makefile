@@ -34,9 +34,10 @@ format: $(STAMP) ## format, and mend what can be mended
 bench-statistics: $(STAMP) ## time the statistics against a plain gradient (peers too: make peers)
 	$(BIN)/python -m benchmarks.statistics
 
+# --no-deps: BackPACK asks for torchvision, which nothing here uses and which would bring its own torch.
 peers: $(STAMP) ## install the packages that the benchmarks compare with
-	$(BIN)/python -m pip install -c constraints.txt einconv einops opt_einsum unfoldNd
-	$(BIN)/python -m pip install --no-deps -c constraints.txt backpack-for-pytorch curvlinops-for-pytorch opacus
+	$(BIN)/python -m pip install --quiet -c constraints.txt einconv einops linear_operator opt_einsum tqdm unfoldNd
+	$(BIN)/python -m pip install --quiet --no-deps backpack-for-pytorch==1.7.1 curvlinops-for-pytorch==3.0.1 opacus==1.6.0
 
 install: $(STAMP) ## only set up the environment in .venv
 
