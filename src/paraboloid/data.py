@@ -1,4 +1,4 @@
-"""What counts as a batch, how a model is called on it, and what its output is."""
+"""What counts as a batch, how a model is called on it, and how batches are taken from a map-style dataset."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset, TensorDataset, default_collate
 
 Batch = tuple[Any, Any]
 Output = Callable[[Any], Tensor]
@@ -31,8 +32,8 @@ def batches(data: Any) -> Iterator[Batch]:
         yield batch
         return
     if not isinstance(data, Iterable) or isinstance(data, Tensor | str | Mapping):
-        raise ValueError(f"data is a {type(data).__name__}; expected a batch (inputs, targets), a dict with 'labels', or "
-                         "an iterable of batches such as a DataLoader.")  # fmt: skip
+        raise ValueError(f"data is a {type(data).__name__}; expected a batch (inputs, targets), a dict with 'labels', "
+                         "or an iterable of batches such as a DataLoader.")  # fmt: skip
     found = False
     for item in data:
         if (batch := as_batch(item)) is None:
@@ -69,3 +70,59 @@ def check_finite(loss: Tensor) -> Tensor:
     if not torch.isfinite(loss):
         raise ValueError(f"the loss is {loss.item()}; expected a finite number. Check the inputs and the parameters.")
     return loss
+
+
+def sample_count(dataset: Any) -> int:
+    """Number of samples of a map-style dataset, or of a pair of tensors (inputs, targets)."""
+    if (pair := _pair(dataset)) is not None:
+        inputs, targets = pair
+        if inputs.dim() == 0 or targets.dim() == 0 or len(inputs) != len(targets):
+            raise ValueError(f"the inputs have shape {tuple(inputs.shape)} and the targets {tuple(targets.shape)}; "
+                             "expected the same number of samples along axis 0.")  # fmt: skip
+        return len(inputs)
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")) or isinstance(dataset, Tensor | Mapping):
+        raise ValueError(f"the dataset is a {type(dataset).__name__}; expected a map-style dataset (with len and "
+                         "indexing) of (input, target), or a pair of tensors.")  # fmt: skip
+    return len(dataset)
+
+
+def take(dataset: Any, indices: Tensor, device: torch.device) -> Batch:
+    """Samples `indices` (int64) as one batch on `device`: tensors are indexed as a whole, other items are stacked."""
+    if isinstance(dataset, Subset):
+        chosen = torch.as_tensor(dataset.indices)[indices.cpu()]
+        return take(dataset.dataset, chosen, device)
+    if (pair := _pair(dataset)) is not None:
+        inputs, targets = (t[indices.to(t.device)] for t in pair)
+        return inputs.to(device), targets.to(device)
+    items = [dataset[i] for i in indices.tolist()]
+    if (batch := as_batch(default_collate(items))) is None:
+        raise ValueError(f"the dataset's items are of type {type(items[0]).__name__}; expected pairs (input, target) "
+                         "or dicts with 'labels'.")  # fmt: skip
+    return _to(batch[0], device), _to(batch[1], device)
+
+
+class Chunks:
+    """All samples of a map-style dataset, in order, as batches of `size`; can be iterated again."""
+
+    def __init__(self, dataset: Any, size: int, device: torch.device):
+        self.dataset, self.size, self.device, self.samples = dataset, size, device, sample_count(dataset)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for indices in torch.arange(self.samples).split(self.size):
+            yield take(self.dataset, indices, self.device)
+
+
+def _pair(dataset: Any) -> tuple[Tensor, Tensor] | None:
+    if isinstance(dataset, TensorDataset):
+        dataset = dataset.tensors
+    if isinstance(dataset, tuple | list) and len(dataset) == 2 and all(isinstance(t, Tensor) for t in dataset):
+        return dataset[0], dataset[1]
+    return None
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _to(item, device) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_to(item, device) for item in value]
+    return value.to(device) if isinstance(value, Tensor) else value
