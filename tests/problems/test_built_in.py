@@ -37,7 +37,7 @@ def test_shapes_and_sizes(name, options, parameters, x_shape, y_shape, f_shape, 
     assert problem.description
     assert sum(p.numel() for p in problem.model.parameters() if p.requires_grad) == parameters
     assert (len(problem.train), len(problem.test)) == (train, test)
-    x, y = problems.read(problem.train, torch.arange(4))
+    x, y = problem.train[:4]
     assert x.shape == (4, *x_shape)
     assert y.shape == (4, *y_shape)
     assert x.dtype == (torch.int64 if name == "sequence-transformer" else torch.float32)
@@ -53,23 +53,21 @@ def test_the_seed_decides_everything(name, options):
     assert all(torch.equal(state[k], v) for k, v in b.model.state_dict().items())
     assert any(not torch.equal(state[k], v) for k, v in c.model.state_dict().items())
     for split in ("train", "test"):
-        one, same, other = (problems.read(getattr(p, split)) for p in (a, b, c))
+        one, same, other = (getattr(p, split).tensors for p in (a, b, c))
         assert all(torch.equal(s, t) for s, t in zip(one, same, strict=True))
         assert torch.equal(one[0], other[0]) == name.startswith("digits")
 
 
 def test_the_split_of_the_digits():
     digits, order = load_digits(), np.random.default_rng(0).permutation(1797)
-    train, test = (
-        problems.read(split) for split in (problems.load("digits-mlp").train, problems.load("digits-mlp").test)
-    )
+    train, test = (split.tensors for split in (problems.load("digits-mlp").train, problems.load("digits-mlp").test))
     for (x, y), chosen in ((train, order[:1437]), (test, order[1437:])):
         assert np.array_equal(x.numpy(), (digits.data[chosen] / 16).astype(np.float32))
         assert np.array_equal(y.numpy(), digits.target[chosen])
 
 
 def test_enlarged_digits_keep_their_brightness():
-    small, large = (problems.read(problems.load(name).train)[0] for name in ("digits-mlp", "digits-cnn"))
+    small, large = (problems.load(name).train.tensors[0] for name in ("digits-mlp", "digits-cnn"))
     assert torch.allclose(large.mean((1, 2, 3)), small.mean(1), atol=0.02)
 
 
@@ -79,7 +77,7 @@ def test_enlarged_digits_keep_their_brightness():
 def test_autoencoder_losses_sum_over_pixels(name, scale):
     options = {} if name.startswith("digits") else {"samples": 8}
     problem = problems.load(name, **options)
-    x, y = problems.read(problem.train, torch.arange(4))
+    x, y = problem.train[:4]
     f = problem.model(x)
     loss = torch.nn.functional.binary_cross_entropy_with_logits if scale == 1 else torch.nn.functional.mse_loss
     expected = scale * loss(f, y, reduction="sum") / 4
@@ -125,7 +123,7 @@ def test_sequences_are_copied_or_sorted():
 
 def test_random_features():
     problem = problems.load("random-features", samples=100, duplicated=0.9, originals=5)
-    x, y = problems.read(problem.train)
+    x, y = problem.train.tensors
     assert torch.equal(x[10:], x[:5].repeat(18, 1))
     assert torch.equal(y[10:], y[:5].repeat(18))
     assert len(torch.unique(x, dim=0)) == 10
@@ -133,7 +131,7 @@ def test_random_features():
     assert not rows.requires_grad
     assert torch.allclose(rows.norm(dim=1), torch.ones(1000))
     assert [name for name, p in problem.model.named_parameters() if p.requires_grad] == ["output.weight", "output.bias"]
-    assert 0.3 < problems.read(problem.test)[1].float().mean() < 0.7
+    assert 0.3 < problem.test.tensors[1].float().mean() < 0.7
 
 
 def test_options_of_3c3d():

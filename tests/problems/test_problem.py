@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from paraboloid.problems import Problem, Training
+from paraboloid.problems import Problem, Training, train
 
 X, Y = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 0, 1, 1, 0])
 DATA = TensorDataset(X, Y)
@@ -29,6 +29,13 @@ def test_a_pair_of_tensors_is_a_dataset():
     problem = Problem(linear(), nn.CrossEntropyLoss(), (X, Y), (X[:2], Y[:2]))
     assert (len(problem.train), len(problem.test)) == (6, 2)
     assert problem.test[1][1] == 1
+
+
+def test_a_list_of_samples_is_a_dataset():
+    samples = [(x, int(y)) for x, y in zip(X, Y, strict=True)]
+    problem = Problem(linear(), nn.CrossEntropyLoss(), samples, samples[:2])
+    assert problem.train is samples
+    assert train(problem, steps=1)[-1]["train_loss"] > 0
 
 
 def with_parameter(parameter):
@@ -54,9 +61,15 @@ def two_devices():
         ({"loss_fn": nn.CrossEntropyLoss(reduction="none")}, "reduction is 'none'; expected one of"),
         ({"train": EMPTY}, "the train data is empty"),
         ({"test": EMPTY}, "the test data is empty"),
-        ({"train": (X, Y[:4])}, r"the train inputs have shape \(6, 3\) and the targets \(4,\)"),
-        ({"train": iter([])}, "train is a list_iterator; expected a map-style dataset"),
-        ({"test": DataLoader(DATA)}, "test is a DataLoader; expected a map-style dataset"),
+        ({"train": (X, Y[:4])}, r"the train data does not fit: the inputs have shape \(6, 3\) and the targets \(4,\)"),
+        (
+            {"train": iter([])},
+            "the train data does not fit: the dataset is a list_iterator; expected a map-style dataset",
+        ),
+        (
+            {"test": DataLoader(DATA)},
+            "the test data does not fit: the dataset is a DataLoader; expected a map-style dataset",
+        ),
         ({"training": {"lr": 1.0}}, "training is a dict; expected a pb.problems.Training"),
     ],
 )

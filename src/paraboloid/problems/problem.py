@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from paraboloid import losses, trees
+from paraboloid.data import sample_count
 
 OPTIMIZERS = ("adam", "sgd")
 
@@ -108,19 +109,11 @@ def loss_of(loss_fn: Callable[[Tensor, Tensor], Tensor]) -> losses.Loss | None:
 
 def _samples(dataset: Any, split: str) -> Samples:
     """`dataset`, checked; a pair of tensors becomes a TensorDataset."""
-    if isinstance(dataset, tuple | list) and len(dataset) == 2 and all(isinstance(t, Tensor) for t in dataset):
-        inputs, targets = dataset
-        if inputs.dim() == 0 or targets.dim() == 0 or len(inputs) != len(targets):
-            raise ValueError(
-                f"the {split} inputs have shape {tuple(inputs.shape)} and the targets {tuple(targets.shape)}; "
-                "expected the same number of samples along axis 0."
-            )
-        dataset = TensorDataset(inputs, targets)
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        raise ValueError(
-            f"{split} is a {type(dataset).__name__}; expected a map-style dataset (with len and indexing) of "
-            "(input, target). A DataLoader's dataset is its attribute .dataset."
-        )
-    if len(dataset) == 0:
+    try:
+        count = sample_count(dataset)
+    except ValueError as error:
+        raise ValueError(f"the {split} data does not fit: {error}") from error
+    if count == 0:
         raise ValueError(f"the {split} data is empty; expected at least one sample.")
-    return dataset
+    pair = isinstance(dataset, tuple | list) and all(isinstance(t, Tensor) for t in dataset)
+    return TensorDataset(*dataset) if pair else dataset

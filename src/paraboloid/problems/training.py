@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid import trees
-from paraboloid.data import call
+from paraboloid.data import Chunks, call, sample_count, take
 from paraboloid.problems.problem import Problem, Samples, Training, loss_of
-from paraboloid.problems.reading import read
 from paraboloid.problems.seeding import seeded
 
 CurvePoint = dict[str, Any]
@@ -43,7 +42,7 @@ def train(
     device = parameters[0].device
     total = step_count(problem, epochs=epochs, steps=steps)
     optimizer = _optimizer(settings, parameters)
-    batches = _batches(len(problem.train), settings.batch_size, torch.Generator().manual_seed(seed))
+    batches = _batches(sample_count(problem.train), settings.batch_size, torch.Generator().manual_seed(seed))
     per_epoch = _steps_per_epoch(len(problem.train), settings.batch_size)
     # An evaluation costs about a third of an epoch, so few epochs get few of them.
     count = min(30, max(10, 2 * total // per_epoch)) if evaluations is None else max(1, evaluations)
@@ -61,7 +60,7 @@ def train(
                 if step == total:
                     break
                 model.train()
-                inputs, targets = read(problem.train, next(batches), device)
+                inputs, targets = take(problem.train, next(batches), device)
                 loss = loss_fn(call(model, inputs), targets)
                 _check_finite("loss of a training batch", loss.item(), step, settings)
                 optimizer.zero_grad()
@@ -99,8 +98,7 @@ def evaluate(problem: Problem, dataset: Samples) -> tuple[float, float | None]:
     device = next(iter(trees.parameters(problem.model).values())).device
     total, weight, right, counted = 0.0, 0.0, 0, 0
     seen: list[Tensor] = []
-    for indices in torch.arange(len(dataset)).split(CHUNK):
-        inputs, y = read(dataset, indices, device)
+    for inputs, y in Chunks(dataset, CHUNK, device):
         f = call(problem.model, inputs)
         seen.append(y)
         if loss is not None:
