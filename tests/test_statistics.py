@@ -79,7 +79,7 @@ def test_root_gives_whole_ggn_blocks(loss_name):
 @pytest.mark.parametrize("model_name", ["mlp", "residual cnn", "gpt", "class token", "shared"])
 def test_small_memory_changes_nothing(model_name):
     model, inputs = models.make(model_name, n=5)
-    f, loss_fn, y, params = truth(model, inputs, "mse")
+    _, loss_fn, y, params = truth(model, inputs, "mse")
     large = pb.statistics(model, loss_fn, (inputs, y), FIRST + SECOND)
     small = pb.statistics(model, loss_fn, (inputs, y), FIRST + SECOND, max_memory=1)
     for name in large:
@@ -202,7 +202,10 @@ def test_structured_inputs_and_outputs():
         pb.statistics(model, torch.nn.CrossEntropyLoss(), batch, "grad")
 
 
-def bad(change=lambda m, x, y: (m, x, y), loss=torch.nn.CrossEntropyLoss(), quantities="grad", **options):
+CE = torch.nn.CrossEntropyLoss()
+
+
+def bad(change=lambda m, x, y: (m, x, y), loss=CE, quantities="grad", **options):
     model, x = models.make("mlp")
     model, x, y = change(model, x, torch.tensor([0, 1, 2]))
     return lambda: pb.statistics(model, loss, (x, y), quantities, **options)

@@ -330,7 +330,7 @@ def test_a_random_call_without_a_rule_is_caught():
 
     with (
         pytest.warns(UserWarning, match="scaled_dot_product_attention"),
-        pytest.raises(RuntimeError, match="'weight': the recorded calls add up .* or a call is random"),
+        pytest.raises(RuntimeError, match=r"'weight': the recorded calls add up .* or a call is random"),
     ):
         pb.statistics(body(forward), nn.MSELoss(), (X, X), "grad")
 

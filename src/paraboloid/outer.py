@@ -78,7 +78,7 @@ class Outer:
         if right is None:
             return left.sum(-2).unsqueeze(-1)
         if right.is_floating_point():
-            return left.mT @ right
+            return left.mT * right if left.shape[-2] == 1 else left.mT @ right
         J = left.new_zeros(*left.shape[:-2], self.q, left.shape[-1])
         index = right.unsqueeze(-1).expand_as(left)
         return J.scatter_add_(-2, index, left).mT

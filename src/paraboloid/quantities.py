@@ -59,7 +59,12 @@ class Quantity:
 
 
 def _plus(value: Tensor | None, part: Tensor) -> Tensor:
-    return part if value is None else value + part
+    return part if value is None else value.add_(part)
+
+
+def _over_vectors(J: Tensor) -> Tensor:
+    """Sum over axis 0; a single vector is not copied."""
+    return J[0] if len(J) == 1 else J.sum(0)
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Grad(Quantity):
     source: Source = GRADIENT
 
     def add(self, value, outers, memory):
-        return _plus(value, reductions.total(outers).sum(0))
+        return _plus(value, _over_vectors(reductions.total(outers)))
 
     def finish(self, value, scale):
         return scale.a * value
@@ -84,7 +89,7 @@ class SampleGrads(Quantity):
     source: Source = GRADIENT
 
     def add(self, value, outers, memory):
-        return _plus(value, reductions.samples(outers).sum(0))
+        return _plus(value, _over_vectors(reductions.samples(outers)))
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class SquareNorms(Quantity):
     source: Source = GRADIENT
 
     def add(self, value, outers, memory):
-        return _plus(value, reductions.square_norms(outers, memory).sum(0))
+        return _plus(value, _over_vectors(reductions.square_norms(outers, memory)))
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,7 @@ class Variance(Quantity):
     least_samples = 2
 
     def add(self, value, outers, memory):
-        parts = reductions.sum_squares(outers, memory), reductions.total(outers).sum(0)
+        parts = reductions.sum_squares(outers, memory), _over_vectors(reductions.total(outers))
         return parts if value is None else tuple(v + p for v, p in zip(value, parts, strict=True))
 
     def finish(self, value, scale):
@@ -171,7 +176,7 @@ class SampleDiagGGN(Quantity):
         self.name, self.source = "sample_diag_ggn", _sampled(samples)
 
     def add(self, value, outers, memory):
-        return _plus(value, reductions.samples(outers).square_().sum(0))
+        return _plus(value, _over_vectors(reductions.samples(outers).square_()))
 
 
 class SqrtGGN(Quantity):

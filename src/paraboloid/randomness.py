@@ -15,7 +15,9 @@ def isolated(model: nn.Module, device: torch.device, seed: int) -> Iterator[None
     devices = [device] if device.type == "cuda" else []
     buffers = [(b, b.detach().clone()) for b in model.buffers()] if any(m.training for m in model.modules()) else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.default_generators[device.index or 0].manual_seed(seed)
         try:
             yield
         finally:

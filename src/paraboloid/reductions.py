@@ -47,7 +47,8 @@ def sum_squares(outers: list[Outer], memory: int | None = None) -> Tensor:
             return _lookup_squares(first)
         if first.left.shape[3] == 1:  # one position: the square of an outer product is the outer product of squares
             right = None if first.right is None else replace(first.right, rows=_squared(first.right.rows))
-            return replace(first, left=first.left.square(), right=right).total().sum(0)
+            left = first.left.square().sum(0, keepdim=True)
+            return replace(first, left=left, right=right).total()[0]
     result = None
     for J in pieces(outers, memory):
         part = J.square_().sum((0, 1)) if J.is_contiguous() else J.square().sum((0, 1))
@@ -139,8 +140,8 @@ class Factors:
     """Sums of one parameter's Kronecker factors while vectors come in, rows first, as the parameter is stored.
 
     Each of `rows` and `columns` is {"gradient": sum, "input": sum} over those uses whose gradients (inputs) run along
-    it; the gradient's sums grow with every group of vectors, the input's are taken once.  `exact` is the whole block of a
-    bias-like parameter instead: a matrix, or a diagonal beyond 4096 elements.
+    it; the gradient's sums grow with every group of vectors, the input's are taken once.  `exact` is the whole block of
+    a bias-like parameter instead: a matrix, or a diagonal beyond 4096 elements.
     """
 
     rows: dict[str, Tensor]

@@ -1,0 +1,64 @@
+"""The networks that the tables of the field are made on."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def mlp() -> nn.Module:
+    """784-500-300-10."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 500), nn.ReLU(), nn.Linear(500, 300), nn.ReLU(), nn.Linear(300, 10)
+    )
+
+
+def net_3c3d() -> nn.Module:
+    """Three convolutions and three dense layers, 895,210 parameters (DeepOBS)."""
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 5), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.Conv2d(64, 96, 3), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.Conv2d(96, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.Flatten(), nn.Linear(1152, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10),
+    )  # fmt: skip
+
+
+def all_cnn_c() -> nn.Module:
+    """All-CNN-C with 100 classes (Springenberg et al. 2015)."""
+    layers: list[nn.Module] = []
+    for i, (c, d, k, s, p) in enumerate(
+        [
+            (3, 96, 3, 1, 1), (96, 96, 3, 1, 1), (96, 96, 3, 2, 1), (96, 192, 3, 1, 1), (192, 192, 3, 1, 1),
+            (192, 192, 3, 2, 1), (192, 192, 3, 1, 0), (192, 192, 1, 1, 0), (192, 100, 1, 1, 0),
+        ]
+    ):  # fmt: skip
+        layers += [nn.Conv2d(c, d, k, s, p), nn.ReLU()] if i < 8 else [nn.Conv2d(c, d, k, s, p)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class Transformer(nn.Module):
+    """Two stock encoder layers, d 64, 4 heads, on sequences of 32; mean pooling and a head for 10 classes."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.head(self.encoder(x).mean(1))
+
+
+NETS = {
+    "mlp": (mlp, (1, 28, 28), 10),
+    "3c3d": (net_3c3d, (3, 32, 32), 10),
+    "allcnnc": (all_cnn_c, (3, 32, 32), 100),
+    "transformer": (Transformer, (32, 64), 10),
+}
+
+
+def make(name: str, batch: int, seed: int = 0) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """(model, inputs, class targets)."""
+    build, shape, classes = NETS[name]
+    torch.manual_seed(seed)
+    model = build()
+    return model, torch.rand(batch, *shape), torch.randint(classes, (batch,))
