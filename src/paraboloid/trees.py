@@ -56,7 +56,7 @@ def unflatten(vector: Tensor, order: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise ValueError(f"the vector has shape {tuple(vector.shape)}; expected [{size}] or [{size}, K], or a dict by "
                          "parameter name.")  # fmt: skip
     pieces = vector.split([p.numel() for p in order.values()])
-    return {k: t.reshape(*p.shape, *vector.shape[1:]) for (k, p), t in zip(order.items(), pieces, strict=True)}
+    return {k: t.reshape(p.shape + vector.shape[1:]) for (k, p), t in zip(order.items(), pieces, strict=True)}
 
 
 def check_names(tree: Mapping[str, Tensor], order: Mapping[str, Tensor]) -> None:
