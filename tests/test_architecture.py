@@ -12,7 +12,7 @@ PACKAGE = ROOT / "src" / "paraboloid"
 FLOORS = [
     {"losses", "trees", "data", "distributed", "randomness"},
     {"tape", "recording", "certify", "regroup", "outer", "layers"},
-    {"quantities", "reductions", "kron", "statistics", "linalg", "operators", "quadratic", "bias"},
+    {"quantities", "reductions", "factors", "kron", "statistics", "linalg", "operators", "quadratic", "bias"},
     {"posteriors", "gp", "optim", "noise", "report", "inspection", "cli", "__main__"},
 ]
 KNOWN = set().union(*FLOORS, {"problems"})

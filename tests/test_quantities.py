@@ -211,9 +211,9 @@ def test_a_tied_embedding_adds_both_uses_in_the_parameters_own_order():
 
 
 def test_large_bias_like_parameters_keep_a_diagonal(monkeypatch):
-    from paraboloid import reductions
+    from paraboloid import factors as kronecker
 
-    monkeypatch.setattr(reductions, "EXACT_VECTOR", 2)
+    monkeypatch.setattr(kronecker, "EXACT_VECTOR", 2)
     model, x = models.make("mlp")
     y = torch.tensor([0, 1, 2])
     stats = pb.statistics(model, CE, (x, y), ["kflr", "diag_ggn"])

@@ -16,35 +16,54 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 16 * 2**20  # default size of a materialised piece: large enough for BLAS, small enough for caches
+CHUNK_BYTES = 4 * 2**20  # default size of a materialised piece: large enough for BLAS, small enough for caches
 
 
 @dataclass(frozen=True)
 class Right:
     """The input side of an outer product, built for a range of samples at a time (an unfolded input may be large).
 
-    `rows(slice)` gives [R G T q] (or int64 [R G T], a lookup into q) for a range of the rule's rows; the rows unflatten
-    into (a, N, b) with N the samples, and a and b join T.
+    `rows(slice)` gives [R G T q], or int64 [R G T] (a lookup into q), for a range of the rule's rows.  With `q_axes` it
+    gives [R G *q-axes *T-axes] instead, usually a strided view of the input: copying is left to who needs it, in the
+    arrangement that serves it.  The rows unflatten into (a, N, b) with N the samples; a and b join T.
     """
 
     rows: Callable[[slice], Tensor]
     layout: tuple[int, int, int]
     lookup: bool = False
     dtype: torch.dtype | None = None
+    q_axes: int | None = None
 
-    def __call__(self, n: slice = slice(None)) -> Tensor:
-        """[N G T q] or int64 [N G T], for the samples in the slice."""
+    def _view(self, n: slice) -> Tensor:
+        """[n G a b T q], or [n G *q-axes a b *T-axes], without a copy where the rows allow it."""
         a, N, b = self.layout
         if a == 1:
             start, stop, _ = n.indices(N)
-            right, count = self.rows(slice(start * b, stop * b)), stop - start
+            right = self.rows(slice(start * b, stop * b)).unflatten(0, (1, stop - start, b))
         else:
-            right, count = self.rows(slice(None)), N
-        if (a, b) != (1, 1):
-            right = right.unflatten(0, (a, count, b)).movedim(1, 0).movedim(3, 1).flatten(2, 4)
-        if a != 1:
-            right = right[n]
-        return right if self.lookup else right.to(self.dtype)
+            right = self.rows(slice(None)).unflatten(0, (a, N, b))[:, n]
+        right = right.movedim(1, 0).movedim(3, 1)  # [n G a b ..]
+        if self.q_axes is not None:
+            right = right.movedim((2, 3), (2 + self.q_axes, 3 + self.q_axes))
+        return right
+
+    def __call__(self, n: slice = slice(None)) -> Tensor:
+        """[n G T q], or int64 [n G T]; for the samples in the slice."""
+        right = self._view(n)
+        if self.lookup:
+            return right.flatten(2)
+        right = right.to(self.dtype)
+        if self.q_axes is None:
+            return right.flatten(2, 4)
+        return right.flatten(2 + self.q_axes).flatten(2, 1 + self.q_axes).mT
+
+    def columns(self, n: slice = slice(None)) -> Tensor:
+        """[G q nT]: all positions of the samples in the slice side by side, for one large product."""
+        right = self._view(n).to(self.dtype)
+        if self.q_axes is None:
+            return right.flatten(2, 4).transpose(0, 1).flatten(1, 2).mT
+        right = right.movedim(0, 1 + self.q_axes)  # [G *q-axes n a b *T-axes]
+        return right.flatten(1 + self.q_axes).flatten(1, self.q_axes)
 
 
 @dataclass(frozen=True)
@@ -102,14 +121,14 @@ class Outer:
         V, _, G, T, _ = self.left.shape
         if self.right is None:
             return self.finish(self.left.sum((1, 3)).unsqueeze(-1), (V,))
+        left = self.left.transpose(1, 2)  # [V G N T p]
         if self.lookup:
-            left, right = self.left.transpose(1, 2).flatten(2, 3), self.right().transpose(0, 1).flatten(1, 2)
-            return self.finish(self.sum_over(left, right), (V,))
+            return self.finish(self.sum_over(left.flatten(2, 3), self.right().transpose(0, 1).flatten(1, 2)), (V,))
         J = None
         for n in self.chunks(G * T * self.q):
-            right = self.right(n).transpose(0, 1).flatten(1, 2)  # [G nT q]
-            piece = self.left[:, n].transpose(1, 2).flatten(2, 3).mT @ right
+            piece = left[:, :, n].flatten(2, 3).mT @ self.right.columns(n).mT
             J = piece if J is None else J.add_(piece)
+        assert J is not None  # there is at least one sample
         return self.finish(J, (V,))
 
     def chunks(self, elements: int, memory: int | None = None) -> Iterator[slice]:
@@ -124,6 +143,12 @@ class Outer:
             return self.left.new_ones(*self.left[0, n].shape[:3], 1)
         right = self.right(n)
         return torch.nn.functional.one_hot(right, self.q).to(self.left.dtype) if self.lookup else right
+
+    def columns(self, n: slice = slice(None)) -> Tensor:
+        """`right` with all positions side by side, [G q nT]."""
+        if self.right is None or self.lookup:
+            return self.dense_right(n).transpose(0, 1).flatten(1, 2).mT
+        return self.right.columns(n)
 
 
 def general(J: Tensor, shape: torch.Size, kind: str = "general") -> Outer:
@@ -147,7 +172,7 @@ def merge(outers: list[Outer]) -> list[Outer]:
     lookup = all(o.lookup for o in outers)
 
     def rows(n: slice) -> Tensor:
-        return torch.cat([o.right(n) if lookup else o.dense_right(n) for o in outers], 2)
+        return torch.cat([o.right(n) if lookup and o.right is not None else o.dense_right(n) for o in outers], 2)
 
     right = Right(rows, (1, left.shape[1], 1), lookup, left.dtype)
     return [replace(first, left=left, right=right)]

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from paraboloid import reductions
+from paraboloid import factors
 from paraboloid.kron import Kron
 from paraboloid.outer import Outer
 
@@ -40,18 +40,28 @@ class Scale(NamedTuple):
     a: float
 
 
+class Group(NamedTuple):
+    """One parameter's share of one group of pulled-back vectors: the needed parts, and the uses themselves."""
+
+    parts: dict[str, Tensor]
+    outers: list[Outer]
+    memory: int | None
+
+
 class Quantity:
     """One value per parameter, summed over the pulled-back vectors as they come.
 
-    `add(value, outers, memory)` returns the running value with one more group of vectors (value is None at first);
+    `needs` names the parts of `reductions.reduce` that it is made of; what several quantities need is computed once.
+    `add(value, group)` returns the running value with one more group of vectors (value is None at first) and
     `finish(value, scale)` scales it.  A new quantity is a subclass of a few lines; `pb.statistics` takes objects of it.
     """
 
     name: str
     source: Source
+    needs: frozenset[str] = frozenset()
     least_samples = 1
 
-    def add(self, value: Any, outers: list[Outer], memory: int | None) -> Any:
+    def add(self, value: Any, group: Group) -> Any:
         raise NotImplementedError
 
     def finish(self, value: Any, scale: Scale) -> Any:
@@ -73,9 +83,10 @@ class Grad(Quantity):
 
     name: str = "grad"
     source: Source = GRADIENT
+    needs = frozenset({"total"})
 
-    def add(self, value, outers, memory):
-        return _plus(value, _over_vectors(reductions.total(outers)))
+    def add(self, value, group):
+        return _plus(value, group.parts["total"])
 
     def finish(self, value, scale):
         return scale.a * value
@@ -87,9 +98,10 @@ class SampleGrads(Quantity):
 
     name: str = "sample_grads"
     source: Source = GRADIENT
+    needs = frozenset({"samples"})
 
-    def add(self, value, outers, memory):
-        return _plus(value, _over_vectors(reductions.samples(outers)))
+    def add(self, value, group):
+        return _plus(value, _over_vectors(group.parts["samples"]))
 
 
 @dataclass(frozen=True)
@@ -98,9 +110,10 @@ class SquareNorms(Quantity):
 
     name: str = "square_norms"
     source: Source = GRADIENT
+    needs = frozenset({"norms"})
 
-    def add(self, value, outers, memory):
-        return _plus(value, _over_vectors(reductions.square_norms(outers, memory)))
+    def add(self, value, group):
+        return _plus(value, group.parts["norms"])
 
 
 @dataclass(frozen=True)
@@ -109,9 +122,10 @@ class Gram(Quantity):
 
     name: str = "gram"
     source: Source = GRADIENT
+    needs = frozenset({"gram"})
 
-    def add(self, value, outers, memory):
-        return _plus(value, reductions.gram(outers, memory))
+    def add(self, value, group):
+        return _plus(value, group.parts["gram"])
 
 
 @dataclass(frozen=True)
@@ -120,9 +134,10 @@ class SecondMoment(Quantity):
 
     name: str = "second_moment"
     source: Source = GRADIENT
+    needs = frozenset({"squares"})
 
-    def add(self, value, outers, memory):
-        return _plus(value, reductions.sum_squares(outers, memory))
+    def add(self, value, group):
+        return _plus(value, group.parts["squares"])
 
     def finish(self, value, scale):
         return value / scale.N
@@ -134,10 +149,11 @@ class Variance(Quantity):
 
     name: str = "variance"
     source: Source = GRADIENT
+    needs = frozenset({"squares", "total"})
     least_samples = 2
 
-    def add(self, value, outers, memory):
-        parts = reductions.sum_squares(outers, memory), _over_vectors(reductions.total(outers))
+    def add(self, value, group):
+        parts = group.parts["squares"], group.parts["total"]
         return parts if value is None else tuple(v + p for v, p in zip(value, parts, strict=True))
 
     def finish(self, value, scale):
@@ -159,11 +175,13 @@ class DiagGGN(Quantity):
     """Diagonal of the GGN of the loss as reduced, [*shape]; exact, or by Monte Carlo with `samples` sampled labels
     (unbiased; the diagonal of the Monte Carlo Fisher)."""
 
+    needs = frozenset({"squares"})
+
     def __init__(self, samples: int | None = None):
         self.name, self.source = "diag_ggn" if samples is None else "diag_ggn_mc", _sampled(samples)
 
-    def add(self, value, outers, memory):
-        return _plus(value, reductions.sum_squares(outers, memory))
+    def add(self, value, group):
+        return _plus(value, group.parts["squares"])
 
     def finish(self, value, scale):
         return scale.a * value
@@ -172,11 +190,13 @@ class DiagGGN(Quantity):
 class SampleDiagGGN(Quantity):
     """Diagonal of J_n^T H_n J_n of every sample, [N, *shape]; of the unreduced loss, exact or by Monte Carlo."""
 
+    needs = frozenset({"samples"})
+
     def __init__(self, samples: int | None = None):
         self.name, self.source = "sample_diag_ggn", _sampled(samples)
 
-    def add(self, value, outers, memory):
-        return _plus(value, _over_vectors(reductions.samples(outers).square_()))
+    def add(self, value, group):
+        return _plus(value, _over_vectors(group.parts["samples"].square()))
 
 
 class SqrtGGN(Quantity):
@@ -187,11 +207,13 @@ class SqrtGGN(Quantity):
     V = samples.
     """
 
+    needs = frozenset({"samples"})
+
     def __init__(self, samples: int | None = None):
         self.name, self.source = "sqrt_ggn", _sampled(samples)
 
-    def add(self, value, outers, memory):
-        return [*(value or []), reductions.samples(outers)]
+    def add(self, value, group):
+        return [*(value or []), group.parts["samples"]]
 
     def finish(self, value, scale):
         return torch.cat(value)
@@ -213,11 +235,11 @@ class KFAC(Quantity):
         self.name, self.sharing = known[fisher], sharing
         self.source = {"mc": _sampled(_count("samples", samples)), "exact": ROOT, "empirical": GRADIENT}[fisher]
 
-    def add(self, value, outers, memory):
-        return reductions.add_factors(value, outers, self.sharing, memory)
+    def add(self, value, group):
+        return factors.add_factors(value, group.outers, self.sharing, group.memory)
 
     def finish(self, value, scale):
-        return reductions.scale_factors(value, scale.a)
+        return factors.scale_factors(value, scale.a)
 
 
 QUANTITIES = {

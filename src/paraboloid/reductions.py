@@ -1,59 +1,84 @@
 """Reductions of outer products: each written once, for all layers and all pulled-back vectors.
 
-Every function takes the list of one parameter's uses and picks the cheapest of its algebraically equal forms from the
-shapes alone, in pieces of at most `memory` bytes.
+`reduce` takes one parameter's uses and the *parts* that are wanted of them, picks the cheapest of their algebraically
+equal forms from the shapes alone, and shares what they have in common: unfolded inputs and materialised samples.
+
+    total    sum_{v,n} J_n^T v                  [*shape]
+    squares  sum_{v,n} (J_n^T v)^2              [*shape]
+    norms    sum_v ||J_n^T v||^2                [N]
+    gram     sum_v (J_n^T v) . (J_m^T v)        [N, N]
+    samples  J_n^T v                            [V, N, *shape]
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Set
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from paraboloid.kron import Kron
 from paraboloid.outer import Outer, merge
 
-EXACT_VECTOR = 4096  # elements up to which a bias-like parameter's block is kept exactly
+PARTS = frozenset({"total", "squares", "norms", "gram", "samples"})
 
 
 def samples(outers: list[Outer], n: slice = slice(None)) -> Tensor:
     """J_n^T v, [V n *shape]."""
-    return sum(o.samples(n) for o in outers[1:]) + outers[0].samples(n) if len(outers) > 1 else outers[0].samples(n)
-
-
-def total(outers: list[Outer]) -> Tensor:
-    """sum_n J_n^T v, [V *shape]."""
-    return sum((o.total() for o in outers[1:]), outers[0].total())
-
-
-def pieces(outers: list[Outer], memory: int | None) -> Iterator[Tensor]:
-    """J_n^T v for consecutive ranges of samples, [V n *shape] each."""
-    V = outers[0].left.shape[0]
-    size = max(
-        V * outers[0].shape.numel(), *(o.left.shape[2] * o.left.shape[3] * (V * o.left.shape[4] + o.q) for o in outers)
-    )
-    for n in outers[0].chunks(size, memory):
-        yield samples(outers, n)
-
-
-def sum_squares(outers: list[Outer], memory: int | None = None) -> Tensor:
-    """sum_{v, n} (J_n^T v)^2 elementwise, [*shape]."""
-    outers = merge(outers)
-    first = outers[0]
-    if len(outers) == 1 and first.via is None:
-        if first.lookup:
-            return _lookup_squares(first)
-        if first.left.shape[3] == 1:  # one position: the square of an outer product is the outer product of squares
-            right = None if first.right is None else replace(first.right, rows=_squared(first.right.rows))
-            left = first.left.square().sum(0, keepdim=True)
-            return replace(first, left=left, right=right).total()[0]
-    result = None
-    for J in pieces(outers, memory):
-        part = J.square_().sum((0, 1)) if J.is_contiguous() else J.square().sum((0, 1))
-        result = part if result is None else result.add_(part)
+    result = outers[0].samples(n)
+    for o in outers[1:]:
+        result = result + o.samples(n)
     return result
+
+
+def pieces(outers: list[Outer], memory: int | None) -> Iterator[tuple[slice, Tensor]]:
+    """Consecutive ranges of samples and their J_n^T v, [V n *shape]."""
+    V = outers[0].left.shape[0]
+    size = max(V * outers[0].shape.numel(), *(o.left.shape[2] * o.left.shape[3] * o.q for o in outers))
+    for n in outers[0].chunks(size, memory):
+        yield n, samples(outers, n)
+
+
+def reduce(outers: list[Outer], wanted: Set[str], memory: int | None = None) -> dict[str, Tensor]:
+    """The wanted parts of one parameter's uses, in pieces of at most `memory` bytes."""
+    outers = merge(outers)
+    o = outers[0]
+    if len(outers) > 1 or o.via is not None:
+        return _materialised(outers, wanted, memory)
+    if o.lookup:
+        return _of_lookup(o, wanted, memory)
+    if o.right is None or o.left.shape[3] == 1:
+        return _one_position(o, wanted)
+    return _many_positions(o, wanted, memory)
+
+
+def _one_position(o: Outer, wanted: Set[str]) -> dict[str, Tensor]:
+    """T = 1 (or a bias-like parameter, whose positions are summed): everything factorises.
+
+    The square of an outer product is the outer product of squares; its norm the product of norms.
+    """
+    found = {}
+    left = o.left  # [V N G 1 p]
+    right = None if o.right is None else o.right()  # [N G 1 q]
+    if "total" in wanted:
+        found["total"] = replace(o, left=left.sum(0, keepdim=True) if len(left) > 1 else left).total()[0]
+    if "squares" in wanted:
+        squared = None if o.right is None else replace(o.right, rows=_squared(o.right.rows))
+        summed = left.square().sum(0, keepdim=True) if len(left) > 1 else left.square()
+        found["squares"] = replace(o, left=summed, right=squared).total()[0]
+    if "norms" in wanted:
+        inner = left.square().sum((0, 3, 4))  # [N G]
+        found["norms"] = (inner if right is None else inner * right.square().sum((2, 3))).sum(1)
+    if "gram" in wanted:
+        side = left.movedim(1, 2).flatten(3)  # [V G N p]
+        inner = (side @ side.mT).sum(0)
+        if right is not None:
+            side = right.transpose(0, 1).flatten(2)
+            inner = inner * (side @ side.mT)
+        found["gram"] = inner.sum(0)
+    if "samples" in wanted:
+        found["samples"] = o.samples()
+    return found
 
 
 def _squared(rows):
@@ -63,171 +88,109 @@ def _squared(rows):
 def coalesce(o: Outer) -> tuple[Tensor, Tensor, Tensor]:
     """A lookup's rows summed per sample: (sample [U], table row [U], value [V U p]) for the pairs that occur."""
     V, N, G, T, p = o.left.shape
+    assert o.right is not None
     key = (torch.arange(N, device=o.left.device)[:, None] * o.q + o.right().flatten(1)).flatten()
     pairs, inverse = key.unique(return_inverse=True)
     value = o.left.new_zeros(V, len(pairs), p).index_add_(1, inverse, o.left.reshape(V, N * G * T, p))
     return pairs // o.q, pairs % o.q, value
 
 
-def _lookup_squares(o: Outer) -> Tensor:
-    _, row, value = coalesce(o)
-    J = value.new_zeros(o.q, value.shape[2]).index_add_(0, row, value.square().sum(0))
-    return (J if o.flip else J.mT).reshape(o.shape)
+def _of_lookup(o: Outer, wanted: Set[str], memory: int | None) -> dict[str, Tensor]:
+    """A lookup touches few rows of its table per sample: sums over the pairs (sample, row) that occur."""
+    found = {}
+    if "total" in wanted:
+        found["total"] = replace(o, left=o.left.sum(0, keepdim=True)).total()[0]
+    if wanted & {"squares", "norms"}:
+        sample, row, value = coalesce(o)
+        square = value.square().sum(0)
+        if "squares" in wanted:
+            J = square.new_zeros(o.q, square.shape[1]).index_add_(0, row, square)
+            found["squares"] = (J if o.flip else J.mT).reshape(o.shape)
+        if "norms" in wanted:
+            found["norms"] = square.new_zeros(o.left.shape[1]).index_add_(0, sample, square.sum(1))
+    return found | _materialised([o], wanted & {"gram", "samples"}, memory)
 
 
-def square_norms(outers: list[Outer], memory: int | None = None) -> Tensor:
-    """||J_n^T v||^2, [V N].  Uses the Gram trick when T (p + q) < p q.  Source: Goodfellow 2015, arXiv:1510.01799."""
-    outers = merge(outers)
-    o = outers[0]
+def _many_positions(o: Outer, wanted: Set[str], memory: int | None) -> dict[str, Tensor]:
+    """Sequences and convolutions: samples are materialised a piece at a time, unless no part needs them."""
+    assert o.right is not None
     V, N, G, T, p = o.left.shape
-    if len(outers) == 1 and o.via is None:
-        if o.right is None:
-            return o.left.square().flatten(2).sum(2)
-        if o.lookup:
-            sample, _, value = coalesce(o)
-            return value.new_zeros(V, N).index_add_(1, sample, value.square().sum(2))
-        if T == 1:
-            right = o.right().square().sum((2, 3))
-            return torch.einsum("vng,ng->vn", o.left.square().sum((3, 4)), right)
-        if T * (p + o.q) < p * o.q:
-            parts = []
-            for n in o.chunks(G * (T * o.q + (V + 1) * T * T), memory):
-                left, right = o.left[:, n], o.right(n)
-                parts.append(((left @ left.mT) * (right @ right.mT)).sum((2, 3, 4)))
-            return torch.cat(parts, 1)
-    return torch.cat([J.flatten(2).square().sum(2) for J in pieces(outers, memory)], 1)
+    q, found = o.q, {}
+    if not wanted & {"squares", "samples", "gram"}:
+        short = T * (p + q) < p * q  # the Gram trick: Goodfellow 2015, arXiv:1510.01799
+        if "norms" not in wanted or short:
+            if "norms" in wanted:
+                parts = []
+                for n in o.chunks(G * (T * q + (V + 1) * T * T), memory):
+                    left, right = o.left[:, n], o.right(n)
+                    parts.append(((left @ left.mT) * (right @ right.mT)).sum((0, 2, 3, 4)))
+                found["norms"] = torch.cat(parts)
+            if "total" in wanted:
+                found["total"] = o.total().sum(0)
+            return found
+    total = o.left.new_zeros(G, p, q) if "total" in wanted else None
+    squares = o.left.new_zeros(G, p, q) if "squares" in wanted else None
+    norms = o.left.new_empty(N) if "norms" in wanted else None
+    kept = o.left.new_empty(N, G, V * p, q) if wanted & {"samples", "gram"} else None
+    buffer = None
+    for n in o.chunks(G * max(V * p * q, T * q), memory):
+        left = o.left[:, n].permute(1, 2, 0, 4, 3).flatten(2, 3).flatten(0, 1)  # [nG Vp T]
+        right = o.right(n).flatten(0, 1)  # [nG T q]
+        if kept is not None:
+            J = torch.bmm(left, right, out=kept[n].flatten(0, 1))
+        else:
+            if buffer is None:
+                buffer = o.left.new_empty(left.shape[0], V * p, q)
+            J = torch.bmm(left, right, out=buffer[: left.shape[0]])
+        J = J.view(-1, G, V, p, q)
+        if total is not None:
+            total += J.sum((0, 2))
+        if squares is not None or norms is not None:
+            J = J.square() if kept is not None else J.square_()
+            if squares is not None:
+                squares += J.sum((0, 2))
+            if norms is not None:
+                norms[n] = J.flatten(1).sum(1)
+    if total is not None:
+        found["total"] = o.finish(total, (1,))[0]
+    if squares is not None:
+        found["squares"] = o.finish(squares, (1,))[0]
+    if norms is not None:
+        found["norms"] = norms
+    if kept is not None:
+        J = kept.view(N, G, V, p, q)
+        if "gram" in wanted:
+            flat = J.transpose(1, 2).flatten(2)
+            found["gram"] = flat.flatten(1) @ flat.flatten(1).mT
+        if "samples" in wanted:
+            found["samples"] = o.finish(J.movedim(2, 0), (V, N))
+    return found
 
 
-def gram(outers: list[Outer], memory: int | None = None) -> Tensor:
-    """sum_v (J_n^T v) . (J_m^T v), [N N]."""
-    outers = merge(outers)
-    o = outers[0]
-    if len(outers) == 1 and o.via is None and (o.right is None or (o.left.shape[3] == 1 and not o.lookup)):
-        left = o.left.movedim(1, 2).flatten(3)  # [V G N Tp]
-        inner = left @ left.mT
-        if o.right is not None:
-            right = o.right().transpose(0, 1).flatten(2)
-            inner = inner * (right @ right.mT)
-        return inner.sum((0, 1))
-    J = torch.cat([J.flatten(2) for J in pieces(outers, memory)], 1)
-    return (J @ J.mT).sum(0)
+def _materialised(outers: list[Outer], wanted: Set[str], memory: int | None) -> dict[str, Tensor]:
+    """Whatever the uses are: several of different shape, derived weights.  A piece at a time."""
+    found: dict[str, Tensor] = {}
+    kept = []
+    for _, J in pieces(outers, memory) if wanted else ():
+        if "total" in wanted:
+            _increase(found, "total", J.sum((0, 1)))
+        if wanted & {"squares", "norms"}:
+            square = J.square()
+            if "squares" in wanted:
+                _increase(found, "squares", square.sum((0, 1)))
+            if "norms" in wanted:
+                norms = square.flatten(2).sum((0, 2))
+                found["norms"] = torch.cat([found["norms"], norms]) if "norms" in found else norms
+        if wanted & {"samples", "gram"}:
+            kept.append(J)
+    if kept:
+        J = torch.cat(kept, 1) if len(kept) > 1 else kept[0]
+        if "gram" in wanted:
+            found["gram"] = (J.flatten(2) @ J.flatten(2).mT).sum(0)
+        if "samples" in wanted:
+            found["samples"] = J
+    return found
 
 
-def gradient_factor(o: Outer, sharing: str) -> Tensor:
-    """sum over v, n (and t) of left left^T, [G p p]."""
-    left = o.left.sum(3, keepdim=True) if sharing == "reduce" else o.left
-    left = left.movedim(2, 0).flatten(1, 3)
-    return left.mT @ left
-
-
-def input_factor(o: Outer, sharing: str, memory: int | None = None) -> Tensor:
-    """sum over n (and t) of right right^T, [G q q]; the diagonal [1 q] for a lookup."""
-    if o.lookup and sharing == "expand":
-        return torch.bincount(o.right().flatten(), minlength=o.q).to(o.left)[None]
-    G, T = o.left.shape[2:4]
-    A = None
-    for n in o.chunks(G * T * o.q, memory and memory // 2):
-        right = o.dense_right(n)
-        right = right.mean(2, keepdim=True) if sharing == "reduce" else right
-        right = right.transpose(0, 1).flatten(1, 2)
-        piece = right.mT @ right
-        A = piece if A is None else A.add_(piece)
-    return A
-
-
-@dataclass
-class Factors:
-    """Sums of one parameter's Kronecker factors while vectors come in, rows first, as the parameter is stored.
-
-    Each of `rows` and `columns` is {"gradient": sum, "input": sum} over those uses whose gradients (inputs) run along
-    it; the gradient's sums grow with every group of vectors, the input's are taken once.  `exact` is the whole block of
-    a bias-like parameter instead: a matrix, or a diagonal beyond 4096 elements.
-    """
-
-    rows: dict[str, Tensor]
-    columns: dict[str, Tensor]
-    positions: int
-    groups: int
-    exact: Tensor | None = None
-
-
-def add_factors(value: Factors | None, outers: list[Outer], sharing: str, memory: int | None = None) -> Factors:
-    """One more group of vectors for the Kronecker factors of one parameter.
-
-    Raises NotImplementedError for a weight whose outer products live on a derived tensor or came from a fallback, and
-    where the uses of a shared weight have blocks of different shapes.
-    """
-    outers = merge(outers)
-    if outers[0].kind == "zero" and len(outers[0].shape) > 1:
-        return _zero_factors(outers[0])
-    if all(o.kind == "vector" or (o.kind in ("general", "zero") and len(o.shape) < 2 and not o.via) for o in outers):
-        block = _block(outers, memory)
-        return Factors({}, {}, 1, 1, block if value is None else value.exact + block)
-    if any(o.via is not None or o.kind != "matrix" for o in outers):
-        raise NotImplementedError(
-            "has no Kronecker factors: it enters the layer through another tensor (weight_norm, a slice, a product) or "
-            "through an operation without a rule. Use diag_ggn or diag_ggn_mc, or freeze it with requires_grad_(False)."
-        )
-    blocks = {(o.left.shape[2], *((o.q, o.left.shape[4]) if o.flip else (o.left.shape[4], o.q))) for o in outers}
-    if len(blocks) > 1:
-        raise NotImplementedError(f"is used with blocks of different shapes (groups, rows, columns) {sorted(blocks)}.")
-    first = value is None
-    if value is None:
-        positions = sum(o.left.shape[1] * (1 if sharing == "reduce" else o.left.shape[3]) for o in outers)
-        value = Factors({}, {}, positions, outers[0].left.shape[2])
-    for o in outers:
-        gradients, inputs = (value.columns, value.rows) if o.flip else (value.rows, value.columns)
-        _increase(gradients, "gradient", gradient_factor(o, sharing))
-        if first:
-            _increase(inputs, "input", input_factor(o, sharing, memory))
-    return value
-
-
-def _increase(sums: dict[str, Tensor], key: str, part: Tensor) -> None:
-    sums[key] = _plus(sums[key], part) if key in sums else part
-
-
-def _plus(x: Tensor, y: Tensor) -> Tensor:
-    """[G p p] + [G p p], where one may be a diagonal [G p]."""
-    if x.dim() == y.dim():
-        return x + y
-    return x + y.diag_embed() if x.dim() > y.dim() else x.diag_embed() + y
-
-
-def scale_factors(value: Factors, a: float) -> Kron:
-    """The Kronecker block of one parameter, for the loss as reduced (a = 1 / normalizer).
-
-    Weights: gradient factor a sum_{v,n,t} l l^T and input factor 1/(N T) sum_{n,t} r r^T ("expand"), or with l summed
-    and r averaged over positions and 1/N ("reduce").  Bias-like parameters: the exact block
-    a sum_{v,n} (sum_t l)(sum_t l)^T.
-    Several uses of one parameter are further positions; where one of them is transposed (an embedding tied to the
-    decoder), its two factors change places first, so that left (x) right reads in the parameter's own order.
-    Sources: Martens & Grosse 2015 (KFAC), Botev et al. 2017 (KFLR), Eschenhagen et al. 2023 (expand, reduce).
-    """
-    if value.exact is not None:
-        return Kron(a * value.exact, value.exact.new_ones(1, 1))
-    scales = {"gradient": a, "input": 1 / value.positions}
-    sides = []
-    for sums in (value.rows, value.columns):
-        scaled = [scales[key] * part for key, part in sums.items()]
-        sides.append(scaled[0] if len(scaled) == 1 else _plus(*scaled))
-    return Kron(*sides, value.groups) if value.groups > 1 else Kron(*(side[0] for side in sides))
-
-
-def _block(outers: list[Outer], memory: int | None) -> Tensor:
-    """sum_{v,n} J_n^T v (J_n^T v)^T of a whole parameter, [p p]; its diagonal [p] beyond 4096 elements."""
-    p = samples(outers, slice(0, 1))[0, 0].numel()
-    if p > EXACT_VECTOR:
-        return sum_squares(outers, memory).flatten()
-    block = outers[0].left.new_zeros(p, p)
-    for J in pieces(outers, memory):
-        J = J.reshape(-1, p)
-        block.addmm_(J.mT, J)
-    return block
-
-
-def _zero_factors(o: Outer) -> Factors:
-    """The factors of a matrix parameter without influence on the output."""
-    p, q = o.shape[0], o.shape[1:].numel()
-    zeros = o.left.new_zeros
-    return Factors({"gradient": zeros(1, p, p)}, {"input": zeros(1, q, q)}, positions=1, groups=1)
+def _increase(found: dict[str, Tensor], name: str, part: Tensor) -> None:
+    found[name] = found[name].add_(part) if name in found else part

@@ -60,7 +60,7 @@ def _part(shape: torch.Size, layout: Layout, use: Use, alias: Any) -> Part | Non
             return _table_rows(left.sum(3, keepdim=True), *table)
         if use.right is None:
             return Outer(left.sum(3, keepdim=True), None, root.shape, via=via, kind="vector")
-        right = Right(use.right, split, use.lookup, root.dtype)
+        right = Right(use.right, split, use.lookup, root.dtype, use.q_axes)
         return Outer(left, right, root.shape, use.q, use.flip ^ turned, via)
 
     return Part(root if table is None else table[0], outer)

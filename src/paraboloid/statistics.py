@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from paraboloid import data as batch_data
 from paraboloid.losses import Loss
-from paraboloid.quantities import GRADIENT, Quantity, Scale, Source, check_samples, resolve
+from paraboloid.quantities import GRADIENT, Group, Quantity, Scale, Source, check_samples, resolve
 from paraboloid.randomness import isolated
+from paraboloid.reductions import reduce
 from paraboloid.tape import Tape
 
 GROUP_BYTES = 256 * 2**20  # default limit for the gradients at layer outputs that are held at a time
@@ -95,6 +96,7 @@ class Recording(Tape):
 
     def _reduce(self, f, vectors, quantities, scale, max_memory, adds_grad) -> dict[str, dict[str, Any]]:
         running: dict[str, dict[str, Any]] = {q.name: dict.fromkeys(self.parameters) for q in quantities}
+        needs = frozenset[str]().union(*(q.needs for q in quantities))
         size = max(1, sum(c.shape.numel() for c in self.calls) * f.element_size())
         count = max(1, (GROUP_BYTES if max_memory is None else max_memory // 2) // size)
         memory = None if max_memory is None else max(1, max_memory // 4)
@@ -106,9 +108,10 @@ class Recording(Tape):
                     self._accumulate(totals, scale.a)
                 for name in self.parameters:
                     uses = outers.pop(name)
+                    group = Group(reduce(uses, needs, memory), uses, memory)
                     for q in quantities:
                         try:
-                            running[q.name][name] = q.add(running[q.name][name], uses, memory)
+                            running[q.name][name] = q.add(running[q.name][name], group)
                         except NotImplementedError as e:
                             raise NotImplementedError(f"{q.name!r}: parameter {name!r} {e}") from None
         with torch.no_grad():

@@ -23,7 +23,8 @@ class Use:
 
     left(g)      gradients at the output, [V *z] -> [V R G T p]; for rows=None any tensor that the weight's gradient is
                  the sum of, over those axes
-    right(rows)  range of rows -> [R G T q], or int64 [R G T] for a lookup into the weight's q rows; None means one
+    right(rows)  range of rows -> [R G T q], or int64 [R G T] for a lookup into the weight's q rows; None means one;
+                 with `q_axes`, [R G *q-axes *T-axes], which may be a strided view (an unfolded image)
     flip         the weight is stored as q x p
     shape        of left(g) without V, where it is not that of z
     """
@@ -36,6 +37,7 @@ class Use:
     q: int = 1
     lookup: bool = False
     shape: torch.Size | None = None
+    q_axes: int | None = None
 
 
 Rule = Callable[..., Iterable[Use]]

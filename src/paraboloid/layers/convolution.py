@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,13 +29,11 @@ def padded(
 def patches(
     x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...], groups: int
 ) -> Tensor:
-    """Padded input [N C *space] -> patches [N G T q], q = C / G times the kernel's elements: one strided copy."""
-    D = len(kernel)
+    """Padded input [N C *space] -> patches [N G C/G *kernel *out], a strided view."""
     for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
         x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
-    x = x.unflatten(1, (groups, -1))  # [N G C/G *out *kernel]
-    x = x.permute(0, 1, *range(3, 3 + D), 2, *range(3 + D, 3 + 2 * D))
-    return x.reshape(*x.shape[:2], math.prod(x.shape[2 : 2 + D]), -1)
+    D = len(kernel)
+    return x.unflatten(1, (groups, -1)).movedim(tuple(range(3 + D, 3 + 2 * D)), tuple(range(3, 3 + D)))
 
 
 @rule(F.conv1d, F.conv2d, F.conv3d)
@@ -51,6 +47,6 @@ def convolution(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1)
         return patches(padded(x[rows], kernel, padding, dilation), kernel, stride, dilation, groups)
 
     q = weight[0].numel()
-    yield Use(weight, (0,), lambda g: g.flatten(3).unflatten(2, (groups, -1)).mT, right, q=q)
+    yield Use(weight, (0,), lambda g: g.flatten(3).unflatten(2, (groups, -1)).mT, right, q=q, q_axes=1 + D)
     if bias is not None:
         yield channel(bias, lambda g: g)
