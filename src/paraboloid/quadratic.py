@@ -18,7 +18,7 @@ from paraboloid.operators import GGN, Hessian, Identity, LinearOperator
 from paraboloid.operators.ggn import OutputGraph, join
 from paraboloid.operators.replay import Replay
 
-CURVATURES = {"ggn": GGN, "hessian": Hessian}
+CURVATURES: dict[str, type[GGN] | type[Hessian]] = {"ggn": GGN, "hessian": Hessian}
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,8 +137,8 @@ def quadratic(
         if list(found.items()) != list(expected.items()):
             raise ValueError(f"the curvature has the parameters {found}; expected those of the model, {expected}.")
     elif curvature in CURVATURES:
-        operator = CURVATURES[curvature](model, loss_fn, batch, **options)
-        replay = operator.replay
+        operator = fitted = CURVATURES[curvature](model, loss_fn, batch, **options)
+        replay = fitted.replay
     else:
         raise ValueError(f"curvature is {curvature!r}; expected one of {list(CURVATURES)} or a linear operator.")
     values = list(replay.parameters.values())

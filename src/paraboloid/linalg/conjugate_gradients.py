@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paraboloid.linalg.operand import Operand, check_count
+from paraboloid.linalg.operand import LinAlgError, Operand, check_count
 
 
 def cg(
@@ -45,7 +45,7 @@ def cg(
         raise ValueError(f"the preconditioner has shape {M.shape}; expected {A.shape}.")
     x, residual = _iterate(A, b if b.dim() == 2 else b.unsqueeze(1), tol, limit, M)
     if max_iterations is None and residual > tol:
-        raise torch.linalg.LinAlgError(
+        raise LinAlgError(
             f"conjugate gradients stopped after {limit} iterations at a relative residual of {residual:.3g}; expected "
             f"{tol:.3g}. Add damping, give a preconditioner, or allow a larger tol."
         )
@@ -66,7 +66,7 @@ def _iterate(A: Operand, b: Tensor, tol: float, limit: int, M: Operand | None) -
         Ap = A @ p
         curvature = (p * Ap).sum(0)
         if (bad := active & ~(curvature > 0)).any():
-            raise torch.linalg.LinAlgError(
+            raise LinAlgError(
                 f"iteration {iteration} of conjugate gradients met the curvature p.A p = {curvature[bad][0].item():.4g}"
                 "; expected a positive number. A is not positive definite: add damping."
             )

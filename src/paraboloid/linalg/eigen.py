@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 
 from paraboloid.linalg.krylov import next_vector, orthogonalise, random_unit
-from paraboloid.linalg.operand import Operand, check_count
+from paraboloid.linalg.operand import LinAlgError, Operand, check_count
 from paraboloid.linalg.probes import Seed, block_size, generator_of
 
 PROBE_STEPS = 10  # products spent on looking for an eigenvalue that was missed
-DENSE_SIZE = 2000  # up to this size a stubborn spectrum is handed to the dense solver
+DENSE_SIZE = 2000  # up to this size a dense matrix, or a stubborn spectrum, is handed to the dense solver
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues [D], descending, and eigenvectors [D, D] of a symmetric matrix; a failure is retried in float64."""
     try:
         values, vectors = torch.linalg.eigh(matrix)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         if not torch.isfinite(matrix).all():
-            raise torch.linalg.LinAlgError(
+            raise LinAlgError(
                 f"the matrix of shape {tuple(matrix.shape)} holds NaN or infinity; expected finite entries."
             ) from None
         values, vectors = (t.to(matrix.dtype) for t in torch.linalg.eigh(matrix.double()))
@@ -31,7 +31,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def dense(A: Any) -> Tensor:
     """The matrix of an operator, [D, D], from D products; exactly symmetric."""
     A = Operand(A)
-    if isinstance(A.A, Tensor):
+    if A.is_matrix:
         return A.A.to(A.dtype).detach()
     matrix = torch.empty(A.size, A.size, dtype=A.dtype, device=A.device)
     step = block_size(A.size, A.dtype)
@@ -55,14 +55,15 @@ def eigsh(
     """
     A = Operand(A)
     check_count("k", k, most=A.size)
-    tol = torch.finfo(A.dtype).eps ** (2 / 3) if tol is None else tol
+    if tol is None:
+        tol = torch.finfo(A.dtype).eps ** (2 / 3)
     if not tol > 0:
         raise ValueError(f"tol is {tol}; expected a positive number.")
     budget = 100 * k + 1000 if max_products is None else check_count("max_products", max_products)
     if max_products is None and A.size <= DENSE_SIZE:
         budget = A.size  # the dense matrix costs no more
     width = 3 * k + 20
-    if 2 * width >= A.size or isinstance(A.A, Tensor):
+    if 2 * width >= A.size or (A.is_matrix and A.size <= DENSE_SIZE):
         return _dense_top(A, k)
     generator = generator_of(seed, A.device)
     search = _Search(A, width, tol, budget, generator)
@@ -77,7 +78,7 @@ def eigsh(
     except _NotConverged as failure:
         if A.size <= DENSE_SIZE:
             return _dense_top(A, k)
-        raise torch.linalg.LinAlgError(
+        raise LinAlgError(
             f"{failure.count} of the {k} largest eigenpairs had converged after {budget} products with A; the largest "
             f"relative residual was {failure.residual:.3g}, expected {tol:.3g}. Allow a larger tol, or more products."
         ) from None
@@ -152,7 +153,7 @@ class _Search:
         w, components = orthogonalise(w, Q[: j + 1])
         T[: j + 1, j] = T[j, : j + 1] = components.to(T)
         if not torch.isfinite(T[j, j]):
-            raise torch.linalg.LinAlgError("a product with A holds NaN or infinity; expected finite numbers.")
+            raise LinAlgError("a product with A holds NaN or infinity; expected finite numbers.")
         if j + 1 == self.A.size - (0 if found is None else len(found)):
             return 0.0
         basis = Q[: j + 1] if found is None else torch.cat([found, Q[: j + 1]])

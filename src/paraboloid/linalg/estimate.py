@@ -29,7 +29,7 @@ class TensorEstimate(Tensor):
     """A stochastic estimate: a tensor with `standard_error`, a tensor of its shape.  Arithmetic gives plain tensors."""
 
     standard_error: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[reportAssignmentType]
 
 
 def mean_estimate(draws: Tensor) -> Estimate:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paraboloid.linalg.operand import Operand, check_count
+from paraboloid.linalg.operand import LinAlgError, Operand, check_count
 from paraboloid.linalg.probes import Seed, generator_of, normal
 
 
@@ -31,7 +31,7 @@ def random_unit(basis: Tensor, like: Any, generator: torch.Generator) -> Tensor:
         if (norm := w.norm()) > 1e-3 * scale / like.size**0.5:
             w, _ = orthogonalise(w / norm, basis)
             return w / w.norm()
-    raise torch.linalg.LinAlgError(f"found no vector orthogonal to {len(basis)} vectors of length {like.size}.")
+    raise LinAlgError(f"found no vector orthogonal to {len(basis)} vectors of length {like.size}.")
 
 
 def lanczos(A: Any, k: int, seed: Seed = 0) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LinAlgError = torch.linalg.LinAlgError  # type: ignore[reportPrivateImportUsage]  (torch's stubs leave it out)
+
 
 class Operand:
     """A square matrix known by its products with torch vectors [D] or [D, K].
@@ -30,11 +32,13 @@ class Operand:
         if self.on_torch:
             self.dtype = dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype()
         else:
-            self.dtype = torch.from_numpy(np.empty(0, np.float64 if dtype is None else dtype)).dtype
+            of_numpy: Any = np.float64 if dtype is None else dtype
+            self.dtype = torch.from_numpy(np.empty(0, of_numpy)).dtype
         if self.dtype.is_complex:
             raise ValueError(f"A has dtype {self.dtype}; expected a real operator.")
         if not self.dtype.is_floating_point:
             self.dtype = torch.float64
+        self.is_matrix = isinstance(A, Tensor) and A.layout == torch.strided
         device = getattr(A, "device", None)
         self.device = torch.device(device) if self.on_torch and device is not None else torch.device("cpu")
 

@@ -84,7 +84,10 @@ class BCEWithLogits(Elementwise):
         return mass if o["weight"] is None else mass * o["weight"]
 
     def sample_losses(self, f, y):
-        losses = F.binary_cross_entropy_with_logits(f, y.to(f), reduction="none", **self._options(f))
+        o = self._options(f)
+        losses = F.binary_cross_entropy_with_logits(
+            f, y.to(f), o["weight"], pos_weight=o["pos_weight"], reduction="none"
+        )
         return losses.reshape(len(f), -1).sum(1)
 
     def gradient(self, f, y):

@@ -168,14 +168,12 @@ class LinearOperator:
         def multiply_vector(v):
             return multiply(v.reshape(-1).astype("float64"))
 
-        return ScipyOperator(
-            self.shape,  # type: ignore[reportCallIssue]  (SciPy's stubs know the subclassing form only)
-            matvec=multiply_vector,
-            rmatvec=multiply_vector,
-            matmat=lambda V: multiply(V.astype("float64")),
-            rmatmat=lambda V: multiply(V.astype("float64")),
-            dtype="float64",
-        )
+        def multiply_matrix(V):
+            return multiply(V.astype("float64"))
+
+        products: dict[str, Any] = {"matvec": multiply_vector, "rmatvec": multiply_vector}
+        products |= {"matmat": multiply_matrix, "rmatmat": multiply_matrix, "dtype": "float64"}
+        return ScipyOperator(self.shape, **products)
 
     def __add__(self, other: Any) -> LinearOperator:
         from paraboloid.operators.algebra import Sum

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,15 +25,16 @@ class OutputGraph:
 
     def __init__(self, f: Tensor, y: Any, loss: Loss, parameters: list[Tensor]):
         self.f, self.y, self.loss, self.parameters = f, y, loss, parameters
-        self.g: list[tuple[int, Tensor]] | None = None
 
     def prepare(self) -> None:
-        """Record the graph of J^T u."""
-        if self.g is not None:
-            return
-        self.u = torch.zeros_like(self.f, requires_grad=True)
-        g = torch.autograd.grad(self.f, self.parameters, self.u, create_graph=True, allow_unused=True)
-        self.g = [(i, t) for i, t in enumerate(g) if t is not None and t.requires_grad]
+        _ = self.transposed
+
+    @cached_property
+    def transposed(self) -> tuple[Tensor, dict[int, Tensor]]:
+        """u and the parts of g(u) that depend on it, by the parameter's place."""
+        u = torch.zeros_like(self.f, requires_grad=True)
+        g = torch.autograd.grad(self.f, self.parameters, u, create_graph=True, allow_unused=True)
+        return u, {i: t for i, t in enumerate(g) if t is not None and t.requires_grad}
 
     def pull(self, w: Tensor) -> list[Tensor]:
         """J^T w, one tensor for each parameter."""
@@ -40,11 +43,11 @@ class OutputGraph:
 
     def push(self, v: list[Tensor]) -> Tensor:
         """J v, of the output's shape."""
-        self.prepare()
-        if not self.g:
+        u, g = self.transposed
+        if not g:
             return torch.zeros_like(self.f)
-        outputs, weights = [t for _, t in self.g], [v[i].to(t.dtype) for i, t in self.g]
-        (jv,) = torch.autograd.grad(outputs, self.u, weights, retain_graph=True, materialize_grads=True)
+        weights = [v[i].to(t.dtype) for i, t in g.items()]
+        (jv,) = torch.autograd.grad(list(g.values()), u, weights, retain_graph=True, materialize_grads=True)
         return jv
 
     def hessian(self, u: Tensor) -> Tensor:
@@ -136,9 +139,9 @@ def split(v: Tensor, parameters: list[Tensor]) -> list[Tensor]:
 
 def dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
     """The inner product of two vectors given as one tensor for each parameter."""
-    return sum((x * y).sum() for x, y in zip(a, b, strict=True))
+    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
 
 
-def join(tensors: list[Tensor]) -> Tensor:
+def join(tensors: Sequence[Tensor]) -> Tensor:
     """One tensor for each parameter as a flat [D] vector."""
     return torch.cat([t.reshape(-1) for t in tensors])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,18 +21,18 @@ class GradientGraph:
 
     def __init__(self, f: Tensor, y: Any, loss: Loss, parameters: list[Tensor]):
         self.f, self.y, self.loss, self.parameters = f, y, loss, parameters
-        self.g: list[Tensor] | None = None
 
     def prepare(self) -> None:
-        """Record the graph of the gradient."""
-        if self.g is not None:
-            return
+        _ = self.g
+
+    @cached_property
+    def g(self) -> list[Tensor]:
+        """The gradient, differentiable once more."""
         total = self.loss.sample_losses(self.f, self.y).sum()
         grads = torch.autograd.grad(total, self.parameters, create_graph=True, allow_unused=True)
-        self.g = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, grads, strict=True)]
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, grads, strict=True)]
 
     def gradient(self) -> list[Tensor]:
-        self.prepare()
         return [g.detach() for g in self.g]
 
     def adjoint_pair(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,7 +43,6 @@ class GradientGraph:
 
     def product(self, v: list[Tensor]) -> list[Tensor]:
         """Hessian times v, one tensor for each parameter."""
-        self.prepare()
         curved = [(g, w) for g, w in zip(self.g, v, strict=True) if g.requires_grad]
         if not curved:  # the loss is linear in the parameters
             return [torch.zeros_like(p) for p in self.parameters]

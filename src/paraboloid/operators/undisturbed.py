@@ -70,7 +70,7 @@ class TwiceDifferentiable(TorchFunctionMode):
     """Calls of torch whose second derivative is wrong, spelled out in operations whose second derivative is right."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._weight_norm:  # the fused kernel's double backward takes ||v|| for a constant
+        if func is torch._weight_norm:  # type: ignore[reportPrivateImportUsage]  # the fused kernel's double backward takes ||v|| for a constant
             return _weight_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 

@@ -1,0 +1,146 @@
+"""Stochastic traces, diagonals and densities: within their own standard errors, and counting their products."""
+
+import math
+import pickle
+
+import pytest
+import torch
+from linalg.matrices import Counted, with_spectrum
+
+from paraboloid.linalg import Estimate, diagonal, hutchinson_trace, hutchpp_trace, spectral_density, xtrace
+
+TRACES = [hutchinson_trace, hutchpp_trace, xtrace]
+SPECTRA = {
+    "decaying": torch.exp(-torch.arange(80.0) / 4),
+    "flat": torch.linspace(1, 2, 80),
+    "indefinite": torch.linspace(-1, 2, 80),
+    "low rank": torch.cat([torch.arange(1.0, 4), torch.zeros(77)]),
+}
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("trace", TRACES)
+def test_estimates_are_unbiased_within_their_errors(trace, name):
+    """Over many seeds the mean is the trace within five standard errors, and the errors are of the right size."""
+    A = Counted(with_spectrum(SPECTRA[name]))
+    exact = SPECTRA[name].double().sum().item()
+    draws = [trace(A, samples=24, seed=seed) for seed in range(150)]
+    values, errors = torch.tensor(draws), torch.tensor([d.standard_error for d in draws])
+    spread = values.double().std().item()
+    assert abs(values.double().mean().item() - exact) <= 5 * spread / 150**0.5 + 1e-9 * abs(exact)
+    if spread > 1e-9:
+        assert 0.6 < errors.double().square().mean().sqrt().item() / spread < 2.5
+
+
+@pytest.mark.parametrize("trace", TRACES)
+def test_samples_count_products(trace):
+    for samples in (6, 30, 31, 32):
+        A = Counted(with_spectrum(SPECTRA["decaying"]))
+        trace(A, samples=samples)
+        assert samples - 1 <= A.products <= samples
+
+
+def test_sketches_beat_sign_vectors_where_the_spectrum_decays():
+    A = with_spectrum(SPECTRA["decaying"])
+    plain, sketched, exchanged = (trace(A, samples=40).standard_error for trace in TRACES)
+    assert exchanged < sketched < plain / 5
+
+
+@pytest.mark.parametrize("trace", [hutchpp_trace, xtrace])
+def test_enough_samples_are_exact(trace):
+    A = with_spectrum(SPECTRA["flat"])
+    found = trace(A, samples=240)
+    assert found == pytest.approx(120, rel=1e-12)
+    assert found.standard_error == 0
+
+
+def test_xtrace_is_exact_for_a_low_rank():
+    found = xtrace(with_spectrum(SPECTRA["low rank"]), samples=20)
+    assert found == pytest.approx(6, rel=1e-10)
+
+
+def test_an_estimate_is_a_float_that_knows_its_error():
+    e = Estimate(2.0, 0.5)
+    assert e + 1 == 3.0
+    assert type(e + 1) is float
+    assert isinstance(e, float)
+    assert repr(e) == "2 ± 0.5"
+    again = pickle.loads(pickle.dumps(e))
+    assert (again, again.standard_error) == (2.0, 0.5)
+    assert hutchinson_trace(torch.eye(3), samples=1).standard_error == math.inf
+
+
+def test_diagonal_estimates():
+    M = with_spectrum(SPECTRA["decaying"])
+    A = Counted(M)
+    found = diagonal(A, samples=300)
+    assert A.products == 300
+    assert found.shape == found.standard_error.shape == (80,)
+    off = (torch.as_tensor(found) - M.diagonal()).abs()
+    assert (off <= 5 * found.standard_error).all()
+    predicted = ((M.square().sum(1) - M.diagonal().square()) / 300).sqrt()
+    torch.testing.assert_close(torch.as_tensor(found.standard_error), predicted, rtol=0.3, atol=0)
+    assert type(found + 1) is torch.Tensor
+    assert diagonal(torch.eye(3), samples=1).standard_error.isinf().all()
+    torch.testing.assert_close(diagonal(torch.eye(3), samples=4) + 0, torch.ones(3))
+
+
+@pytest.mark.parametrize("estimate", [*TRACES, diagonal])
+def test_seeds_and_generators(estimate):
+    A = with_spectrum(SPECTRA["decaying"])
+    state = torch.get_rng_state()
+    one, two = estimate(A, samples=9, seed=3), estimate(A, samples=9, seed=torch.Generator().manual_seed(3))
+    other = estimate(A, samples=9, seed=4)
+    assert torch.equal(torch.as_tensor(one), torch.as_tensor(two))
+    assert not torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_densities_integrate_to_one(name, log):
+    grid, density = spectral_density(with_spectrum(SPECTRA[name]), samples=4, log=log)
+    axis = grid.log10() if log else grid
+    assert torch.trapezoid(density, axis).item() == pytest.approx(1, abs=1e-9)
+    assert (density >= 0).all()
+    assert (axis.diff() > 0).all()
+
+
+def test_a_density_has_the_spectrums_moments_and_mass():
+    values = torch.cat([torch.full((30,), 5.0), torch.linspace(0, 1, 270)]).double()
+    grid, density = spectral_density(with_spectrum(values), samples=20)
+    mean = torch.trapezoid(density * grid, grid).item()
+    assert mean == pytest.approx(values.mean().item(), rel=0.05)
+    assert torch.trapezoid(density[grid > 3], grid[grid > 3]).item() == pytest.approx(0.1, rel=0.15)
+    assert density[(grid > 2) & (grid < 4)].max() < 1e-6
+
+
+def test_a_logarithmic_density_sees_every_decade():
+    values = torch.cat([torch.full((100,), 10.0**-e) for e in (0, 2, 4)]).double()
+    grid, density = spectral_density(with_spectrum(values), samples=20, log=True)
+    axis = grid.log10()
+    for decade in (0, -2, -4):
+        near = (axis - decade).abs() < 0.5
+        assert torch.trapezoid(density[near], axis[near]).item() == pytest.approx(1 / 3, rel=0.2)
+
+
+@pytest.mark.parametrize("A", [torch.zeros(4, 4), torch.eye(4)])
+def test_a_single_eigenvalue_has_a_density(A):
+    grid, density = spectral_density(A, samples=2)
+    assert torch.trapezoid(density, grid).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_bad_arguments():
+    A = torch.eye(5)
+    for call, message in (
+        (lambda: hutchinson_trace(A, samples=0), "samples is 0; expected an integer of at least 1"),
+        (lambda: hutchpp_trace(A, samples=2), "samples is 2; expected an integer of at least 3"),
+        (lambda: xtrace(A, samples=3), "samples is 3; expected an integer of at least 4"),
+        (lambda: diagonal(A, samples=0), "samples is 0"),
+        (lambda: spectral_density(A, samples=0), "samples is 0"),
+        (lambda: spectral_density(A, width=2.0), r"width is 2\.0; expected a fraction"),
+        (lambda: spectral_density(A, log=True, floor=0.0), r"floor is 0\.0; expected a fraction"),
+        (lambda: spectral_density(-A, log=True), "the largest eigenvalue is -1; expected a positive one for log=True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
