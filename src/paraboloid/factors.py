@@ -17,8 +17,12 @@ EXACT_VECTOR = 4096  # elements up to which a bias-like parameter's block is kep
 def gradient_factor(o: Outer, sharing: str) -> Tensor:
     """sum over v, n (and t) of left left^T, [G p p]."""
     left = o.left.sum(3, keepdim=True) if sharing == "reduce" else o.left
-    left = left.movedim(2, 0).flatten(1, 3)
-    return left.mT @ left
+    positions, rows = left.shape[3:]
+    if positions >= rows:  # images: a product for each sample, without a copy
+        left = left.mT.flatten(0, 1)
+        return (left @ left.mT).sum(0)
+    left = left.permute(2, 4, 0, 1, 3).flatten(2)  # [G p VNT]
+    return left @ left.mT
 
 
 def input_factor(o: Outer, sharing: str, memory: int | None = None) -> Tensor:
@@ -108,11 +112,11 @@ def scale_factors(value: Factors, a: float) -> Kron:
     Sources: Martens & Grosse 2015 (KFAC), Botev et al. 2017 (KFLR), Eschenhagen et al. 2023 (expand, reduce).
     """
     if value.exact is not None:
-        return Kron(a * value.exact, value.exact.new_ones(1, 1))
+        return Kron(value.exact.mul_(a), value.exact.new_ones(1, 1))
     scales = {"gradient": a, "input": 1 / value.positions}
     sides = []
     for sums in (value.rows, value.columns):
-        scaled = [scales[key] * part for key, part in sums.items()]
+        scaled = [part.mul_(scales[key]) for key, part in sums.items()]
         sides.append(scaled[0] if len(scaled) == 1 else _plus(*scaled))
     return Kron(*sides, value.groups) if value.groups > 1 else Kron(*(side[0] for side in sides))
 

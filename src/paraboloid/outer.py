@@ -19,7 +19,7 @@ from torch import Tensor
 CHUNK_BYTES = 4 * 2**20  # default size of a materialised piece: large enough for BLAS, small enough for caches
 
 
-@dataclass(frozen=True)
+@dataclass
 class Right:
     """The input side of an outer product, built for a range of samples at a time (an unfolded input may be large).
 
@@ -33,6 +33,12 @@ class Right:
     lookup: bool = False
     dtype: torch.dtype | None = None
     q_axes: int | None = None
+    _kept: Tensor | None = None
+
+    def keep(self) -> None:
+        """Copy strided rows once, for the pulls that follow; nothing to do where the rows are the input itself."""
+        if self.q_axes is not None and self._kept is None:
+            self._kept = self()
 
     def _view(self, n: slice) -> Tensor:
         """[n G a b T q], or [n G *q-axes a b *T-axes], without a copy where the rows allow it."""
@@ -49,6 +55,8 @@ class Right:
 
     def __call__(self, n: slice = slice(None)) -> Tensor:
         """[n G T q], or int64 [n G T]; for the samples in the slice."""
+        if self._kept is not None:
+            return self._kept[n]
         right = self._view(n)
         if self.lookup:
             return right.flatten(2)
@@ -149,6 +157,15 @@ class Outer:
         if self.right is None or self.lookup:
             return self.dense_right(n).transpose(0, 1).flatten(1, 2).mT
         return self.right.columns(n)
+
+
+def keep_inputs(outers: dict[str, list[Outer]], memory: int) -> None:
+    """Keep unfolded inputs for the pulls that follow, the first ones that fit into `memory` bytes."""
+    for o in (o for uses in outers.values() for o in uses if o.kind == "matrix" and o.right is not None):
+        size = o.left[0, ..., 0].numel() * o.q * o.left.element_size()
+        if size <= memory:
+            o.right.keep()
+            memory -= size
 
 
 def general(J: Tensor, shape: torch.Size, kind: str = "general") -> Outer:

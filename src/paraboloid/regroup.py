@@ -48,6 +48,7 @@ def _part(shape: torch.Size, layout: Layout, use: Use, alias: Any) -> Part | Non
     at, sizes = rows.index(axis), [shape[i] for i in rows]
     split = (math.prod(sizes[:at]) * a, N, b * math.prod(sizes[at + 1 :]))
     table = None if alias is None or use.right is not None else alias.table
+    right = None if use.right is None else Right(use.right, split, use.lookup, root.dtype, use.q_axes)
 
     def outer(g: Tensor, via: Via) -> Outer:
         left = use.left(g)
@@ -58,9 +59,8 @@ def _part(shape: torch.Size, layout: Layout, use: Use, alias: Any) -> Part | Non
         left = left.to(root.dtype)  # under autocast: sums in the weight's precision
         if table is not None:
             return _table_rows(left.sum(3, keepdim=True), *table)
-        if use.right is None:
+        if right is None:
             return Outer(left.sum(3, keepdim=True), None, root.shape, via=via, kind="vector")
-        right = Right(use.right, split, use.lookup, root.dtype, use.q_axes)
         return Outer(left, right, root.shape, use.q, use.flip ^ turned, via)
 
     return Part(root if table is None else table[0], outer)

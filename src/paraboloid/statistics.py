@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from paraboloid import data as batch_data
 from paraboloid.losses import Loss
+from paraboloid.outer import keep_inputs
 from paraboloid.quantities import GRADIENT, Group, Quantity, Scale, Source, check_samples, resolve
 from paraboloid.randomness import isolated
 from paraboloid.reductions import reduce
 from paraboloid.tape import Tape
 
-GROUP_BYTES = 256 * 2**20  # default limit for the gradients at layer outputs that are held at a time
+GROUP_BYTES = 16 * 2**20  # default limit for the gradients at layer outputs that are held at a time
+KEEP_BYTES = 256 * 2**20  # default limit for unfolded inputs that are kept from pull to pull
 
 
 class Statistics(Mapping[str, dict[str, Any]]):
@@ -100,9 +102,14 @@ class Recording(Tape):
         size = max(1, sum(c.shape.numel() for c in self.calls) * f.element_size())
         count = max(1, (GROUP_BYTES if max_memory is None else max_memory // 2) // size)
         memory = None if max_memory is None else max(1, max_memory // 4)
-        while vs := list(islice(vectors, count)):
+        vs = list(islice(vectors, count))
+        while vs:
+            following = list(islice(vectors, count))
             totals = {} if adds_grad else None
             outers = self.pull(f, torch.stack(vs) if len(vs) > 1 else vs[0][None], totals=totals)
+            if following and needs:
+                keep_inputs(outers, KEEP_BYTES if max_memory is None else max_memory // 4)
+            vs = following
             with torch.no_grad():
                 if totals is not None:
                     self._accumulate(totals, scale.a)

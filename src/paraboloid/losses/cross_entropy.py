@@ -54,8 +54,8 @@ class CrossEntropy(Loss):
             return float(len(f))
         if not self._indices(f, y):
             return f.numel() / f.shape[1]
-        kept = y[y != self.ignore_index]
-        total = float(len(kept)) if self.weight is None else float(self.weight.to(y.device)[kept].sum())
+        kept = y != self.ignore_index
+        total = float(kept.sum() if self.weight is None else self.weight.to(y.device)[y[kept]].sum())
         if total <= 0:
             raise NoTargets(f"every target is ignored (ignore_index={self.ignore_index}) or has zero class weight, so "
                             "the mean loss is 0/0; leave such batches out or use reduction='sum'.")  # fmt: skip
