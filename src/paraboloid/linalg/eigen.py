@@ -56,7 +56,7 @@ def eigsh(
     A = Operand(A)
     check_count("k", k, most=A.size)
     if tol is None:
-        tol = torch.finfo(A.dtype).eps ** (2 / 3)
+        tol = float(torch.finfo(A.dtype).eps ** (2 / 3))
     if not tol > 0:
         raise ValueError(f"tol is {tol}; expected a positive number.")
     budget = 100 * k + 1000 if max_products is None else check_count("max_products", max_products)

@@ -90,8 +90,8 @@ class GGN(LinearOperator):
         self.parameters = self.replay.parameters
 
     def _product(self, rows: Tensor) -> Tensor:
-        result = torch.zeros_like(rows)
         with self.replay.graphs() as graphs:
+            result = torch.zeros_like(rows)
             for graph in graphs:
                 for v, total in zip(rows, result, strict=True):
                     w = graph.hessian(graph.push(split(v, graph.parameters)))
@@ -100,8 +100,8 @@ class GGN(LinearOperator):
 
     def quadratic_forms(self, directions: Tensor) -> Tensor:
         rows = self.rows(directions)
-        forms = rows.new_zeros(len(rows))
         with self.replay.graphs() as graphs:
+            forms = rows.new_zeros(len(rows))
             for graph in graphs:
                 for i, v in enumerate(rows):
                     jv = graph.push(split(v, graph.parameters))
@@ -111,8 +111,8 @@ class GGN(LinearOperator):
     def diagonal(self, samples: int | None = None, seed: Seed = 0) -> Tensor:
         if samples is not None or self._root_vectors() >= self.shape[0]:
             return super().diagonal(samples, seed)
-        total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
         with self.replay.graphs() as graphs:
+            total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
             for graph in graphs:
                 for root in graph.loss.hessian_root(graph.f.detach(), graph.y):
                     for n in range(len(root)):

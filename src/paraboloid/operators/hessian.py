@@ -73,8 +73,8 @@ class Hessian(LinearOperator):
         self.parameters = self.replay.parameters
 
     def _product(self, rows: Tensor) -> Tensor:
-        result = torch.zeros_like(rows)
         with self.replay.graphs() as graphs:
+            result = torch.zeros_like(rows)
             for graph in graphs:
                 for v, total in zip(rows, result, strict=True):
                     total += join(graph.product(split(v, graph.parameters)))

@@ -84,8 +84,8 @@ class Replay:
 
     def gradient(self) -> list[Tensor]:
         """The gradient of the loss as reduced, one tensor for each parameter."""
-        sums = [torch.zeros_like(p) for p in self.parameters.values()]
         with self.graphs() as graphs:
+            sums = [torch.zeros_like(p) for p in self.parameters.values()]
             for graph in graphs:
                 for s, g in zip(sums, graph.gradient(), strict=True):
                     s.add_(g, alpha=1 / self.normalizer)
@@ -134,7 +134,10 @@ class Replay:
                             "expected at least one target that counts.")  # fmt: skip
 
     def _certify(self, graph: Graph) -> None:
-        """Raise RuntimeError where autograd's second derivative is not the derivative of its first."""
+        """Raise RuntimeError where a matrix and its transpose, as autograd has them, are not each other's transpose.
+
+        What a wrong double backward nearly always shows.
+        """
         device, dtype = self.stream.device, next(iter(self.parameters.values())).dtype
         one, other, scale = graph.adjoint_pair(torch.Generator(device).manual_seed(0))
         tolerance = 1e-6 if dtype == torch.float64 else 2e-2
