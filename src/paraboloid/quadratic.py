@@ -76,7 +76,7 @@ class Quadratic:
         for i in range(k):
             length = r.norm()
             if not length > 10 * eps * scale:  # nothing but rounding error is left: start again elsewhere
-                r, p = random_unit(residuals[:i], self.curvature, generator), torch.zeros_like(r)
+                r, p = random_unit(residuals[:i], generator), torch.zeros_like(r)
                 length = previous = r.norm()
             residuals[i] = r / length
             p = r + (length / previous) ** 2 * p

@@ -158,8 +158,8 @@ class _Search:
             return 0.0
         basis = Q[: j + 1] if found is None else torch.cat([found, Q[: j + 1]])
         scale = T[: j + 1, : j + 1].abs().max().item()
-        beta, Q[j + 1] = next_vector(w, basis, scale, self.A, self.generator)
+        beta, Q[j + 1] = next_vector(w, basis, scale, self.generator)
         return beta
 
     def _random(self, basis: Tensor, found: Tensor | None) -> Tensor:
-        return random_unit(basis if found is None else torch.cat([found, basis]), self.A, self.generator)
+        return random_unit(basis if found is None else torch.cat([found, basis]), self.generator)

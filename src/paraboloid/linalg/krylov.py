@@ -22,16 +22,17 @@ def orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     return w - again @ basis, components + again
 
 
-def random_unit(basis: Tensor, like: Any, generator: torch.Generator) -> Tensor:
+def random_unit(basis: Tensor, generator: torch.Generator) -> Tensor:
     """A random unit vector orthogonal to the rows of basis [j, D]."""
+    size = basis.shape[1]
     for _ in range(5):
-        w = normal((like.size,), like, generator)
+        w = normal((size,), basis, generator)
         scale = w.norm()
         w, _ = orthogonalise(w, basis)
-        if (norm := w.norm()) > 1e-3 * scale / like.size**0.5:
+        if (norm := w.norm()) > 1e-3 * scale / size**0.5:
             w, _ = orthogonalise(w / norm, basis)
             return w / w.norm()
-    raise LinAlgError(f"found no vector orthogonal to {len(basis)} vectors of length {like.size}.")
+    raise LinAlgError(f"found no vector orthogonal to {len(basis)} vectors of length {size}.")
 
 
 def lanczos(A: Any, k: int, seed: Seed = 0) -> tuple[Tensor, Tensor]:
@@ -45,23 +46,23 @@ def lanczos(A: Any, k: int, seed: Seed = 0) -> tuple[Tensor, Tensor]:
     generator = generator_of(seed, A.device)
     Q = torch.zeros(k, A.size, dtype=A.dtype, device=A.device)
     T = torch.zeros(k, k, dtype=A.dtype, device=A.device)
-    Q[0] = random_unit(Q[:0], A, generator)
+    Q[0] = random_unit(Q[:0], generator)
     for j in range(k):
         w, components = orthogonalise(A @ Q[j], Q[: j + 1])
         T[j, j] = components[j]
         if j + 1 == k:
             break
         scale = T[: j + 1, : j + 1].abs().max().item()
-        T[j, j + 1], Q[j + 1] = next_vector(w, Q[: j + 1], scale, A, generator)
+        T[j, j + 1], Q[j + 1] = next_vector(w, Q[: j + 1], scale, generator)
         T[j + 1, j] = T[j, j + 1]
     return T, Q.T
 
 
-def next_vector(w: Tensor, basis: Tensor, scale: float, like: Any, generator: torch.Generator) -> tuple[float, Tensor]:
+def next_vector(w: Tensor, basis: Tensor, scale: float, generator: torch.Generator) -> tuple[float, Tensor]:
     """(norm, unit vector) of a remainder w orthogonal to the basis; (0, a random one) if w is rounding error."""
     beta = w.norm().item()
-    if beta <= 10 * torch.finfo(like.dtype).eps * max(scale, beta) or beta == 0:
-        return 0.0, random_unit(basis, like, generator)
+    if beta <= 10 * torch.finfo(w.dtype).eps * max(scale, beta) or beta == 0:
+        return 0.0, random_unit(basis, generator)
     q = w / beta
     if beta < 1e-3 * scale:  # what is left after cancellation is orthogonal only relative to what was there
         q, _ = orthogonalise(q, basis)
