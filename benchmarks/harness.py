@@ -126,17 +126,21 @@ def _progress(title: str, name: str, row: dict[str, Timing]) -> None:
     print(f"{title} | {name}: {cells}", file=sys.stderr, flush=True)
 
 
-def write(tables: list[Table], folder: Path, stem: str) -> None:
-    """One Markdown and one JSON file of the same name, with what they were measured on."""
-    machine = {
+def machine() -> dict[str, str | int]:
+    """What the figures were measured on."""
+    return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
     }
+
+
+def write(tables: list[Table], folder: Path, stem: str) -> None:
+    """One Markdown and one JSON file of the same name, with what they were measured on."""
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"machine": machine, "tables": [asdict(t) for t in tables]}
+    record = {"machine": machine(), "tables": [asdict(t) for t in tables]}
     (folder / f"{stem}.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    text = "\n\n".join([", ".join(f"{k} {v}" for k, v in machine.items()), *(t.markdown() for t in tables)])
+    text = "\n\n".join([", ".join(f"{k} {v}" for k, v in machine().items()), *(t.markdown() for t in tables)])
     (folder / f"{stem}.md").write_text(text + "\n")
     print(text)

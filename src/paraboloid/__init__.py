@@ -1,9 +1,29 @@
 """Local quadratic models of deep-learning losses from mini-batches: statistics, curvature, debiasing."""
 
 from paraboloid import linalg, losses, quantities
+from paraboloid.bias import Bias, bias
+from paraboloid.kron import Kron
 from paraboloid.losses import Loss
 from paraboloid.operators import GGN, Hessian
-from paraboloid.statistics import record, statistics
+from paraboloid.problems import Problem
+from paraboloid.quadratic import Quadratic, quadratic
+from paraboloid.statistics import Statistics, record, statistics
 
 __version__ = "0.1.0.dev0"
-__all__ = ["GGN", "Hessian", "Loss", "linalg", "losses", "quantities", "record", "statistics"]
+__all__ = [
+    "GGN",
+    "Bias",
+    "Hessian",
+    "Kron",
+    "Loss",
+    "Problem",
+    "Quadratic",
+    "Statistics",
+    "bias",
+    "linalg",
+    "losses",
+    "quadratic",
+    "quantities",
+    "record",
+    "statistics",
+]
