@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from paraboloid.linalg.krylov import next_vector, orthogonalise, random_unit
 from paraboloid.linalg.operand import LinAlgError, Operand, check_count
 from paraboloid.linalg.probes import Seed, block_size, generator_of
 
+ONE_THREAD = 1000  # up to this size LAPACK on several threads can be hundreds of times slower than on one, waiting
 PROBE_STEPS = 10  # products spent on looking for an eigenvalue that was missed
 DENSE_SIZE = 2000  # up to this size a dense matrix, or a stubborn spectrum, is handed to the dense solver
 
@@ -18,7 +21,8 @@ DENSE_SIZE = 2000  # up to this size a dense matrix, or a stubborn spectrum, is 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues [D], descending, and eigenvectors [D, D] of a symmetric matrix; a failure is retried in float64."""
     try:
-        values, vectors = torch.linalg.eigh(matrix)
+        with _threads(1 if matrix.device.type == "cpu" and len(matrix) <= ONE_THREAD else torch.get_num_threads()):
+            values, vectors = torch.linalg.eigh(matrix)
     except LinAlgError:
         if not torch.isfinite(matrix).all():
             raise LinAlgError(
@@ -26,6 +30,16 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
             ) from None
         values, vectors = (t.to(matrix.dtype) for t in torch.linalg.eigh(matrix.double()))
     return values.flip(-1), vectors.flip(-1)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def dense(A: Any) -> Tensor:
