@@ -28,18 +28,27 @@ def gradient_factor(o: Outer, sharing: str) -> Tensor:
 def input_factor(o: Outer, sharing: str, memory: int | None = None) -> Tensor:
     """sum over n (and t) of right right^T, [G q q]; the diagonal [1 q] for a lookup."""
     if o.lookup and sharing == "expand":
-        return torch.bincount(o.right().flatten(), minlength=o.q).to(o.left)[None]
+        return torch.bincount(o.right().flatten() + 1, minlength=o.q + 1)[1:].to(o.left)[None]
     G, T = o.left.shape[2:4]
     A = None
     for n in o.chunks(G * T * o.q, memory and memory // 2):
         if sharing == "reduce":
-            right = o.dense_right(n).mean(2).movedim(0, 2)  # [G q n]
+            right = o.dense_right(n)
+            count = right.sum((2, 3), keepdim=True).clamp(min=1) if o.lookup else T
+            right = (right / count).sum(2).movedim(0, 2)  # [G q n]
         else:
             right = o.columns(n)
         piece = right @ right.mT
         A = piece if A is None else A.add_(piece)
     assert A is not None  # there is at least one sample
     return A
+
+
+def _positions(o: Outer) -> int:
+    """N T, without the empty positions of ragged bags."""
+    if o.lookup and o.right is not None:
+        return int((o.right() >= 0).sum())
+    return o.left.shape[1] * o.left.shape[3]
 
 
 @dataclass
@@ -80,7 +89,7 @@ def add_factors(value: Factors | None, outers: list[Outer], sharing: str, memory
         raise NotImplementedError(f"is used with blocks of different shapes (groups, rows, columns) {sorted(blocks)}.")
     first = value is None
     if value is None:
-        positions = sum(o.left.shape[1] * (1 if sharing == "reduce" else o.left.shape[3]) for o in outers)
+        positions = sum(o.left.shape[1] if sharing == "reduce" else _positions(o) for o in outers)
         value = Factors({}, {}, positions, outers[0].left.shape[2])
     for o in outers:
         gradients, inputs = (value.columns, value.rows) if o.flip else (value.rows, value.columns)

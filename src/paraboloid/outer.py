@@ -23,9 +23,10 @@ CHUNK_BYTES = 4 * 2**20  # default size of a materialised piece: large enough fo
 class Right:
     """The input side of an outer product, built for a range of samples at a time (an unfolded input may be large).
 
-    `rows(slice)` gives [R G T q], or int64 [R G T] (a lookup into q), for a range of the rule's rows.  With `q_axes` it
-    gives [R G *q-axes *T-axes] instead, usually a strided view of the input: copying is left to who needs it, in the
-    arrangement that serves it.  The rows unflatten into (a, N, b) with N the samples; a and b join T.
+    `rows(slice)` gives [R G T q], or int64 [R G T] (a lookup into q; -1 where there is nothing to look up and left is
+    zero), for a range of the rule's rows.  With `q_axes` it gives [R G *q-axes *T-axes] instead, usually a strided view
+    of the input: copying is left to who needs it, in the arrangement that serves it.  The rows unflatten into (a, N, b)
+    with N the samples; a and b join T.
     """
 
     rows: Callable[[slice], Tensor]
@@ -107,7 +108,7 @@ class Outer:
         if right.is_floating_point():
             return left.mT * right if left.shape[-2] == 1 else left.mT @ right
         J = left.new_zeros(*left.shape[:-2], self.q, left.shape[-1])
-        index = right.unsqueeze(-1).expand_as(left)
+        index = right.clamp(min=0).unsqueeze(-1).expand_as(left)
         return J.scatter_add_(-2, index, left).mT
 
     def samples(self, n: slice = slice(None)) -> Tensor:
@@ -150,7 +151,9 @@ class Outer:
         if self.right is None:
             return self.left.new_ones(*self.left[0, n].shape[:3], 1)
         right = self.right(n)
-        return torch.nn.functional.one_hot(right, self.q).to(self.left.dtype) if self.lookup else right
+        if self.lookup:
+            return torch.nn.functional.one_hot(right + 1, self.q + 1)[..., 1:].to(self.left.dtype)
+        return right
 
     def columns(self, n: slice = slice(None)) -> Tensor:
         """`right` with all positions side by side, [G q nT]."""

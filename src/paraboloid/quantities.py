@@ -60,6 +60,7 @@ class Quantity:
     source: Source
     needs: frozenset[str] = frozenset()
     least_samples = 1
+    per_sample = True  # False: also defined where batch norm in training mode mixes the samples
 
     def add(self, value: Any, group: Group) -> Any:
         raise NotImplementedError
@@ -84,6 +85,7 @@ class Grad(Quantity):
     name: str = "grad"
     source: Source = GRADIENT
     needs = frozenset({"total"})
+    per_sample = False
 
     def add(self, value, group):
         return _plus(value, group.parts["total"])
@@ -224,7 +226,13 @@ class KFAC(Quantity):
 
     fisher: "mc" (labels sampled from the model, unbiased factors), "exact" (KFLR) or "empirical" (the given labels).
     sharing: "expand" or "reduce", for weights used at several positions.
+
+    Batch norm in training mode is accepted, as optimisers need it: the vectors of all samples are pulled at once, and a
+    sample's row of a layer's output gradient also holds what the others feel through the batch's statistics.  For
+    sampled labels these cross terms vanish on average.  The norm's own weight and bias are treated in the same way.
     """
+
+    per_sample = False
 
     def __init__(self, fisher: str = "mc", samples: int = 1, sharing: str = "expand"):
         known = {"mc": "kfac", "exact": "kflr", "empirical": "kfac_empirical"}

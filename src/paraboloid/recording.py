@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +19,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from paraboloid.layers import RULES
+from paraboloid.aliases import STRETCHES, Alias, alias_of
+from paraboloid.layers import LOWERINGS, RULES
+from paraboloid.layers.normalization import hold_statistics, uses_batch_statistics
 
-TURNS = {Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__}
-STRETCHES = {
-    Tensor.expand, Tensor.expand_as, Tensor.to, Tensor.type_as, Tensor.float, Tensor.double, Tensor.contiguous,
-    torch.broadcast_to, Tensor.broadcast_to,
-}  # fmt: skip
-IN_PLACE_SUMS = {Tensor.add_, Tensor.__iadd__}  # in-place calls whose rule needs no value of the mutated input
+# In-place calls whose rule needs no value of what is mutated: a sum, and running statistics in training mode.
+HARMLESS = {Tensor.add_, Tensor.__iadd__, F.batch_norm, F.instance_norm}
 
 
 @dataclass
@@ -40,15 +39,6 @@ class Call:
     weights: list[Tensor]
     below: list[Any]  # graph nodes of the data inputs: where the completeness walk goes on
     held: list[tuple[Tensor, int]]  # tensors and the versions they had
-
-
-@dataclass
-class Alias:
-    """A weight that only re-indexes `root`: transposed, expanded or cast; or a lookup of fixed positions in a table."""
-
-    root: Tensor
-    turned: bool = False
-    table: tuple[Tensor, Tensor] | None = None  # (embedding table, positions)
 
 
 def tensors(*trees_: Any) -> Iterator[Tensor]:
@@ -72,10 +62,13 @@ def _unshared(z: Tensor, inputs: list[Tensor]) -> Tensor:
 
 
 def lowered(op: Callable) -> Callable | None:
-    """A composite Python function with its own code, blind to torch-function modes, so that what it calls is recorded.
+    """What to run in place of an operation without a rule, so that the calls inside it are recorded.
 
-    `F.multi_head_attention_forward` and its like hide the products inside behind one call.
+    A recurrent layer is unrolled.  A composite Python function (`F.multi_head_attention_forward` and its like hide the
+    products inside behind one call) runs with its own code, made blind to torch-function modes.
     """
+    if op in RULES or op in LOWERINGS:
+        return LOWERINGS.get(op)
     if not isinstance(op, types.FunctionType):
         return None
     switches = [n for n in op.__code__.co_names if n.startswith("has_torch_function")]
@@ -96,6 +89,8 @@ class Recorder(TorchFunctionMode):
         self.calls: list[Call] = []
         self.clean: dict[int, tuple[Tensor, int]] = {}
         self.alias: dict[int, Alias] = {}
+        self.mixed = False  # whether a batch norm ran in training mode
+        self._held = False
         for module in model.modules():
             self._mark(*module._parameters.values(), *module._buffers.values(), *vars(module).values())
 
@@ -115,24 +110,37 @@ class Recorder(TorchFunctionMode):
         if torch.is_grad_enabled():
             weights = [t for t, c in zip(inputs, clean, strict=True) if c and t.requires_grad]
         mixes = bool(weights) and not all(clean) and op not in STRETCHES
-        if mixes and op not in RULES and (inner := lowered(op)) is not None:
+        if mixes and (inner := lowered(op)) is not None:
             with self:
-                return inner(*args, **kwargs)
+                z = inner(*args, **kwargs)
+            if z is not NotImplemented:
+                return z
         before = [t._version for t in inputs]
         below = [
             get_gradient_edge(t).node
             for t, c in zip(inputs, clean, strict=True) if mixes and not c and t.requires_grad
         ]  # fmt: skip
         z = op(*args, **kwargs)
+        if uses_batch_statistics(op, args, kwargs) and z.requires_grad:
+            hold_statistics(z, args, kwargs, lambda: self._held)
+            self.mixed = True
         if all(clean) or (op in STRETCHES and clean[0]):
             self._note_clean(op, args, kwargs, inputs, clean, before, weights, z)
         elif mixes and isinstance(z, Tensor) and z.requires_grad:
             z = _unshared(z, inputs)
-            moved = any(t._version != b for t, b in zip(inputs, before, strict=True))
-            if not moved or op in IN_PLACE_SUMS:  # the completeness walk finds what other in-place calls hide
-                held = [] if moved else list(zip(inputs, before, strict=True))
-                self.calls.append(Call(op, args, kwargs, get_gradient_edge(z), z.shape, weights, below, held))
+            still = [(t, b) for t, b in zip(inputs, before, strict=True) if t._version == b]
+            if len(still) == len(inputs) or op in HARMLESS:  # the completeness walk finds what other calls hide
+                self.calls.append(Call(op, args, kwargs, get_gradient_edge(z), z.shape, weights, below, still))
         return z
+
+    @contextmanager
+    def statistics_held(self, held: bool) -> Iterator[None]:
+        """Pulls inside the block pass batch norms in training mode as if their statistics were constants."""
+        self._held = held
+        try:
+            yield
+        finally:
+            self._held = False
 
     def _note_clean(self, op, args, kwargs, inputs, clean, before, weights, z) -> None:
         for t, c, b in zip(inputs, clean, before, strict=True):
@@ -140,17 +148,10 @@ class Recorder(TorchFunctionMode):
                 self._mark(t)
                 self.alias.pop(id(t), None)
         self._mark(z)
-        if not weights or not isinstance(z, Tensor) or z is inputs[0]:
+        if not weights:
             return
-        source = self.alias.get(id(inputs[0]), Alias(inputs[0]))
-        if op in STRETCHES:
-            self.alias[id(z)] = source
-        elif op in TURNS and source.root.dim() == 2 and source.table is None:
-            self.alias[id(z)] = Alias(source.root, not source.turned)
-        elif op is F.embedding and id(args[1]) in self.names and _is_plain(*args, **kwargs):
-            self.alias[id(z)] = Alias(z, False, (args[1], args[0]))
-
-
-def _is_plain(idx, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
-    """Whether an embedding only looks up rows: nothing masked, renormalised or scaled."""
-    return padding_idx is None and max_norm is None and not scale_grad_by_freq
+        for result in tensors(z):
+            if not any(result is t for t in inputs) and result.requires_grad:
+                found = alias_of(op, args, kwargs, result, self.alias)
+                if found is not None:
+                    self.alias[id(result)] = found

@@ -89,7 +89,7 @@ def coalesce(o: Outer) -> tuple[Tensor, Tensor, Tensor]:
     """A lookup's rows summed per sample: (sample [U], table row [U], value [V U p]) for the pairs that occur."""
     V, N, G, T, p = o.left.shape
     assert o.right is not None
-    key = (torch.arange(N, device=o.left.device)[:, None] * o.q + o.right().flatten(1)).flatten()
+    key = (torch.arange(N, device=o.left.device)[:, None] * o.q + o.right().flatten(1).clamp(min=0)).flatten()
     pairs, inverse = key.unique(return_inverse=True)
     value = o.left.new_zeros(V, len(pairs), p).index_add_(1, inverse, o.left.reshape(V, N * G * T, p))
     return pairs // o.q, pairs % o.q, value

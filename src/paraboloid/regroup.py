@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from paraboloid.aliases import Alias, Piece, itself
 from paraboloid.certify import Layout
 from paraboloid.layers import RULES, Use
 from paraboloid.outer import Outer, Right, general
@@ -25,45 +28,112 @@ class Part:
     outer: Callable[[Tensor, Via], Outer]
 
 
-def rule_parts(call: Any, layout: Layout, alias: dict[int, Any]) -> list[Part] | None:
+def rule_parts(call: Any, layout: Layout, aliases: Mapping[int, Alias]) -> list[Part] | None:
     """The parts of every weight of the call by its rule, or None where no rule applies to these arguments."""
     wanted = {id(w) for w in call.weights}
     uses = [u for u in RULES.get(call.op, lambda *_, **__: ())(*call.args, **call.kwargs) if id(u.weight) in wanted]
     if {id(u.weight) for u in uses} != wanted:
         return None
-    parts = [_part(call.shape, layout, use, alias.get(id(use.weight))) for use in uses]
-    return None if None in parts else parts
+    parts: list[Part] = []
+    for use in uses:
+        found = _parts(call.shape, layout, use, aliases.get(id(use.weight)))
+        if found is None:
+            return None
+        parts += found
+    return parts
 
 
-def _part(shape: torch.Size, layout: Layout, use: Use, alias: Any) -> Part | None:
-    root, turned = (use.weight, False) if alias is None else (alias.root, alias.turned)
+def _parts(shape: torch.Size, layout: Layout, use: Use, alias: Alias | None) -> list[Part] | None:
+    """One part for each root of the weight; None where the samples lie along an axis of the weight itself."""
+    alias = itself(use.weight) if alias is None else alias
+    places = _places(use, alias)
+    if places is None:  # not rows of the roots: differentiated through instead
+        alias = itself(use.weight)
+        places = [Place(alias.pieces[0], slice(None), 0, 0)]
     axis, (a, N, b) = layout
     if use.shape is not None:
         if use.shape[axis] != shape[axis]:
             return None  # joined to the data along the samples' own axis
         shape = use.shape
-    rows = broadcast_axes(shape, root.shape) if use.rows is None else use.rows
+    rows = broadcast_axes(shape, alias.shape) if use.rows is None else use.rows
     if axis not in rows:
-        return None  # the samples lie along an axis of the weight itself
+        return None
     at, sizes = rows.index(axis), [shape[i] for i in rows]
     split = (math.prod(sizes[:at]) * a, N, b * math.prod(sizes[at + 1 :]))
-    table = None if alias is None or use.right is not None else alias.table
-    right = None if use.right is None else Right(use.right, split, use.lookup, root.dtype, use.q_axes)
 
-    def outer(g: Tensor, via: Via) -> Outer:
+    def outer(place: Place, g: Tensor, via: Via) -> Outer:
+        root, flip = place.piece.root, use.flip ^ alias.turned
         left = use.left(g)
         if use.rows is None:
             left = left.movedim([i + 1 for i in rows], list(range(1, len(rows) + 1)))
-            left = left.reshape(len(g), -1, 1, 1, root.numel())
+            left = left.reshape(len(g), -1, 1, 1, alias.shape.numel())
         left = left.unflatten(1, split).permute(0, 2, 4, 1, 3, 5, 6).flatten(3, 5)  # [V N G abT p]
         left = left.to(root.dtype)  # under autocast: sums in the weight's precision
-        if table is not None:
-            return _table_rows(left.sum(3, keepdim=True), *table)
-        if right is None:
-            return Outer(left.sum(3, keepdim=True), None, root.shape, via=via, kind="vector")
-        return Outer(left, right, root.shape, use.q, use.flip ^ turned, via)
+        if use.right is None:
+            left = place.put(left.sum(3, keepdim=True), -1)
+            if place.piece.table is not None:
+                return _table_rows(left, *place.piece.table)
+            return Outer(left, None, root.shape, via=via, kind="vector")
+        get, q = use.right, use.q
+        if flip and place.moves:
+            q = q + place.before + place.after
+            axis = 2 if use.q_axes else -1
+            get = (lambda n: use.right(n) + place.before) if use.lookup else (lambda n: place.put(use.right(n), axis))
+        elif place.moves:
+            left = place.put(left, -1)
+        return Outer(left, Right(get, split, use.lookup, root.dtype, use.q_axes), root.shape, q, flip, via)
 
-    return Part(root if table is None else table[0], outer)
+    return [
+        Part(p.piece.root if p.piece.table is None or use.right is not None else p.piece.table[0], partial(outer, p))
+        for p in places if p.piece.root.requires_grad
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where rows of a weight lie in a root: `rows` of the weight, behind `before` rows of the root, `after` follow."""
+
+    piece: Piece
+    rows: slice
+    before: int
+    after: int
+
+    @property
+    def moves(self) -> bool:
+        return self.rows != slice(None) or self.before + self.after > 0
+
+    def put(self, t: Tensor, axis: int) -> Tensor:
+        """The weight's rows along an axis of t, among zeros for the root's other rows."""
+        if not self.moves:
+            return t
+        t = t.movedim(axis, -1)[..., self.rows]
+        return F.pad(t, (self.before, self.after)).movedim(-1, axis)
+
+
+def _places(use: Use, alias: Alias) -> list[Place] | None:
+    """Where the alias's pieces go in their roots; None where its rows are no rows of a root."""
+    if use.right is None and alias.turned:
+        return None
+    if alias.is_whole:
+        return [Place(alias.pieces[0], slice(None), 0, 0)]
+    length = 1  # of a row: q elements, or p where the parameter is stored flipped
+    if use.right is not None:
+        flip = use.flip ^ alias.turned
+        length = alias.shape.numel() // use.q if flip else use.q
+        shifts = not use.lookup or len(alias.pieces) == 1
+        if use.groups > 1 or (flip and not (shifts and use.q_axes in (None, 1))) or (use.lookup and not flip):
+            return None
+    places, at = [], 0
+    for piece in alias.pieces:
+        size = piece.stop - piece.start
+        heads = (piece.root.shape[k:].numel() for k in range(1, piece.root.dim() + 1))
+        if any(i % length for i in (at, size, piece.start)) or length not in heads:
+            return None
+        rows = slice(at // length, (at + size) // length)
+        before = piece.start // length
+        places.append(Place(piece, rows, before, piece.root.numel() // length - before - size // length))
+        at += size
+    return places
 
 
 def _table_rows(left: Tensor, table: Tensor, positions: Tensor) -> Outer:

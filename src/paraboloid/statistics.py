@@ -87,16 +87,17 @@ class Recording(Tape):
                 by_source.setdefault(q.source, []).append(q)
             if accumulate_grad:
                 by_source.setdefault(GRADIENT, [])
+            mixed = not any(q.per_sample for q in wanted)
             results: dict[str, dict[str, Any]] = {q.name: {} for q in wanted}
             for source, group in by_source.items():
                 vectors = _vectors(loss, output, target, source, generator)
                 adds_grad = accumulate_grad and source == GRADIENT
-                found = self._reduce(output, vectors, group, Scale(len(output), a), max_memory, adds_grad)
+                found = self._reduce(output, vectors, group, Scale(len(output), a), max_memory, adds_grad, mixed)
                 for name, values in found.items():
                     results[name] = values
         return Statistics(results, value, output.detach())
 
-    def _reduce(self, f, vectors, quantities, scale, max_memory, adds_grad) -> dict[str, dict[str, Any]]:
+    def _reduce(self, f, vectors, quantities, scale, max_memory, adds_grad, mixed) -> dict[str, dict[str, Any]]:
         running: dict[str, dict[str, Any]] = {q.name: dict.fromkeys(self.parameters) for q in quantities}
         needs = frozenset[str]().union(*(q.needs for q in quantities))
         size = max(1, sum(c.shape.numel() for c in self.calls) * f.element_size())
@@ -106,7 +107,7 @@ class Recording(Tape):
         while vs:
             following = list(islice(vectors, count))
             totals = {} if adds_grad else None
-            outers = self.pull(f, torch.stack(vs) if len(vs) > 1 else vs[0][None], totals=totals)
+            outers = self.pull(f, torch.stack(vs) if len(vs) > 1 else vs[0][None], totals, batch_statistics=mixed)
             if following and needs:
                 keep_inputs(outers, KEEP_BYTES if max_memory is None else max_memory // 4)
             vs = following

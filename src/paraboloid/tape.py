@@ -20,6 +20,7 @@ from torch.overrides import resolve_name
 
 from paraboloid import trees
 from paraboloid.certify import Layout, certify
+from paraboloid.layers.normalization import uses_batch_statistics
 from paraboloid.outer import Outer, general
 from paraboloid.recording import Call, Recorder, tensors
 from paraboloid.regroup import Part, fallback_parts, rule_parts, vjp
@@ -53,7 +54,7 @@ class Tape:
         self.parameters = trees.parameters(model)
         self.names = {id(p): name for name, p in self.parameters.items()}
         self.recorder = Recorder(model, self.names)
-        self._plan: tuple[Tensor, Plan] | None = None
+        self._plan: tuple[Tensor, bool, Plan] | None = None
 
     @property
     def calls(self) -> list[Call]:
@@ -113,13 +114,14 @@ class Tape:
 
     # --- pulling back --------------------------------------------------------------------------------------------
 
-    def plan(self, f: Tensor) -> Plan:
+    def plan(self, f: Tensor, batch_statistics: bool = False) -> Plan:
         """Guards, sample layouts and rules for pulls from f; computed once for each recorded graph."""
-        if self._plan is None or self._plan[0] is not f:
-            self._plan = f, self._make_plan(f)
-        return self._plan[1]
+        mixed = batch_statistics and self.recorder.mixed
+        if self._plan is None or self._plan[0] is not f or self._plan[1] != mixed:
+            self._plan = f, mixed, self._make_plan(f, mixed)
+        return self._plan[2]
 
-    def _make_plan(self, f: Tensor) -> Plan:
+    def _make_plan(self, f: Tensor, mixed: bool) -> Plan:
         if f.dim() == 0 or len(f) == 0:
             raise ValueError(f"the output has shape {tuple(f.shape)}; expected axis 0 to be the N >= 1 samples.")
         if not f.requires_grad:
@@ -131,12 +133,15 @@ class Tape:
                              "was it computed inside the record block, with the model's own parameters (not by "
                              "functional_call with others)?")  # fmt: skip
         history = _certified.setdefault(self.model, {})
-        signature = self._signature(f)
+        signature = self._signature(f, mixed)
         count, layouts = history.get(signature, (0, []))
         due = self.verify == "always" or (self.verify == "auto" and (count & (count + 1) == 0 or not layouts))
         check = None
         if due or not layouts:
-            layouts, check = certify(f, self.calls, list(self.parameters.values()), self.where)
+            with self.recorder.statistics_held(mixed):
+                layouts, check = certify(f, self.calls, list(self.parameters.values()), self.where)
+        if not mixed:
+            self._refuse_batch_statistics(layouts)
         plan = Plan(layouts, self._parts(layouts), missed)
         if due and check is not None:
             self._check_totals(f, plan, *check)
@@ -146,9 +151,18 @@ class Tape:
             history.pop(next(iter(history)))
         return plan
 
-    def _signature(self, f: Tensor) -> int:
+    def _refuse_batch_statistics(self, layouts: list[Layout | None]) -> None:
+        for call, layout in zip(self.calls, layouts, strict=True):
+            if layout is not None and uses_batch_statistics(call.op, call.args, call.kwargs):
+                raise ValueError(
+                    f"{self.where(call)} ran in training mode on an input {tuple(call.args[0].shape)}: its batch "
+                    "statistics mix the samples, so there are no per-sample gradients. Call model.eval() first, or "
+                    "replace it by GroupNorm; the gradient and Kronecker factors alone are possible as it is."
+                )
+
+    def _signature(self, f: Tensor, mixed: bool) -> int:
         calls = ((c.op, c.shape, tuple(t.shape for t in tensors(c.args, c.kwargs))) for c in self.calls)
-        return hash((f.shape, f.dtype, *calls))
+        return hash((f.shape, f.dtype, mixed, *calls))
 
     @torch.no_grad()
     def _check_totals(
@@ -204,12 +218,18 @@ class Tape:
                         out[name].append(part.outer(g, lambda J, root=part.root, p=p: vjp(root, p, J)))
         return out
 
-    def pull(self, f: Tensor, v: Tensor, totals: dict[str, Tensor | None] | None = None) -> dict[str, list[Outer]]:
+    def pull(
+        self, f: Tensor, v: Tensor, totals: dict[str, Tensor | None] | None = None, batch_statistics: bool = False
+    ) -> dict[str, list[Outer]]:
         """Pull `v` [V *f.shape] back through the recorded graph, keeping the samples apart (axis 0 of f).
 
         Returns for every trainable parameter the list of its uses in outer-product form; a parameter without influence
         has one zero use.  The graph is kept, so pulls may be repeated, also inside the `record` block.  A dict given as
         `totals` receives autograd's own gradients, summed over samples and vectors, from the same backward pass.
+
+        `batch_statistics=True` accepts batch norm in training mode.  Row n is then the gradient of the whole pulled
+        v . f at the layer's outputs for sample n, as optimisers with Kronecker factors use it: the rows add up to the
+        gradient, but they are not the samples' own.  Independence is certified with the statistics held constant.
 
         Raises ValueError where the samples are not independent (batch statistics, softmax over the batch), and
         RuntimeError where a tensor of the forward pass was modified afterwards.
@@ -218,7 +238,7 @@ class Tape:
             if v.shape[1:] != f.shape or v.dim() == 0 or len(v) == 0:
                 raise ValueError(f"v has shape {tuple(v.shape)}; expected [V, *output shape] = [V, {list(f.shape)}].")
             self._check_fresh()
-            plan = self.plan(f)
+            plan = self.plan(f, batch_statistics)
             v = v.to(f.dtype)
             out = self._outers(plan, self._gradients(f, v, totals))
             for name in sorted(plan.missed):

@@ -23,10 +23,12 @@ class Use:
 
     left(g)      gradients at the output, [V *z] -> [V R G T p]; for rows=None any tensor that the weight's gradient is
                  the sum of, over those axes
-    right(rows)  range of rows -> [R G T q], or int64 [R G T] for a lookup into the weight's q rows; None means one;
-                 with `q_axes`, [R G *q-axes *T-axes], which may be a strided view (an unfolded image)
+    right(rows)  range of rows -> [R G T q], or int64 [R G T] for a lookup into the weight's q rows (EMPTY where left is
+                 zero and nothing is looked up); None means one; with `q_axes`, [R G *q-axes *T-axes], which may be a
+                 strided view (an unfolded image)
     flip         the weight is stored as q x p
     shape        of left(g) without V, where it is not that of z
+    groups       G, for a grouped convolution
     """
 
     weight: Any
@@ -38,10 +40,13 @@ class Use:
     lookup: bool = False
     shape: torch.Size | None = None
     q_axes: int | None = None
+    groups: int = 1
 
 
+EMPTY = -1  # no row of a lookup: the filling of ragged bags
 Rule = Callable[..., Iterable[Use]]
 RULES: dict[Callable, Rule] = {}
+LOWERINGS: dict[Callable, Callable] = {}
 
 
 def rule(*operations: Callable) -> Callable[[Rule], Rule]:
@@ -49,6 +54,19 @@ def rule(*operations: Callable) -> Callable[[Rule], Rule]:
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(operations, function))
+        return function
+
+    return register
+
+
+def lowering(*operations: Callable) -> Callable[[Callable], Callable]:
+    """Register a function that computes the same with operations that have rules; it runs instead while recording.
+
+    It takes the operation's arguments and may return NotImplemented.
+    """
+
+    def register(function: Callable) -> Callable:
+        LOWERINGS.update(dict.fromkeys(operations, function))
         return function
 
     return register
@@ -64,4 +82,6 @@ def channel(weight: Any, left: Callable[[Tensor], Tensor]) -> Use:
     return Use(weight, (0,), lambda g: left(g).unsqueeze(-1).flatten(3).sum(3)[:, :, None, None])
 
 
-from paraboloid.layers import convolution, elementwise, embedding, linear, normalization  # noqa: E402, F401
+from paraboloid.layers import (  # noqa: E402, F401, I001
+    activation, convolution, elementwise, embedding, linear, normalization, recurrent, transposed_convolution,
+)  # fmt: skip

@@ -47,6 +47,8 @@ def convolution(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1)
         return patches(padded(x[rows], kernel, padding, dilation), kernel, stride, dilation, groups)
 
     q = weight[0].numel()
-    yield Use(weight, (0,), lambda g: g.flatten(3).unflatten(2, (groups, -1)).mT, right, q=q, q_axes=1 + D)
+    yield Use(
+        weight, (0,), lambda g: g.flatten(3).unflatten(2, (groups, -1)).mT, right, q=q, q_axes=1 + D, groups=groups
+    )
     if bias is not None:
         yield channel(bias, lambda g: g)

@@ -14,26 +14,26 @@ def add(x, y, *, alpha=1):
     yield spread(y, lambda g: alpha * g if alpha != 1 else g)
 
 
-@rule(torch.sub, Tensor.sub, Tensor.__sub__)
+@rule(torch.sub, Tensor.sub, Tensor.__sub__, torch.subtract, Tensor.subtract)
 def sub(x, y, *, alpha=1):
     yield spread(x, lambda g: g)
     yield spread(y, lambda g: -alpha * g)
 
 
-@rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+@rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply, Tensor.multiply)
 def mul(x, y):
     yield spread(x, lambda g: g * y)
     yield spread(y, lambda g: g * x)
 
 
-@rule(torch.div, Tensor.div, Tensor.__truediv__)
+@rule(torch.div, Tensor.div, Tensor.__truediv__, torch.divide, torch.true_divide)
 def div(x, y, *, rounding_mode=None):
     if rounding_mode is None:
         yield spread(x, lambda g: g / y)
         yield spread(y, lambda g: -g * x / (y * y))
 
 
-@rule(torch.cat)
+@rule(torch.cat, torch.concat, torch.concatenate)
 def cat(tensors, dim=0):
     axis = dim % tensors[0].dim()
     start = 0

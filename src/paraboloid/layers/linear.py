@@ -1,4 +1,4 @@
-"""Products with a weight matrix."""
+"""Products with a weight matrix, a weight vector, or a stack of matrices (bilinear)."""
 
 from __future__ import annotations
 
@@ -18,21 +18,37 @@ def matrix(x: Tensor, weight: Tensor, flip: bool, scale: float = 1) -> Use:
     )  # fmt: skip
 
 
+def vector(x: Tensor, weight: Tensor) -> Use:
+    """z = x w, without the last axis of x."""
+    return spread(weight, lambda g: g.unsqueeze(-1) * x, x.shape)
+
+
 @rule(F.linear)
 def linear(x, weight, bias=None):
-    if weight.dim() == 2:
-        yield matrix(x, weight, flip=False)
-        if bias is not None:
-            yield spread(bias, lambda g: g)
+    yield matrix(x, weight, flip=False) if weight.dim() == 2 else vector(x, weight)
+    yield spread(bias, lambda g: g)
 
 
-@rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+@rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.mv, Tensor.mv)
 def matmul(x, weight):
-    if weight.dim() == 2 and x.dim() > 1:
-        yield matrix(x, weight, flip=True)
+    if x.dim() > 1 and weight.dim() < 3:
+        yield matrix(x, weight, flip=True) if weight.dim() == 2 else vector(x, weight)
 
 
 @rule(torch.addmm, Tensor.addmm)
 def addmm(bias, x, weight, *, beta=1, alpha=1):
     yield spread(bias, lambda g: beta * g)
     yield matrix(x, weight, flip=True, scale=alpha)
+
+
+@rule(torch.bilinear)
+def bilinear(x, y, weight, bias=None):
+    """z_o = x^T W_o y: a linear layer on the products of the entries of both inputs, q = in1 in2."""
+
+    def right(rows: slice) -> Tensor:
+        a, b = x.reshape(-1, x.shape[-1])[rows], y.reshape(-1, y.shape[-1])[rows]
+        return (a.unsqueeze(2) * b.unsqueeze(1)).flatten(1)[:, None, None]
+
+    p, q = len(weight), weight[0].numel()
+    yield Use(weight, tuple(range(x.dim() - 1)), lambda g: g.reshape(len(g), -1, 1, 1, p), right, q=q)
+    yield spread(bias, lambda g: g)

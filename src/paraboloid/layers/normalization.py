@@ -2,35 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
+from torch import Tensor
 
 from paraboloid.layers import channel, rule, spread
 
 
 @rule(F.layer_norm)
 def layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
-    if weight is not None:
-        yield spread(weight, lambda g: g * F.layer_norm(x, normalized_shape, eps=eps))
-    if bias is not None:
-        yield spread(bias, lambda g: g)
+    yield spread(weight, lambda g: g * F.layer_norm(x, normalized_shape, eps=eps))
+    yield spread(bias, lambda g: g)
+
+
+@rule(F.rms_norm)
+def rms_norm(x, normalized_shape, weight=None, eps=None):
+    yield spread(weight, lambda g: g * F.rms_norm(x, normalized_shape, eps=eps))
 
 
 @rule(F.group_norm)
 def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5):
-    if weight is not None:
-        yield channel(weight, lambda g: g * F.group_norm(x, num_groups, eps=eps))
-    if bias is not None:
-        yield channel(bias, lambda g: g)
+    yield channel(weight, lambda g: g * F.group_norm(x, num_groups, eps=eps))
+    yield channel(bias, lambda g: g)
+
+
+@rule(F.instance_norm)
+def instance_norm(
+    x, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
+):
+    def xhat() -> Tensor:
+        return F.instance_norm(x, eps=eps) if use_input_stats else F.batch_norm(x, running_mean, running_var, eps=eps)
+
+    yield channel(weight, lambda g: g * xhat())
+    yield channel(bias, lambda g: g)
 
 
 @rule(F.batch_norm)
 def batch_norm(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    if training:
-        raise ValueError(
-            f"batch_norm ran in training mode on an input {tuple(x.shape)}: its batch statistics mix the samples, so "
-            "there are no per-sample gradients. Call model.eval() first, or replace it by GroupNorm."
-        )
-    if weight is not None:
-        yield channel(weight, lambda g: g * F.batch_norm(x, running_mean, running_var, eps=eps))
-    if bias is not None:
-        yield channel(bias, lambda g: g)
+    """In training mode with the statistics of this batch: the rows of left add up to the gradient, but they are not the
+    samples' own (see `uses_batch_statistics`)."""
+    fixed = (None, None) if training else (running_mean, running_var)
+    yield channel(weight, lambda g: g * F.batch_norm(x, *fixed, training=training, eps=eps))
+    yield channel(bias, lambda g: g)
+
+
+def uses_batch_statistics(op: Callable, args: tuple, kwargs: dict) -> bool:
+    """Whether a call is a batch norm in training mode, which mixes the samples."""
+    return op is F.batch_norm and _arguments(*args, **kwargs)[2]
+
+
+def _arguments(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    return x, weight, training, eps
+
+
+def hold_statistics(z: Tensor, args: tuple, kwargs: dict, held: Callable[[], bool]) -> None:
+    """Let gradients pass the batch norm with output z as if its batch's mean and variance were constants, while
+    `held()` is true: then the samples are apart, and where they lie can be found."""
+    x, weight, _, eps = _arguments(*args, **kwargs)
+    axes = [0, *range(2, x.dim())]
+
+    def hook(inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor | None, ...] | None:
+        if not held() or inputs[0] is None:
+            return None
+        scale = (x.detach().var(axes, correction=0) + eps).rsqrt()
+        scale = scale if weight is None else scale * weight.detach()
+        return (outputs[0] * scale.view(-1, *[1] * (x.dim() - 2)).to(outputs[0].dtype), *inputs[1:])
+
+    assert z.grad_fn is not None
+    z.grad_fn.register_hook(hook)
