@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from paraboloid.losses import MSE, BCEWithLogits, CrossEntropy, Loss, NoTargets, Opaque
+from paraboloid.losses import MSE, BCEWithLogits, CrossEntropy, Loss, NoTargets, Opaque, PoissonNLL
 
 N, C = 4, 3
 WEIGHT = torch.tensor([0.5, 1.5, 3.0], dtype=torch.float64)
@@ -19,6 +19,10 @@ def indices(*shape, ignored=False):
     if ignored:
         y.view(-1)[1] = -100
     return y
+
+
+def counts(*shape):
+    return torch.randint(5, shape, generator=torch.Generator().manual_seed(1))
 
 
 CASES = {
@@ -55,6 +59,9 @@ CASES = {
         (N, C),
         draw(N, C).sigmoid(),
     ),
+    "poisson": (nn.PoissonNLLLoss, {}, (N, C), counts(N, C)),
+    "poisson full": (nn.PoissonNLLLoss, {"full": True}, (N, C, 2), counts(N, C, 2).double()),
+    "poisson vector": (nn.PoissonNLLLoss, {}, (N,), counts(N)),
 }
 
 
@@ -107,7 +114,12 @@ def test_sample_losses_are_the_unreduced_sums(case):
 
 def test_batchmean_divides_by_the_number_of_samples(case):
     cls, options, f, y = case
-    ours = {nn.CrossEntropyLoss: CrossEntropy, nn.MSELoss: MSE, nn.BCEWithLogitsLoss: BCEWithLogits}[cls]
+    ours = {
+        nn.CrossEntropyLoss: CrossEntropy,
+        nn.MSELoss: MSE,
+        nn.BCEWithLogitsLoss: BCEWithLogits,
+        nn.PoissonNLLLoss: PoissonNLL,
+    }[cls]
     loss = ours(reduction="batchmean", **options)
     torch.testing.assert_close(loss(f, y), loss.sample_losses(f, y).sum() / len(f), rtol=1e-12, atol=0)
     assert loss.normalizer(f, y) == len(f)
@@ -282,6 +294,12 @@ ERRORS = [
     (MSE(), F, F[:, :2], r"MSE needs targets of the output's shape \(4, 3\); found \(4, 2\)"),
     (MSE(), F, F.long(), "MSE needs floating-point targets; found torch.int64"),
     (BCEWithLogits(), F, F.abs() + 1, r"needs targets in \[0, 1\]; found"),
+    (CrossEntropy(-WEIGHT), F, Y, "weight has the entry -3; expected none below zero"),
+    (CrossEntropy(), F, F, "are probabilities; found -.*, expected none below zero"),
+    (BCEWithLogits(pos_weight=-WEIGHT), F, F.sigmoid(), "pos_weight has the entry -3; expected none below zero"),
+    (PoissonNLL(), F, F[:, :2], r"needs counts of the output's shape \(4, 3\); found \(4, 2\)"),
+    (PoissonNLL(), F, -F.abs(), "needs counts >= 0; found -"),
+    (PoissonNLL(log_input=False), F, counts(N, C), "needs positive rates; found the output -"),
     (2 * MSE(), F, F[:, :2], "MSE needs targets of the output's shape"),
     (MSE() + MSE(), F, F[:, :2], "MSE needs targets of the output's shape"),
 ]
@@ -307,9 +325,5 @@ def test_a_batch_without_targets():
 def test_algebra_errors():
     with pytest.raises(ValueError, match=r"a loss is multiplied by -1\.0; expected a positive number"):
         -1 * MSE()
-    with pytest.raises(ValueError, match="expected all of them to be 'sum' or none"):
-        MSE(reduction="sum") + BCEWithLogits()
-    with pytest.raises(ValueError, match="the summed losses divide by different numbers"):
-        (CrossEntropy() + MSE()).normalizer(F, F.softmax(1))
     with pytest.raises(TypeError):
         MSE() + 1

@@ -4,13 +4,19 @@ Every loss is a sum over samples of an *unreduced* loss l_n(f_n, y_n), divided b
 
     value = sum_n l_n / normalizer,        l_n = sum of sample n's elements under ``reduction="none"``.
 
-`gradient`, `hessian_product`, `hessian_root` and `sampled_gradients` are those of the unreduced sum: multiply by
-``1 / normalizer`` (the factor a) for the loss as reduced.
+`gradient`, `hessian_product`, `curvature_product`, `hessian_root` and `sampled_gradients` are those of the unreduced
+sum: multiply by ``1 / normalizer`` (the factor a) for the loss as reduced.
 """
 
+from paraboloid.losses.algebra import Scaled, Sum, settled
 from paraboloid.losses.cross_entropy import CrossEntropy
 from paraboloid.losses.elementwise import MSE, BCEWithLogits, Elementwise
-from paraboloid.losses.loss import Loss, NoTargets, Scaled, Sum
+from paraboloid.losses.gaussian import GaussianNLL
+from paraboloid.losses.loss import Loss, NoTargets
 from paraboloid.losses.opaque import Opaque
+from paraboloid.losses.poisson import PoissonNLL
 
-__all__ = ["MSE", "BCEWithLogits", "CrossEntropy", "Elementwise", "Loss", "NoTargets", "Opaque", "Scaled", "Sum"]
+__all__ = [
+    "MSE", "BCEWithLogits", "CrossEntropy", "Elementwise", "GaussianNLL", "Loss", "NoTargets", "Opaque", "PoissonNLL",
+    "Scaled", "Sum", "settled",
+]  # fmt: skip

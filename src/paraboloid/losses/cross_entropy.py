@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paraboloid.losses.elementwise import check_not_negative
 from paraboloid.losses.loss import FROM_TORCH, Loss, NoTargets, check_lengths, check_reduction, full
 
 
@@ -139,7 +140,13 @@ class CrossEntropy(Loss):
         check_lengths(f, y)
         if f.dim() < 2:
             raise ValueError(f"cross-entropy needs outputs [N, classes, ...]; found shape {tuple(f.shape)}.")
+        if self.weight is not None and self.weight.shape != (f.shape[1],):
+            raise ValueError(f"class weights have length {len(self.weight)}; expected {f.shape[1]}.")
+        check_not_negative(weight=self.weight)
         if not self._indices(f, y):
+            if (y < 0).any():
+                raise ValueError(f"cross-entropy targets of the output's shape are probabilities; found {y.min():.4g}, "
+                                 "expected none below zero.")  # fmt: skip
             return
         if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
             raise ValueError(f"cross-entropy targets have dtype {y.dtype} and shape {tuple(y.shape)}; expected int64 "
@@ -153,8 +160,6 @@ class CrossEntropy(Loss):
             raise ValueError(f"target {int(y[tuple(where)])} at index {where if len(where) > 1 else where[0]} is out "
                              f"of range; expected class indices 0..{f.shape[1] - 1} for {f.shape[1]} outputs"
                              f" (or ignore_index={self.ignore_index}).")  # fmt: skip
-        if self.weight is not None and len(self.weight) != f.shape[1]:
-            raise ValueError(f"class weights have length {len(self.weight)}; expected {f.shape[1]}.")
 
 
 FROM_TORCH[nn.CrossEntropyLoss] = lambda m: CrossEntropy(m.weight, m.ignore_index, m.label_smoothing, m.reduction)

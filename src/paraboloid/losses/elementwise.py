@@ -10,16 +10,19 @@ from paraboloid.losses.loss import FROM_TORCH, Loss, check_lengths, check_reduct
 
 
 class Elementwise(Loss):
-    """Losses whose Hessian is diagonal in the output elements: one root column per element of a sample."""
+    """Losses whose curvature is diagonal in the output elements: one root column per element of a sample."""
 
     def _curvature(self, f: Tensor, y: Tensor) -> Tensor:
-        """Diagonal of the output-Hessian of the unreduced loss, shape of f."""
+        """Diagonal of the curvature of the unreduced loss, shape of f; nowhere negative."""
         raise NotImplementedError
 
     def normalizer(self, f, y):
         return {"sum": 1.0, "mean": float(f.numel()), "batchmean": float(len(f))}[self.reduction]
 
     def hessian_product(self, f, y, u):
+        return self._curvature(full(f), y) * u
+
+    def curvature_product(self, f, y, u):
         return self._curvature(full(f), y) * u
 
     def root_columns(self, f):
@@ -39,6 +42,13 @@ class Elementwise(Loss):
                              f"{tuple(y.shape)}.")  # fmt: skip
         if not y.is_floating_point():
             raise ValueError(f"{type(self).__name__} needs floating-point targets; found {y.dtype}.")
+
+
+def check_not_negative(**options: Tensor | None) -> None:
+    """Raise ValueError for a negative weight: with it the loss is not convex and its curvature has no real root."""
+    for name, value in options.items():
+        if value is not None and (value < 0).any():
+            raise ValueError(f"{name} has the entry {value.min():.4g}; expected none below zero.")
 
 
 class MSE(Elementwise):
@@ -111,6 +121,7 @@ class BCEWithLogits(Elementwise):
         super().check(f, y)
         if ((y < 0) | (y > 1)).any():
             raise ValueError(f"BCEWithLogits needs targets in [0, 1]; found {y.min():.4g} to {y.max():.4g}.")
+        check_not_negative(weight=self.weight, pos_weight=self.pos_weight)
 
 
 FROM_TORCH[nn.MSELoss] = lambda m: MSE(m.reduction)

@@ -1,4 +1,4 @@
-"""What a loss is, and the algebra of losses."""
+"""What a loss is: the class that every loss, and a user's own, derives from."""
 
 from __future__ import annotations
 
@@ -12,19 +12,42 @@ REDUCTIONS = ("mean", "sum", "batchmean")
 FROM_TORCH: dict[type[nn.Module], Callable[[Any], Loss]] = {}  # torch class -> the Loss of such a module
 
 
+TOLERANCE = 1e-6  # relative size of negative eigenvalues of an output-Hessian that count as rounding
+
+
 class NoTargets(ValueError):
     """Every target of a batch is ignored: its mean is 0/0, though it adds nothing to the sum over several batches."""
 
 
 class Loss:
-    """A loss that is convex in the output and separates over samples (axis 0 of the output).
+    """A loss that separates over samples (axis 0 of the output); the class to derive your own from.
 
-    A subclass gives `sample_losses`; what else it gives replaces the general form here, which asks autograd.  With
-    ``loss(f, y)``, the differentiable reduced value, a `Loss` trains a model as a torch loss does; ``2 * loss`` and
-    ``loss + other`` are losses too.
+        class Huberised(pb.Loss):
+            def sample_losses(self, f, y):
+                return ((f - y).square() + 1).sqrt().flatten(1).sum(1)
+
+    `sample_losses` is all that is needed: gradient, Hessian and its root come from autograd in output space (the root
+    by an eigen-decomposition of each sample's Hessian).  Give any of them in closed form to be faster.  What else may
+    be given:
+
+    sample_targets   draws labels from the model's predictive distribution; without it, quantities that sample labels
+                     ("kfac", "diag_ggn_mc") raise NotImplementedError
+    normalizer       what the reduction divides by, if not by the number of samples
+    psd              what `hessian_root` does where the output-Hessian is indefinite (the loss is not convex in the
+                     output): "raise" a ValueError, or "clip" the negative eigenvalues to zero
+    check            raises ValueError for targets that do not fit
+
+    With ``loss(f, y)``, the differentiable reduced value, a `Loss` trains a model as a torch loss does; ``2 * loss``
+    and ``loss + other`` are losses too.
+
+    Two matrices belong to a loss.  `hessian_product` is its exact second derivative.  `curvature_product` is the
+    positive semi-definite one that `hessian_root` is a root of, from which the generalised Gauss-Newton matrix is made:
+    the same for a convex loss; else the clipped Hessian, or the Fisher information where a loss says so
+    (`GaussianNLL`).
     """
 
     reduction: str = "mean"  # "sum" divides by nothing however many batches there are; else normalizers add up
+    psd: str = "raise"
 
     def __call__(self, f: Tensor, y: Tensor) -> Tensor:
         return self.value(f, y)
@@ -35,7 +58,8 @@ class Loss:
 
     def sample_losses(self, f: Tensor, y: Tensor) -> Tensor:
         """Unreduced loss of each sample, [N]: the sum of its elements, ignored elements counting zero."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no `sample_losses`; expected a method that returns the "
+                                  "loss of each sample, [N].")  # fmt: skip
 
     def normalizer(self, f: Tensor, y: Tensor) -> float:
         """What the reduction divides the summed loss by: 1 for "sum", else a number that adds up over batches.
@@ -43,6 +67,11 @@ class Loss:
         The number of samples, unless a subclass counts otherwise.
         """
         return 1.0 if self.reduction == "sum" else float(len(f))
+
+    @property
+    def terms(self) -> list[Loss]:
+        """The losses that this one is a sum of, each with a normalizer of its own; most are a single term."""
+        return [self]
 
     def gradient(self, f: Tensor, y: Tensor) -> Tensor:
         """Gradient of sum_n l_n in the output, shape of f."""
@@ -61,40 +90,73 @@ class Loss:
             products = [torch.autograd.grad(g, f, c, retain_graph=True, materialize_grads=True)[0] for c in columns]
         return torch.stack(products).view(u.shape)
 
+    def curvature_product(self, f: Tensor, y: Tensor, u: Tensor) -> Tensor:
+        """sum_v s_v (s_v . u) per sample, for the vectors s_v of `hessian_root`; H u itself unless psd is "clip"."""
+        if self.psd == "raise":
+            return self.hessian_product(f, y, u)
+        root = torch.stack(list(self.hessian_root(f, y))).flatten(2)  # [V N C]
+        flat = u.to(root).reshape(-1, len(f), root.shape[2])
+        return torch.einsum("vnc,vnd,knd->knc", root, root, flat).reshape(u.shape)
+
     def root_columns(self, f: Tensor) -> int:
         """Number of vectors that `hessian_root` yields."""
         return f[0].numel()
 
     def hessian_root(self, f: Tensor, y: Tensor) -> Iterator[Tensor]:
-        """Vectors s_v of f's shape with sum_v s_v[n] s_v[n]^T = H_n exactly, for every sample n."""
+        """Vectors s_v of f's shape with sum_v s_v[n] s_v[n]^T = H_n, exactly (see `psd`), for every sample n."""
+        if self.psd not in ("raise", "clip"):
+            raise ValueError(f"{type(self).__name__}.psd is {self.psd!r}; expected 'raise' or 'clip'.")
         f = full(f)
         units = torch.eye(f[0].numel(), dtype=f.dtype, device=f.device).view(-1, 1, *f.shape[1:]).expand(-1, *f.shape)
         hessians = self.hessian_product(f, y, units).reshape(len(units), len(f), -1).transpose(0, 1)  # [N, C, C]
-        values, vectors = torch.linalg.eigh(hessians)
-        if (values < -1e-6 * values.abs().max()).any():
-            raise ValueError(f"the output-Hessian has the eigenvalue {values.min():.4g}; expected a loss that is "
-                             "convex in the output, which alone has a real root.")  # fmt: skip
+        values, vectors = torch.linalg.eigh((hessians + hessians.mT) / 2)
+        if self.psd == "raise":
+            scale = values.abs().amax(1, keepdim=True)
+            if (values < -TOLERANCE * (scale + TOLERANCE * scale.max())).any():
+                raise ValueError(
+                    f"the output-Hessian has the eigenvalue {values.min():.4g}; expected a loss that is convex in the "
+                    f"output, which alone has a real root. Set psd = 'clip' on {type(self).__name__} to replace "
+                    "negative eigenvalues by zero, or take a quantity of the exact Hessian (diag_hessian, pb.Hessian)."
+                )
         root = vectors * values.clamp(min=0).sqrt().unsqueeze(1)
         return iter(root.permute(2, 0, 1).reshape(-1, *f.shape))
 
-    def sampled_gradients(self, f: Tensor, y: Tensor, samples: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """`samples` random vectors of f's shape with E[sum_v s_v[n] s_v[n]^T] = H_n: output gradients at labels drawn
-        from the model's own predictive distribution, divided by sqrt(samples) (Monte Carlo Fisher)."""
+    def sample_targets(self, f: Tensor, generator: torch.Generator) -> Tensor:
+        """Labels drawn from the predictive distribution that the output f stands for, as targets of this loss."""
         raise NotImplementedError(
             f"{type(self).__name__} does not say how to draw labels from the model's predictive distribution; expected "
-            "a `sampled_gradients` method. Use a quantity that takes the exact output-Hessian instead."
+            "a `sample_targets` method. Use a quantity that takes the exact output-Hessian instead."
         )
 
+    def sampled_gradients(self, f: Tensor, y: Tensor, samples: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """`samples` random vectors of f's shape with E[sum_v s_v[n] s_v[n]^T] the curvature of sample n: the output
+        gradients at labels from `sample_targets`, divided by sqrt(samples) (Monte Carlo Fisher)."""
+        targets = [self.sample_targets(full(f), generator) for _ in range(samples)]
+        return (self.gradient(f, drawn) / samples**0.5 for drawn in targets)
+
     def check(self, f: Tensor, y: Tensor) -> None:
-        """Raise ValueError where output and target do not fit this loss."""
+        """Raise ValueError where output and target do not fit this loss, or its samples are not separate."""
         check_lengths(f, y)
+        with torch.no_grad():
+            each, first = self.sample_losses(full(f), y), self.sample_losses(full(f[:1]), y[:1])
+        if each.shape != (len(f),):
+            raise ValueError(f"{type(self).__name__}.sample_losses returned shape {tuple(each.shape)} for outputs "
+                             f"{tuple(f.shape)}; expected one number per sample, [{len(f)}].")  # fmt: skip
+        if not torch.allclose(each[:1], first, rtol=1e-3, atol=1e-6, equal_nan=True):
+            raise ValueError(f"{type(self).__name__}: the loss of sample 0 is {float(each[0]):.6g} in the batch and "
+                             f"{float(first[0]):.6g} alone; expected a loss that separates over samples and leaves "
+                             "the division by their number to `normalizer`.")  # fmt: skip
 
     def __mul__(self, scale: float) -> Loss:
+        from paraboloid.losses.algebra import Scaled
+
         return Scaled(self, float(scale))
 
     __rmul__ = __mul__
 
     def __add__(self, other: Loss) -> Loss:
+        from paraboloid.losses.algebra import Sum
+
         return Sum(self, other) if isinstance(other, Loss) else NotImplemented
 
     @staticmethod
@@ -139,80 +201,3 @@ def full(f: Tensor) -> Tensor:
     """Detached output in at least float32: softmax and sums of a half-precision output are taken in float32."""
     f = f.detach()
     return f.float() if f.dtype in (torch.float16, torch.bfloat16) else f
-
-
-class Scaled(Loss):
-    """scale * loss: the unreduced loss is scaled, the normalizer is the loss's own."""
-
-    def __init__(self, loss: Loss, scale: float):
-        if not scale > 0:
-            raise ValueError(f"a loss is multiplied by {scale}; expected a positive number, so that it stays convex.")
-        self.loss, self.scale, self.reduction = loss, scale, loss.reduction
-
-    def sample_losses(self, f, y):
-        return self.scale * self.loss.sample_losses(f, y)
-
-    def normalizer(self, f, y):
-        return self.loss.normalizer(f, y)
-
-    def gradient(self, f, y):
-        return self.scale * self.loss.gradient(f, y)
-
-    def hessian_product(self, f, y, u):
-        return self.scale * self.loss.hessian_product(f, y, u)
-
-    def root_columns(self, f):
-        return self.loss.root_columns(f)
-
-    def hessian_root(self, f, y):
-        return (self.scale**0.5 * s for s in self.loss.hessian_root(f, y))
-
-    def sampled_gradients(self, f, y, samples, generator):
-        return (self.scale**0.5 * s for s in self.loss.sampled_gradients(f, y, samples, generator))
-
-    def check(self, f, y):
-        self.loss.check(f, y)
-
-
-class Sum(Loss):
-    """loss + other, on the same output and target; both must be normalized alike, so that one factor a exists."""
-
-    def __init__(self, *losses: Loss):
-        if len({loss.reduction == "sum" for loss in losses}) > 1:
-            raise ValueError(f"the summed losses have the reductions {[loss.reduction for loss in losses]}; expected "
-                             "all of them to be 'sum' or none.")  # fmt: skip
-        self.losses, self.reduction = losses, losses[0].reduction
-
-    def sample_losses(self, f, y):
-        return sum(loss.sample_losses(f, y) for loss in self.losses)
-
-    def normalizer(self, f, y):
-        values = [loss.normalizer(f, y) for loss in self.losses]
-        if any(v != values[0] for v in values):
-            raise ValueError(f"the summed losses divide by different numbers {values}; give them the same reduction, "
-                             "for example reduction='batchmean'.")  # fmt: skip
-        return values[0]
-
-    def gradient(self, f, y):
-        return sum(loss.gradient(f, y) for loss in self.losses)
-
-    def hessian_product(self, f, y, u):
-        return sum(loss.hessian_product(f, y, u) for loss in self.losses)
-
-    def root_columns(self, f):
-        return sum(loss.root_columns(f) for loss in self.losses)
-
-    def hessian_root(self, f, y):
-        for loss in self.losses:
-            yield from loss.hessian_root(f, y)
-
-    def sampled_gradients(self, f, y, samples, generator):
-        """Each vector is a sum with random signs over the losses: cross terms vanish in expectation."""
-        streams = [loss.sampled_gradients(f, y, samples, generator) for loss in self.losses]
-        for parts in zip(*streams, strict=True):
-            signs = torch.randint(2, (len(parts),), generator=generator, device=f.device).mul(2).sub(1)
-            yield sum(sign * part for sign, part in zip(signs, parts, strict=True))
-
-    def check(self, f, y):
-        for loss in self.losses:
-            loss.check(f, y)

@@ -51,8 +51,8 @@ class OutputGraph:
         return jv
 
     def hessian(self, u: Tensor) -> Tensor:
-        """H u, the curvature of the unreduced loss in the output."""
-        return self.loss.hessian_product(self.f.detach(), self.y, u)
+        """H u, the (positive semi-definite) curvature of the unreduced loss in the output."""
+        return self.loss.curvature_product(self.f.detach(), self.y, u)
 
     def adjoint_pair(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """w.(J v) and (J^T w).v for random v and w."""

@@ -11,11 +11,15 @@ from torch import Tensor, nn
 
 from paraboloid import data as batch_data
 from paraboloid import trees
-from paraboloid.losses import Loss, NoTargets, Opaque
+from paraboloid.losses import Loss, NoTargets, Opaque, settled
 from paraboloid.operators.memory import BytesKept
 from paraboloid.operators.undisturbed import Autocast, RandomStream, TwiceDifferentiable, eager, undisturbed
 
 MAX_MEMORY = 2**30  # bytes of recorded graphs kept between products
+_NO_TARGETS = (
+    "every target of every batch is ignored or has zero class weight, so the mean loss is 0/0; expected at least one "
+    "target that counts."
+)
 
 
 class Graph(Protocol):
@@ -75,6 +79,8 @@ class Replay:
         self.versions = self._versions()
         self.samples, self.normalizer, self.total = 0, 0.0, 0.0
         self.kept: list[Any] | None = []
+        if len(self.loss.terms) > 1 and batch_data.as_batch(data) is None:
+            self.loss = self._settled()
         self._first_pass()
 
     @property
@@ -108,6 +114,20 @@ class Replay:
             yield self.graph(f, y, self.loss, list(self.parameters.values()))
         self._check_total(total)
 
+    def _settled(self) -> Loss:
+        """A sum of losses, each term divided by its own total over all batches: one pass to count them."""
+        totals = [0.0] * len(self.loss.terms)
+        with undisturbed(self.model):
+            for f, y in self._outputs():
+                self.loss.check(f, y)
+                for i, term in enumerate(self.loss.terms):
+                    with suppress(NoTargets):
+                        totals[i] += term.normalizer(f.detach(), y)
+        totals = [1.0 if t.reduction == "sum" else m for t, m in zip(self.loss.terms, totals, strict=True)]
+        if min(totals) <= 0:
+            raise NoTargets(_NO_TARGETS)
+        return settled(self.loss, totals)
+
     def _first_pass(self) -> None:
         size = 0
         with undisturbed(self.model):
@@ -130,8 +150,7 @@ class Replay:
         if self.loss.reduction in ("sum", "whole"):
             self.normalizer = 1.0
         if self.normalizer <= 0:
-            raise NoTargets("every target of every batch is ignored or has zero class weight, so the mean loss is 0/0; "
-                            "expected at least one target that counts.")  # fmt: skip
+            raise NoTargets(_NO_TARGETS)
 
     def _certify(self, graph: Graph) -> None:
         """Raise RuntimeError where a matrix and its transpose, as autograd has them, are not each other's transpose.
