@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from paraboloid.report.numbers import count, number, percent, seconds, short, with_error
+from paraboloid.report.numbers import count, fixed, number, percent, seconds, short, with_error
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,15 @@ def test_with_error(value, error, text):
 )
 def test_percent(value, text):
     assert percent(value) == text
+
+
+def test_fixed_keeps_the_decimals_of_a_column():
+    assert [fixed(1.5, 0.25), fixed(-0.031, 0.1, 3), fixed(2.0, None), fixed(None, 1.0)] == [
+        "1.50 ± 0.25",
+        "−0.031 ± 0.100",
+        "2.00",
+        "–",
+    ]
 
 
 def test_percent_with_three_digits():

@@ -120,6 +120,7 @@ def undefined_numbers(record):
         for ratio in row["ratios"]:
             for quantity in ("curvature", "slope"):
                 ratio[quantity] = {which: {"value": None, "standard_error": None} for which in ("same", "other")}
+            ratio["slope_sum"] = {which: {"value": None, "standard_error": None} for which in ("same", "other", "full")}
         for which in row["decrease"].values():
             for entry in which.values():
                 entry.update(value=None, standard_error=None)

@@ -29,7 +29,7 @@ def test_no_measured_size_suffices(record):
 
 def test_no_overstatement_is_said_to_be_none(record):
     finding, advice = reading.bias(set_top(record, [1.3, 1.04, 1.0, 1.0, 1.0]))[:2]
-    assert "overstated by less than 10%: 1.04 times" in finding
+    assert finding.endswith("is within 10% of that on all data: 1.04 ± 0.02 times.")
     assert advice == "A batch of this size may measure the directions that it found itself."
 
 
@@ -62,8 +62,8 @@ def test_a_slope_within_its_noise_is_not_divided_by(record):
 
 
 def test_a_step_that_raises_the_loss_is_said_to(record):
-    record["bias"]["table"][1]["decrease"]["same"]["delivered"]["value"] = -0.004
-    assert any("raises it by 0.0040" in sentence for sentence in reading.bias(record["bias"]))
+    record["bias"]["table"][1]["decrease"]["same"]["delivered"] = {"value": -0.004, "standard_error": 0.001}
+    assert any("raises it by 0.0040 ± 0.0010" in sentence for sentence in reading.bias(record["bias"]))
 
 
 @pytest.mark.parametrize("ratio, words", [(28.7, "28.7 times as much noise as signal"), (0.25, "0.250 times as much")])

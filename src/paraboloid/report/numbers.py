@@ -58,6 +58,14 @@ def with_error(value: float | None, error: float | None, digits: int = 3) -> str
     return minus(f"{value:,.{decimals}f} ± {error:,.{decimals}f}")
 
 
+def fixed(value: float | None, error: float | None, decimals: int = 2) -> str:
+    """`value ± error` with so many decimals in both, for columns that are compared down the page."""
+    if value is None or not math.isfinite(value):
+        return UNDEFINED
+    text = f"{value:,.{decimals}f}"
+    return minus(text if error is None else f"{text} ± {error:,.{decimals}f}")
+
+
 def percent(fraction: float | None, digits: int = 2) -> str:
     """A fraction as a percentage: 72%, 98.6% with three digits, <0.1% for what would read as zero."""
     if fraction is None or not math.isfinite(fraction):

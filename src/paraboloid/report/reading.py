@@ -14,7 +14,7 @@ Section = dict[str, Any]
 
 def training(section: Section) -> list[str]:
     """How far the training came."""
-    if not section["curve"]:
+    if section["steps"] == 0:
         return ["The model was measured as it was given; it was not trained here."]
     first, last = section["curve"][0], section["curve"][-1]
     sentence = (
@@ -116,8 +116,9 @@ def _finding(row: dict[str, Any], section: Section) -> str:
     if value < 1 + section["tolerance"]:
         if value < 1 - section["tolerance"] and error is not None and 1 - value > 2 * error:
             return f"{where} is understated: {number(value, 2)} of the curvature on all data."
-        limit = percent(section["tolerance"])
-        return f"{where} is overstated by less than {limit}: {number(value)} times the curvature on all data."
+        return (
+            f"{where} is within {percent(section['tolerance'])} of that on all data: {with_error(value, error)} times."
+        )
     if error is not None and value - 1 < 2 * error:
         return f"{where} looks overstated {number(value, 2)} times, but the repeats do not tell this from no bias."
     return f"{where} is overstated {number(value, 2)} times."
@@ -173,14 +174,15 @@ def _decrease(row: dict[str, Any]) -> list[str]:
     same, other = row["decrease"]["same"], row["decrease"]["other"]
     if same["promised"]["value"] is None or same["delivered"]["value"] is None:
         return []
-    delivered = same["delivered"]["value"]
-    verb = "lowers" if delivered >= 0 else "raises"
     sentence = (
         f"A Newton step along it promises to lower the loss by {number(same['promised']['value'], 2)}; on the "
-        f"quadratic of all data it {verb} it by {number(abs(delivered), 2)}"
+        f"quadratic of all data it {_outcome(same['delivered'])}"
     )
     if other["delivered"]["value"] is not None:
-        outcome = other["delivered"]["value"]
-        verb = "lowers" if outcome >= 0 else "raises"
-        sentence += f", while the step with its length from a second batch {verb} it by {number(abs(outcome), 2)}"
+        sentence += f", while the step with its length from a second batch {_outcome(other['delivered'])}"
     return [sentence + "."]
+
+
+def _outcome(decrease: dict[str, Any]) -> str:
+    verb = "lowers" if decrease["value"] >= 0 else "raises"
+    return f"{verb} it by {with_error(abs(decrease['value']), decrease['standard_error'])}"

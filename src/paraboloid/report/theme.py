@@ -109,13 +109,14 @@ def _two_decimals(attribute: re.Match[str]) -> str:
 
 
 def log_axis(axis: Axis, values: Sequence[float | None]) -> None:
-    """A logarithmic axis labelled in plain numbers; over less than two decades also at 2 and 5 times each power."""
+    """A logarithmic axis labelled in plain numbers, between the powers of ten too where it spans few of them."""
     positive = [v for v in values if v is not None and v > 0]
     if not positive:
         return
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})  # pyright: ignore
-    narrow = max(positive) / min(positive) < 100
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=7))
+    span = max(positive) / min(positive)
+    subs = (1.0, 2.0, 5.0) if span < 50 else (1.0, 3.0) if span < 1000 else (1.0,)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=7))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: _log_label(value)))
 

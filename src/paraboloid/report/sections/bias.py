@@ -6,10 +6,11 @@ import math
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from paraboloid.report.numbers import count, power_of_ten, with_error
+from paraboloid.report.numbers import count, fixed, percent, power_of_ten, with_error
 from paraboloid.report.section import Panel, Section, Table
 from paraboloid.report.theme import FULL, MUTED, OTHER, SAME, SERIES, fixed_ticks, gaps, inline_svg, plain_axis
 
@@ -38,42 +39,50 @@ def _ratios(bias: dict[str, Any]) -> Panel:
     sums = [ratio["directions"] for ratio in rows[0]["ratios"]]
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots(2, len(sums), sharex=True, sharey="row", squeeze=False)
-        for line, quantity in zip(axes, _QUANTITIES, strict=True):
-            for i, (axis, k) in enumerate(zip(line, sums, strict=True)):
-                _reference(axis, bias["tolerance"])
-                for which, label, style in _WHICH[1:]:
-                    _points(axis, rows, [row["ratios"][i][quantity][which] for row in rows], label, style)
-                what = "top direction" if k == 1 else f"sum of top {k}"
-                axis.set(title=f"{quantity.capitalize()}, {what}")
-            line[0].set_ylabel("batch / all data")
-            line[0].set_ylim(*_ratio_limits(rows, quantity))
-            plain_axis(line[0].yaxis)
-        for axis in axes[0]:
-            axis.set_xlabel("")
-        _legend(figure, axes[0, 0])
+        top, bottom = figure.subplots(2, len(sums), sharex=True, sharey="row", squeeze=False)
+        for i, k in enumerate(sums):
+            where = "top direction" if k == 1 else f"sum over the top {k}"
+            _reference(top[i], bias["tolerance"])
+            for which, label, style in _WHICH[1:]:
+                _points(top[i], rows, [row["ratios"][i]["curvature"][which] for row in rows], label, style)
+            for which, label, style in _WHICH:
+                _points(bottom[i], rows, [row["ratios"][i]["slope_sum"][which] for row in rows], label, style)
+            top[i].set(title=f"Curvature, {where}", xlabel="")
+            bottom[i].axhline(0, color=MUTED, linewidth=1)
+            bottom[i].set(title=f"Slope, {where}")
+        top[0].set_ylabel("curvature / that on all data")
+        top[0].set_ylim(0, _highest_ratio(rows))
+        bottom[0].set_ylabel("slope (loss per unit)")
+        for axis in (top[0], bottom[0]):
+            plain_axis(axis.yaxis)
+        _legend(figure, bottom[0])
 
-    what = "Curvature and slope measured on a batch over those of all data along the same direction"
-    caption = (
-        f"{what}, by batch size; bars are one standard error. The directions are the top eigenvectors of the first "
-        "batch: on that same batch they look more curved than they are."
+    what = (
+        "Curvature and slope along a batch's own top directions, measured on that batch, on another one and on all data"
     )
-    notes = {
-        "curvature": f"Ratios of sums over {count(bias['repeats'])} pairs of batches, ± one standard error.",
-        "slope": "Every direction is oriented downhill on its own batch. Where the slope on all data is close to zero, "
-        "its ratio is wide.",
-    }
-    tables = [_ratio_table(bias, sums, quantity, notes[quantity]) for quantity in _QUANTITIES]
-    return Panel(inline_svg("ratios", what, (7.4, 5.6), draw), caption, tables)
+    caption = (
+        f"{what}, by batch size; bars are one standard error over {count(bias['repeats'])} pairs of batches. The band "
+        f"is ± {percent(bias['tolerance'])}. Directions are turned downhill on their own batch."
+    )
+    return Panel(
+        inline_svg("ratios", what, (7.4, 5.8), draw), caption, [_curvature_table(bias, sums), _slope_table(bias)]
+    )
 
 
-def _ratio_table(bias: dict[str, Any], sums: list[int], quantity: str, note: str) -> Table:
+def _curvature_table(bias: dict[str, Any], sums: list[int]) -> Table:
     columns = [f"{'top' if k == 1 else f'top {k}'}, {which}" for k in sums for which in ("same", "other")]
     rows = [
-        [_cell(ratio[quantity][which]) for ratio in row["ratios"] for which in ("same", "other")]
+        [_fixed(ratio["curvature"][which]) for ratio in row["ratios"] for which in ("same", "other")]
         for row in bias["table"]
     ]
-    return Table(f"{quantity.capitalize()} ratio", ["batch", *columns], _named(bias, rows), note)
+    note = "Ratios of sums over the repeats, ± one standard error."
+    return Table("Curvature on the batch / on all data", ["batch", *columns], _named(bias, rows), note)
+
+
+def _slope_table(bias: dict[str, Any]) -> Table:
+    entries = [[row["ratios"][0]["slope_sum"][which] for which in ("same", "other", "full")] for row in bias["table"]]
+    caption, cells = _in_units("Slope along the top direction", entries)
+    return Table(caption, ["batch", "same batch", "another batch", "all data"], _named(bias, cells))
 
 
 def _directions(bias: dict[str, Any]) -> Panel:
@@ -137,12 +146,9 @@ def _decrease(bias: dict[str, Any]) -> Panel:
         "data delivers"
     )
     entries = [[row["decrease"][which][key] for which in titles for key, _, _ in _STEPS] for row in rows]
-    exponent = _common_exponent([entry["value"] for line in entries for entry in line])
-    table = Table(
-        "Decrease of the loss" + (f", in units of {power_of_ten(exponent)}" if exponent else ""),
-        ["batch", *(f"{which}: {key}" for which in titles for key, _, _ in _STEPS)],
-        _named(bias, [[_cell(entry, exponent) for entry in line] for line in entries]),
-    )
+    title, cells = _in_units("Decrease of the loss", entries)
+    columns = [Markup(f"{which}:<br>{key}") for which in titles for key, _, _ in _STEPS]
+    table = Table(title, ["batch", *columns], _named(bias, cells))
     caption = (
         f"{what}; bars are one standard error. Left, slope and curvature are those of the batch that found the "
         "direction; right, those of a second batch."
@@ -155,21 +161,24 @@ def _named(bias: dict[str, Any], rows: list[list[str]]) -> list[list[str]]:
     return [[count(row["batch_size"]), *cells] for row, cells in zip(bias["table"], rows, strict=True)]
 
 
-def _cell(entry: dict[str, Any], exponent: int = 0) -> str:
-    """`value ± standard error`, in units of 10^exponent."""
+def _fixed(entry: dict[str, Any], exponent: int = 0) -> str:
+    """`value ± standard error` with two decimals, in units of 10^exponent."""
     value, error, unit = entry["value"], entry["standard_error"], 10.0**exponent
-    return with_error(value if value is None else value / unit, error if error is None else error / unit)
+    return fixed(value if value is None else value / unit, error if error is None else error / unit)
+
+
+def _in_units(title: str, entries: list[list[dict[str, Any]]]) -> tuple[str, list[list[str]]]:
+    """The entries as cells in units of one power of ten, so that the largest is between 1 and 1000; and the title."""
+    largest = max(
+        (abs(entry["value"]) for line in entries for entry in line if entry["value"] is not None), default=1.0
+    )
+    exponent = 3 * math.floor(math.log10(largest) / 3) if largest > 0 else 0
+    cells = [[_fixed(entry, exponent) for entry in line] for line in entries]
+    return title + (f", in units of {power_of_ten(exponent)}" if exponent else ""), cells
 
 
 def _entry(values: dict[str, Any], rank: int) -> str:
     return with_error(values["mean"][rank], values["standard_error"][rank])
-
-
-def _common_exponent(values: list[float | None]) -> int:
-    """The power of ten to write a table in, so that its largest number is between 1 and 1000; 0 for ordinary sizes."""
-    largest = max((abs(value) for value in values if value is not None), default=1.0)
-    exponent = 3 * math.floor(math.log10(largest) / 3) if largest > 0 else 0
-    return exponent if largest < 0.1 or largest >= 1e4 else 0
 
 
 def _points(axis: Axes, rows: list[dict[str, Any]], entries: list[dict[str, Any]], label: str, style: Any) -> None:
@@ -190,16 +199,17 @@ def _band(axis: Axes, ranks: np.ndarray, values: dict[str, Any], label: str, sty
     axis.plot(ranks, mean, label=label, **{"markersize": 3.2, "linewidth": 1.5, **style})
 
 
-def _ratio_limits(rows: list[dict[str, Any]], quantity: str) -> tuple[float, float]:
-    """From 0 to what holds every mean; a bar or value far beyond (a slope near zero on all data) leaves the axis."""
-    found = [ratio[quantity][which]["value"] for row in rows for ratio in row["ratios"] for which in ("same", "other")]
-    values = [value for value in found if value is not None]
-    return min(0.0, max(-2.0, 1.1 * min(values, default=0.0))), min(12.0, max(1.5, 1.2 * max(values, default=1.0)))
+def _highest_ratio(rows: list[dict[str, Any]]) -> float:
+    """The end of the ratios' axis, which starts at 0: above every mean."""
+    found = [
+        ratio["curvature"][which]["value"] for row in rows for ratio in row["ratios"] for which in ("same", "other")
+    ]
+    return max(1.5, 1.25 * max((value for value in found if value is not None), default=1.0))
 
 
 def _reference(axis: Axes, tolerance: float) -> None:
     """A line at 1, and the band that the reading calls unbiased enough."""
-    axis.axhline(1, color=FULL, linewidth=1.2, linestyle=(0, (4, 3)), label="all data")
+    axis.axhline(1, color=FULL, linewidth=1.2, linestyle=(0, (4, 3)), label="_")
     axis.axhspan(1 - tolerance, 1 + tolerance, color=MUTED, alpha=0.12, linewidth=0)
 
 

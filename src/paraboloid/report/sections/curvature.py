@@ -13,13 +13,15 @@ from paraboloid.report.section import Panel, Section, Table
 from paraboloid.report.sections.layers import colours, left_out, shown
 from paraboloid.report.theme import INK, MUTED, RULE, SERIES, fixed_ticks, inline_svg, log_axis, plain_axis
 
-# Below this part of its peak a density is the estimate's own noise; the axis ends there.
-_DENSITY_FLOOR = 1e-6
+# A single eigenvalue in a decade shows as a few per decade (its peak is narrow); what is far below one is noise.
+_LEAST_PER_DECADE = 0.1
 
 
 def section(record: dict[str, Any]) -> Section:
     """The section "Curvature"."""
-    panels = [_eigenvalues(record), _layers(record), _density(record)]
+    panels = [_eigenvalues(record), _layers(record)]
+    if record["curvature"]["density"] is not None:
+        panels.append(_density(record))
     return Section("curvature", "Curvature", record["curvature"]["reading"], panels)
 
 
@@ -116,27 +118,29 @@ def _layer_table(record: dict[str, Any]) -> Table:
 def _density(record: dict[str, Any]) -> Panel:
     curvature = record["curvature"]
     density, values = curvature["density"], [item["value"] for item in curvature["eigenvalues"]]
-    grid, height = np.array(density["grid"], float), np.array(density["density"], float)
-    peak = float(height.max())
-    floor = _DENSITY_FLOOR * peak
+    grid = np.array(density["grid"], float)
+    counts = np.array(density["density"], float) * record["problem"]["parameters"]
+    peak, least = float(counts.max()), _LEAST_PER_DECADE
 
     def draw(figure: Figure) -> None:
         axis = figure.subplots()
-        axis.fill_between(grid, floor, np.maximum(height, floor), color=SERIES[0], alpha=0.16, linewidth=0)
-        axis.plot(grid, np.maximum(height, floor), color=SERIES[0])
-        log_axis(axis.yaxis, [floor, peak])
-        axis.set_ylim(floor, 3 * peak)
+        axis.fill_between(grid, least, np.maximum(counts, least), color=SERIES[0], alpha=0.16, linewidth=0)
+        axis.plot(grid, np.maximum(counts, least), color=SERIES[0])
+        log_axis(axis.yaxis, [least, peak])
+        log_axis(axis.xaxis, [float(grid[0]), float(grid[-1])])
+        axis.set(xlim=(grid[0], grid[-1]), ylim=(least, 3 * peak))
         ticks = {"color": SERIES[1], "markersize": 9, "markeredgewidth": 1.5}
-        axis.plot(values, np.full(len(values), floor * 1.8), "|", label=f"{len(values)} largest eigenvalues", **ticks)
-        axis.set(xlabel="eigenvalue", ylabel="density (log scale)")
-        plain_axis(axis.xaxis)
-        axis.margins(x=0.01)
+        label = f"{len(values)} largest eigenvalues"
+        axis.plot(values, np.full(len(values), least * 1.8), "|", label=label, **ticks)
+        axis.set(xlabel="eigenvalue (log scale)", ylabel="eigenvalues per decade (log scale)")
         axis.legend(loc="upper right")
 
     what = f"Spectral density of the {curvature['operator']}"
+    floor = number(density["floor"] * values[0], 1)
     caption = (
-        f"{what}, by stochastic Lanczos quadrature from {count(density['samples'])} random vectors, each peak "
-        "broadened by a narrow Gaussian. Ticks at the bottom: the largest eigenvalues."
+        f"{what}, by stochastic Lanczos quadrature ({count(density['samples'])} random vectors, "
+        f"{count(density['steps'])} steps each), smoothed. Eigenvalues below {floor}, zero ones "
+        "included, count as that: the peak at the left. Ticks at the bottom: the largest eigenvalues."
     )
     return Panel(inline_svg("density", what, (7.4, 3.5), draw), caption, [_spectrum_table(record, values)])
 
@@ -148,7 +152,7 @@ def _spectrum_table(record: dict[str, Any], values: list[float]) -> Table:
         ["eigenvalues", count(record["problem"]["parameters"])],
         ["trace", with_error(trace["value"], trace["standard_error"])],
         ["largest", number(values[0])],
-        [f"largest / {len(values)}th", number(values[0] / values[-1] if values[-1] > 0 else None)],
+        [f"largest / no. {len(values)}", number(values[0] / values[-1] if values[-1] > 0 else None)],
         [
             "trace / largest",
             number(trace["value"] / values[0] if values[0] > 0 and trace["value"] is not None else None),

@@ -13,9 +13,9 @@ from paraboloid.report.theme import TEST, TRAIN, gaps, inline_svg, log_axis, pla
 
 
 def section(record: dict[str, Any]) -> Section:
-    """The section "Training"; without a curve it holds its words only."""
+    """The section "Training"; of a model taken as given it holds its words only."""
     training = record["training"]
-    panels = [_panel(training)] if training["curve"] else []
+    panels = [_panel(training)] if training["steps"] else []
     return Section("training", "Training", training["reading"], panels)
 
 

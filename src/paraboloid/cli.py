@@ -1,0 +1,184 @@
+"""The command line: `paraboloid inspect`, `paraboloid problems`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect as inspection_of_code
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import paraboloid
+
+DEBUG = "PARABOLOID_DEBUG"
+SMALL = 100_000  # parameters up to which more threads than one cost more than they bring
+INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
+
+
+class BatchSizes(click.ParamType):
+    """Positive integers separated by commas."""
+
+    name = "M,M,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        try:
+            sizes = tuple(int(part) for part in value.split(",")) if isinstance(value, str) else tuple(value)
+        except ValueError:
+            sizes = ()
+        if not sizes or min(sizes) < 1:
+            self.fail(f"{value!r} is not a list of positive integers such as 32,128.", param, ctx)
+        return tuple(sorted(set(sizes)))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(paraboloid.__version__, prog_name="paraboloid")
+def main() -> None:
+    """Local quadratic models of deep-learning losses from mini-batches."""
+
+
+@main.command()
+@click.argument("problem", default="digits-cnn")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("report"),
+    show_default=True,
+    help="Directory of the report; made if missing, an older report in it is replaced.",
+)
+@click.option("--quick", is_flag=True, help="Train and measure less: a first look in a fraction of the time.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of the initial parameters, the batches and every other random choice.",
+)
+@click.option(
+    "--batch-sizes",
+    type=BatchSizes(),
+    help="Batch sizes whose bias is measured, that of the training added  "
+    "[default: 32,64,128,256,512; with --quick 32,256]",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=2),
+    help="Training samples to measure on, at most  [default: 2048, with --quick 1024; fewer for a large model]",
+)
+@click.option("--quiet", is_flag=True, help="No progress bars, and only the path of the report at the end.")
+@click.option("--debug", is_flag=True, envvar=DEBUG, help=f"Show the traceback of an error (or set {DEBUG}=1).")
+def inspect(
+    problem: str,
+    out: Path,
+    quick: bool,
+    seed: int,
+    batch_sizes: tuple[int, ...] | None,
+    samples: int | None,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Train PROBLEM, measure it, and write report.html and report.json.
+
+    PROBLEM is a built-in name (see `paraboloid problems`; digits-cnn by default) or module:factory, a function of your
+    own that returns a pb.Problem(model, loss_fn, train, test).
+    """
+    with _one_line_errors(debug):
+        # Imported here, so that --help and --version do not wait for Matplotlib and scikit-learn.
+        from paraboloid import inspection, problems, report
+
+        report.check_writable(out)
+        changes: dict[str, Any] = {}
+        if batch_sizes is not None:
+            changes["batch_sizes"] = batch_sizes
+        if samples is not None:
+            changes |= {"samples": samples, "budget": None}
+        plan = inspection.Plan.quick(**changes) if quick else inspection.Plan(**changes)
+        loaded = problems.load(problem, seed=seed, short=quick)
+        _choose_threads(loaded.model)
+        with _bars(quiet) as progress:
+            record = inspection.inspect(loaded, plan, seed=seed, progress=progress)
+        files = {"report.json": report.to_json(record), "report.html": report.render(record)}
+        report.write(files, out)
+    if not quiet:
+        click.echo()
+        for sentence in record["bias"]["reading"]:
+            click.echo(sentence)
+        for note in record["problem"]["notes"]:
+            click.echo(f"Note: {note}", err=True)
+        click.echo()
+    click.echo(str((out / "report.html").resolve()))
+
+
+@main.command()
+def problems() -> None:
+    """List the built-in problems."""
+    from paraboloid.problems.registry import BUILT_IN
+
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column("name", no_wrap=True)
+    table.add_column("what it is")
+    for name, path in BUILT_IN.items():
+        module, _, factory = path.partition(":")
+        words = inspection_of_code.getdoc(getattr(importlib.import_module(module), factory)) or ""
+        table.add_row(name, words.partition("\n\n")[0].replace("\n", " "))
+    Console().print(table)
+
+
+def _choose_threads(model: Any) -> None:
+    """One thread for a small model, unless OMP_NUM_THREADS says how many.
+
+    Its operations are so short that threads spend their time waiting for each other, above all on a busy machine.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in model.parameters()) <= SMALL:
+        torch.set_num_threads(1)
+
+
+@contextmanager
+def _one_line_errors(debug: bool) -> Iterator[None]:
+    """An error becomes one line on stderr and exit status 1, Ctrl-C exit status 130; with `debug` it is raised."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("\nInterrupted: no report was written.", err=True)
+        sys.exit(INTERRUPTED)
+    except click.ClickException:
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        raise click.ClickException(_one_line(error)) from error
+
+
+def _one_line(error: Exception) -> str:
+    """The message in one line; the type stands before it where the message is not a sentence of ours."""
+    message = " ".join(str(error).split())
+    ours = isinstance(error, ValueError | FloatingPointError | OSError | NotImplementedError) and message
+    if not ours:
+        message = f"{type(error).__name__}: {message}" if message else type(error).__name__
+        message += f" (--debug or {DEBUG}=1 shows the traceback)"
+    return message
+
+
+@contextmanager
+def _bars(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """One progress bar for each stage on stderr; none where that is not a terminal, or with `quiet`."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:<10}"), BarColumn(bar_width=36), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=max(1, total))
+            bars.update(tasks[stage], completed=done if total else 1)
+
+        yield progress

@@ -1,0 +1,79 @@
+"""The curvature section against the dense GGN, from Jacobians by autograd."""
+
+import pytest
+import torch
+from torch import nn
+
+from paraboloid.inspection import subject as subjects
+from paraboloid.inspection.curvature import curvature, products
+from paraboloid.inspection.subject import subject
+from paraboloid.problems import Problem, Training
+
+
+def problem(weight_decay=0.0):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(9, 3, dtype=torch.float64, generator=generator)
+    y = torch.tensor([0, 1, 2] * 3)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    settings = Training(weight_decay=weight_decay)
+    return Problem(model, nn.CrossEntropyLoss(), (x, y), (x, y), name="tiny", training=settings)
+
+
+def dense_ggn(p):
+    parameters = list(p.model.parameters())
+    x, _ = p.train.tensors
+    total = 0
+    for n in range(len(x)):
+        f = p.model(x[n : n + 1])[0]
+        rows = [torch.autograd.grad(out, parameters, retain_graph=True) for out in f]
+        J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+        probabilities = f.detach().softmax(0)
+        total = total + J.T @ (probabilities.diag() - torch.outer(probabilities, probabilities)) @ J
+    return total / len(x) + p.training.weight_decay * torch.eye(len(total), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("chunk", [100, 4])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_against_the_dense_matrix(weight_decay, chunk, monkeypatch):
+    monkeypatch.setattr(subjects, "CHUNK", chunk)
+    p = problem(weight_decay)
+    G = dense_ggn(p)
+    values, vectors = (t.flip(-1) for t in torch.linalg.eigh(G))
+    found = curvature(subject(p, 100, 0), 3, 2, 0, lambda: None)
+
+    assert [item["value"] for item in found["eigenvalues"]] == pytest.approx(values[:3].tolist(), rel=1e-9)
+    first = vectors[:, 0].square()
+    shares = found["eigenvalues"][0]["layers"]
+    assert shares == pytest.approx({"0": first[:16].sum().item(), "2": first[16:].sum().item()}, rel=1e-6)
+    assert found["trace"]["value"] == pytest.approx(G.trace().item(), rel=1e-10)
+    traces = [row["trace"] for row in found["layers"]]
+    assert traces == pytest.approx([G.diagonal()[:16].sum().item(), G.diagonal()[16:].sum().item()], rel=1e-10)
+    assert found["layers"][1]["mean_diagonal"] == pytest.approx(traces[1] / 15, rel=1e-12)
+    density = found["density"]
+    grid, height = torch.tensor(density["grid"]), torch.tensor(density["density"])
+    assert torch.trapezoid(height, grid.log10()).item() == pytest.approx(1, abs=1e-6)
+
+
+def test_more_directions_than_parameters_are_all_of_them():
+    s = subject(problem(), 100, 0)
+    assert len(curvature(s, 1000, 1, 0, lambda: None)["eigenvalues"]) == 31
+
+
+def test_progress_counts_what_was_announced():
+    s, calls = subject(problem(), 100, 0), []
+    curvature(s, 2, 3, 0, lambda: calls.append(None))
+    assert len(calls) == products(s, 3)
+
+
+def test_a_flat_loss_has_no_density():
+    p = problem()
+    for parameter in p.model.parameters():
+        parameter.requires_grad_(False)
+    p.model[0].weight.requires_grad_(True)
+    with torch.no_grad():
+        p.model[2].weight.zero_()
+    found = curvature(subject(p, 100, 0), 2, 1, 0, lambda: None)
+    assert found["density"] is None
+    assert found["trace"]["value"] == 0
