@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+CHUNK_ELEMENTS = 2**20  # compared at a time
+
 
 class Layout(NamedTuple):
     """Axis `axis` of a call's output unflattens into (a, N, b): N the samples, a and b positions."""
@@ -47,30 +49,48 @@ def certify(
     generator = torch.Generator().manual_seed(0)
     w = sample_weights(N, generator)
     u = torch.randn(f.shape, generator=generator, dtype=torch.float32).to(f)
-    grads = torch.autograd.grad(f, [*edges, *parameters], u, retain_graph=True, allow_unused=True)
-    gs, truth = list(grads[: len(edges)]), list(grads[len(edges) :])
     scaled = u * w.to(u).view(-1, *[1] * (f.dim() - 1))
-    hs = torch.autograd.grad(f, edges, scaled, retain_graph=True, allow_unused=True) if edges else ()
-    layouts: list[Layout | None] = []
-    for call, g, h in zip(calls, gs, hs, strict=True):
+    hs: list[Tensor | None] = [None] * len(calls)
+    if edges:
+        hs = list(torch.autograd.grad(f, edges, scaled, retain_graph=True, allow_unused=True))
+    gs: list[Tensor | None] = [None] * len(calls)
+    layouts: list[Layout | None] = [None] * len(calls)
+    mixing: list[int] = []
+
+    def compare(i: int, grads: tuple[Tensor | None, ...]) -> None:
+        """Compare as the gradient arrives, so that only one of the two pulls is held in memory."""
+        g, h, hs[i] = grads[edges[i].output_nr], hs[i], None
         if g is None or h is None:
-            layouts.append(None)
-            continue
+            return
+        gs[i] = g.detach()
         tolerance = torch.finfo(g.dtype).eps ** 0.6 * g.abs().max()
-        fitting = (layout for layout in layouts_of(call.shape, N) if _fits(g, h, w, layout, tolerance))
-        layout = next(fitting, None)
-        if layout is None:
-            raise ValueError(
-                f"{where(call)}: its output {tuple(call.shape)} does not separate into the {N} samples along any "
-                "axis, so there are no per-sample gradients here. Something between it and the output mixes or "
-                "reorders the samples: BatchNorm in training mode (call model.eval()), a softmax or mean over the "
-                "batch, a flip."
-            )
-        layouts.append(layout)
+        fitting = (layout for layout in layouts_of(calls[i].shape, N) if _fits(g, h, w, layout, tolerance))
+        layouts[i] = next(fitting, None)
+        if layouts[i] is None:
+            mixing.append(i)
+
+    hooks = [e.node.register_prehook(lambda grads, i=i: compare(i, grads)) for i, e in enumerate(edges)]
+    try:
+        truth = list(torch.autograd.grad(f, list(parameters), u, retain_graph=True, allow_unused=True))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if mixing:
+        call = calls[min(mixing)]
+        raise ValueError(
+            f"{where(call)}: its output {tuple(call.shape)} does not separate into the {N} samples along any axis, so "
+            "there are no per-sample gradients here. Something between it and the output mixes or reorders the "
+            "samples: BatchNorm in training mode (call model.eval()), a softmax or mean over the batch, a flip."
+        )
     return layouts, (u, gs, truth)
 
 
 def _fits(g: Tensor, h: Tensor, w: Tensor, layout: Layout, tolerance: Tensor) -> bool:
+    """Whether h = w g with the samples laid out so; a few samples at a time, so that nothing large is allocated."""
     axis, sizes = layout
-    column = w.to(g).view(-1, *[1] * (g.dim() - axis))
-    return bool((h.unflatten(axis, sizes) / column - g.unflatten(axis, sizes)).abs_().max() <= tolerance)
+    g, h = g.unflatten(axis, sizes).movedim(axis + 1, 0), h.unflatten(axis, sizes).movedim(axis + 1, 0)
+    column = w.to(g).view(-1, *[1] * (g.dim() - 1))
+    step = max(1, CHUNK_ELEMENTS * len(g) // g.numel())
+    ranges = [slice(i, i + step) for i in range(0, len(g), step)]
+    worst = [(h[n] / column[n]).sub_(g[n]).abs_().max() for n in ranges]
+    return bool(torch.stack(worst).max() <= tolerance)
