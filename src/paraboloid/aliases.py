@@ -56,10 +56,12 @@ def itself(t: Tensor) -> Alias:
     return Alias((Piece(t, 0, t.numel()),), t.shape)
 
 
-def alias_of(op: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], z: Tensor, known: Mapping[int, Alias]):
+def alias_of(
+    op: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], z: Tensor, known: Mapping[int, Alias]
+) -> Alias | None:
     """The `Alias` that the result z of an operation on clean tensors is; None where it computes something new."""
     first = args[0] if args else None
-    if op in STRETCHES or (op in REPEATS and isinstance(first, Tensor) and _only_stretched(first.shape, z.shape)):
+    if isinstance(first, Tensor) and (op in STRETCHES or (op in REPEATS and _only_stretched(first.shape, z.shape))):
         return known.get(id(first), itself(first))
     if op in JOINS:
         return _joined(args, kwargs, z, known)

@@ -87,6 +87,7 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.names = names
         self.calls: list[Call] = []
+        self.candidates: list[Call] = []  # operations on weights alone, of which some may turn out to be calls
         self.clean: dict[int, tuple[Tensor, int]] = {}
         self.alias: dict[int, Alias] = {}
         self.mixed = False  # whether a batch norm ran in training mode
@@ -150,6 +151,13 @@ class Recorder(TorchFunctionMode):
         self._mark(z)
         if not weights:
             return
+        still = [(t, b) for t, b in zip(inputs, before, strict=True) if t._version == b]
+        if op in RULES and len(still) == len(inputs) and isinstance(z, Tensor) and z.requires_grad:
+            w = weights[0]
+            if (
+                w.is_leaf or z.shape != w.shape or any(t is not w for t in weights)
+            ):  # else the step before serves as well
+                self.candidates.append(Call(op, args, kwargs, get_gradient_edge(z), z.shape, weights, [], still))
         for result in tensors(z):
             if not any(result is t for t in inputs) and result.requires_grad:
                 found = alias_of(op, args, kwargs, result, self.alias)

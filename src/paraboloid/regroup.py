@@ -43,6 +43,15 @@ def rule_parts(call: Any, layout: Layout, aliases: Mapping[int, Alias]) -> list[
     return parts
 
 
+def blocked(call: Any, layout: Layout, aliases: Mapping[int, Alias]) -> list[Tensor]:
+    """The weights of the call that no rule can treat: none is known, or the samples lie along their own axes."""
+    uses = {id(u.weight): u for u in RULES.get(call.op, lambda *_, **__: ())(*call.args, **call.kwargs)}
+    return [
+        w for w in call.weights
+        if id(w) not in uses or _parts(call.shape, layout, uses[id(w)], aliases.get(id(w))) is None
+    ]  # fmt: skip
+
+
 def _parts(shape: torch.Size, layout: Layout, use: Use, alias: Alias | None) -> list[Part] | None:
     """One part for each root of the weight; None where the samples lie along an axis of the weight itself."""
     alias = itself(use.weight) if alias is None else alias
@@ -74,14 +83,13 @@ def _parts(shape: torch.Size, layout: Layout, use: Use, alias: Alias | None) -> 
             if place.piece.table is not None:
                 return _table_rows(left, *place.piece.table)
             return Outer(left, None, root.shape, via=via, kind="vector")
-        get, q = use.right, use.q
+        rows_of, q = use.right, use.q
         if flip and place.moves:
-            q = q + place.before + place.after
-            axis = 2 if use.q_axes else -1
-            get = (lambda n: use.right(n) + place.before) if use.lookup else (lambda n: place.put(use.right(n), axis))
+            q = root.numel() // left.shape[-1]
+            rows_of = place.shifted(use.right) if use.lookup else place.among(use.right, 2 if use.q_axes else -1)
         elif place.moves:
             left = place.put(left, -1)
-        return Outer(left, Right(get, split, use.lookup, root.dtype, use.q_axes), root.shape, q, flip, via)
+        return Outer(left, Right(rows_of, split, use.lookup, root.dtype, use.q_axes), root.shape, q, flip, via)
 
     return [
         Part(p.piece.root if p.piece.table is None or use.right is not None else p.piece.table[0], partial(outer, p))
@@ -108,6 +116,13 @@ class Place:
             return t
         t = t.movedim(axis, -1)[..., self.rows]
         return F.pad(t, (self.before, self.after)).movedim(-1, axis)
+
+    def among(self, right: Callable[[slice], Tensor], axis: int) -> Callable[[slice], Tensor]:
+        return lambda n: self.put(right(n), axis)
+
+    def shifted(self, lookup: Callable[[slice], Tensor]) -> Callable[[slice], Tensor]:
+        """The same rows of a table, counted in the root."""
+        return lambda n: (index := lookup(n)) + self.before * (index >= 0)
 
 
 def _places(use: Use, alias: Alias) -> list[Place] | None:

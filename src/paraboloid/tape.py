@@ -22,20 +22,20 @@ from paraboloid import trees
 from paraboloid.certify import Layout, certify
 from paraboloid.layers.normalization import uses_batch_statistics
 from paraboloid.outer import Outer, general
+from paraboloid.promotion import promote
 from paraboloid.recording import Call, Recorder, tensors
 from paraboloid.regroup import Part, fallback_parts, rule_parts, vjp
 
 SIGNATURES = 512  # recorded sequences of calls and shapes that are remembered per model
-_certified: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[int, list[Layout | None]]]] = (
-    weakref.WeakKeyDictionary()
-)
+Layouts = list[Layout | None]  # one for each call; None: nothing flows back to it
+_certified: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[int, list[Layouts]]]] = weakref.WeakKeyDictionary()
 
 
 @dataclass
 class Plan:
     """What a pull from output f needs, worked out once per recorded graph."""
 
-    layouts: list[Layout | None]
+    calls: list[Call]
     parts: list[list[Part] | None]  # per call; None: nothing flows back to it
     missed: set[str]
 
@@ -69,17 +69,17 @@ class Tape:
 
     # --- guards --------------------------------------------------------------------------------------------------
 
-    def _check_fresh(self) -> None:
-        for call in self.calls:
+    def _check_fresh(self, calls: list[Call]) -> None:
+        for call in calls:
             if any(t._version != version for t, version in call.held):
                 raise RuntimeError(
                     f"{self.where(call)}: a tensor it used was modified in place after the forward pass (an input, or "
                     "a parameter by an optimiser step); pull before that, or run the forward pass again."
                 )
 
-    def reached(self, f: Tensor) -> tuple[set[str], set[str]]:
+    def reached(self, f: Tensor, calls: list[Call]) -> tuple[set[str], set[str]]:
         """Parameters that some path from f reaches: (not through a recorded call's weights, at all)."""
-        at = {call.edge.node: call for call in self.calls}
+        at = {call.edge.node: call for call in calls}
         seen, stack, missed, found = set(), [f.grad_fn], set(), set()
         while stack:
             node = stack.pop()
@@ -127,32 +127,47 @@ class Tape:
         if not f.requires_grad:
             raise ValueError("the output does not require grad: the forward pass ran under no_grad or inference_mode, "
                              "or does not depend on any trainable parameter.")  # fmt: skip
-        missed, found = self.reached(f)
+        _, found = self.reached(f, self.calls)
         if not found:
             raise ValueError(f"the output depends on none of the model's {len(self.parameters)} trainable parameters; "
                              "was it computed inside the record block, with the model's own parameters (not by "
                              "functional_call with others)?")  # fmt: skip
         history = _certified.setdefault(self.model, {})
         signature = self._signature(f, mixed)
-        count, layouts = history.get(signature, (0, []))
-        due = self.verify == "always" or (self.verify == "auto" and (count & (count + 1) == 0 or not layouts))
-        check = None
-        if due or not layouts:
-            with self.recorder.statistics_held(mixed):
-                layouts, check = certify(f, self.calls, list(self.parameters.values()), self.where)
+        count, steps = history.get(signature, (0, []))
+        due = self.verify == "always" or (self.verify == "auto" and (count & (count + 1) == 0 or not steps))
+        calls, layouts, check = self.calls, [], None
+        if due or not steps:
+            steps, further = [], calls
+            while further is not None:
+                with self.recorder.statistics_held(mixed):
+                    try:
+                        layouts, check = certify(f, further, list(self.parameters.values()), self.where)
+                    except ValueError:
+                        if not steps:
+                            raise
+                        break  # the weights that were taken for data are none
+                calls, steps = further, [*steps, layouts]
+                further = promote(calls, layouts, self.recorder.candidates, self.recorder.alias)
+        else:
+            layouts = steps[0]
+            for following in steps[1:]:
+                calls = promote(calls, layouts, self.recorder.candidates, self.recorder.alias)
+                assert calls is not None  # the same calls took the same steps before
+                layouts = following
         if not mixed:
-            self._refuse_batch_statistics(layouts)
-        plan = Plan(layouts, self._parts(layouts), missed)
+            self._refuse_batch_statistics(calls, layouts)
+        plan = Plan(calls, self._parts(calls, layouts), self.reached(f, calls)[0])
         if due and check is not None:
             self._check_totals(f, plan, *check)
         history.pop(signature, None)
-        history[signature] = count + 1, layouts
+        history[signature] = count + 1, steps
         if len(history) > SIGNATURES:
             history.pop(next(iter(history)))
         return plan
 
-    def _refuse_batch_statistics(self, layouts: list[Layout | None]) -> None:
-        for call, layout in zip(self.calls, layouts, strict=True):
+    def _refuse_batch_statistics(self, calls: list[Call], layouts: Layouts) -> None:
+        for call, layout in zip(calls, layouts, strict=True):
             if layout is not None and uses_batch_statistics(call.op, call.args, call.kwargs):
                 raise ValueError(
                     f"{self.where(call)} ran in training mode on an input {tuple(call.args[0].shape)}: its batch "
@@ -161,7 +176,8 @@ class Tape:
                 )
 
     def _signature(self, f: Tensor, mixed: bool) -> int:
-        calls = ((c.op, c.shape, tuple(t.shape for t in tensors(c.args, c.kwargs))) for c in self.calls)
+        noted = (*self.calls, *self.recorder.candidates)
+        calls = ((c.op, c.shape, tuple(t.shape for t in tensors(c.args, c.kwargs))) for c in noted)
         return hash((f.shape, f.dtype, mixed, *calls))
 
     @torch.no_grad()
@@ -171,9 +187,9 @@ class Tape:
         """The recorded calls must add up to autograd's own gradient: catches a wrong rule and a random fallback."""
         outers = self._outers(plan, [None if g is None else g[None] for g in gs])
         size = dict.fromkeys(self.parameters, 0.0)  # of what is summed: where it cancels, only rounding errors are left
-        for call, g in zip(self.calls, gs, strict=True):
+        for call, g in zip(plan.calls, gs, strict=True):
             for name in {name for w in call.weights for name in self.leaves(w)} if g is not None else ():
-                size[name] += float(g.abs().sum())
+                size[name] += float(torch.linalg.vector_norm(g, 1))
         for (name, p), g in zip(self.parameters.items(), truth, strict=True):
             if name in plan.missed or g is None:
                 continue
@@ -187,9 +203,9 @@ class Tape:
                     "report it; until then freeze this parameter with requires_grad_(False)."
                 )
 
-    def _parts(self, layouts: list[Layout | None]) -> list[list[Part] | None]:
+    def _parts(self, calls: list[Call], layouts: Layouts) -> list[list[Part] | None]:
         parts: list[list[Part] | None] = []
-        for call, layout in zip(self.calls, layouts, strict=True):
+        for call, layout in zip(calls, layouts, strict=True):
             if layout is None:
                 parts.append(None)
                 continue
@@ -237,10 +253,12 @@ class Tape:
         with torch._C.DisableTorchFunction():
             if v.shape[1:] != f.shape or v.dim() == 0 or len(v) == 0:
                 raise ValueError(f"v has shape {tuple(v.shape)}; expected [V, *output shape] = [V, {list(f.shape)}].")
-            self._check_fresh()
+            self._check_fresh(self.calls)
             plan = self.plan(f, batch_statistics)
+            if plan.calls is not self.calls:
+                self._check_fresh(plan.calls)
             v = v.to(f.dtype)
-            out = self._outers(plan, self._gradients(f, v, totals))
+            out = self._outers(plan, self._gradients(f, plan.calls, v, totals))
             for name in sorted(plan.missed):
                 out[name] = [self._net(f, v, name)]
             for name, p in self.parameters.items():
@@ -248,9 +266,11 @@ class Tape:
                     out[name] = [general(p.new_zeros(len(v), len(f), *p.shape), p.shape, kind="zero")]
             return out
 
-    def _gradients(self, f: Tensor, v: Tensor, totals: dict[str, Tensor | None] | None) -> list[Tensor | None]:
+    def _gradients(
+        self, f: Tensor, calls: list[Call], v: Tensor, totals: dict[str, Tensor | None] | None
+    ) -> list[Tensor | None]:
         """Gradients at the calls' outputs, [V *z] each.  On a CPU a loop of single pulls beats the vmapped one."""
-        edges = [c.edge for c in self.calls]
+        edges = [c.edge for c in calls]
         leaves = list(self.parameters.values()) if totals is not None else []
         if not edges and not leaves:
             return []

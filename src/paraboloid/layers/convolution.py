@@ -21,7 +21,7 @@ def padded(
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         pads = [(t // 2, t - t // 2) for t in total]
     else:
-        pads = [(a, a) for a in per_axis(0 if padding == "valid" else padding, len(kernel))]
+        pads = [(a, a) for a in per_axis(0 if isinstance(padding, str) else padding, len(kernel))]  # a str: "valid"
     flat = [side for pair in reversed(pads) for side in pair]
     return F.pad(x, flat) if any(flat) else x
 

@@ -33,6 +33,18 @@ def div(x, y, *, rounding_mode=None):
         yield spread(y, lambda g: -g * x / (y * y))
 
 
+@rule(Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to)
+def expand(x, *shape, implicit=False):
+    yield spread(x, lambda g: g)
+
+
+@rule(Tensor.repeat)
+def repeat(x, *counts):
+    counts = counts[0] if isinstance(counts[0], tuple | list) else counts
+    if all(1 in (c, d) for c, d in zip(reversed(counts), reversed(x.shape), strict=False)):
+        yield spread(x, lambda g: g)
+
+
 @rule(torch.cat, torch.concat, torch.concatenate)
 def cat(tensors, dim=0):
     axis = dim % tensors[0].dim()
