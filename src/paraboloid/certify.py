@@ -71,7 +71,9 @@ def certify(
 
     hooks = [e.node.register_prehook(lambda grads, i=i: compare(i, grads)) for i, e in enumerate(edges)]
     try:
-        truth = list(torch.autograd.grad(f, list(parameters), u, retain_graph=True, allow_unused=True))
+        truth: list[Tensor | None] = [
+            *torch.autograd.grad(f, list(parameters), u, retain_graph=True, allow_unused=True)
+        ]
     finally:
         for hook in hooks:
             hook.remove()

@@ -27,7 +27,7 @@ def gradient_factor(o: Outer, sharing: str) -> Tensor:
 
 def input_factor(o: Outer, sharing: str, memory: int | None = None) -> Tensor:
     """sum over n (and t) of right right^T, [G q q]; the diagonal [1 q] for a lookup."""
-    if o.lookup and sharing == "expand":
+    if o.right is not None and o.lookup and sharing == "expand":
         return torch.bincount(o.right().flatten() + 1, minlength=o.q + 1)[1:].to(o.left)[None]
     G, T = o.left.shape[2:4]
     A = None
@@ -78,7 +78,7 @@ def add_factors(value: Factors | None, outers: list[Outer], sharing: str, memory
         return _zero_factors(outers[0])
     if all(o.kind == "vector" or (o.kind in ("general", "zero") and len(o.shape) < 2 and not o.via) for o in outers):
         block = _block(outers, memory)
-        return Factors({}, {}, 1, 1, block if value is None else value.exact + block)
+        return Factors({}, {}, 1, 1, block if value is None or value.exact is None else value.exact.add_(block))
     if any(o.via is not None or o.kind != "matrix" for o in outers):
         raise NotImplementedError(
             "has no Kronecker factors: it enters the layer through another tensor (weight_norm, a slice, a product) or "
@@ -127,7 +127,8 @@ def scale_factors(value: Factors, a: float) -> Kron:
     for sums in (value.rows, value.columns):
         scaled = [part.mul_(scales[key]) for key, part in sums.items()]
         sides.append(scaled[0] if len(scaled) == 1 else _plus(*scaled))
-    return Kron(*sides, value.groups) if value.groups > 1 else Kron(*(side[0] for side in sides))
+    rows, columns = sides if value.groups > 1 else (side[0] for side in sides)
+    return Kron(rows, columns, value.groups)
 
 
 def _block(outers: list[Outer], memory: int | None) -> Tensor:

@@ -164,9 +164,9 @@ class Outer:
 
 def keep_inputs(outers: dict[str, list[Outer]], memory: int) -> None:
     """Keep unfolded inputs for the pulls that follow, the first ones that fit into `memory` bytes."""
-    for o in (o for uses in outers.values() for o in uses if o.kind == "matrix" and o.right is not None):
+    for o in (o for uses in outers.values() for o in uses):
         size = o.left[0, ..., 0].numel() * o.q * o.left.element_size()
-        if size <= memory:
+        if o.right is not None and size <= memory:
             o.right.keep()
             memory -= size
 

@@ -45,7 +45,7 @@ class Statistics(Mapping[str, dict[str, Any]]):
         if not all(isinstance(v, Tensor) and v.shape == values[0].shape for v in values) or name not in TOTALS:
             raise ValueError(f"{name!r} has a value of its own shape for every parameter, so there is no total; totals "
                              f"exist for {sorted(TOTALS)}.")  # fmt: skip
-        return sum(values[1:], values[0])
+        return torch.stack(values).sum(0)
 
     def __repr__(self) -> str:
         return f"Statistics({list(self._values)}, loss={float(self.loss):.6g})"

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +87,8 @@ class Tape:
             if node is None or node in seen:
                 continue
             seen.add(node)
-            if hasattr(node, "variable"):
-                missed.add(self.names.get(id(node.variable)))
+            if (leaf := getattr(node, "variable", None)) is not None:
+                missed.add(self.names.get(id(leaf)))
             if (call := at.get(node)) is not None:
                 stack += call.below
                 found.update(name for w in call.weights for name in self.leaves(w))
@@ -271,16 +272,18 @@ class Tape:
     ) -> list[Tensor | None]:
         """Gradients at the calls' outputs, [V *z] each.  On a CPU a loop of single pulls beats the vmapped one."""
         edges = [c.edge for c in calls]
-        leaves = list(self.parameters.values()) if totals is not None else []
+        leaves = [] if totals is None else list(self.parameters.values())
         if not edges and not leaves:
             return []
         single = []
         for u in v:
-            grads = torch.autograd.grad(f, [*edges, *leaves], u, retain_graph=True, allow_unused=True)
+            inputs: list[Any] = [*edges, *leaves]
+            grads = torch.autograd.grad(f, inputs, u, retain_graph=True, allow_unused=True)
             single.append(grads[: len(edges)])
             if totals is not None:
                 for name, g in zip(self.parameters, grads[len(edges) :], strict=True):
-                    totals[name] = g if totals.get(name) is None or g is None else totals[name] + g
+                    before = totals.get(name)
+                    totals[name] = g if before is None or g is None else before + g
         if len(single) == 1:
             return [None if g is None else g[None] for g in single[0]]
         return [None if gs[0] is None else torch.stack(gs) for gs in zip(*single, strict=True)]
