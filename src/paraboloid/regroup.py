@@ -22,10 +22,14 @@ Via = Callable[[Tensor], Tensor] | None
 
 @dataclass(frozen=True)
 class Part:
-    """One weight of one call, ready for gradients g [V *z]; `root` is a parameter or derived from some."""
+    """One weight of one call, ready for gradients g [V *z]; `root` is a parameter or derived from some.
+
+    `use` is what the call's rule says of the weight; None for a fallback.
+    """
 
     root: Tensor
     outer: Callable[[Tensor, Via], Outer]
+    use: Use | None = None
 
 
 def rule_parts(call: Any, layout: Layout, aliases: Mapping[int, Alias]) -> list[Part] | None:
@@ -92,7 +96,7 @@ def _parts(shape: torch.Size, layout: Layout, use: Use, alias: Alias | None) -> 
         return Outer(left, Right(rows_of, split, use.lookup, root.dtype, use.q_axes), root.shape, q, flip, via)
 
     return [
-        Part(p.piece.root if p.piece.table is None or use.right is not None else p.piece.table[0], partial(outer, p))
+        Part(p.piece.table[0] if p.piece.table and use.right is None else p.piece.root, partial(outer, p), use)
         for p in places if p.piece.root.requires_grad
     ]  # fmt: skip
 
@@ -141,7 +145,7 @@ def _places(use: Use, alias: Alias) -> list[Place] | None:
     places, at = [], 0
     for piece in alias.pieces:
         size = piece.stop - piece.start
-        heads = (piece.root.shape[k:].numel() for k in range(1, piece.root.dim() + 1))
+        heads = (piece.root.shape[k:].numel() for k in range(piece.root.dim() + 1))
         if any(i % length for i in (at, size, piece.start)) or length not in heads:
             return None
         rows = slice(at // length, (at + size) // length)
