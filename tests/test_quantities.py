@@ -266,3 +266,11 @@ def test_transposed_tying_keeps_its_factors():
 def test_wrong_options(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("q", [383, 384, 901, 1537])
+def test_a_wide_input_factor_is_halved_by_symmetry_and_whole(q):
+    torch.manual_seed(0)
+    model, x = nn.Linear(q, 2).double(), torch.randn(3, q).double()
+    kron = pb.statistics(model, CE, (x, torch.tensor([0, 1, 0])), "kflr")["kflr"]["weight"]
+    close(kron.right, x.T @ x / 3)

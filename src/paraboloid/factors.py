@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from paraboloid.kron import Kron
-from paraboloid.outer import Outer, merge
+from paraboloid.outer import CHUNK_BYTES, Outer, merge
 from paraboloid.reductions import pieces, reduce, samples
 
+LARGE = 384  # rows from which halving by symmetry pays
 EXACT_VECTOR = 4096  # elements up to which a bias-like parameter's block is kept exactly
 
 
@@ -30,17 +31,38 @@ def input_factor(o: Outer, sharing: str, memory: int | None = None) -> Tensor:
     if o.right is not None and o.lookup and sharing == "expand":
         return torch.bincount(o.right().flatten() + 1, minlength=o.q + 1)[1:].to(o.left)[None]
     G, T = o.left.shape[2:4]
-    A = None
-    for n in o.chunks(G * T * o.q, memory and memory // 2):
+    A = o.left.new_zeros(G, o.q, o.q)
+    size = max(CHUNK_BYTES, 4 * A.numel() * A.element_size()) if memory is None else memory // 2
+    for n in o.chunks(G * T * o.q, size):
         if sharing == "reduce":
             right = o.dense_right(n)
             count = right.sum((2, 3), keepdim=True).clamp(min=1) if o.lookup else T
-            right = (right / count).sum(2).movedim(0, 2)  # [G q n]
+            add_gram(A, (right / count).sum(2).movedim(0, 2))  # [G q n]
         else:
-            right = o.columns(n)
-        piece = right @ right.mT
-        A = piece if A is None else A.add_(piece)
-    assert A is not None  # there is at least one sample
+            add_gram(A, o.columns(n))
+    return mirror(A)
+
+
+def add_gram(A: Tensor, R: Tensor) -> None:
+    """A += R R^T in the lower blocks only: half of the multiplications by symmetry (torch has no SYRK)."""
+    q = R.shape[-2]
+    if q < LARGE:
+        A.baddbmm_(R, R.mT)
+        return
+    half = q // 2
+    add_gram(A[:, :half, :half], R[:, :half])
+    add_gram(A[:, half:, half:], R[:, half:])
+    A[:, half:, :half].baddbmm_(R[:, half:], R[:, :half].mT)
+
+
+def mirror(A: Tensor) -> Tensor:
+    """Fill the upper blocks that `add_gram` leaves out."""
+    q = A.shape[-1]
+    if q >= LARGE:
+        half = q // 2
+        A[:, :half, half:] = A[:, half:, :half].mT
+        mirror(A[:, :half, :half])
+        mirror(A[:, half:, half:])
     return A
 
 
