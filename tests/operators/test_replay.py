@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import paraboloid as pb
 from paraboloid.losses import NoTargets
 from paraboloid.operators import GGN, Hessian
-from paraboloid.operators.memory import BytesKept
+from paraboloid.operators.footprint import Footprint
 
 OPERATORS = [GGN, Hessian]
 KEPT, ANEW = {"max_memory": None}, {"max_memory": 0}
@@ -82,22 +82,22 @@ def test_memory_is_what_autograd_keeps():
     """A tanh keeps its output: 8 bytes for each of 10 x 100 values, whatever else was allocated on the way."""
     weight = torch.randn(100, 100, dtype=torch.float64, requires_grad=True)
     x = torch.randn(10, 100, dtype=torch.float64)
-    with BytesKept([weight]) as kept:
+    with Footprint([weight]) as kept:
         h = torch.tanh(x @ weight.t())
         h.detach().clone().exp()
         s = h.sum()
         del h
-    assert kept.total() == 8000 + 8
+    assert kept.bytes_kept() == 8000 + 8
     del s
-    assert kept.total() == 0
+    assert kept.bytes_kept() == 0
 
 
 @pytest.mark.parametrize("Operator", OPERATORS)
 def test_a_limit_between_one_graph_and_all_keeps_none(Operator):
     model, batches = make_model("mlp"), two_batches()
-    with BytesKept(model.parameters()) as kept:
+    with Footprint(model.parameters()) as kept:
         one = Operator(model, CE, batches[0])
-    size = kept.total()
+    size = kept.bytes_kept()
     assert size > 0
     assert one.replay.kept is not None
     assert Operator(model, CE, batches, max_memory=size).replay.kept is None
@@ -106,14 +106,14 @@ def test_a_limit_between_one_graph_and_all_keeps_none(Operator):
 
 def test_graphs_are_released_with_the_operator():
     model, batches = make_model("attention"), two_batches()
-    with BytesKept([*model.parameters(), *(x for x, _ in batches)]) as kept:
+    with Footprint([*model.parameters(), *(x for x, _ in batches)]) as kept:
         G, H = GGN(model, CE, batches), Hessian(model, CE, batches)
         G @ random(G.shape[0])
         H @ random(H.shape[0])
     gc.disable()  # no reference cycles: they go at once
     try:
         del G, H
-        assert kept.total() == 0
+        assert kept.bytes_kept() == 0
     finally:
         gc.enable()
 

@@ -8,8 +8,8 @@ data        a batch or an iterable of batches; an iterable is read on each produ
             the same samples each time, and counts as one big batch (but for layers that couple a batch's samples)
 output      picks the output tensor from a structured result, e.g. ``lambda o: o.logits``
 seed        of dropout masks and the like, drawn once: the operator is the same on every product
-max_memory  bytes of recorded graphs that are kept between products (default 1 GiB).  With all graphs kept the operator
-            stays that of the samples first seen; what does not fit is recorded anew on each product
+max_memory  bytes of recorded graphs (and of a GGN's root) that are kept between products (default 1 GiB).  With all
+            graphs kept the operator stays that of the samples first seen; otherwise each product records anew
 """
 
 from paraboloid.linalg.estimate import Estimate, TensorEstimate

@@ -14,6 +14,7 @@ from paraboloid.linalg.probes import Seed, normal
 from paraboloid.losses import Loss
 from paraboloid.operators.base import LinearOperator
 from paraboloid.operators.replay import Replay
+from paraboloid.operators.root import Root
 
 
 class OutputGraph:
@@ -73,7 +74,8 @@ class GGN(LinearOperator):
 
     Cost, in gradients: a product with a kept graph is about 2, a quadratic form 1 (J alone).  `to_dense` takes D
     products; `diagonal` and `trace` take D quadratic forms, or one backward pass for each sample and column of the
-    loss's root (about N C of them) where those are fewer; `samples=` takes that many.
+    loss's root (about N C of them) where those are fewer; `samples=` takes that many.  Where weights are used at many
+    positions (convolutions) and many products are asked for, a square root of the matrix takes over: see `Root`.
     """
 
     def __init__(
@@ -88,8 +90,11 @@ class GGN(LinearOperator):
     ):
         self.replay = Replay(model, loss_fn, data, OutputGraph, output=output, seed=seed, max_memory=max_memory)
         self.parameters = self.replay.parameters
+        self.root = Root(self.replay)
 
     def _product(self, rows: Tensor) -> Tensor:
+        if (S := self.root.after(len(rows))) is not None:
+            return (rows @ S.T) @ S / self.replay.normalizer
         with self.replay.graphs() as graphs:
             result = torch.zeros_like(rows)
             for graph in graphs:
@@ -100,6 +105,8 @@ class GGN(LinearOperator):
 
     def quadratic_forms(self, directions: Tensor) -> Tensor:
         rows = self.rows(directions)
+        if (S := self.root.after(len(rows))) is not None:
+            return (rows @ S.T).square().sum(1) / self.replay.normalizer
         with self.replay.graphs() as graphs:
             forms = rows.new_zeros(len(rows))
             for graph in graphs:
@@ -109,8 +116,12 @@ class GGN(LinearOperator):
         return forms / self.replay.normalizer
 
     def diagonal(self, samples: int | None = None, seed: Seed = 0) -> Tensor:
-        if samples is not None or self._root_vectors() >= self.shape[0]:
+        if samples is not None:
             return super().diagonal(samples, seed)
+        if (S := self.root.after(min(self.shape[0], self._root_vectors()))) is not None:
+            return S.square().sum(0) / self.replay.normalizer
+        if self._root_vectors() >= self.shape[0]:
+            return super().diagonal()
         with self.replay.graphs() as graphs:
             total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
             for graph in graphs:

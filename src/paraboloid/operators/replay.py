@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from paraboloid import data as batch_data
 from paraboloid import trees
 from paraboloid.losses import Loss, NoTargets, Opaque, settled
-from paraboloid.operators.memory import BytesKept
+from paraboloid.operators.footprint import Footprint
 from paraboloid.operators.undisturbed import Autocast, RandomStream, TwiceDifferentiable, eager, undisturbed
 
+T = TypeVar("T")
 MAX_MEMORY = 2**30  # bytes of recorded graphs kept between products
 _NO_TARGETS = (
     "every target of every batch is ignored or has zero class weight, so the mean loss is 0/0; expected at least one "
@@ -78,6 +79,7 @@ class Replay:
         self.max_memory = MAX_MEMORY if max_memory is None else max_memory
         self.versions = self._versions()
         self.samples, self.normalizer, self.total = 0, 0.0, 0.0
+        self.size, self.flops = 0, 0  # bytes of the kept graphs, floating-point operations of their forward passes
         self.kept: list[Any] | None = []
         if len(self.loss.terms) > 1 and batch_data.as_batch(data) is None:
             self.loss = self._settled()
@@ -100,14 +102,18 @@ class Replay:
     @contextmanager
     def graphs(self) -> Iterator[Iterable[Any]]:
         """The graphs of one pass, to be used inside the block."""
+        self.check_unchanged()
+        with undisturbed(self.model):
+            yield self._graphs() if self.kept is None else self.kept
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError if a parameter was changed since this was made."""
         for name, made, now in zip(self.parameters, self.versions, self._versions(), strict=True):
             if made != now:
                 raise RuntimeError(f"parameter {name!r} has changed since this operator was made, whose curvature is "
                                    "that at the old parameters. Make a new one.")  # fmt: skip
-        with undisturbed(self.model):
-            yield self._recorded() if self.kept is None else self.kept
 
-    def _recorded(self) -> Iterator[Any]:
+    def _graphs(self) -> Iterator[Any]:
         total = 0.0
         for f, y in self._outputs():
             total += self._summed_loss(f, y)
@@ -129,21 +135,21 @@ class Replay:
         return settled(self.loss, totals)
 
     def _first_pass(self) -> None:
-        size = 0
         with undisturbed(self.model):
             outputs = self._outputs()
             while self.kept is not None:
-                with BytesKept(self.parameters.values()) as left:
+                with Footprint(self.parameters.values()) as footprint:
                     if (pair := next(outputs, None)) is None:
                         break
+                    self.flops += footprint.flops
                     self._count(*pair)
                     self.kept.append(self.graph(*pair, self.loss, list(self.parameters.values())))
                     self.kept[-1].prepare()
                     del pair
                 if len(self.kept) == 1:
                     self._certify(self.kept[0])
-                size += left.total()
-                if size > self.max_memory:
+                self.size += footprint.bytes_kept()
+                if self.size > self.max_memory:
                     self.kept = None
             for f, y in outputs:
                 self._count(f, y)
@@ -167,7 +173,29 @@ class Replay:
                 "backward (a custom autograd.Function, a fused kernel); write it out in plain torch operations."
             )
 
-    def _outputs(self) -> Iterator[tuple[Tensor, Any]]:
+    @contextmanager
+    def recorded(self, record: Callable[[], AbstractContextManager[T]]) -> Iterator[Iterator[tuple[T, Tensor, Any]]]:
+        """(tape, output, targets) of each batch of one pass, its forward pass made inside ``with record() as tape``."""
+        self.check_unchanged()
+        with undisturbed(self.model):
+            yield self._tapes(record)
+
+    def _tapes(self, record: Callable[[], AbstractContextManager[T]]) -> Iterator[tuple[T, Tensor, Any]]:
+        tapes: list[T] = []
+
+        @contextmanager
+        def inside() -> Iterator[None]:
+            with record() as tape:
+                tapes.append(tape)
+                yield
+
+        total = 0.0
+        for f, y in self._outputs(inside):
+            total += self._summed_loss(f, y)
+            yield tapes.pop(), f, y
+        self._check_total(total)
+
+    def _outputs(self, inside: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Iterator[tuple[Tensor, Any]]:
         """(output, targets) of each batch in one pass; the output is part of a graph, and at least float32."""
         self.stream.rewind()
         iterator = batch_data.batches(self.data)
@@ -177,7 +205,7 @@ class Replay:
             if batch is None:
                 return
             inputs, y = batch
-            with self.stream, undisturbed(self.model), TwiceDifferentiable(), self.autocast():
+            with self.stream, undisturbed(self.model), TwiceDifferentiable(), self.autocast(), inside():
                 f = batch_data.call(self.model, inputs, self.output)
             if f.dtype in (torch.float16, torch.bfloat16):
                 f = f.float()

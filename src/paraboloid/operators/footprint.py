@@ -1,4 +1,4 @@
-"""How many bytes a piece of work leaves behind."""
+"""What a piece of work costs: the bytes that it leaves behind, and its floating-point operations."""
 
 from __future__ import annotations
 
@@ -9,28 +9,34 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 
-class BytesKept(TorchDispatchMode):
-    """Notes every storage that operations inside the block produce; `total` counts those that still live.
+class Footprint(TorchDispatchMode):
+    """Notes every storage that operations inside the block produce, and counts operations.
 
-    What lives after a forward pass is what autograd saved, however it was saved: hooks, checkpoints and in-place
-    operations need no special care.  Storages of `besides` (the parameters, whose views are outputs too) do not count.
+    `bytes_kept` sums up the storages that still live.  What lives after a forward pass is what autograd saved, however
+    it was saved: hooks, checkpoints and in-place operations need no special care.  Storages of `besides` (the
+    parameters, whose views are outputs too) do not count.  `flops` is that of matrix products and convolutions so far.
     """
 
     def __init__(self, besides: Iterable[Tensor]):
         super().__init__()
         self.besides = {t.untyped_storage()._cdata for t in besides}
         self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         for t in tree_leaves(result):
             if isinstance(t, Tensor):
                 storage = t.untyped_storage()
                 if storage._cdata not in self.besides and storage._cdata not in self.seen:
                     self.seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += count(*args, **kwargs, out_val=result)
         return result
 
-    def total(self) -> int:
+    def bytes_kept(self) -> int:
         return sum(size for reference, size in self.seen.values() if not reference.expired())

@@ -1,0 +1,65 @@
+"""A square root of the GGN, one row for each sample and column of the loss's root: worth its memory where weights are
+used at many positions, so that a row is cheaper to multiply with than the model is to run."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from paraboloid.losses import NoTargets
+from paraboloid.operators.replay import Replay
+from paraboloid.statistics import record
+
+
+class Root:
+    """S [R, D] with S^T S = sum_n J_n^T H_n J_n, made when so many products were asked for that it pays.
+
+    A row costs D multiplications in a product, the model's forward pass `replay.flops`.  Making S takes a backward pass
+    for each of the loss's root columns, as many products by the graph would: so long the graph is used.  A model that
+    the engine has no rule for, or whose samples are not separate, has no root here.
+    """
+
+    def __init__(self, replay: Replay):
+        self.replay, self.asked, self.rows = replay, 0, None
+        self.columns = self._columns()
+
+    def _columns(self) -> int:
+        """Products after which S is made; 0 if it never is."""
+        replay = self.replay
+        if not replay.kept or replay.loss.reduction == "whole":
+            return 0
+        try:
+            counts = [graph.loss.root_columns(graph.f) for graph in replay.kept]
+        except NotImplementedError:  # a plain callable may couple the samples
+            return 0
+        rows = sum(count * len(graph.f) for count, graph in zip(counts, replay.kept, strict=True))
+        parameters = list(replay.parameters.values())
+        size = sum(p.numel() for p in parameters)
+        memory = rows * size * max(p.element_size() for p in parameters)
+        cheap = 2 * rows * size <= replay.flops and memory <= replay.max_memory - replay.size
+        return max(counts) if cheap else 0
+
+    def after(self, products: int) -> Tensor | None:
+        """S, or None while the graph is to be used for these products too."""
+        self.asked += products
+        self.replay.check_unchanged()
+        if self.rows is None and 0 < self.columns <= self.asked:
+            self.rows = self._make()
+            if self.rows is None:
+                self.columns = 0
+        return self.rows
+
+    def _make(self) -> Tensor | None:
+        with warnings.catch_warnings(), suppress(ValueError, NotImplementedError, RuntimeError, Warning):
+            warnings.simplefilter("error")  # a warned-of fallback is exact, but slower than the graph
+            replay, rows = self.replay, []
+            with replay.recorded(lambda: record(replay.model)) as tapes:
+                for tape, f, y in tapes:
+                    with suppress(NoTargets):  # a batch without targets has no curvature
+                        found = tape.statistics(replay.loss, f, y, ["sqrt_ggn"])["sqrt_ggn"]
+                        rows.append(torch.cat([t.flatten(2).flatten(0, 1) for t in found.values()], 1))
+            return torch.cat(rows)
+        return None
