@@ -33,7 +33,7 @@ def all_cnn_c() -> nn.Module:
         ]
     ):  # fmt: skip
         layers += [nn.Conv2d(c, d, k, s, p), nn.ReLU()] if i < 8 else [nn.Conv2d(c, d, k, s, p)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*layers, nn.AvgPool2d(6), nn.Flatten())
 
 
 class Transformer(nn.Module):
