@@ -82,41 +82,28 @@ def _unrolled(
     return x.transpose(0, 1) if batch_first else x, *(torch.stack(s) for s in zip(*last, strict=True))
 
 
-@lowering(torch.lstm)
-def lstm(x, initial, weights, *options):
-    if not options or not isinstance(options[0], bool):
-        return NotImplemented  # a packed sequence: (data, batch sizes, initial state, weights, ...)
-    return _unrolled(_lstm, x, initial, weights, *options)
+def _lower_layer(operation: Callable, cell: Cell) -> None:
+    @lowering(operation)
+    def layer(*args, **named):
+        if named or not isinstance(args[3], bool):
+            return NotImplemented  # a packed sequence: (data, batch sizes, initial state, weights, ...)
+        x, initial, *rest = args
+        return _unrolled(cell, x, initial if isinstance(initial, tuple | list) else (initial,), *rest)
 
 
-def _lower_simple(cell: Cell) -> Callable:
-    def layer(x, initial, weights, *options):
-        if not options or not isinstance(options[0], bool):
-            return NotImplemented
-        return _unrolled(cell, x, (initial,), weights, *options)
-
-    return layer
-
-
-lowering(torch.gru)(_lower_simple(_gru))
-lowering(torch.rnn_tanh)(_lower_simple(_tanh))
-lowering(torch.rnn_relu)(_lower_simple(_relu))
-
-
-@lowering(torch.lstm_cell)
-def lstm_cell(x, initial, w_ih, w_hh, b_ih=None, b_hh=None):
-    state = _as_data(initial, x)
-    return _lstm(F.linear(x, w_ih, b_ih), F.linear(state[0], w_hh, b_hh), state)
-
-
-def _lower_cell(cell: Cell) -> Callable:
+def _lower_cell(operation: Callable, cell: Cell) -> None:
+    @lowering(operation)
     def step(x, initial, w_ih, w_hh, b_ih=None, b_hh=None):
-        state = _as_data((initial,), x)
-        return cell(F.linear(x, w_ih, b_ih), F.linear(state[0], w_hh, b_hh), state)[0]
+        state = _as_data(initial if isinstance(initial, tuple | list) else (initial,), x)
+        state = cell(F.linear(x, w_ih, b_ih), F.linear(state[0], w_hh, b_hh), state)
+        return state[0] if len(state) == 1 else state
 
-    return step
 
-
-lowering(torch.gru_cell)(_lower_cell(_gru))
-lowering(torch.rnn_tanh_cell)(_lower_cell(_tanh))
-lowering(torch.rnn_relu_cell)(_lower_cell(_relu))
+_lower_layer(torch.lstm, _lstm)
+_lower_layer(torch.gru, _gru)
+_lower_layer(torch.rnn_tanh, _tanh)
+_lower_layer(torch.rnn_relu, _relu)
+_lower_cell(torch.lstm_cell, _lstm)
+_lower_cell(torch.gru_cell, _gru)
+_lower_cell(torch.rnn_tanh_cell, _tanh)
+_lower_cell(torch.rnn_relu_cell, _relu)
