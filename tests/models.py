@@ -1,9 +1,11 @@
 """One table of models that every floor is tested on: name -> (build, draw inputs, output shape of one sample)."""
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize, prune
 
 
 class Residual(nn.Module):
@@ -113,6 +115,97 @@ class Frozen(nn.Module):
         return self.base(x) + F.linear(x, self.b @ self.a)
 
 
+class ViT(nn.Module):
+    """A vision transformer: patches, class token, positions, pre-norm blocks with a scale for each layer, attention pooling."""
+
+    def __init__(self, dim=4):
+        super().__init__()
+        self.patch, self.token = nn.Conv2d(1, dim, 2, stride=2), nn.Parameter(torch.randn(1, 1, dim))
+        self.positions, self.query = nn.Parameter(torch.randn(1, 5, dim)), nn.Parameter(torch.randn(1, 1, dim))
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.RMSNorm(dim), nn.LayerNorm(dim)
+        self.attention = nn.MultiheadAttention(dim, 2, batch_first=True)
+        self.up, self.down, self.gamma = nn.Linear(dim, 5), nn.Linear(5, dim), nn.Parameter(torch.randn(dim))
+        self.pool, self.head = nn.MultiheadAttention(dim, 1, batch_first=True), nn.Linear(dim, 3)
+
+    def forward(self, x):
+        x = self.patch(x).flatten(2).mT
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.positions[:, : x.shape[1] + 1]
+        y = self.norm1(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        x = x + self.gamma * self.down(F.gelu(self.up(self.norm2(x))))
+        x = self.norm3(x)
+        return self.head(self.pool(self.query.expand(len(x), -1, -1), x, x)[0][:, 0])
+
+
+class ResNet(nn.Module):
+    """Two residual blocks with batch norm, the second with stride and a projection; activations in place."""
+
+    def __init__(self):
+        super().__init__()
+        conv = lambda i, o, k, s=1: nn.Conv2d(i, o, k, s, k // 2, bias=False)  # noqa: E731
+        self.stem = nn.Sequential(conv(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(True))
+        self.one = nn.Sequential(conv(2, 2, 3), nn.BatchNorm2d(2), nn.ReLU(True), conv(2, 2, 3), nn.BatchNorm2d(2))
+        self.two = nn.Sequential(conv(2, 3, 3, 2), nn.BatchNorm2d(3), nn.ReLU(True), conv(3, 3, 3), nn.BatchNorm2d(3))
+        self.skip = nn.Sequential(conv(2, 3, 1, 2), nn.BatchNorm2d(3))
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = F.relu_(x + self.one(x))
+        x = F.relu_(self.two(x) + self.skip(x))
+        return self.head(x.mean((2, 3)))
+
+
+class UNet(nn.Module):
+    """Down, up by a transposed convolution, a skip by concatenation; one output for every pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.norm = nn.Conv2d(1, 2, 3, padding=1), nn.InstanceNorm2d(2, affine=True)
+        self.bottom, self.slope = nn.Conv2d(2, 3, 3, stride=2, padding=1), nn.PReLU(3)
+        self.up, self.last = nn.ConvTranspose2d(3, 2, 2, stride=2), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        x = F.silu(self.norm(self.down(x)))
+        return self.last(torch.cat([x, self.up(self.slope(self.bottom(x)))], 1))
+
+
+class EncoderDecoder(nn.Module):
+    """torch's own Transformer: self-, causal and cross-attention, tokens in and out, the table tied to the decoder."""
+
+    def __init__(self, vocabulary=4, dim=4):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocabulary, dim), nn.Parameter(torch.randn(2, dim))
+        self.inner = nn.Transformer(dim, 2, 1, 1, 5, dropout=0.0, batch_first=True)
+        self.decoder = nn.Linear(dim, vocabulary)
+        self.decoder.weight = self.tokens.weight
+
+    def forward(self, source, target):
+        x, y = self.tokens(source), self.tokens(target) + self.positions
+        mask = torch.triu(torch.full((2, 2), float("-inf"), dtype=x.dtype), 1)
+        return self.decoder(self.inner(x, y, tgt_mask=mask)).transpose(1, 2)
+
+
+class Tagger(nn.Module):
+    """A bidirectional LSTM on bags of character features and words, a GRU on top; one label for every word."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.letters = nn.Embedding(5, 3), nn.EmbeddingBag(4, 2)
+        self.lstm = nn.LSTM(5, 2, batch_first=True, bidirectional=True)
+        self.gru, self.head = nn.GRU(4, 3, batch_first=True), nn.Linear(3, 2)
+
+    def forward(self, words, letters):
+        bags = self.letters(letters.flatten(0, 1)).view(*words.shape, -1)
+        x, _ = self.lstm(torch.cat([self.words(words), bags], 2))
+        return self.head(self.gru(x)[0]).transpose(1, 2)
+
+
+class Symmetric(nn.Module):
+    def forward(self, x):
+        return x.triu() + x.triu(1).mT
+
+
 def normed(build):
     """Batch norm in eval mode, with running statistics that are not the default."""
 
@@ -159,6 +252,18 @@ def reparametrised():
     return nn.Sequential(first, nn.Tanh(), second).eval()
 
 
+def old_style():
+    """Weight and spectral norm by hooks, as before parametrizations; a pruned layer; a symmetric and an orthogonal one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # weight_norm is deprecated, and still in use
+        first = nn.utils.weight_norm(nn.Linear(4, 4))
+    second = nn.utils.spectral_norm(nn.Linear(4, 4, bias=False))
+    third = prune.random_unstructured(nn.Linear(4, 4), "weight", amount=0.5)
+    fourth = parametrize.register_parametrization(nn.Linear(4, 4), "weight", Symmetric())
+    fifth = parametrizations.orthogonal(nn.Linear(4, 3), orthogonal_map="cayley")
+    return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), third, nn.Tanh(), fourth, nn.Tanh(), fifth).eval()
+
+
 def dense(*shape):
     return lambda n: torch.randn(n, *shape)
 
@@ -180,6 +285,14 @@ MODELS = {
     "flattened": (Flattened, dense(3, 3), (2,)),
     "low rank": (Frozen, dense(4), (3,)),
     "reparametrised": (reparametrised, dense(4), (3,)),
+    "old style": (old_style, dense(4), (3,)),
+    "vit": (ViT, dense(1, 4, 4), (3,)),
+    "resnet": (normed(ResNet), dense(1, 5, 5), (3,)),
+    "unet": (UNet, dense(1, 4, 2), (2, 4, 2)),
+    "encoder decoder": (
+        EncoderDecoder, lambda n: (torch.randint(4, (n, 3)), torch.randint(4, (n, 2))), (4, 2)
+    ),
+    "tagger": (Tagger, lambda n: (torch.randint(5, (n, 3)), torch.randint(4, (n, 3, 2))), (2, 3)),
 }  # fmt: skip
 
 
