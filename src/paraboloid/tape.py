@@ -37,6 +37,7 @@ class Plan:
     """What a pull from output f needs, worked out once per recorded graph."""
 
     calls: list[Call]
+    layouts: Layouts
     parts: list[list[Part] | None]  # per call; None: nothing flows back to it
     missed: set[str]
 
@@ -158,7 +159,7 @@ class Tape:
                 layouts = following
         if not mixed:
             self._refuse_batch_statistics(calls, layouts)
-        plan = Plan(calls, self._parts(calls, layouts), self.reached(f, calls)[0])
+        plan = Plan(calls, layouts, self._parts(calls, layouts), self.reached(f, calls)[0])
         if due and check is not None:
             self._check_totals(f, plan, *check)
         history.pop(signature, None)
