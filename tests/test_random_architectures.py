@@ -46,6 +46,42 @@ class Transposed(nn.Module):
         return F.linear(torch.tanh(F.linear(x, self.weight)), self.weight.t())
 
 
+class Recurrent(nn.Module):
+    """The outputs of a recurrent layer, both directions added."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        z, _ = self.inner(x)
+        return sum(z.chunk(2, -1)) if self.inner.bidirectional else z
+
+
+class Crossing(nn.Module):
+    """Attention of a learned query, or of a layer's output, over the sequence."""
+
+    def __init__(self, dim, learned, **options):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(1, 2, dim)) if learned else nn.Linear(dim, dim)
+        self.inner = nn.MultiheadAttention(dim, 2, batch_first=True, **options)
+
+    def forward(self, x):
+        q = self.query(x) if isinstance(self.query, nn.Module) else self.query.expand(len(x), -1, -1)
+        return x + self.inner(q, x, x, need_weights=False)[0].mean(1, keepdim=True)
+
+
+class Squared(nn.Module):
+    """A bilinear form of the input with itself."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.form = nn.Bilinear(dim, dim, dim)
+
+    def forward(self, x):
+        return self.form(x, torch.tanh(x))
+
+
 class Shifted(nn.Module):
     def __init__(self, shape):
         super().__init__()
@@ -62,7 +98,7 @@ def images(draw):
     size, layers = draw(st.integers(3, 5)), []
     x = torch.zeros(1, channels, size, size)
     for _ in range(draw(st.integers(1, 3))):
-        kind = draw(st.sampled_from(["conv", "norm", "residual", "shift", "pool"]))
+        kind = draw(st.sampled_from(["conv", "transposed", "norm", "residual", "shift", "slope", "pool"]))
         if kind == "conv":
             groups, out = draw(st.sampled_from([1, 2])), draw(st.sampled_from([2, 4]))
             same, kernel, dilation = draw(st.booleans()), draw(st.integers(1, 3)), draw(st.integers(1, 2))
@@ -73,9 +109,20 @@ def images(draw):
                 padding="same" if same else dilation * (kernel - 1), bias=draw(st.booleans()),
                 padding_mode=draw(st.sampled_from(["zeros", "circular" if not same else "zeros", "replicate"])),
             )  # fmt: skip
+        elif kind == "transposed":
+            groups, stride, dilation = draw(st.sampled_from([1, 2])), draw(st.integers(1, 2)), draw(st.integers(1, 2))
+            layer = nn.ConvTranspose2d(
+                x.shape[1], 2, draw(st.integers(1, 3)), stride, padding=draw(st.integers(0, 1)), dilation=dilation,
+                output_padding=draw(st.integers(0, max(stride, dilation) - 1)), groups=groups, bias=draw(st.booleans()),
+            )  # fmt: skip
         elif kind == "norm":
-            norms = [nn.GroupNorm(2, x.shape[1]), nn.BatchNorm2d(x.shape[1]), nn.LayerNorm(x.shape[1:])]
+            norms = [
+                nn.GroupNorm(2, x.shape[1]), nn.BatchNorm2d(x.shape[1]), nn.LayerNorm(x.shape[1:]),
+                nn.InstanceNorm2d(x.shape[1], affine=True, track_running_stats=draw(st.booleans())),
+            ]  # fmt: skip
             layer = draw(st.sampled_from(norms))
+        elif kind == "slope":
+            layer = nn.PReLU(draw(st.sampled_from([1, x.shape[1]])))
         elif kind == "residual":
             layer = Residual(nn.Conv2d(x.shape[1], x.shape[1], 3, padding=1))
         elif kind == "shift":
@@ -98,13 +145,37 @@ def sequences(draw):
     """Layers on [N T D], and a head per position or pooled."""
     dim, length, layers = 4, draw(st.integers(1, 3)), []
     for _ in range(draw(st.integers(1, 3))):
-        kind = draw(
-            st.sampled_from(["linear", "norm", "residual", "twice", "attention", "transposed", "shift", "conv"])
-        )
+        kinds = [
+            "linear",
+            "norm",
+            "residual",
+            "twice",
+            "attention",
+            "transposed",
+            "shift",
+            "conv",
+            "recurrent",
+            "cross",
+        ]
+        kind = draw(st.sampled_from([*kinds, "form"]))
         layers.append(
             {
                 "linear": lambda: nn.Linear(dim, dim, bias=draw(st.booleans())),
-                "norm": lambda: nn.LayerNorm(dim),
+                "norm": lambda: draw(st.sampled_from([nn.LayerNorm, nn.RMSNorm]))(dim),
+                "recurrent": lambda: Recurrent(
+                    draw(st.sampled_from([nn.RNN, nn.LSTM, nn.GRU]))(
+                        dim,
+                        dim,
+                        draw(st.integers(1, 2)),
+                        bias=draw(st.booleans()),
+                        batch_first=True,
+                        bidirectional=draw(st.booleans()),
+                    )
+                ),
+                "cross": lambda: Crossing(
+                    dim, draw(st.booleans()), add_bias_kv=draw(st.booleans()), bias=draw(st.booleans())
+                ),
+                "form": lambda: Squared(dim),
                 "residual": lambda: Residual(nn.Sequential(nn.Linear(dim, 3), draw(ACTIVATIONS)(), nn.Linear(3, dim))),
                 "twice": lambda: Twice(nn.Linear(dim, dim)),
                 "attention": lambda: nn.TransformerEncoderLayer(
