@@ -112,13 +112,13 @@ def images(draw):
         elif kind == "transposed":
             groups, stride, dilation = draw(st.sampled_from([1, 2])), draw(st.integers(1, 2)), draw(st.integers(1, 2))
             layer = nn.ConvTranspose2d(
-                x.shape[1], 2, draw(st.integers(1, 3)), stride, padding=draw(st.integers(0, 1)), dilation=dilation,
+                x.shape[1], 2, draw(st.integers(1, 3)), stride, dilation=dilation, padding=draw(st.integers(0, x.shape[2] // 3)),
                 output_padding=draw(st.integers(0, max(stride, dilation) - 1)), groups=groups, bias=draw(st.booleans()),
             )  # fmt: skip
         elif kind == "norm":
             norms = [
                 nn.GroupNorm(2, x.shape[1]), nn.BatchNorm2d(x.shape[1]), nn.LayerNorm(x.shape[1:]),
-                nn.InstanceNorm2d(x.shape[1], affine=True, track_running_stats=draw(st.booleans())),
+                nn.InstanceNorm2d(x.shape[1], affine=True, track_running_stats=draw(st.booleans()) or x.shape[2] == 1),
             ]  # fmt: skip
             layer = draw(st.sampled_from(norms))
         elif kind == "slope":
