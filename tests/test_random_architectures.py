@@ -117,7 +117,7 @@ def images(draw):
             )  # fmt: skip
         elif kind == "norm":
             norms = [
-                nn.GroupNorm(2, x.shape[1]), nn.BatchNorm2d(x.shape[1]), nn.LayerNorm(x.shape[1:]),
+                nn.GroupNorm(2 if x.shape[2] > 1 else 1, x.shape[1]), nn.BatchNorm2d(x.shape[1]), nn.LayerNorm(x.shape[1:]),
                 nn.InstanceNorm2d(x.shape[1], affine=True, track_running_stats=draw(st.booleans()) or x.shape[2] == 1),
             ]  # fmt: skip
             layer = draw(st.sampled_from(norms))
