@@ -10,7 +10,7 @@ PACKAGE = ROOT / "src" / "paraboloid"
 
 # From the ground up. `problems` stands beside the house: it uses the ground only, and only the roof uses it.
 FLOORS = [
-    {"losses", "trees", "data", "distributed", "randomness"},
+    {"losses", "trees", "data", "distributed", "randomness", "ambient"},
     {"tape", "recording", "aliases", "promotion", "certify", "regroup", "outer", "layers"},
     {"quantities", "reductions", "factors", "kron", "statistics", "linalg", "operators", "quadratic", "bias"},
     {"posteriors", "gp", "optim", "noise", "report", "inspection", "cli", "__main__"},

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+WIDE, NARROW = 12, 3  # largest k; the narrow spread is for float16, which ends at 2^16
 CHUNK_ELEMENTS = 2**20  # compared at a time
 
 
@@ -23,10 +24,11 @@ class Layout(NamedTuple):
     sizes: tuple[int, int, int]
 
 
-def sample_weights(N: int, generator: torch.Generator) -> Tensor:
+def sample_weights(N: int, generator: torch.Generator, spread: int = WIDE) -> Tensor:
     """w_n = +-2^k, k in -12..12, [N]; all different while N <= 50, so that no two axes can be confused."""
-    order = torch.cat([torch.randperm(50, generator=generator) for _ in range(-(-N // 50))])[:N]
-    return 2.0 ** (order % 25 - 12) * (1 - 2 * (order // 25))
+    powers = 2 * spread + 1
+    order = torch.cat([torch.randperm(2 * powers, generator=generator) for _ in range(-(-N // (2 * powers)))])[:N]
+    return 2.0 ** (order % powers - spread) * (1 - 2 * (order // powers))
 
 
 def layouts_of(shape: Sequence[int], N: int) -> Iterator[Layout]:
@@ -38,7 +40,7 @@ def layouts_of(shape: Sequence[int], N: int) -> Iterator[Layout]:
 
 
 def certify(
-    f: Tensor, calls: Sequence[Any], parameters: Sequence[Tensor], where: Callable[[Any], str]
+    f: Tensor, calls: Sequence[Any], parameters: Sequence[Tensor], where: Callable[[Any], str], spread: int = WIDE
 ) -> tuple[list[Layout | None], tuple[Tensor, list[Tensor | None], list[Tensor | None]]]:
     """The layout of the samples at every call (None where nothing flows back), and one pull to check the rules with:
     the random vector, its gradients at the calls, and autograd's own gradients of the parameters.
@@ -47,7 +49,7 @@ def certify(
     """
     N, edges = len(f), [c.edge for c in calls]
     generator = torch.Generator().manual_seed(0)
-    w = sample_weights(N, generator)
+    w = sample_weights(N, generator, spread)
     u = torch.randn(f.shape, generator=generator, dtype=torch.float32).to(f)
     scaled = u * w.to(u).view(-1, *[1] * (f.dim() - 1))
     hs: list[Tensor | None] = [None] * len(calls)
@@ -56,14 +58,17 @@ def certify(
     gs: list[Tensor | None] = [None] * len(calls)
     layouts: list[Layout | None] = [None] * len(calls)
     mixing: list[int] = []
+    half = f.dtype == torch.float16  # powers of two commute with rounding, but float16 has few of them
 
     def compare(i: int, grads: tuple[Tensor | None, ...]) -> None:
         """Compare as the gradient arrives, so that only one of the two pulls is held in memory."""
+        nonlocal half
         g, h, hs[i] = grads[edges[i].output_nr], hs[i], None
         if g is None or h is None:
             return
         gs[i] = g.detach()
-        tolerance = torch.finfo(g.dtype).eps ** 0.6 * g.abs().max()
+        half = half or g.dtype == torch.float16
+        tolerance = torch.finfo(torch.float16 if half else g.dtype).eps ** 0.6 * g.abs().max()
         fitting = (layout for layout in layouts_of(calls[i].shape, N) if _fits(g, h, w, layout, tolerance))
         layouts[i] = next(fitting, None)
         if layouts[i] is None:
@@ -77,6 +82,8 @@ def certify(
     finally:
         for hook in hooks:
             hook.remove()
+    if mixing and half and spread > NARROW:
+        return certify(f, calls, parameters, where, NARROW)  # what overflowed or vanished looks like a leak
     if mixing:
         call = calls[min(mixing)]
         raise ValueError(

@@ -1,9 +1,10 @@
-"""Forward passes that leave no trace: torch's random state and the model's buffers are as they were."""
+"""Passes that leave no trace: torch's random state and the model's buffers are as they were."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,3 +26,20 @@ def isolated(model: nn.Module, device: torch.device, seed: int) -> Iterator[None
                 for b, value in buffers:
                     if not torch.equal(b, value):  # batch norm moves its running statistics without a new version
                         b.copy_(value)
+
+
+@contextmanager
+def copied_buffers(model: Any) -> Iterator[None]:
+    """Modules in training mode work on copies of their buffers inside the block, their own stay untouched.
+
+    For backward passes: a checkpoint runs its part of the forward pass again, which would move running statistics.
+    """
+    training = [m for m in model.modules() if m.training and m._buffers] if hasattr(model, "modules") else []
+    originals = [(m, dict(m._buffers)) for m in training]
+    for m, buffers in originals:
+        m._buffers.update({name: None if b is None else b.detach().clone() for name, b in buffers.items()})
+    try:
+        yield
+    finally:
+        for m, buffers in originals:
+            m._buffers.update(buffers)

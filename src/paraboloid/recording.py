@@ -20,8 +20,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from paraboloid.aliases import STRETCHES, Alias, alias_of
+from paraboloid.ambient import autocast_dtype
 from paraboloid.layers import LOWERINGS, RULES
-from paraboloid.layers.normalization import hold_statistics, uses_batch_statistics
+from paraboloid.layers.normalization import Hook, constant_statistics, uses_batch_statistics
 
 # In-place calls whose rule needs no value of what is mutated: a sum, and running statistics in training mode.
 HARMLESS = {Tensor.add_, Tensor.__iadd__, F.batch_norm, F.instance_norm}
@@ -39,6 +40,21 @@ class Call:
     weights: list[Tensor]
     below: list[Any]  # graph nodes of the data inputs: where the completeness walk goes on
     held: list[tuple[Tensor, int]]  # tensors and the versions they had
+    autocast: torch.dtype | None  # what it ran under
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether nothing that it used was modified since."""
+        return all(version(t) == had for t, had in self.held)
+
+
+def _call(op, args, kwargs, z: Tensor, weights, below, held) -> Call:
+    return Call(op, args, kwargs, get_gradient_edge(z), z.shape, weights, below, held, autocast_dtype(z.device))
+
+
+def version(t: Tensor) -> int:
+    """How often t was modified in place; tensors made under inference_mode do not count."""
+    return 0 if t.is_inference() else t._version
 
 
 def tensors(*trees_: Any) -> Iterator[Tensor]:
@@ -90,18 +106,19 @@ class Recorder(TorchFunctionMode):
         self.candidates: list[Call] = []  # operations on weights alone, of which some may turn out to be calls
         self.clean: dict[int, tuple[Tensor, int]] = {}
         self.alias: dict[int, Alias] = {}
-        self.mixed = False  # whether a batch norm ran in training mode
-        self._held = False
+        self.batch_norms: list[tuple[Any, Hook]] = []  # those that ran in training mode: graph node, and what holds it
         for module in model.modules():
             self._mark(*module._parameters.values(), *module._buffers.values(), *vars(module).values())
 
     def _mark(self, *things: Any) -> None:
         """Clean until its version moves."""
-        self.clean.update({id(t): (t, t._version) for t in tensors(*things)})
+        self.clean.update({id(t): (t, version(t)) for t in tensors(*things)})
 
     def _is_clean(self, t: Tensor) -> bool:
+        if id(t) in self.names:
+            return True  # an optimiser's step makes no data of a parameter
         known = self.clean.get(id(t))
-        return known is not None and known[1] == t._version
+        return known is not None and known[1] == version(t)
 
     def __torch_function__(self, op, types_, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -116,48 +133,48 @@ class Recorder(TorchFunctionMode):
                 z = inner(*args, **kwargs)
             if z is not NotImplemented:
                 return z
-        before = [t._version for t in inputs]
+        before = [version(t) for t in inputs]
         below = [
             get_gradient_edge(t).node
             for t, c in zip(inputs, clean, strict=True) if mixes and not c and t.requires_grad
         ]  # fmt: skip
         z = op(*args, **kwargs)
         if uses_batch_statistics(op, args, kwargs) and z.requires_grad:
-            hold_statistics(z, args, kwargs, lambda: self._held)
-            self.mixed = True
+            self.batch_norms.append((z.grad_fn, constant_statistics(args, kwargs)))
         if all(clean) or (op in STRETCHES and clean[0]):
             self._note_clean(op, args, kwargs, inputs, clean, before, weights, z)
         elif mixes and isinstance(z, Tensor) and z.requires_grad:
             z = _unshared(z, inputs)
-            still = [(t, b) for t, b in zip(inputs, before, strict=True) if t._version == b]
+            still = [(t, b) for t, b in zip(inputs, before, strict=True) if version(t) == b]
             if len(still) == len(inputs) or op in HARMLESS:  # the completeness walk finds what other calls hide
-                self.calls.append(Call(op, args, kwargs, get_gradient_edge(z), z.shape, weights, below, still))
+                self.calls.append(_call(op, args, kwargs, z, weights, below, still))
         return z
 
     @contextmanager
     def statistics_held(self, held: bool) -> Iterator[None]:
         """Pulls inside the block pass batch norms in training mode as if their statistics were constants."""
-        self._held = held
+        hooks = [node.register_hook(hook) for node, hook in self.batch_norms] if held else []
         try:
             yield
         finally:
-            self._held = False
+            for hook in hooks:
+                hook.remove()
 
     def _note_clean(self, op, args, kwargs, inputs, clean, before, weights, z) -> None:
         for t, c, b in zip(inputs, clean, before, strict=True):
-            if c and t._version != b:  # changed in place by clean values
+            if c and version(t) != b:  # changed in place by clean values
                 self._mark(t)
                 self.alias.pop(id(t), None)
         self._mark(z)
         if not weights:
             return
-        still = [(t, b) for t, b in zip(inputs, before, strict=True) if t._version == b]
+        still = [(t, b) for t, b in zip(inputs, before, strict=True) if version(t) == b]
         if op in RULES and len(still) == len(inputs) and isinstance(z, Tensor) and z.requires_grad:
             w = weights[0]
             if (
                 w.is_leaf or z.shape != w.shape or any(t is not w for t in weights)
             ):  # else the step before serves as well
-                self.candidates.append(Call(op, args, kwargs, get_gradient_edge(z), z.shape, weights, [], still))
+                self.candidates.append(_call(op, args, kwargs, z, weights, [], still))
         for result in tensors(z):
             if not any(result is t for t in inputs) and result.requires_grad:
                 found = alias_of(op, args, kwargs, result, self.alias)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paraboloid.aliases import Alias, Piece, itself
+from paraboloid.ambient import autocast
 from paraboloid.certify import Layout
 from paraboloid.layers import RULES, Use
 from paraboloid.outer import Outer, Right, general
@@ -76,12 +77,13 @@ def _parts(shape: torch.Size, layout: Layout, use: Use, alias: Alias | None) -> 
 
     def outer(place: Place, g: Tensor, via: Via) -> Outer:
         root, flip = place.piece.root, use.flip ^ alias.turned
-        left = use.left(g)
+        precision = accumulation(root.dtype)
+        left = use.left(g.to(precision))  # under autocast g is shorter than the weight
         if use.rows is None:
             left = left.movedim([i + 1 for i in rows], list(range(1, len(rows) + 1)))
             left = left.reshape(len(g), -1, 1, 1, alias.shape.numel())
         left = left.unflatten(1, split).permute(0, 2, 4, 1, 3, 5, 6).flatten(3, 5)  # [V N G abT p]
-        left = left.to(root.dtype)  # under autocast: sums in the weight's precision
+        left = left.to(precision)
         if use.right is None:
             left = place.put(left.sum(3, keepdim=True), -1)
             if place.piece.table is not None:
@@ -93,7 +95,7 @@ def _parts(shape: torch.Size, layout: Layout, use: Use, alias: Alias | None) -> 
             rows_of = place.shifted(use.right) if use.lookup else place.among(use.right, 2 if use.q_axes else -1)
         elif place.moves:
             left = place.put(left, -1)
-        return Outer(left, Right(rows_of, split, use.lookup, root.dtype, use.q_axes), root.shape, q, flip, via)
+        return Outer(left, Right(rows_of, split, use.lookup, precision, use.q_axes), root.shape, q, flip, via)
 
     return [
         Part(p.piece.table[0] if p.piece.table and use.right is None else p.piece.root, partial(outer, p), use)
@@ -163,6 +165,11 @@ def _table_rows(left: Tensor, table: Tensor, positions: Tensor) -> Outer:
     return Outer(left.reshape(V, N, 1, -1, table.shape[1]), right, table.shape, len(table), flip=True)
 
 
+def accumulation(dtype: torch.dtype) -> torch.dtype:
+    """The type that a weight's outer products and their sums are kept in: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def broadcast_axes(shape: torch.Size, weight: torch.Size) -> tuple[int, ...]:
     """Axes of the output along which a weight of the given shape is broadcast (aligned from the right)."""
     lead = len(shape) - len(weight)
@@ -176,11 +183,11 @@ def fallback_parts(call: Any, layout: Layout) -> list[Part]:
     def outer(w: Tensor, g: Tensor, via: Via) -> Outer:
         mask = torch.eye(N, dtype=g.dtype, device=g.device)[:, None, :, None].expand(N, a, N, b).reshape(N, -1)
         mask = mask.view(N, *[1] * axis, a * N * b, *[1] * (len(call.shape) - axis - 1))
-        with torch.enable_grad():
+        with torch.enable_grad(), autocast(g.device, call.autocast):
             fresh = {id(t): t.detach().requires_grad_() for t in call.weights}
             z = call.op(*_swap(call.args, fresh), **_swap(call.kwargs, fresh))
             J = vjp(z, fresh[id(w)], (g[:, None] * mask).flatten(0, 1))
-        J = J.unflatten(0, (len(g), N)).to(w.dtype)
+        J = J.unflatten(0, (len(g), N)).to(accumulation(w.dtype))
         if via is None:
             return general(J, w.shape)
         return Outer(J.flatten(2)[:, :, None, None], None, w.shape, via=via, kind="general")
@@ -201,10 +208,11 @@ def _swap(tree: Any, fresh: dict[int, Tensor]) -> Any:
 
 def vjp(z: Tensor, p: Tensor, gs: Tensor) -> Tensor:
     """Vector-Jacobian products of z(p): [B *z] -> [B *p]; batched where the operations allow it."""
+    precision, gs = gs.dtype, gs.to(z.dtype)
     with torch.enable_grad():
         try:
             (r,) = torch.autograd.grad(z, p, gs, retain_graph=True, is_grads_batched=True, allow_unused=True)
         except RuntimeError:  # an operation without a batching rule
             each = [torch.autograd.grad(z, p, u, retain_graph=True, allow_unused=True)[0] for u in gs]
             r = None if each[0] is None else torch.stack(each)
-    return p.new_zeros(len(gs), *p.shape) if r is None else r
+    return p.new_zeros(len(gs), *p.shape, dtype=precision) if r is None else r.to(precision)

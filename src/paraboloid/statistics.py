@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid import data as batch_data
+from paraboloid import trees
+from paraboloid.ambient import own_arithmetic
 from paraboloid.losses import Loss
+from paraboloid.losses.loss import full
 from paraboloid.outer import keep_inputs
 from paraboloid.quantities import GRADIENT, Group, Quantity, Scale, Source, check_samples, resolve
 from paraboloid.randomness import isolated
@@ -75,11 +78,11 @@ class Recording(Tape):
         """
         loss = Loss.from_torch(loss_fn)
         wanted = resolve(quantities)
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction(), own_arithmetic(output.device):
             loss.check(output, target)
             check_samples(wanted, len(output))
             a = 1 / loss.normalizer(output, target)
-            value = batch_data.check_finite(loss.value(output, target).detach())
+            value = batch_data.check_finite(loss.value(full(output), target))
             if generator is None:
                 generator = torch.Generator(device=output.device).manual_seed(seed)
             by_source: dict[Source, list[Quantity]] = {}
@@ -123,12 +126,20 @@ class Recording(Tape):
                         except NotImplementedError as e:
                             raise NotImplementedError(f"{q.name!r}: parameter {name!r} {e}") from None
         with torch.no_grad():
-            return {q.name: {k: q.finish(v, scale) for k, v in running[q.name].items()} for q in quantities}
+            return {
+                q.name: {k: _as_parameter(q.finish(v, scale), self.parameters[k]) for k, v in running[q.name].items()}
+                for q in quantities
+            }
 
     def _accumulate(self, totals: dict[str, Tensor | None], a: float) -> None:
         for name, p in self.parameters.items():
             if (g := totals[name]) is not None:
                 p.grad = a * g if p.grad is None else p.grad.add_(g, alpha=a)
+
+
+def _as_parameter(value: Any, p: Tensor) -> Any:
+    """A value in the parameter's type; the sums of one in half precision were kept in float32."""
+    return trees.mapped(lambda t: t.to(p.dtype), value)
 
 
 def _vectors(loss: Loss, f: Tensor, y: Tensor, source: Source, generator: torch.Generator) -> Iterator[Tensor]:
@@ -192,8 +203,8 @@ def statistics(
         raise ValueError(f"batch is a {type(batch).__name__}; expected (inputs, targets) or a dict with 'labels'.")
     inputs, target = pair
     with isolated(model, target.device, seed):
-        with torch.enable_grad(), record(model, verify) as tape:
-            f = batch_data.call(model, inputs, output)
+        with torch.inference_mode(False), torch.enable_grad(), record(model, verify) as tape:
+            f = batch_data.call(trees.unwrapped(model), inputs, output)
         return tape.statistics(
             loss_fn, f, target, quantities, seed=seed, generator=generator, max_memory=max_memory,
             accumulate_grad=accumulate_grad,

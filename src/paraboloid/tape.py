@@ -6,13 +6,12 @@ calls (residuals, attention, weight tying, a module called twice, any control fl
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +19,26 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import resolve_name
 
 from paraboloid import trees
+from paraboloid.ambient import eager_code, own_arithmetic
 from paraboloid.certify import Layout, certify
 from paraboloid.layers.normalization import uses_batch_statistics
 from paraboloid.outer import Outer, general
 from paraboloid.promotion import promote
+from paraboloid.randomness import copied_buffers
 from paraboloid.recording import Call, Recorder, tensors
 from paraboloid.regroup import Part, fallback_parts, rule_parts, vjp
 
 SIGNATURES = 512  # recorded sequences of calls and shapes that are remembered per model
 Layouts = list[Layout | None]  # one for each call; None: nothing flows back to it
 _certified: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[int, list[Layouts]]]] = weakref.WeakKeyDictionary()
+
+
+class Reach(NamedTuple):
+    """What some path from the output reaches: recorded calls; parameters not through a call's weights; and at all."""
+
+    calls: list[Call]
+    missed: set[str]
+    found: set[str]
 
 
 @dataclass
@@ -65,22 +74,21 @@ class Tape:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Note the calls made inside the block; what torch.compile compiled runs eagerly there, call by call."""
-        compiled = "torch._dynamo" in sys.modules  # looking is cheap, importing it is not
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), self.recorder:
+        with eager_code(), self.recorder:
             yield
 
     # --- guards --------------------------------------------------------------------------------------------------
 
     def _check_fresh(self, calls: list[Call]) -> None:
         for call in calls:
-            if any(t._version != version for t, version in call.held):
+            if not call.is_fresh:
                 raise RuntimeError(
                     f"{self.where(call)}: a tensor it used was modified in place after the forward pass (an input, or "
                     "a parameter by an optimiser step); pull before that, or run the forward pass again."
                 )
 
-    def reached(self, f: Tensor, calls: list[Call]) -> tuple[set[str], set[str]]:
-        """Parameters that some path from f reaches: (not through a recorded call's weights, at all)."""
+    def reached(self, f: Tensor, calls: list[Call]) -> Reach:
+        """What lies on the paths from f to the leaves."""
         at = {call.edge.node: call for call in calls}
         seen, stack, missed, found = set(), [f.grad_fn], set(), set()
         while stack:
@@ -88,6 +96,11 @@ class Tape:
             if node is None or node in seen:
                 continue
             seen.add(node)
+            if type(node).__name__ == "CheckpointFunctionBackward":
+                raise RuntimeError(
+                    "the model uses torch.utils.checkpoint with use_reentrant=True, through which no gradient of a "
+                    "layer's output can be taken; pass use_reentrant=False there, or switch checkpointing off."
+                )
             if (leaf := getattr(node, "variable", None)) is not None:
                 missed.add(self.names.get(id(leaf)))
             if (call := at.get(node)) is not None:
@@ -96,7 +109,7 @@ class Tape:
             else:
                 stack += [n for n, _ in node.next_functions]
         missed -= {None}
-        return missed, found | missed
+        return Reach([call for call in calls if call.edge.node in seen], missed, found | missed)
 
     def leaves(self, derived: Tensor) -> set[str]:
         """Names of the parameters that a weight is computed from."""
@@ -118,7 +131,7 @@ class Tape:
 
     def plan(self, f: Tensor, batch_statistics: bool = False) -> Plan:
         """Guards, sample layouts and rules for pulls from f; computed once for each recorded graph."""
-        mixed = batch_statistics and self.recorder.mixed
+        mixed = batch_statistics and bool(self.recorder.batch_norms)
         if self._plan is None or self._plan[0] is not f or self._plan[1] != mixed:
             self._plan = f, mixed, self._make_plan(f, mixed)
         return self._plan[2]
@@ -129,16 +142,17 @@ class Tape:
         if not f.requires_grad:
             raise ValueError("the output does not require grad: the forward pass ran under no_grad or inference_mode, "
                              "or does not depend on any trainable parameter.")  # fmt: skip
-        _, found = self.reached(f, self.calls)
+        calls, _, found = self.reached(f, self.calls)
         if not found:
             raise ValueError(f"the output depends on none of the model's {len(self.parameters)} trainable parameters; "
                              "was it computed inside the record block, with the model's own parameters (not by "
                              "functional_call with others)?")  # fmt: skip
         history = _certified.setdefault(self.model, {})
-        signature = self._signature(f, mixed)
+        self._check_fresh(calls)
+        signature = self._signature(f, calls, mixed)
         count, steps = history.get(signature, (0, []))
         due = self.verify == "always" or (self.verify == "auto" and (count & (count + 1) == 0 or not steps))
-        calls, layouts, check = self.calls, [], None
+        layouts, check = [], None
         if due or not steps:
             steps, further = [], calls
             while further is not None:
@@ -159,7 +173,7 @@ class Tape:
                 layouts = following
         if not mixed:
             self._refuse_batch_statistics(calls, layouts)
-        plan = Plan(calls, layouts, self._parts(calls, layouts), self.reached(f, calls)[0])
+        plan = Plan(calls, layouts, self._parts(calls, layouts), self.reached(f, calls).missed)
         if due and check is not None:
             self._check_totals(f, plan, *check)
         history.pop(signature, None)
@@ -177,10 +191,10 @@ class Tape:
                     "replace it by GroupNorm; the gradient and Kronecker factors alone are possible as it is."
                 )
 
-    def _signature(self, f: Tensor, mixed: bool) -> int:
-        noted = (*self.calls, *self.recorder.candidates)
-        calls = ((c.op, c.shape, tuple(t.shape for t in tensors(c.args, c.kwargs))) for c in noted)
-        return hash((f.shape, f.dtype, mixed, *calls))
+    def _signature(self, f: Tensor, calls: list[Call], mixed: bool) -> int:
+        noted = (*calls, *self.recorder.candidates)
+        shapes = ((c.op, c.shape, tuple(t.shape for t in tensors(c.args, c.kwargs))) for c in noted)
+        return hash((f.shape, f.dtype, mixed, *shapes))
 
     @torch.no_grad()
     def _check_totals(
@@ -252,13 +266,11 @@ class Tape:
         Raises ValueError where the samples are not independent (batch statistics, softmax over the batch), and
         RuntimeError where a tensor of the forward pass was modified afterwards.
         """
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction(), own_arithmetic(f.device), copied_buffers(self.model):
             if v.shape[1:] != f.shape or v.dim() == 0 or len(v) == 0:
                 raise ValueError(f"v has shape {tuple(v.shape)}; expected [V, *output shape] = [V, {list(f.shape)}].")
-            self._check_fresh(self.calls)
             plan = self.plan(f, batch_statistics)
-            if plan.calls is not self.calls:
-                self._check_fresh(plan.calls)
+            self._check_fresh(plan.calls)
             v = v.to(f.dtype)
             out = self._outers(plan, self._gradients(f, plan.calls, v, totals))
             for name in sorted(plan.missed):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +19,37 @@ def plain_name(name: str) -> str:
     return name
 
 
+def unwrapped(model: Any) -> Any:
+    """The module inside data-parallel wrappers (and torch.compile's around those); any other model as it is."""
+    inside = model
+    while True:
+        if isinstance(inside, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = inside = inside.module
+        elif isinstance(getattr(inside, "_orig_mod", None), nn.Module):
+            inside = inside._orig_mod
+        else:
+            return model
+
+
+def mapped(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """The same tree of tuples, lists, dicts and dataclasses with the function of every tensor in it."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        return {k: mapped(function, t) for k, t in tree.items()}
+    if isinstance(tree, tuple | list):
+        return type(tree)(mapped(function, t) for t in tree)
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return replace(tree, **{f.name: mapped(function, getattr(tree, f.name)) for f in fields(tree) if f.init})
+    return tree
+
+
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that take part, by plain name, in the order of `named_parameters`: those with requires_grad.
 
     Raises ValueError for a model without any, for complex or integer ones, and for parameters on several devices.
     """
-    distributed = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
-    named = (model.module if distributed else model).named_parameters()
-    found = {plain_name(name): p for name, p in named if p.requires_grad}
+    found = {plain_name(name): p for name, p in unwrapped(model).named_parameters() if p.requires_grad}
     if not found:
         raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True, so there is nothing to "
                          "differentiate; expected at least one.")  # fmt: skip

@@ -56,18 +56,20 @@ def _arguments(x, running_mean, running_var, weight=None, bias=None, training=Fa
     return x, weight, training, eps
 
 
-def hold_statistics(z: Tensor, args: tuple, kwargs: dict, held: Callable[[], bool]) -> None:
-    """Let gradients pass the batch norm with output z as if its batch's mean and variance were constants, while
-    `held()` is true: then the samples are apart, and where they lie can be found."""
+Hook = Callable[[tuple[Tensor | None, ...], tuple[Tensor, ...]], tuple[Tensor | None, ...] | None]
+
+
+def constant_statistics(args: tuple, kwargs: dict) -> Hook:
+    """A hook for the node of a batch norm in training mode, with which gradients pass as if the batch's mean and
+    variance were constants: then the samples are apart, and where they lie can be found."""
     x, weight, _, eps = _arguments(*args, **kwargs)
     axes = [0, *range(2, x.dim())]
 
     def hook(inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor | None, ...] | None:
-        if not held() or inputs[0] is None:
+        if inputs[0] is None:
             return None
         scale = (x.detach().var(axes, correction=0) + eps).rsqrt()
         scale = scale if weight is None else scale * weight.detach()
         return (outputs[0] * scale.view(-1, *[1] * (x.dim() - 2)).to(outputs[0].dtype), *inputs[1:])
 
-    assert z.grad_fn is not None
-    z.grad_fn.register_hook(hook)
+    return hook

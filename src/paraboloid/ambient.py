@@ -1,0 +1,73 @@
+"""torch's ambient switches (autocast, inference mode, compiled code): set for our own arithmetic, and put back."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast casts to on the device; None where it is off."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+@contextmanager
+def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """Autocast to `dtype` inside the block, whatever is on outside; None: no autocast."""
+    if dtype == autocast_dtype(device):
+        yield
+    else:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False):
+            yield
+
+
+@contextmanager
+def own_arithmetic(device: torch.device) -> Iterator[None]:
+    """Inside, numbers keep their type and results are ordinary tensors, under autocast and inference mode too."""
+    with torch.inference_mode(False), autocast(device, None):
+        yield
+
+
+class _Eager:
+    """How many recordings are under way, in all threads, and torch.compile's stance that they share.
+
+    The stance belongs to the process.  The first recording sets it and the last one puts it back: if each did so for
+    itself, two that overlap in time could leave it set for good.
+    """
+
+    def __init__(self):
+        self.lock, self.depth = threading.Lock(), 0
+        self.stance: Any = None
+
+    def enter(self) -> None:
+        with self.lock:
+            if self.stance is None and "torch._dynamo" in sys.modules:  # looking is cheap, importing it is not
+                self.stance = torch.compiler.set_stance("force_eager")
+            self.depth += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.depth -= 1
+            if self.depth == 0 and self.stance is not None:
+                self.stance.__exit__(None, None, None)
+                self.stance = None
+
+
+_eager = _Eager()
+
+
+@contextmanager
+def eager_code() -> Iterator[None]:
+    """Inside, what torch.compile compiled runs eagerly, call by call; nothing is compiled anew because of it."""
+    with ExitStack() as stack:
+        _eager.enter()
+        stack.callback(_eager.leave)
+        yield
