@@ -133,8 +133,11 @@ class Place:
 
 def _places(use: Use, alias: Alias) -> list[Place] | None:
     """Where the alias's pieces go in their roots; None where its rows are no rows of a root."""
-    if use.right is None and alias.turned:
-        return None
+    if use.rows is None:
+        if alias.turned:
+            return None
+    elif use.weight.shape != (alias.shape[::-1] if alias.turned else alias.shape):
+        return None  # stretched, which only a broadcast use undoes
     if alias.is_whole:
         return [Place(alias.pieces[0], slice(None), 0, 0)]
     length = 1  # of a row: q elements, or p where the parameter is stored flipped

@@ -297,6 +297,11 @@ RAW = {
     "a shift repeated over the batch": (
         around(lambda m, x: torch.cat([m.s.repeat(len(x), 1, 1), x], 1), s=(1, 2, 4)), dense(3, 4)
     ),
+    "stretched matrices and vectors": (
+        around(lambda m, x: F.layer_norm(F.linear(x, m.w.expand(3, 4), m.b.expand(3)), (3,), m.s.expand(3))
+               + F.group_norm(x[:, :3], 1, m.s.expand(3)), w=(1, 4), b=(1,), s=(1,)), dense(4)
+    ),
+    "a turned and stretched matrix": (around(lambda m, x: F.linear(x, m.w.t().expand(3, 4)), w=(4, 1)), dense(4)),
     "in-place sums": (around(lambda m, x: F.linear(x, m.w).add_(m.b), w=(3, 4), b=(3,)), dense(4)),
     "differently spelled arithmetic": (
         around(lambda m, x: torch.divide(torch.multiply(torch.subtract(x, m.a), m.b), 2 + m.b**2), a=(4,), b=(4,)), dense(4)

@@ -15,6 +15,8 @@ from paraboloid.data import call
 WITHOUT = {  # case -> what its weight is to the parameter
     "rows of a grouped kernel": "a slice that cuts through groups",
     "joined tables": "a lookup in two tables at once",
+    "stretched matrices and vectors": "one row used as three",
+    "a turned and stretched matrix": "the same of the transposed one",
 }
 
 
