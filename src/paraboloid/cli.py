@@ -19,7 +19,7 @@ from rich.table import Table
 import paraboloid
 
 DEBUG = "PARABOLOID_DEBUG"
-SMALL = 100_000  # parameters up to which more threads than one cost more than they bring
+SMALL = 200_000  # parameters up to which more threads than one cost more than they bring
 INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
 

@@ -41,7 +41,7 @@ def test_against_the_dense_matrix(weight_decay, chunk, monkeypatch):
     p = problem(weight_decay)
     G = dense_ggn(p)
     values, vectors = (t.flip(-1) for t in torch.linalg.eigh(G))
-    found = curvature(subject(p, 100, 0), 3, 2, 0, lambda: None)
+    found = curvature(subject(p, 100, 0), 3, 2, 60, 0, lambda: None)
 
     assert [item["value"] for item in found["eigenvalues"]] == pytest.approx(values[:3].tolist(), rel=1e-9)
     first = vectors[:, 0].square()
@@ -58,13 +58,13 @@ def test_against_the_dense_matrix(weight_decay, chunk, monkeypatch):
 
 def test_more_directions_than_parameters_are_all_of_them():
     s = subject(problem(), 100, 0)
-    assert len(curvature(s, 1000, 1, 0, lambda: None)["eigenvalues"]) == 31
+    assert len(curvature(s, 1000, 1, 10, 0, lambda: None)["eigenvalues"]) == 31
 
 
 def test_progress_counts_what_was_announced():
     s, calls = subject(problem(), 100, 0), []
-    curvature(s, 2, 3, 0, lambda: calls.append(None))
-    assert len(calls) == products(s, 3)
+    curvature(s, 2, 3, 20, 0, lambda: calls.append(None))
+    assert len(calls) == products(s, 3, 20)
 
 
 def test_a_flat_loss_has_no_density():
@@ -74,6 +74,19 @@ def test_a_flat_loss_has_no_density():
     p.model[0].weight.requires_grad_(True)
     with torch.no_grad():
         p.model[2].weight.zero_()
-    found = curvature(subject(p, 100, 0), 2, 1, 0, lambda: None)
+    found = curvature(subject(p, 100, 0), 2, 1, 10, 0, lambda: None)
     assert found["density"] is None
     assert found["trace"]["value"] == 0
+
+
+def test_with_many_outputs_the_diagonal_is_estimated_within_its_error(monkeypatch):
+    p = problem(weight_decay=0.1)
+    exact = curvature(subject(p, 100, 0), 1, 1, 10, 0, lambda: None)["trace"]
+    monkeypatch.setattr("paraboloid.inspection.curvature.EXACT_COLUMNS", 1)
+    found = curvature(subject(p, 100, 0), 1, 1, 10, 0, lambda: None)
+    trace = found["trace"]
+    assert exact["standard_error"] is None
+    assert 0 < trace["standard_error"] < 0.2 * trace["value"]
+    assert abs(trace["value"] - exact["value"]) < 3 * trace["standard_error"]
+    assert trace["method"].startswith("Estimated from 32 labels per sample")
+    assert sum(row["trace"] for row in found["layers"]) == pytest.approx(trace["value"], rel=1e-12)

@@ -190,13 +190,13 @@ def test_a_small_model_keeps_its_plan():
 
 def test_a_large_model_is_measured_on_less():
     plan, steps = fitted(Plan(budget=1e7, training_budget=1e3), problem(1000))
-    assert (plan.samples, plan.repeats, plan.density_samples) == (125, 3, 1)
+    assert (plan.samples, plan.repeats, plan.density_samples) == (250, 3, 1)
     assert steps == 10
-    assert batch_sizes(problem(1000), plan) == ([6, 32], [64, 128, 256, 512])
+    assert batch_sizes(problem(1000), plan) == ([6, 32, 64], [128, 256, 512])
 
 
 def test_the_quick_plan_does_less():
     full, quick = Plan(), Plan.quick()
-    for field in ("evaluations", "checkpoints", "directions", "density_samples", "repeats", "samples", "budget"):
+    for field in ("evaluations", "checkpoints", "directions", "density_samples", "density_steps", "repeats", "samples"):
         assert getattr(quick, field) < getattr(full, field)
     assert Plan.quick(samples=10).samples == 10

@@ -52,8 +52,9 @@ def inspect(problem: Problem, plan: Plan | None = None, *, seed: int = 0, progre
         with _timed(seconds, "noise"):
             checkpoints = _noise(measured, curve, states, report)
         with _timed(seconds, "curvature"):
-            tick = _ticker(report, "curvature", products(measured, plan.density_samples))
-            curved = curvature(measured, plan.directions, plan.density_samples, seed, tick)
+            density = plan.density_samples, plan.density_steps
+            tick = _ticker(report, "curvature", products(measured, *density))
+            curved = curvature(measured, plan.directions, *density, seed, tick)
         with _timed(seconds, "bias"):
             tick = _ticker(report, "bias", len(sizes) * plan.repeats)
             biased = bias(measured, sizes, plan.directions, plan.repeats, seed, tick)

@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from paraboloid import problems
 from paraboloid.data import call
-from paraboloid.inspection.curvature import LANCZOS_STEPS
 from paraboloid.problems import Problem
 
 PROBE = 8  # samples on which everything is tried before the training begins
@@ -31,6 +30,7 @@ class Plan:
     checkpoints: int = 8  # at which the gradient noise is measured, spaced geometrically
     directions: int = 10
     density_samples: int = 5
+    density_steps: int = 60  # of Lanczos, for each of them
     batch_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
     repeats: int = 15
     samples: int = 2048  # training samples that are measured, at most
@@ -42,12 +42,13 @@ class Plan:
     def quick(cls, **changes: Any) -> Plan:
         """Fewer checkpoints, directions, batch sizes, samples and repeats, and of a long training only the start."""
         fewer: dict[str, Any] = {
-            "evaluations": 20,
+            "evaluations": 12,
             "checkpoints": 4,
             "directions": 5,
             "density_samples": 1,
+            "density_steps": 40,
             "batch_sizes": (32, 256),
-            "repeats": 6,
+            "repeats": 5,
             "samples": 1024,
             "budget": 3e11,
             "training_budget": 2e11,
@@ -59,8 +60,8 @@ class Plan:
 def fitted(plan: Plan, problem: Problem) -> tuple[Plan, int]:
     """The plan within its budgets, as far as sensible, and the number of training steps.
 
-    Samples are halved, but at least two of the training's batches and of the smallest batch size remain; then repeats
-    (at least 3) and vectors of the density (at least 1). The same problem and plan always give the same.
+    Samples are halved, but at least four of the smallest batches remain; then repeats (at least 3) and vectors of the
+    density (at least 1). The same problem and plan always give the same.
     """
     cost = GRADIENT * forward_operations(problem)
     steps = problems.step_count(problem)
@@ -69,7 +70,7 @@ def fitted(plan: Plan, problem: Problem) -> tuple[Plan, int]:
     plan = dataclasses.replace(plan, samples=min(plan.samples, len(problem.train)))
     if (budget := plan.budget) is None:
         return plan, steps
-    least = 2 * max(min(plan.batch_sizes), problem.training.batch_size)
+    least = 4 * min(plan.batch_sizes)
     while _work(plan, problem) * cost > budget and plan.samples // 2 >= least:
         plan = dataclasses.replace(plan, samples=plan.samples // 2)
     while _work(plan, problem) * cost > budget and (plan.repeats > 3 or plan.density_samples > 1):
@@ -109,7 +110,7 @@ def _work(plan: Plan, problem: Problem) -> float:
     """Gradients of single samples that the measurements cost, roughly; a product with the GGN counts two."""
     sizes = _fitting({*plan.batch_sizes, problem.training.batch_size}, plan.samples)
     eigen = 2 * (20 + 3 * plan.directions)
-    density = 2 * plan.density_samples * LANCZOS_STEPS
+    density = 2 * plan.density_samples * plan.density_steps
     pairs = plan.repeats * (eigen * sum(sizes) + plan.directions * len(sizes) * plan.samples)
     return (eigen + density) * plan.samples + pairs
 
