@@ -52,7 +52,9 @@ def _direction(cell: Cell, x: Tensor, state: State, weights: Sequence[Tensor], b
     steps = F.linear(x, w_ih, b_ih).unbind(0)
     out = []
     for step in reversed(steps) if reverse else steps:
-        state = cell(step, F.linear(state[0], w_hh, b_hh), state)
+        hidden = F.linear(state[0], w_hh, b_hh)
+        with torch._C.DisableTorchFunction():  # arithmetic on data, in which a recorder would find nothing
+            state = cell(step, hidden, state)
         if projection is not None:
             state = F.linear(state[0], projection), *state[1:]
         out.append(state[0])
