@@ -147,6 +147,24 @@ def test_one_forward_and_one_pull_give_all_first_order_quantities(monkeypatch):
     assert (len(forwards), len(pulls)) == (1, 1)
 
 
+def test_quantities_of_one_source_share_its_pulls(monkeypatch):
+    """Sampled labels are pulled once for all that use them, the root's columns too; nothing runs forward again."""
+    model, inputs = models.make("residual cnn")
+    _, loss_fn, y, _ = truth(model, inputs, "ce")
+    for wanted, expected in ((["kfac", "diag_ggn_mc"], 1), (["kflr", "diag_ggn", "sample_diag_ggn", "sqrt_ggn"], 2)):
+        for _ in range(2):
+            pb.statistics(model, loss_fn, (inputs, y), wanted)
+        forwards, pulls, grad = [], [], torch.autograd.grad
+        hook = model.register_forward_hook(lambda *_, seen=forwards: seen.append(1))
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                torch.autograd, "grad", lambda *a, seen=pulls, grad=grad, **k: seen.append(1) or grad(*a, **k)
+            )
+            pb.statistics(model, loss_fn, (inputs, y), wanted)
+        hook.remove()
+        assert (len(forwards), len(pulls)) == (1, expected)  # three classes: a root of two columns
+
+
 def test_inside_a_training_step_before_and_after_backward():
     model, inputs = models.make("gpt")
     f, loss_fn, y, params = truth(model, inputs, "ce")
