@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help report test lint types format bench-statistics peers install clean
+.PHONY: help report test lint types format docs figures bench-statistics peers install clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -31,6 +31,14 @@ format: $(STAMP) ## format, and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(STAMP) ## build the documentation into site/; a broken link fails
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "The documentation: $(abspath site)/index.html"
+
+figures: $(STAMP) ## draw the figures of the documentation's gallery
+	$(BIN)/python docs/gallery/make.py
+
 bench-statistics: $(STAMP) ## time the statistics against a plain gradient (peers too: make peers)
 	$(BIN)/python -m benchmarks.statistics
 
@@ -50,6 +58,6 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-clean: ## remove the environment, caches and the report
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis src/*.egg-info $(OUT)
+clean: ## remove the environment, caches, the built documentation and the report
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis src/*.egg-info site $(OUT)
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
