@@ -11,8 +11,34 @@ PACKAGE = ROOT / "src" / "paraboloid"
 # From the ground up. `problems` stands beside the house: it uses the ground only, and only the roof uses it.
 FLOORS = [
     {"losses", "trees", "data", "distributed", "randomness", "ambient"},
-    {"tape", "recording", "aliases", "promotion", "certify", "regroup", "outer", "layers"},
-    {"quantities", "reductions", "factors", "kron", "statistics", "linalg", "operators", "quadratic", "bias"},
+    {
+        "tape",
+        "bends",
+        "twice_differentiable",
+        "recording",
+        "aliases",
+        "promotion",
+        "certify",
+        "regroup",
+        "outer",
+        "layers",
+    },
+    {
+        "quantities",
+        "diag_hessian",
+        "through_call",
+        "hessian_columns",
+        "signed_diagonal",
+        "single_use",
+        "reductions",
+        "factors",
+        "kron",
+        "statistics",
+        "linalg",
+        "operators",
+        "quadratic",
+        "bias",
+    },
     {"posteriors", "gp", "optim", "noise", "report", "inspection", "cli", "__main__"},
 ]
 KNOWN = set().union(*FLOORS, {"problems"})

@@ -5,6 +5,7 @@
 | the loss gradient     | SampleGrads  | SecondMoment, Variance | SquareNorms, Gram | KFAC("empirical") |
 | exact root of Hessian | SqrtGGN      | DiagGGN             |                     | KFAC("exact")     |
 | sampled labels        |              | DiagGGN(samples=1)  |                     | KFAC("mc")        |
+| second derivatives    |              | DiagHessian         |                     |                   |
 
 g_n is the gradient of the *unreduced* loss of sample n, a = 1 / normalizer the reduction's factor (1/N for a mean),
 and J_n^T S_n the pulled-back root of the output-Hessian: the GGN of the loss as reduced is a sum_{v,n} of its squares.
@@ -12,6 +13,7 @@ and J_n^T S_n the pulled-back root of the output-Hessian: the GGN of the loss as
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -19,18 +21,21 @@ import torch
 from torch import Tensor
 
 from paraboloid import factors
+from paraboloid.diag_hessian import diag_hessian
 from paraboloid.kron import Kron
+from paraboloid.losses import Loss
 from paraboloid.outer import Outer
+from paraboloid.tape import Tape
 
 
 class Source(NamedTuple):
     """Which output vectors a quantity pulls back; quantities with equal sources share them."""
 
-    kind: Literal["gradient", "root", "sampled"]
+    kind: Literal["gradient", "root", "sampled", "nothing"]
     samples: int = 1
 
 
-GRADIENT, ROOT = Source("gradient"), Source("root")
+GRADIENT, ROOT, NOTHING = Source("gradient"), Source("root"), Source("nothing")
 
 
 class Scale(NamedTuple):
@@ -60,6 +65,7 @@ class Quantity:
     source: Source
     needs: frozenset[str] = frozenset()
     least_samples = 1
+    twice = False  # whether the forward pass is differentiated twice
     per_sample = True  # False: also defined where batch norm in training mode mixes the samples
 
     def add(self, value: Any, group: Group) -> Any:
@@ -67,6 +73,16 @@ class Quantity:
 
     def finish(self, value: Any, scale: Scale) -> Any:
         return value
+
+    # What most quantities leave as it is:
+
+    def bound(self, tape: Tape, loss: Loss, f: Tensor, y: Tensor, memory: int | None) -> Quantity:
+        """The quantity for one recorded batch; it may choose its source by what was recorded."""
+        return self
+
+    def complete(self, values: dict[str, Any], scale: Scale) -> dict[str, Any]:
+        """The finished values of all parameters, with what takes more than pulled-back vectors."""
+        return values
 
 
 def _plus(value: Tensor | None, part: Tensor) -> Tensor:
@@ -221,6 +237,32 @@ class SqrtGGN(Quantity):
         return torch.cat(value)
 
 
+class DiagHessian(Quantity):
+    """Diagonal of the Hessian of the loss as reduced, [*shape]; exact, for smooth activations, normalisation and
+    attention too, and for losses that are not convex.
+
+    Where all layers and activations are piecewise linear it is the diagonal of the GGN, at its cost; smooth elementwise
+    activations between linear layers add little.  Else it takes products with the Hessian in the layers' outputs: see
+    `paraboloid.diag_hessian` for what is computed and what it costs.
+    """
+
+    name, source, needs, twice = "diag_hessian", NOTHING, frozenset({"squares"}), True
+    _finish: Callable[[dict[str, Any]], dict[str, Tensor]]
+
+    def bound(self, tape, loss, f, y, memory):
+        quantity = DiagHessian()
+        takes_root, quantity._finish = diag_hessian(tape, loss, f, y, memory)
+        quantity.source = ROOT if takes_root else NOTHING
+        return quantity
+
+    def add(self, value, group):
+        squares = group.parts["squares"]
+        return squares.clone() if value is None else value.add_(squares)  # "diag_ggn" adds to the same parts
+
+    def complete(self, values, scale):
+        return {name: scale.a * value for name, value in self._finish(values).items()}
+
+
 class KFAC(Quantity):
     """Kronecker factors of the curvature block, `Kron(left, right)`, of the loss as reduced.
 
@@ -259,6 +301,7 @@ QUANTITIES = {
     "variance": Variance,
     "diag_ggn": DiagGGN,
     "diag_ggn_mc": lambda: DiagGGN(samples=1),
+    "diag_hessian": DiagHessian,
     "sample_diag_ggn": SampleDiagGGN,
     "sqrt_ggn": SqrtGGN,
     "kfac": KFAC,
@@ -294,6 +337,7 @@ def check_samples(quantities: list[Quantity], N: int) -> None:
 
 
 __all__ = [
-    "KFAC", "DiagGGN", "Grad", "Gram", "Kron", "Quantity", "SampleDiagGGN", "SampleGrads", "Scale", "SecondMoment",
+    "KFAC", "DiagGGN", "DiagHessian", "Grad", "Gram", "Kron", "Quantity", "SampleDiagGGN", "SampleGrads", "Scale",
+    "SecondMoment",
     "Source", "SqrtGGN", "SquareNorms", "Variance",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -20,6 +20,7 @@ from paraboloid.quantities import GRADIENT, Group, Quantity, Scale, Source, chec
 from paraboloid.randomness import isolated
 from paraboloid.reductions import reduce
 from paraboloid.tape import Tape
+from paraboloid.twice_differentiable import twice_differentiable
 
 GROUP_BYTES = 16 * 2**20  # default limit for the gradients at layer outputs that are held at a time
 KEEP_BYTES = 256 * 2**20  # default limit for unfolded inputs that are kept from pull to pull
@@ -83,6 +84,7 @@ class Recording(Tape):
             check_samples(wanted, len(output))
             a = 1 / loss.normalizer(output, target)
             value = batch_data.check_finite(loss.value(full(output), target))
+            wanted = [q.bound(self, loss, output, target, max_memory) for q in wanted]
             if generator is None:
                 generator = torch.Generator(device=output.device).manual_seed(seed)
             by_source: dict[Source, list[Quantity]] = {}
@@ -98,6 +100,8 @@ class Recording(Tape):
                 found = self._reduce(output, vectors, group, Scale(len(output), a), max_memory, adds_grad, mixed)
                 for name, values in found.items():
                     results[name] = values
+            for q in wanted:
+                results[q.name] = q.complete(results[q.name], Scale(len(output), a))
         return Statistics(results, value, output.detach())
 
     def _reduce(self, f, vectors, quantities, scale, max_memory, adds_grad, mixed) -> dict[str, dict[str, Any]]:
@@ -147,6 +151,8 @@ def _vectors(loss: Loss, f: Tensor, y: Tensor, source: Source, generator: torch.
         return iter([loss.gradient(f, y)])
     if source.kind == "root":
         return loss.hessian_root(f, y)
+    if source.kind == "nothing":
+        return iter(())
     return loss.sampled_gradients(f, y, source.samples, generator)
 
 
@@ -203,7 +209,8 @@ def statistics(
         raise ValueError(f"batch is a {type(batch).__name__}; expected (inputs, targets) or a dict with 'labels'.")
     inputs, target = pair
     with isolated(model, target.device, seed):
-        with torch.inference_mode(False), torch.enable_grad(), record(model, verify) as tape:
+        twice = twice_differentiable() if any(q.twice for q in resolve(quantities)) else nullcontext()
+        with torch.inference_mode(False), torch.enable_grad(), record(model, verify) as tape, twice:
             f = batch_data.call(trees.unwrapped(model), inputs, output)
         return tape.statistics(
             loss_fn, f, target, quantities, seed=seed, generator=generator, max_memory=max_memory,

@@ -38,24 +38,34 @@ def embedding_bag(
     """
     if max_norm is not None or scale_grad_by_freq or mode == "max":
         return  # as above; the largest entry of a bag is found by the operation itself
+    idx, factor = bags(idx, weight, offsets, mode, per_sample_weights, include_last_offset, padding_idx)
+    factor = factor.detach()
+
+    def left(g):
+        return (g.unsqueeze(2) * factor.unsqueeze(-1)).unsqueeze(2)  # [V bags 1 T p]
+
+    yield Use(weight, (0,), left, lambda rows: idx[rows].unsqueeze(1), flip=True, q=len(weight), lookup=True)
+
+
+def bags(
+    idx: Tensor, weight: Tensor, offsets: Tensor | None, mode: str, per_sample_weights: Tensor | None,
+    include_last_offset: bool, padding_idx: int | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The entries of every bag, [bags, T], EMPTY where there is none; and the factor that each is summed with."""
     if padding_idx is not None and padding_idx < 0:
         padding_idx += len(weight)
-    factor = torch.ones_like(idx, dtype=weight.dtype) if per_sample_weights is None else per_sample_weights.detach()
+    factor = torch.ones_like(idx, dtype=weight.dtype) if per_sample_weights is None else per_sample_weights
     if offsets is not None:
         ends = offsets[1:] if include_last_offset else torch.cat([offsets[1:], offsets.new_tensor([len(idx)])])
-        bags = offsets[: len(ends)]
-        idx, factor = _filled(idx, bags, ends, EMPTY), _filled(factor, bags, ends, 0)
+        starts = offsets[: len(ends)]
+        idx, factor = _filled(idx, starts, ends, EMPTY), _filled(factor, starts, ends, 0)
     if padding_idx is not None:
         idx = idx.masked_fill(idx == padding_idx, EMPTY)
     present = idx != EMPTY
     factor = factor.masked_fill(~present, 0)
     if mode == "mean":
         factor = factor / present.sum(1, keepdim=True).clamp(min=1)
-
-    def left(g):
-        return (g.unsqueeze(2) * factor.unsqueeze(-1)).unsqueeze(2)  # [V bags 1 T p]
-
-    yield Use(weight, (0,), left, lambda rows: idx[rows].unsqueeze(1), flip=True, q=len(weight), lookup=True)
+    return idx, factor
 
 
 def _filled(t: Tensor, starts: Tensor, ends: Tensor, empty: float) -> Tensor:

@@ -17,6 +17,7 @@ class Scaled(Loss):
             raise ValueError(f"a loss is multiplied by {scale}; expected a positive number, so that it stays convex.")
         self.loss, self.scale, self.divisor = loss, scale, normalizer
         self.reduction = loss.reduction if normalizer is None else "sum"
+        self.exact_root = loss.exact_root
 
     @property
     def terms(self):
@@ -62,6 +63,7 @@ class Sum(Loss):
 
     def __init__(self, *losses: Loss):
         self.losses = [term for loss in losses for term in loss.terms]
+        self.exact_root = all(loss.exact_root for loss in self.losses)
         kinds = {loss.reduction for loss in self.losses}
         self.reduction = kinds.pop() if len(kinds) == 1 else "mixed"
 

@@ -17,6 +17,8 @@ class CrossEntropy(Loss):
     is W softmax(f) - q w and the Hessian W (diag(p) - p p^T), where W = sum_c q_c w_c (0 where ignored).
     """
 
+    exact_root = True
+
     def __init__(
         self,
         weight: Tensor | None = None,

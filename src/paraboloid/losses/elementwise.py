@@ -54,6 +54,8 @@ def check_not_negative(**options: Tensor | None) -> None:
 class MSE(Elementwise):
     """`torch.nn.MSELoss`: l_n = ||f_n - y_n||^2, H = 2 I.  Sampled labels are those of N(f, I / 2)."""
 
+    exact_root = True
+
     def __init__(self, reduction: str = "mean"):
         self.reduction = check_reduction(reduction)
 
@@ -78,6 +80,8 @@ class BCEWithLogits(Elementwise):
 
     With c = weight (pos_weight y + 1 - y), H = diag(c sigmoid(f) (1 - sigmoid(f))).
     """
+
+    exact_root = True
 
     def __init__(self, weight: Tensor | None = None, pos_weight: Tensor | None = None, reduction: str = "mean"):
         self.weight, self.pos_weight = weight, pos_weight

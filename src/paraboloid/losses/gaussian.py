@@ -42,6 +42,7 @@ class GaussianNLL(Elementwise):
             raise ValueError(f"variance is {variance}; expected positive numbers, or None for a learned one.")
         self.variance, self.log_variance, self.full, self.eps = variance, log_variance, full, eps
         self.reduction = check_reduction(reduction)
+        self.exact_root = variance is not None
 
     def _parts(self, f: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and targets, of shapes that broadcast to the mean's."""

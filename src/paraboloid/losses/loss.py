@@ -48,6 +48,7 @@ class Loss:
 
     reduction: str = "mean"  # "sum" divides by nothing however many batches there are; else normalizers add up
     psd: str = "raise"
+    exact_root: bool = False  # whether `hessian_root` is known to be a root of the exact Hessian, whatever f and y are
 
     def __call__(self, f: Tensor, y: Tensor) -> Tensor:
         return self.value(f, y)

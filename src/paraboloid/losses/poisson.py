@@ -19,6 +19,8 @@ class PoissonNLL(Elementwise):
     with random signs on its root instead of labels.  `full` adds Stirling's term, a constant.
     """
 
+    exact_root = True
+
     def __init__(self, log_input: bool = True, full: bool = False, eps: float = 1e-8, reduction: str = "mean"):
         self.log_input, self.full, self.eps = log_input, full, eps
         self.reduction = check_reduction(reduction)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
+
+from paraboloid.twice_differentiable import TwiceDifferentiable as TwiceDifferentiable
 
 
 def eager(model: Any) -> Any:
@@ -64,19 +65,6 @@ def _copied_buffers(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module._buffers.update(originals)
-
-
-class TwiceDifferentiable(TorchFunctionMode):
-    """Calls of torch whose second derivative is wrong, spelled out in operations whose second derivative is right."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._weight_norm:  # type: ignore[reportPrivateImportUsage]  # the fused kernel's double backward takes ||v|| for a constant
-            return _weight_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 class RandomStream:
