@@ -50,7 +50,14 @@ class _Eager:
     def enter(self) -> None:
         with self.lock:
             if self.stance is None and "torch._dynamo" in sys.modules:  # looking is cheap, importing it is not
-                self.stance = torch.compiler.set_stance("force_eager")
+                try:
+                    self.stance = torch.compiler.set_stance("force_eager")
+                except RuntimeError as e:
+                    raise RuntimeError(
+                        "a recording began inside a function that torch.compile compiles; expected it outside. Compile "
+                        "the model instead of the training step, or call this from a function that is decorated with "
+                        "torch.compiler.disable."
+                    ) from e
             self.depth += 1
 
     def leave(self) -> None:
