@@ -17,8 +17,8 @@ report: $(STAMP) ## train PROBLEM (digits-cnn), measure it, and write the report
 	$(BIN)/paraboloid inspect $(PROBLEM) --out $(OUT)
 	@echo "The report: $(abspath $(OUT))/report.html"
 
-test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest
+test: $(STAMP) ## run the tests, one process for each core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(STAMP) ## check style and formatting
 	$(BIN)/ruff check .
