@@ -186,6 +186,21 @@ class EncoderDecoder(nn.Module):
         return self.decoder(self.inner(x, y, tgt_mask=mask)).transpose(1, 2)
 
 
+class Detector(nn.Module):
+    """Learned queries that attend to each other and to an encoded image; one label for each query."""
+
+    def __init__(self):
+        super().__init__()
+        self.back, self.query = nn.Conv2d(1, 4, 2, 2), nn.Embedding(2, 4)
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 5, 0.0)
+        self.decoder, self.head = nn.TransformerDecoderLayer(4, 2, 5, 0.0), nn.Linear(4, 3)
+
+    def forward(self, x):
+        memory = self.encoder(self.back(x).flatten(2).permute(2, 0, 1))
+        query = self.query.weight.unsqueeze(1).repeat(1, len(x), 1)
+        return self.head(self.decoder(torch.zeros_like(query) + query, memory)).permute(1, 2, 0)
+
+
 class Tagger(nn.Module):
     """A bidirectional LSTM on bags of character features and words, a GRU on top; one label for every word."""
 
@@ -292,6 +307,7 @@ MODELS = {
     "encoder decoder": (
         EncoderDecoder, lambda n: (torch.randint(4, (n, 3)), torch.randint(4, (n, 2))), (4, 2)
     ),
+    "detector": (Detector, dense(1, 4, 4), (3, 2)),
     "tagger": (Tagger, lambda n: (torch.randint(5, (n, 3)), torch.randint(4, (n, 3, 2))), (2, 3)),
 }  # fmt: skip
 

@@ -89,7 +89,8 @@ def certify(
         raise ValueError(
             f"{where(call)}: its output {tuple(call.shape)} does not separate into the {N} samples along any axis, so "
             "there are no per-sample gradients here. Something between it and the output mixes or reorders the "
-            "samples: BatchNorm in training mode (call model.eval()), a softmax or mean over the batch, a flip."
+            "samples: BatchNorm in training mode (call model.eval()), a softmax or mean over the batch, a flip. (A "
+            "constant tensor that is no buffer of the model counts as data: register it.)"
         )
     return layouts, (u, gs, truth)
 

@@ -103,7 +103,7 @@ def add_factors(value: Factors | None, outers: list[Outer], sharing: str, memory
         return Factors({}, {}, 1, 1, block if value is None or value.exact is None else value.exact.add_(block))
     if any(o.via is not None or o.kind != "matrix" for o in outers):
         raise NotImplementedError(
-            "has no Kronecker factors: it enters the layer through another tensor (weight_norm, a product, its columns) "
+            "has no Kronecker factors: it enters the layer through another tensor (weight_norm, a product, columns) "
             "or through an operation without a rule. Use diag_ggn or diag_ggn_mc, or freeze it with "
             "requires_grad_(False)."
         )

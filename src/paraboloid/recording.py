@@ -88,7 +88,7 @@ def lowered(op: Callable) -> Callable | None:
     if not isinstance(op, types.FunctionType):
         return None
     switches = [n for n in op.__code__.co_names if n.startswith("has_torch_function")]
-    if not switches:
+    if not switches or "__class__" in op.__code__.co_freevars:  # a Tensor method calls super(), which is itself again
         return None
     blind = op.__globals__ | dict.fromkeys(switches, lambda *_: False)
     function = types.FunctionType(op.__code__, blind, op.__name__, op.__defaults__, op.__closure__)
@@ -128,7 +128,7 @@ class Recorder(TorchFunctionMode):
         if torch.is_grad_enabled():
             weights = [t for t, c in zip(inputs, clean, strict=True) if c and t.requires_grad]
         mixes = bool(weights) and not all(clean) and op not in STRETCHES
-        if mixes and (inner := lowered(op)) is not None:
+        if weights and (inner := lowered(op)) is not None:
             with self:
                 z = inner(*args, **kwargs)
             if z is not NotImplemented:

@@ -125,7 +125,7 @@ class Tape:
 
     def where(self, call: Call) -> str:
         names = [self.names.get(id(w)) or f"a tensor derived from {sorted(self.leaves(w))}" for w in call.weights]
-        return f"{resolve_name(call.op) or call.op} on {', '.join(names)}"
+        return f"{resolve_name(call.op) or getattr(call.op, '__name__', call.op)} on {', '.join(names)}"
 
     # --- pulling back --------------------------------------------------------------------------------------------
 
