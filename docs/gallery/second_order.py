@@ -143,3 +143,24 @@ def kfac_empirical(epochs: list[int], traces: dict[str, list[float]]) -> Figure:
     axes.set_ylabel("trace of all blocks, loss / weight²")
     axes.legend()
     return figure
+
+
+def diag_hessian(before: list[Tensor], after: list[Tensor]) -> Figure:
+    figure = Figure(figsize=(7.2, 3.5), layout="constrained")
+    bound = max(float(t.abs().max()) for t in (*before, *after))
+    for axes, (ggn, hessian), title in zip(
+        figure.subplots(1, 2, sharex=True, sharey=True), (before, after), ("initial weights", "trained"), strict=True
+    ):
+        negative = hessian < 0
+        for mine, colour in ((~negative, BLUE), (negative, RED)):
+            axes.plot(
+                ggn[mine], hessian[mine], "o", markersize=3, alpha=0.5, color=colour, markeredgewidth=0, rasterized=True
+            )
+        axes.plot([0, bound], [0, bound], color=GREY, linewidth=0.8)
+        axes.axhline(0, color=GREY, linewidth=0.5, linestyle=":")
+        axes.set_xscale("symlog", linthresh=1e-3)
+        axes.set_yscale("symlog", linthresh=1e-3)
+        axes.set_title(f"{title}: {int(negative.sum())} of {len(ggn)} curve down")
+        axes.set_xlabel("diag_ggn, loss / weight²")
+    figure.axes[0].set_ylabel("diag_hessian, loss / weight²")
+    return figure
