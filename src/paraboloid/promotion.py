@@ -57,6 +57,21 @@ def promote(
     return result
 
 
+def replay(
+    calls: list[Call], steps: Sequence[list[Layout | None]], candidates: Sequence[Call], aliases: Mapping[int, Alias]
+) -> tuple[list[Call], list[Layout | None]] | None:
+    """The calls and layouts that the same steps led to before; None where these calls do not take them."""
+    if not steps:
+        return None
+    layouts = steps[0]
+    for following in steps[1:]:
+        further = promote(calls, layouts, candidates, aliases)
+        if further is None or len(further) != len(following):
+            return None
+        calls, layouts = further, following
+    return calls, layouts
+
+
 def _nodes(w: Tensor, stop: Mapping[Any, Any] | None = None) -> Iterator[Any]:
     """The graph nodes that w is computed by, and not what lies beyond those in `stop`."""
     seen, stack = set(), [w.grad_fn]

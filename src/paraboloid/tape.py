@@ -23,7 +23,7 @@ from paraboloid.ambient import eager_code, own_arithmetic
 from paraboloid.certify import Layout, certify
 from paraboloid.layers.normalization import uses_batch_statistics
 from paraboloid.outer import Outer, general
-from paraboloid.promotion import promote
+from paraboloid.promotion import promote, replay
 from paraboloid.randomness import copied_buffers
 from paraboloid.recording import Call, Recorder, tensors
 from paraboloid.regroup import Part, fallback_parts, rule_parts, vjp
@@ -152,11 +152,14 @@ class Tape:
         signature = self._signature(f, calls, mixed)
         count, steps = history.get(signature, (0, []))
         due = self.verify == "always" or (self.verify == "auto" and (count & (count + 1) == 0 or not steps))
-        layouts, check = [], None
-        if due or not steps:
-            steps, further = [], calls
+        recorder, check = self.recorder, None
+        replayed = None if due else replay(calls, steps, recorder.candidates, recorder.alias)
+        if replayed is not None:
+            calls, layouts = replayed
+        else:
+            layouts, steps, further = [], [], calls
             while further is not None:
-                with self.recorder.statistics_held(mixed):
+                with recorder.statistics_held(mixed):
                     try:
                         layouts, check = certify(f, further, list(self.parameters.values()), self.where)
                     except ValueError:
@@ -164,13 +167,7 @@ class Tape:
                             raise
                         break  # the weights that were taken for data are none
                 calls, steps = further, [*steps, layouts]
-                further = promote(calls, layouts, self.recorder.candidates, self.recorder.alias)
-        else:
-            layouts = steps[0]
-            for following in steps[1:]:
-                calls = promote(calls, layouts, self.recorder.candidates, self.recorder.alias)
-                assert calls is not None  # the same calls took the same steps before
-                layouts = following
+                further = promote(calls, layouts, recorder.candidates, recorder.alias)
         if not mixed:
             self._refuse_batch_statistics(calls, layouts)
         plan = Plan(calls, layouts, self._parts(calls, layouts), self.reached(f, calls).missed)
