@@ -296,7 +296,7 @@ def test_small_models_take_one_thread_unless_told_otherwise(monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    cli._choose_threads(torch.nn.Linear(400, 400))
+    cli._choose_threads(torch.nn.Linear(500, 500))
     assert asked == []
     cli._choose_threads(torch.nn.Linear(4, 4))
     assert asked == [1]

@@ -5,7 +5,18 @@ from pathlib import Path
 
 import pytest
 
+from paraboloid.report import render
+
+TEXT = (Path(__file__).parent / "record.json").read_text(encoding="utf-8")
+
 
 @pytest.fixture
 def record():
-    return json.loads((Path(__file__).parent / "record.json").read_text(encoding="utf-8"))
+    """A fresh copy, to be changed at will."""
+    return json.loads(TEXT)
+
+
+@pytest.fixture(scope="session")
+def page():
+    """The page of the record as it is."""
+    return render(json.loads(TEXT))

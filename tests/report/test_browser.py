@@ -1,12 +1,7 @@
 """The page in a real browser: figures have a size, the console is silent, nothing is fetched, the theme switches."""
 
-import json
-from pathlib import Path
-
 import pytest
 from report.devtools import EXECUTABLE, browser
-
-from paraboloid.report import render
 
 pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium found (Debian: apt-get install chromium)")
 
@@ -20,10 +15,9 @@ def tab(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(tab, tmp_path_factory):
-    record = json.loads((Path(__file__).parent / "record.json").read_text(encoding="utf-8"))
+def shown(tab, page, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "report.html"
-    path.write_text(render(record), encoding="utf-8")
+    path.write_text(page, encoding="utf-8")
     tab.url = path.as_uri()
     return tab
 
@@ -48,9 +42,9 @@ def test_a_page_that_fetches_and_complains_is_caught(tab, tmp_path):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
-def test_figures_render_the_console_is_silent_and_nothing_is_fetched(page, scheme, size):
-    show(page, size=size, scheme=scheme)
-    boxes = page.evaluate(
+def test_figures_render_the_console_is_silent_and_nothing_is_fetched(shown, scheme, size):
+    show(shown, size=size, scheme=scheme)
+    boxes = shown.evaluate(
         """[...document.querySelectorAll('svg.figure')].map(svg => {
              const box = svg.getBoundingClientRect(), ink = svg.getBBox();
              return [svg.querySelector('title').textContent, box.width, box.height, ink.width, ink.height];
@@ -59,19 +53,19 @@ def test_figures_render_the_console_is_silent_and_nothing_is_fetched(page, schem
     assert len(boxes) == 8
     for title, *sizes in boxes:
         assert min(sizes) > 100, (title, sizes)
-    assert page.complaints() == []
-    assert page.requests() == [page.url]
+    assert shown.complaints() == []
+    assert shown.requests() == [shown.url]
 
 
 @pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
-def test_only_figures_and_tables_scroll_sideways(page, size):
-    show(page, size=size)
-    assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+def test_only_figures_and_tables_scroll_sideways(shown, size):
+    show(shown, size=size)
+    assert shown.evaluate("document.documentElement.scrollWidth") <= size["width"]
 
 
-def test_no_label_leaves_its_figure(page):
-    show(page)
-    outside = page.evaluate(
+def test_no_label_leaves_its_figure(shown):
+    show(shown)
+    outside = shown.evaluate(
         """[...document.querySelectorAll('svg.figure')].flatMap(svg => {
              const frame = svg.getBoundingClientRect();
              return [...svg.querySelectorAll('text')].filter(text => {
@@ -84,19 +78,19 @@ def test_no_label_leaves_its_figure(page):
     assert outside == []
 
 
-def test_the_theme_follows_the_system_the_address_and_the_button(page):
+def test_the_theme_follows_the_system_the_address_and_the_button(shown):
     light, dark = "rgb(255, 255, 255)", "rgb(16, 20, 25)"
-    show(page, scheme="dark")
-    assert paper(page) == dark
-    show(page, "?theme=light", scheme="dark")
-    assert paper(page) == light
-    show(page, "?theme=dark", scheme="light")
-    assert paper(page) == dark
-    page.evaluate("document.getElementById('theme').click()")
-    assert paper(page) == light
+    show(shown, scheme="dark")
+    assert paper(shown) == dark
+    show(shown, "?theme=light", scheme="dark")
+    assert paper(shown) == light
+    show(shown, "?theme=dark", scheme="light")
+    assert paper(shown) == dark
+    shown.evaluate("document.getElementById('theme').click()")
+    assert paper(shown) == light
     stroke = "getComputedStyle(document.querySelector('svg.figure path[style*=\"--c1\"]')).stroke"
-    before = page.evaluate(stroke)
-    page.evaluate("document.getElementById('theme').click()")
-    assert page.evaluate(stroke) != before
-    assert page.complaints() == []
-    page.evaluate("localStorage.clear()")
+    before = shown.evaluate(stroke)
+    shown.evaluate("document.getElementById('theme').click()")
+    assert shown.evaluate(stroke) != before
+    assert shown.complaints() == []
+    shown.evaluate("localStorage.clear()")

@@ -161,19 +161,18 @@ def _named(bias: dict[str, Any], rows: list[list[str]]) -> list[list[str]]:
     return [[count(row["batch_size"]), *cells] for row, cells in zip(bias["table"], rows, strict=True)]
 
 
-def _fixed(entry: dict[str, Any], exponent: int = 0) -> str:
-    """`value ± standard error` with two decimals, in units of 10^exponent."""
+def _fixed(entry: dict[str, Any], exponent: int = 0, decimals: int = 2) -> str:
+    """`value ± standard error` with so many decimals, in units of 10^exponent."""
     value, error, unit = entry["value"], entry["standard_error"], 10.0**exponent
-    return fixed(value if value is None else value / unit, error if error is None else error / unit)
+    return fixed(value if value is None else value / unit, error if error is None else error / unit, decimals)
 
 
 def _in_units(title: str, entries: list[list[dict[str, Any]]]) -> tuple[str, list[list[str]]]:
-    """The entries as cells in units of one power of ten, so that the largest is between 1 and 1000; and the title."""
-    largest = max(
-        (abs(entry["value"]) for line in entries for entry in line if entry["value"] is not None), default=1.0
-    )
-    exponent = 3 * math.floor(math.log10(largest) / 3) if largest > 0 else 0
-    cells = [[_fixed(entry, exponent) for entry in line] for line in entries]
+    """The title, and the entries as cells: three digits in the largest, in units of a power of ten where it is tiny."""
+    values = [abs(entry["value"]) for line in entries for entry in line if entry["value"] is not None]
+    size = math.floor(math.log10(max(values))) if any(values) else 0
+    exponent = 3 * math.floor(size / 3) if size < -1 or size > 3 else 0
+    cells = [[_fixed(entry, exponent, max(0, 2 - (size - exponent))) for entry in line] for line in entries]
     return title + (f", in units of {power_of_ten(exponent)}" if exponent else ""), cells
 
 
