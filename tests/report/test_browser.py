@@ -94,3 +94,10 @@ def test_the_theme_follows_the_system_the_address_and_the_button(shown):
     assert shown.evaluate(stroke) != before
     assert shown.complaints() == []
     shown.evaluate("localStorage.clear()")
+
+
+def test_paper_is_white(shown):
+    show(shown, "?theme=dark", scheme="dark")
+    shown.call("Emulation.setEmulatedMedia", media="print")
+    assert paper(shown) == "rgb(255, 255, 255)"
+    shown.call("Emulation.setEmulatedMedia", media="")

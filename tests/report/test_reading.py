@@ -61,6 +61,11 @@ def test_a_slope_within_its_noise_is_not_divided_by(record):
     assert any("cannot be told from zero" in sentence for sentence in reading.bias(record["bias"]))
 
 
+def test_a_step_whose_effect_is_within_its_error_is_not_given_a_direction(record):
+    record["bias"]["table"][1]["decrease"]["same"]["delivered"] = {"value": 0.001, "standard_error": 0.001}
+    assert any("changes it by −0.0010 ± 0.0010, within two" in s for s in reading.bias(record["bias"]))
+
+
 def test_a_step_that_raises_the_loss_is_said_to(record):
     record["bias"]["table"][1]["decrease"]["same"]["delivered"] = {"value": -0.004, "standard_error": 0.001}
     assert any("raises it by 0.0040 ± 0.0010" in sentence for sentence in reading.bias(record["bias"]))

@@ -184,5 +184,7 @@ def _decrease(row: dict[str, Any]) -> list[str]:
 
 
 def _outcome(decrease: dict[str, Any]) -> str:
-    verb = "lowers" if decrease["value"] >= 0 else "raises"
-    return f"{verb} it by {with_error(abs(decrease['value']), decrease['standard_error'])}"
+    value, error = decrease["value"], decrease["standard_error"]
+    if error is not None and abs(value) < 2 * error:
+        return f"changes it by {with_error(-value, error)}, within two standard errors of nothing"
+    return f"{'lowers' if value >= 0 else 'raises'} it by {with_error(abs(value), error)}"
