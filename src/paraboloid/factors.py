@@ -73,6 +73,10 @@ def _positions(o: Outer) -> int:
     return o.left.shape[1] * o.left.shape[3]
 
 
+def _count(n: int) -> Tensor:
+    return torch.tensor(n, dtype=torch.float64)  # a tensor, so that it is summed with the others over ranks
+
+
 @dataclass
 class Factors:
     """Sums of one parameter's Kronecker factors while vectors come in, rows first, as the parameter is stored.
@@ -84,7 +88,7 @@ class Factors:
 
     rows: dict[str, Tensor]
     columns: dict[str, Tensor]
-    positions: int
+    positions: Tensor  # [], float64, on the CPU
     groups: int
     exact: Tensor | None = None
 
@@ -100,7 +104,7 @@ def add_factors(value: Factors | None, outers: list[Outer], sharing: str, memory
         return _zero_factors(outers[0])
     if all(o.kind == "vector" or (o.kind in ("general", "zero") and len(o.shape) < 2 and not o.via) for o in outers):
         block = _block(outers, memory)
-        return Factors({}, {}, 1, 1, block if value is None or value.exact is None else value.exact.add_(block))
+        return Factors({}, {}, _count(0), 1, block if value is None or value.exact is None else value.exact.add_(block))
     if any(o.via is not None or o.kind != "matrix" for o in outers):
         raise NotImplementedError(
             "has no Kronecker factors: it enters the layer through another tensor (weight_norm, a product, columns) "
@@ -113,7 +117,7 @@ def add_factors(value: Factors | None, outers: list[Outer], sharing: str, memory
     first = value is None
     if value is None:
         positions = sum(o.left.shape[1] if sharing == "reduce" else _positions(o) for o in outers)
-        value = Factors({}, {}, positions, outers[0].left.shape[2])
+        value = Factors({}, {}, _count(positions), outers[0].left.shape[2])
     for o in outers:
         gradients, inputs = (value.columns, value.rows) if o.flip else (value.rows, value.columns)
         _increase(gradients, "gradient", gradient_factor(o, sharing))
@@ -145,7 +149,7 @@ def scale_factors(value: Factors, a: float) -> Kron:
     """
     if value.exact is not None:
         return Kron(value.exact.mul_(a), value.exact.new_ones(1, 1))
-    scales = {"gradient": a, "input": 1 / value.positions}
+    scales = {"gradient": a, "input": 1 / max(1.0, float(value.positions))}
     sides = []
     for sums in (value.rows, value.columns):
         scaled = [part.mul_(scales[key]) for key, part in sums.items()]
@@ -170,4 +174,4 @@ def _zero_factors(o: Outer) -> Factors:
     """The factors of a matrix parameter without influence on the output."""
     p, q = o.shape[0], o.shape[1:].numel()
     zeros = o.left.new_zeros
-    return Factors({"gradient": zeros(1, p, p)}, {"input": zeros(1, q, q)}, positions=1, groups=1)
+    return Factors({"gradient": zeros(1, p, p)}, {"input": zeros(1, q, q)}, positions=_count(0), groups=1)

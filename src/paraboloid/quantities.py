@@ -67,6 +67,9 @@ class Quantity:
     least_samples = 1
     twice = False  # whether the forward pass is differentiated twice
     per_sample = True  # False: also defined where batch norm in training mode mixes the samples
+    # What becomes of it where the batch is spread over several processes (`all_reduce`): its running values are sums
+    # over samples ("running"), its finished ones are, times a ("finished"), or it is this process's alone ("local").
+    over_ranks: Literal["running", "finished", "local"] | None = None
 
     def add(self, value: Any, group: Group) -> Any:
         raise NotImplementedError
@@ -101,6 +104,7 @@ class Grad(Quantity):
     name: str = "grad"
     source: Source = GRADIENT
     needs = frozenset({"total"})
+    over_ranks = "running"
     per_sample = False
 
     def add(self, value, group):
@@ -117,6 +121,7 @@ class SampleGrads(Quantity):
     name: str = "sample_grads"
     source: Source = GRADIENT
     needs = frozenset({"samples"})
+    over_ranks = "local"
 
     def add(self, value, group):
         return _plus(value, _over_vectors(group.parts["samples"]))
@@ -129,6 +134,7 @@ class SquareNorms(Quantity):
     name: str = "square_norms"
     source: Source = GRADIENT
     needs = frozenset({"norms"})
+    over_ranks = "local"
 
     def add(self, value, group):
         return _plus(value, group.parts["norms"])
@@ -141,6 +147,7 @@ class Gram(Quantity):
     name: str = "gram"
     source: Source = GRADIENT
     needs = frozenset({"gram"})
+    over_ranks = "local"
 
     def add(self, value, group):
         return _plus(value, group.parts["gram"])
@@ -153,6 +160,7 @@ class SecondMoment(Quantity):
     name: str = "second_moment"
     source: Source = GRADIENT
     needs = frozenset({"squares"})
+    over_ranks = "running"
 
     def add(self, value, group):
         return _plus(value, group.parts["squares"])
@@ -168,6 +176,7 @@ class Variance(Quantity):
     name: str = "variance"
     source: Source = GRADIENT
     needs = frozenset({"squares", "total"})
+    over_ranks = "running"
     least_samples = 2
 
     def add(self, value, group):
@@ -194,6 +203,7 @@ class DiagGGN(Quantity):
     (unbiased; the diagonal of the Monte Carlo Fisher)."""
 
     needs = frozenset({"squares"})
+    over_ranks = "running"
 
     def __init__(self, samples: int | None = None):
         self.name, self.source = "diag_ggn" if samples is None else "diag_ggn_mc", _sampled(samples)
@@ -209,6 +219,7 @@ class SampleDiagGGN(Quantity):
     """Diagonal of J_n^T H_n J_n of every sample, [N, *shape]; of the unreduced loss, exact or by Monte Carlo."""
 
     needs = frozenset({"samples"})
+    over_ranks = "local"
 
     def __init__(self, samples: int | None = None):
         self.name, self.source = "sample_diag_ggn", _sampled(samples)
@@ -226,6 +237,7 @@ class SqrtGGN(Quantity):
     """
 
     needs = frozenset({"samples"})
+    over_ranks = "local"
 
     def __init__(self, samples: int | None = None):
         self.name, self.source = "sqrt_ggn", _sampled(samples)
@@ -247,6 +259,7 @@ class DiagHessian(Quantity):
     """
 
     name, source, needs, twice = "diag_hessian", NOTHING, frozenset({"squares"}), True
+    over_ranks = "finished"
     _finish: Callable[[dict[str, Any]], dict[str, Tensor]]
 
     def bound(self, tape, loss, f, y, memory):
@@ -275,6 +288,7 @@ class KFAC(Quantity):
     """
 
     per_sample = False
+    over_ranks = "running"
 
     def __init__(self, fisher: str = "mc", samples: int = 1, sharing: str = "expand"):
         known = {"mc": "kfac", "exact": "kflr", "empirical": "kfac_empirical"}

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid import data as batch_data
-from paraboloid import trees
+from paraboloid import distributed, trees
 from paraboloid.ambient import own_arithmetic
+from paraboloid.data_parallel import Values, check_summable, combine
 from paraboloid.losses import Loss
 from paraboloid.losses.loss import full
 from paraboloid.outer import keep_inputs
@@ -27,10 +28,15 @@ KEEP_BYTES = 256 * 2**20  # default limit for unfolded inputs that are kept from
 
 
 class Statistics(Mapping[str, dict[str, Any]]):
-    """quantity -> parameter name -> value; with the loss as reduced and the model's output, detached."""
+    """quantity -> parameter name -> value; with the loss as reduced and the model's output, detached.
 
-    def __init__(self, values: dict[str, dict[str, Any]], loss: Tensor, output: Tensor):
+    `samples` is the number of samples N and `normalizer` what the loss divides by (N for a plain mean, 1 for a sum);
+    with `all_reduce` both are those of all ranks, like the loss.
+    """
+
+    def __init__(self, values: dict[str, dict[str, Any]], loss: Tensor, output: Tensor, scale: Scale):
         self._values, self.loss, self.output = values, loss, output
+        self.samples, self.normalizer = scale.N, 1 / scale.a
 
     def __getitem__(self, name: str) -> dict[str, Any]:
         if name not in self._values:
@@ -72,6 +78,7 @@ class Recording(Tape):
         generator: torch.Generator | None = None,
         max_memory: int | None = None,
         accumulate_grad: bool = False,
+        all_reduce: Any = False,
     ) -> Statistics:
         """Quantities of the recorded forward pass; see `statistics`.
 
@@ -79,14 +86,17 @@ class Recording(Tape):
         """
         loss = Loss.from_torch(loss_fn)
         wanted = resolve(quantities)
+        if (group := distributed.group_of(all_reduce)) is not None:
+            check_summable(wanted)
         with torch._C.DisableTorchFunction(), own_arithmetic(output.device):
             loss.check(output, target)
-            check_samples(wanted, len(output))
-            a = 1 / loss.normalizer(output, target)
-            value = batch_data.check_finite(loss.value(full(output), target))
+            if group is None:
+                check_samples(wanted, len(output))
+                scale = Scale(len(output), 1 / loss.normalizer(output, target))
+                value = batch_data.check_finite(loss.value(full(output), target))
             wanted = [q.bound(self, loss, output, target, max_memory) for q in wanted]
             if generator is None:
-                generator = torch.Generator(device=output.device).manual_seed(seed)
+                generator = torch.Generator(device=output.device).manual_seed(distributed.rank_seed(seed, group))
             by_source: dict[Source, list[Quantity]] = {}
             for q in wanted:
                 by_source.setdefault(q.source, []).append(q)
@@ -94,18 +104,32 @@ class Recording(Tape):
                 by_source.setdefault(GRADIENT, [])
             mixed = not any(q.per_sample for q in wanted)
             results: dict[str, dict[str, Any]] = {q.name: {} for q in wanted}
-            for source, group in by_source.items():
+            gradient: dict[str, Tensor | None] = {}  # of the unreduced loss, if it is to be accumulated
+            for source, sharing in by_source.items():
                 vectors = _vectors(loss, output, target, source, generator)
-                adds_grad = accumulate_grad and source == GRADIENT
-                found = self._reduce(output, vectors, group, Scale(len(output), a), max_memory, adds_grad, mixed)
-                for name, values in found.items():
-                    results[name] = values
-            for q in wanted:
-                results[q.name] = q.complete(results[q.name], Scale(len(output), a))
-        return Statistics(results, value, output.detach())
+                totals = gradient if accumulate_grad and source == GRADIENT else None
+                found = self._reduce(output, vectors, sharing, totals, max_memory, mixed)
+                results |= found if group is not None else {q.name: self._finished(q, found, scale) for q in sharing}
+            if group is not None:
+                batch = combine(wanted, results, gradient, self.parameters, loss, output, target, group)
+                scale, value, gradient = batch.scale, batch_data.check_finite(batch.loss), batch.gradient
+                check_samples(wanted, scale.N)
+                results = {q.name: self._finished(q, batch.values, scale, combined=True) for q in wanted}
+            if accumulate_grad:
+                wrapper = distributed.wrapper_group(self.model) if group is None else None
+                self._accumulate(gradient, scale.a, wrapper)
+        return Statistics(results, value, output.detach(), scale)
 
-    def _reduce(self, f, vectors, quantities, scale, max_memory, adds_grad, mixed) -> dict[str, dict[str, Any]]:
-        running: dict[str, dict[str, Any]] = {q.name: dict.fromkeys(self.parameters) for q in quantities}
+    @torch.no_grad()
+    def _finished(self, q: Quantity, running: Values, scale: Scale, combined: bool = False) -> dict[str, Any]:
+        if combined and q.over_ranks == "finished":
+            return {k: scale.a * v for k, v in running[q.name].items()}
+        values = {k: _as_parameter(q.finish(v, scale), self.parameters[k]) for k, v in running[q.name].items()}
+        return q.complete(values, scale)
+
+    def _reduce(self, f, vectors, quantities, totals, max_memory, mixed) -> Values:
+        """The running values after all vectors; autograd's own gradient is added to `totals` if given."""
+        running: Values = {q.name: dict.fromkeys(self.parameters) for q in quantities}
         needs = frozenset[str]().union(*(q.needs for q in quantities))
         size = max(1, sum(c.shape.numel() for c in self.calls) * f.element_size())
         count = max(1, (GROUP_BYTES if max_memory is None else max_memory // 2) // size)
@@ -113,14 +137,11 @@ class Recording(Tape):
         vs = list(islice(vectors, count))
         while vs:
             following = list(islice(vectors, count))
-            totals = {} if adds_grad else None
             outers = self.pull(f, torch.stack(vs) if len(vs) > 1 else vs[0][None], totals, batch_statistics=mixed)
             if following and needs:
                 keep_inputs(outers, KEEP_BYTES if max_memory is None else max_memory // 4)
             vs = following
             with torch.no_grad():
-                if totals is not None:
-                    self._accumulate(totals, scale.a)
                 for name in self.parameters:
                     uses = outers.pop(name)
                     group = Group(reduce(uses, needs, memory), uses, memory)
@@ -129,15 +150,15 @@ class Recording(Tape):
                             running[q.name][name] = q.add(running[q.name][name], group)
                         except NotImplementedError as e:
                             raise NotImplementedError(f"{q.name!r}: parameter {name!r} {e}") from None
-        with torch.no_grad():
-            return {
-                q.name: {k: _as_parameter(q.finish(v, scale), self.parameters[k]) for k, v in running[q.name].items()}
-                for q in quantities
-            }
+        return running
 
-    def _accumulate(self, totals: dict[str, Tensor | None], a: float) -> None:
+    @torch.no_grad()
+    def _accumulate(self, gradient: Mapping[str, Tensor | None], a: float, wrapper: Any) -> None:
+        """Add a times the gradient to `.grad`; averaged over a data-parallel wrapper's group, as backward() does."""
+        if wrapper is not None:
+            gradient, a = distributed.averaged(gradient, self.parameters, a, wrapper), 1.0
         for name, p in self.parameters.items():
-            if (g := totals[name]) is not None:
+            if (g := gradient[name]) is not None:
                 p.grad = a * g if p.grad is None else p.grad.add_(g, alpha=a)
 
 
@@ -182,6 +203,7 @@ def statistics(
     generator: torch.Generator | None = None,
     max_memory: int | None = None,
     accumulate_grad: bool = False,
+    all_reduce: Any = False,
     output: batch_data.Output | None = None,
     verify: str | bool = "auto",
 ) -> Statistics:
@@ -194,6 +216,9 @@ def statistics(
     seed, generator  for sampled labels, and for dropout in a model that is in training mode
     max_memory       bytes, an upper aim for temporary memory; the smallest chunk never raises
     accumulate_grad  also add the gradient of the loss to `.grad`, as backward() would
+    all_reduce       True or a `torch.distributed` process group: quantities, loss and accumulated gradient are those of
+                     one big batch, the samples of all ranks together, whatever the number of each; per-sample ones
+                     (sample_grads, square_norms, gram, sqrt_ggn, ...) stay those of this rank.  All ranks must call
     output           picks the output tensor from a structured result, e.g. ``lambda o: o.logits``
     verify           how often sample independence is certified (two extra pulls): "auto" (when a sequence of calls and
                      shapes is first seen and on its calls 2, 4, 8, ...), "always" or False
@@ -208,11 +233,11 @@ def statistics(
     if (pair := batch_data.as_batch(batch)) is None:
         raise ValueError(f"batch is a {type(batch).__name__}; expected (inputs, targets) or a dict with 'labels'.")
     inputs, target = pair
-    with isolated(model, target.device, seed):
+    with isolated(model, target.device, distributed.rank_seed(seed, distributed.group_of(all_reduce))):
         twice = twice_differentiable() if any(q.twice for q in resolve(quantities)) else nullcontext()
         with torch.inference_mode(False), torch.enable_grad(), record(model, verify) as tape, twice:
             f = batch_data.call(trees.unwrapped(model), inputs, output)
         return tape.statistics(
             loss_fn, f, target, quantities, seed=seed, generator=generator, max_memory=max_memory,
-            accumulate_grad=accumulate_grad,
+            accumulate_grad=accumulate_grad, all_reduce=all_reduce,
         )  # fmt: skip
