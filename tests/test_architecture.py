@@ -25,6 +25,7 @@ FLOORS = [
     },
     {
         "quantities",
+        "data_parallel",
         "diag_hessian",
         "through_call",
         "hessian_columns",
@@ -39,7 +40,7 @@ FLOORS = [
         "quadratic",
         "bias",
     },
-    {"posteriors", "gp", "optim", "noise", "report", "inspection", "cli", "__main__"},
+    {"posteriors", "gp", "optim", "noise", "logging", "report", "inspection", "cli", "__main__"},
 ]
 KNOWN = set().union(*FLOORS, {"problems"})
 FLOOR_NAMES = ["ground", "engine", "middle", "roof"]
