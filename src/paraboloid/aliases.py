@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 STRETCHES = {
-    Tensor.expand, Tensor.expand_as, Tensor.to, Tensor.type_as, Tensor.float, Tensor.double, Tensor.contiguous,
-    torch.broadcast_to, Tensor.broadcast_to,
+    Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to, Tensor.contiguous, Tensor.clone,
+    torch.clone, Tensor.to, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16,
 }  # fmt: skip
 REPEATS = {Tensor.repeat, torch.tile, Tensor.tile}
 JOINS = {torch.cat, torch.concat, torch.concatenate, torch.stack}

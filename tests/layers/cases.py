@@ -301,6 +301,10 @@ RAW = {
         around(lambda m, x: F.layer_norm(F.linear(x, m.w.expand(3, 4), m.b.expand(3)), (3,), m.s.expand(3))
                + F.group_norm(x[:, :3], 1, m.s.expand(3)), w=(1, 4), b=(1,), s=(1,)), dense(4)
     ),
+    "a copy, and a copy changed in place": (
+        around(lambda m, x: F.linear(F.linear(x, m.w.clone()).tanh(), m.v.clone().mul_(m.s)), w=(3, 4), v=(2, 3), s=(3,)),
+        dense(4),
+    ),
     "a turned and stretched matrix": (around(lambda m, x: F.linear(x, m.w.t().expand(3, 4)), w=(4, 1)), dense(4)),
     "in-place sums": (around(lambda m, x: F.linear(x, m.w).add_(m.b), w=(3, 4), b=(3,)), dense(4)),
     "differently spelled arithmetic": (

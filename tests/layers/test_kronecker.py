@@ -17,6 +17,7 @@ WITHOUT = {  # case -> what its weight is to the parameter
     "joined tables": "a lookup in two tables at once",
     "stretched matrices and vectors": "one row used as three",
     "a turned and stretched matrix": "the same of the transposed one",
+    "a copy, and a copy changed in place": "a product of two parameters",
 }
 
 
