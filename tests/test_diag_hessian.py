@@ -21,17 +21,6 @@ from paraboloid.single_use import Recorded, single_uses
 from paraboloid.twice_differentiable import twice_differentiable
 
 SLOW = r"used several times, through other tensors or by an operation without a rule"
-ENTANGLED = {
-    "gpt",
-    "shared",
-    "low rank",
-    "reparametrised",
-    "old style",
-    "vit",
-    "encoder decoder",
-    "tagger",
-    "sequence first",
-}
 
 
 def trainable(model):
@@ -82,11 +71,32 @@ def method(model, inputs, loss_fn, y):
 def test_every_model(model_name, loss_name):
     model, inputs = models.make(model_name)
     loss_fn, y = losses_table.make(loss_name, call(model, inputs))
-    if model_name in ENTANGLED:
-        with pytest.warns(UserWarning, match=SLOW):
-            check(model, inputs, loss_fn, y)
-    else:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*" + SLOW)
         check(model, inputs, loss_fn, y)
+
+
+@pytest.mark.parametrize(
+    "model_name, names",
+    [
+        ("mlp", []),
+        ("resnet", []),
+        ("transformer layer", []),
+        ("gpt", ["tokens.weight"]),
+        ("low rank", ["a", "b"]),
+        ("shared", ["inner.weight", "inner.bias", "outer.weight"]),
+    ],
+)
+def test_parameters_that_no_single_call_uses_are_named_in_a_warning(model_name, names):
+    model, inputs = models.make(model_name)
+    loss_fn, y = losses_table.make("ce", call(model, inputs))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pb.statistics(model, loss_fn, (inputs, y), "diag_hessian")
+    assert len(caught) == bool(names)
+    assert not names or str(caught[0].message).startswith(
+        f"diag_hessian: the parameters {names} are used several times"
+    )
 
 
 def linear_chain(*widths, activation=nn.Sigmoid):

@@ -4,7 +4,7 @@ from paraboloid import linalg, losses, operators, quantities
 from paraboloid.bias import Bias, bias
 from paraboloid.kron import Kron
 from paraboloid.losses import Loss
-from paraboloid.operators import GGN, Hessian
+from paraboloid.operators import GGN, PCH, Hessian
 from paraboloid.problems import Problem
 from paraboloid.quadratic import Quadratic, quadratic
 from paraboloid.statistics import Statistics, record, statistics
@@ -12,6 +12,7 @@ from paraboloid.statistics import Statistics, record, statistics
 __version__ = "0.1.0.dev0"
 __all__ = [
     "GGN",
+    "PCH",
     "Bias",
     "Hessian",
     "Kron",

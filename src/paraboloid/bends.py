@@ -122,6 +122,7 @@ class Graph:
         self.reach: dict[Any, int] = {}  # calls at a node or below it
         self.under: dict[Any, int] = {}  # calls below it
         self.active: dict[Any, list[int]] = {}
+        self.others: list[str] = []  # the names of nodes that bend otherwise than as a diagonal, once `bends` was asked
         stack = [(f.grad_fn, False)]
         while stack:
             node, ready = stack.pop()
@@ -150,7 +151,7 @@ class Graph:
         if not edges:
             return [], 0
         found = iter(torch.autograd.grad(f, edges, gradient.to(f.dtype), retain_graph=True, allow_unused=True))
-        smooth, full = [], 0
+        smooth, full, self.others = [], 0, []
         for node in wanted:
             gs = [next(found) for _ in node._input_metadata]
             kind, below = kinds[node], inputs(node, self.active[node])
@@ -168,6 +169,7 @@ class Graph:
                 smooth.append(Bend(node, below[0], _along(node, gs, self.active[node], below, None)[0]))
             elif kind == "unknown":
                 full |= self.under[node]
+                self.others.append(node.name())
         return smooth, full
 
     def descend(self, edge: GradientEdge, d: Tensor) -> Iterator[tuple[int | None, Tensor, GradientEdge]]:

@@ -15,8 +15,9 @@ from paraboloid.linalg.krylov import orthogonalise, random_unit
 from paraboloid.linalg.operand import check_count
 from paraboloid.linalg.probes import Seed, generator_of
 from paraboloid.operators import GGN, Hessian, Identity, LinearOperator
-from paraboloid.operators.ggn import OutputGraph, join
+from paraboloid.operators.ggn import OutputGraph
 from paraboloid.operators.replay import Replay
+from paraboloid.operators.vectors import join
 
 CURVATURES: dict[str, type[GGN] | type[Hessian]] = {"ggn": GGN, "hessian": Hessian}
 

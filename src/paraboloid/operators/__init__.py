@@ -6,6 +6,7 @@ model       any nn.Module, in the mode it is in; only parameters with requires_g
 loss_fn     a torch loss module, a `pb.Loss`, or any callable (f, y) -> scalar
 data        a batch or an iterable of batches; an iterable is read on each product unless its graphs are kept, must give
             the same samples each time, and counts as one big batch (but for layers that couple a batch's samples)
+blocks      which parameters are coupled: see `paraboloid.operators.blocks`
 output      picks the output tensor from a structured result, e.g. ``lambda o: o.logits``
 seed        of dropout masks and the like, drawn once: the operator is the same on every product
 max_memory  bytes of recorded graphs (and of a GGN's root) that are kept between products (default 1 GiB).  With all
@@ -15,7 +16,12 @@ max_memory  bytes of recorded graphs (and of a GGN's root) that are kept between
 from paraboloid.linalg.estimate import Estimate, TensorEstimate
 from paraboloid.operators.algebra import Identity, Scaled, Sum
 from paraboloid.operators.base import LinearOperator
+from paraboloid.operators.blocks import BlockDiagonal
 from paraboloid.operators.ggn import GGN
 from paraboloid.operators.hessian import Hessian
+from paraboloid.operators.pch import PCH
 
-__all__ = ["GGN", "Estimate", "Hessian", "Identity", "LinearOperator", "Scaled", "Sum", "TensorEstimate"]
+__all__ = [
+    "GGN", "PCH", "BlockDiagonal", "Estimate", "Hessian", "Identity", "LinearOperator", "Scaled", "Sum",
+    "TensorEstimate",
+]  # fmt: skip

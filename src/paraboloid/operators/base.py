@@ -25,6 +25,7 @@ class LinearOperator:
     """
 
     parameters: Mapping[str, Tensor]
+    blocks: list[list[int]] | None = None  # the places of each block's parameters, where the matrix is block-diagonal
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -143,19 +144,28 @@ class LinearOperator:
         return self.like(linalg.cg(_Damped(self, damping), columns, tol, max_iterations, preconditioner), b)
 
     def inverse(self, damping: float = 0.0) -> LinearOperator:
-        raise NotImplementedError(self._no_structure("inverse(damping)"))
+        """(A + damping I)^-1 as an operator, for matrices with structure."""
+        return self._structured("inverse(damping)").inverse(damping)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
-        raise NotImplementedError(self._no_structure("logdet(damping)"))
+        """log det(A + damping I), for matrices with structure."""
+        return self._structured("logdet(damping)").logdet(damping)
 
     def sqrt_matmul(self, v: Any) -> Any:
-        raise NotImplementedError(self._no_structure("sqrt_matmul(v)"))
+        """A^(1/2) v with the symmetric root, for matrices with structure."""
+        return self._structured("sqrt_matmul(v)").sqrt_matmul(v)
 
-    def _no_structure(self, what: str) -> str:
-        return (
-            f"{type(self).__name__} is known by its products alone, so it has no {what}; expected an operator with "
-            "structure, such as a Kronecker-factored one. Use solve(b, damping=...) for a linear system, or to_dense()."
-        )
+    def _structured(self, what: str) -> LinearOperator:
+        """The blocks of a block-diagonal matrix as dense ones; raises NotImplementedError where there are none."""
+        if self.blocks is None:
+            raise NotImplementedError(
+                f"{type(self).__name__} is known by its products alone, so it has no {what}; expected an operator with "
+                "structure, such as a block-diagonal or Kronecker-factored one. Use solve(b, damping=...) for a linear "
+                "system, or to_dense()."
+            )
+        from paraboloid.operators.blocks import dense_blocks
+
+        return dense_blocks(self)
 
     def to_scipy(self):
         """The same operator as a `scipy.sparse.linalg.LinearOperator`, float64 in and out, on the CPU's side."""

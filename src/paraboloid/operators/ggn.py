@@ -13,8 +13,10 @@ from paraboloid.data import Output
 from paraboloid.linalg.probes import Seed, normal
 from paraboloid.losses import Loss
 from paraboloid.operators.base import LinearOperator
+from paraboloid.operators.blocks import Blocks, dense_blocks, places, product, resolve_blocks
 from paraboloid.operators.replay import Replay
 from paraboloid.operators.root import Root
+from paraboloid.operators.vectors import dot, join, split
 
 
 class OutputGraph:
@@ -37,19 +39,26 @@ class OutputGraph:
         g = torch.autograd.grad(self.f, self.parameters, u, create_graph=True, allow_unused=True)
         return u, {i: t for i, t in enumerate(g) if t is not None and t.requires_grad}
 
-    def pull(self, w: Tensor) -> list[Tensor]:
-        """J^T w, one tensor for each parameter."""
-        grads = torch.autograd.grad(self.f, self.parameters, w.to(self.f.dtype), retain_graph=True, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, grads, strict=True)]
+    def pull(self, w: Tensor, block: Sequence[int] | None = None) -> list[Tensor]:
+        """J^T w, one tensor for each parameter (of a block)."""
+        chosen = self.parameters if block is None else [self.parameters[i] for i in block]
+        grads = torch.autograd.grad(self.f, chosen, w.to(self.f.dtype), retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(chosen, grads, strict=True)]
 
-    def push(self, v: list[Tensor]) -> Tensor:
-        """J v, of the output's shape."""
+    def push(self, v: Sequence[Tensor], block: Sequence[int] | None = None) -> Tensor:
+        """J v, of the output's shape; for v along the parameters of a block."""
         u, g = self.transposed
-        if not g:
+        at = range(len(self.parameters)) if block is None else block
+        pairs = [(g[i], t.to(g[i].dtype)) for i, t in zip(at, v, strict=True) if i in g]
+        if not pairs:
             return torch.zeros_like(self.f)
-        weights = [v[i].to(t.dtype) for i, t in g.items()]
-        (jv,) = torch.autograd.grad(list(g.values()), u, weights, retain_graph=True, materialize_grads=True)
+        outputs, weights = zip(*pairs, strict=True)
+        (jv,) = torch.autograd.grad(outputs, u, weights, retain_graph=True, materialize_grads=True)
         return jv
+
+    def product(self, v: Sequence[Tensor], block: Sequence[int]) -> list[Tensor]:
+        """J^T H J v within a block of parameters."""
+        return self.pull(self.hessian(self.push(v, block)), block)
 
     def hessian(self, u: Tensor) -> Tensor:
         """H u, the (positive semi-definite) curvature of the unreduced loss in the output."""
@@ -76,6 +85,9 @@ class GGN(LinearOperator):
     products; `diagonal` and `trace` take D quadratic forms, or one backward pass for each sample and column of the
     loss's root (about N C of them) where those are fewer; `samples=` takes that many.  Where weights are used at many
     positions (convolutions) and many products are asked for, a square root of the matrix takes over: see `Root`.
+
+    blocks: "all", or only the diagonal blocks of each "parameter", each "layer" or lists of names: see
+    `paraboloid.operators.blocks`.  A product with every block costs up to 2 gradients for each of them.
     """
 
     def __init__(
@@ -84,26 +96,32 @@ class GGN(LinearOperator):
         loss_fn: Any,
         data: Any,
         *,
+        blocks: Blocks = "all",
         output: Output | None = None,
         seed: int = 0,
         max_memory: int | None = None,
     ):
         self.replay = Replay(model, loss_fn, data, OutputGraph, output=output, seed=seed, max_memory=max_memory)
         self.parameters = self.replay.parameters
+        self.blocks = resolve_blocks(self.parameters, blocks)
         self.root = Root(self.replay)
 
     def _product(self, rows: Tensor) -> Tensor:
-        if (S := self.root.after(len(rows))) is not None:
+        if (S := self.root.after(len(rows))) is None:
+            return product(self.replay, self.blocks, rows)
+        if self.blocks is None:
             return (rows @ S.T) @ S / self.replay.normalizer
-        with self.replay.graphs() as graphs:
-            result = torch.zeros_like(rows)
-            for graph in graphs:
-                for v, total in zip(rows, result, strict=True):
-                    w = graph.hessian(graph.push(split(v, graph.parameters)))
-                    total += join(graph.pull(w))
-        return result / self.replay.normalizer
+        result = torch.empty_like(rows)
+        for at in (places(self.parameters, block) for block in self.blocks):
+            result[:, at] = (rows[:, at] @ S[:, at].T) @ S[:, at] / self.replay.normalizer
+        return result
+
+    def to_dense(self) -> Tensor:
+        return super().to_dense() if self.blocks is None else dense_blocks(self).to_dense()
 
     def quadratic_forms(self, directions: Tensor) -> Tensor:
+        if self.blocks is not None:
+            return super().quadratic_forms(directions)
         rows = self.rows(directions)
         if (S := self.root.after(len(rows))) is not None:
             return (rows @ S.T).square().sum(1) / self.replay.normalizer
@@ -140,19 +158,3 @@ class GGN(LinearOperator):
             return sum(len(graph.f) * graph.loss.root_columns(graph.f) for graph in self.replay.kept)
         except NotImplementedError:  # a plain callable may couple the samples
             return self.shape[0]
-
-
-def split(v: Tensor, parameters: list[Tensor]) -> list[Tensor]:
-    """A flat [D] vector as one tensor for each parameter."""
-    pieces = v.split([p.numel() for p in parameters])
-    return [t.view_as(p).to(p.dtype) for t, p in zip(pieces, parameters, strict=True)]
-
-
-def dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    """The inner product of two vectors given as one tensor for each parameter."""
-    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
-
-
-def join(tensors: Sequence[Tensor]) -> Tensor:
-    """One tensor for each parameter as a flat [D] vector."""
-    return torch.cat([t.reshape(-1) for t in tensors])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,8 +13,9 @@ from paraboloid.data import Output
 from paraboloid.linalg.probes import normal
 from paraboloid.losses import Loss
 from paraboloid.operators.base import LinearOperator
-from paraboloid.operators.ggn import dot, join, split
+from paraboloid.operators.blocks import Blocks, dense_blocks, product, resolve_blocks
 from paraboloid.operators.replay import Replay
+from paraboloid.operators.vectors import dot
 
 
 class GradientGraph:
@@ -41,13 +43,15 @@ class GradientGraph:
         Av, Aw = self.product(v), self.product(w)
         return dot(w, Av), dot(v, Aw), dot(Av, Av).sqrt() + dot(Aw, Aw).sqrt()
 
-    def product(self, v: list[Tensor]) -> list[Tensor]:
-        """Hessian times v, one tensor for each parameter."""
-        curved = [(g, w) for g, w in zip(self.g, v, strict=True) if g.requires_grad]
+    def product(self, v: Sequence[Tensor], block: Sequence[int] | None = None) -> list[Tensor]:
+        """Hessian times v, one tensor for each parameter (within a block of them)."""
+        at = range(len(self.parameters)) if block is None else block
+        chosen = [self.parameters[i] for i in at]
+        curved = [(self.g[i], w) for i, w in zip(at, v, strict=True) if self.g[i].requires_grad]
         if not curved:  # the loss is linear in the parameters
-            return [torch.zeros_like(p) for p in self.parameters]
+            return [torch.zeros_like(p) for p in chosen]
         grads, weights = zip(*curved, strict=True)
-        return list(torch.autograd.grad(grads, self.parameters, weights, retain_graph=True, materialize_grads=True))
+        return list(torch.autograd.grad(grads, chosen, weights, retain_graph=True, materialize_grads=True))
 
 
 class Hessian(LinearOperator):
@@ -57,6 +61,9 @@ class Hessian(LinearOperator):
 
     Cost: a product with a kept graph is about 2 gradients; `to_dense`, `diagonal` and `trace` take D products, or
     `samples=` of them.
+
+    blocks: "all", or only the diagonal blocks of each "parameter", each "layer" or lists of names: see
+    `paraboloid.operators.blocks`.  A product with every block costs up to 2 gradients for each of them.
     """
 
     def __init__(
@@ -65,17 +72,17 @@ class Hessian(LinearOperator):
         loss_fn: Any,
         data: Any,
         *,
+        blocks: Blocks = "all",
         output: Output | None = None,
         seed: int = 0,
         max_memory: int | None = None,
     ):
         self.replay = Replay(model, loss_fn, data, GradientGraph, output=output, seed=seed, max_memory=max_memory)
         self.parameters = self.replay.parameters
+        self.blocks = resolve_blocks(self.parameters, blocks)
 
     def _product(self, rows: Tensor) -> Tensor:
-        with self.replay.graphs() as graphs:
-            result = torch.zeros_like(rows)
-            for graph in graphs:
-                for v, total in zip(rows, result, strict=True):
-                    total += join(graph.product(split(v, graph.parameters)))
-        return result / self.replay.normalizer
+        return product(self.replay, self.blocks, rows)
+
+    def to_dense(self) -> Tensor:
+        return super().to_dense() if self.blocks is None else dense_blocks(self).to_dense()

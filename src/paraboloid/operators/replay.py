@@ -26,8 +26,6 @@ _NO_TARGETS = (
 class Graph(Protocol):
     """One batch, recorded for derivatives of its unreduced loss."""
 
-    def __init__(self, f: Tensor, y: Any, loss: Loss, parameters: list[Tensor]): ...
-
     def prepare(self) -> None:
         """Record what products need, if that is not done yet."""
         ...
@@ -63,17 +61,19 @@ class Replay:
         model: Any,
         loss_fn: Any,
         data: Any,
-        graph: type[Graph],
+        graph: Callable[[Tensor, Any, Loss, list[Tensor]], Graph],
         *,
         output: batch_data.Output | None = None,
         seed: int = 0,
         max_memory: int | None = None,
+        inside: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
         self.parameters: dict[str, nn.Parameter] = trees.parameters(model)
         self.model, self.loss, self.data, self.graph, self.output = eager(model), as_loss(loss_fn), data, graph, output
         if isinstance(data, Iterator):
             raise ValueError(f"data is a {type(data).__name__}, which can be read only once; expected a batch, or what "
                              "can be iterated again, such as a list of batches or a DataLoader.")  # fmt: skip
+        self.inside = inside  # of every forward pass that a graph is made from
         device = next(iter(self.parameters.values())).device
         self.stream, self.autocast = RandomStream(seed, device), Autocast(device)
         self.max_memory = MAX_MEMORY if max_memory is None else max_memory
@@ -115,7 +115,7 @@ class Replay:
 
     def _graphs(self) -> Iterator[Any]:
         total = 0.0
-        for f, y in self._outputs():
+        for f, y in self._outputs(self.inside):
             total += self._summed_loss(f, y)
             yield self.graph(f, y, self.loss, list(self.parameters.values()))
         self._check_total(total)
@@ -136,7 +136,7 @@ class Replay:
 
     def _first_pass(self) -> None:
         with undisturbed(self.model):
-            outputs = self._outputs()
+            outputs = self._outputs(self.inside)
             while self.kept is not None:
                 with Footprint(self.parameters.values()) as footprint:
                     if (pair := next(outputs, None)) is None:

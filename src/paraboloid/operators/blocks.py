@@ -1,0 +1,161 @@
+"""Block-diagonal curvature: what couples the parameters of different blocks is left out.
+
+blocks: "all" (one block), "parameter" (a block for each), "layer" (the parameters of one module together), or a list of
+lists of names that holds each parameter once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paraboloid.operators.base import LinearOperator
+from paraboloid.operators.replay import Replay
+from paraboloid.operators.vectors import join, split
+
+Blocks = str | Sequence[Sequence[str]]
+MOST_ELEMENTS = 20_000  # of one block as a dense matrix
+
+
+def resolve_blocks(parameters: Mapping[str, Tensor], blocks: Blocks) -> list[list[int]] | None:
+    """The places of each block's parameters in the order of `parameters`; None for "all".
+
+    Raises ValueError for wrong names.
+    """
+    names = list(parameters)
+    if blocks == "all":
+        return None
+    if blocks == "parameter":
+        return [[i] for i in range(len(names))]
+    if blocks == "layer":
+        modules: dict[str, list[int]] = {}
+        for i, name in enumerate(names):
+            path = f".{name}".split(".parametrizations.")[0]
+            modules.setdefault(path if path != f".{name}" else path.rpartition(".")[0], []).append(i)
+        return list(modules.values())
+    if isinstance(blocks, str):
+        raise ValueError(f"blocks is {blocks!r}; expected 'all', 'parameter', 'layer' or a list of lists of names.")
+    given = [list(block) for block in blocks]
+    flat = [name for block in given for name in block]
+    unknown, missing = sorted(set(flat) - set(names)), [name for name in names if name not in flat]
+    repeated = sorted({name for name in flat if flat.count(name) > 1})
+    if unknown or missing or repeated or not all(given):
+        raise ValueError(
+            f"blocks does not hold every parameter once: unknown {unknown}, missing {missing}, repeated {repeated}; "
+            f"expected lists with the names {names}."
+        )
+    at = {name: i for i, name in enumerate(names)}
+    return [sorted(at[name] for name in block) for block in given]
+
+
+def places(parameters: Mapping[str, Tensor], block: Sequence[int]) -> Tensor:
+    """Where the elements of a block's parameters lie in a flat vector, [D_b]."""
+    sizes = [p.numel() for p in parameters.values()]
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    device = next(iter(parameters.values())).device
+    return torch.cat([torch.arange(ends[i] - sizes[i], ends[i], device=device) for i in block])
+
+
+def block_products(replay: Replay, blocks: Sequence[Sequence[int]], rows: Sequence[Tensor]) -> list[Tensor]:
+    """Products of the diagonal blocks with rows [K, D_b] each, in one pass over the data."""
+    parameters = list(replay.parameters.values())
+    with replay.graphs() as graphs:
+        results = [torch.zeros_like(r) for r in rows]
+        for graph in graphs:
+            for block, r, result in zip(blocks, rows, results, strict=True):
+                chosen = [parameters[i] for i in block]
+                for v, total in zip(r, result, strict=True):
+                    total += join(graph.product(split(v, chosen), block))
+    return [r / replay.normalizer for r in results]
+
+
+def product(replay: Replay, blocks: Sequence[Sequence[int]] | None, rows: Tensor) -> Tensor:
+    """Products of the block-diagonal matrix (the whole one for None) with rows [K, D]."""
+    if blocks is None:
+        return block_products(replay, [range(len(replay.parameters))], [rows])[0]
+    at = [places(replay.parameters, block) for block in blocks]
+    result = torch.empty_like(rows)
+    for where, part in zip(at, block_products(replay, blocks, [rows[:, i] for i in at]), strict=True):
+        result[:, where] = part
+    return result
+
+
+def dense_blocks(operator: Any) -> BlockDiagonal:
+    """The blocks of an operator with `replay` and `blocks` as dense matrices, in one pass over the data."""
+    sizes = [len(places(operator.parameters, block)) for block in operator.blocks]
+    if max(sizes) > MOST_ELEMENTS:
+        raise ValueError(
+            f"a block of {type(operator).__name__} has {max(sizes)} elements, too many for a dense matrix; expected at "
+            f"most {MOST_ELEMENTS}. Use solve(b, damping=...) or a Kronecker-factored operator."
+        )
+    eyes = [torch.eye(size, dtype=operator.dtype, device=operator.device) for size in sizes]
+    found = block_products(operator.replay, operator.blocks, eyes)
+    return BlockDiagonal(operator.parameters, operator.blocks, [(B + B.T) / 2 for B in found])
+
+
+class BlockDiagonal(LinearOperator):
+    """A block-diagonal matrix with dense symmetric blocks: block b couples the parameters at the places blocks[b]."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], blocks: Sequence[Sequence[int]], matrices: Sequence[Tensor]):
+        self.parameters, self.blocks, self.matrices = parameters, [list(b) for b in blocks], list(matrices)
+        self.at = [places(parameters, block) for block in blocks]
+
+    def _with(self, matrices: Sequence[Tensor]) -> BlockDiagonal:
+        assert self.blocks is not None
+        return BlockDiagonal(self.parameters, self.blocks, matrices)
+
+    def _product(self, rows: Tensor) -> Tensor:
+        result = torch.zeros_like(rows)
+        for where, B in zip(self.at, self.matrices, strict=True):
+            result[:, where] = rows[:, where] @ B
+        return result
+
+    def to_dense(self) -> Tensor:
+        result = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        for where, B in zip(self.at, self.matrices, strict=True):
+            result[where.unsqueeze(1), where] = B
+        return result
+
+    def diagonal(self, samples=None, seed=0):
+        if samples is not None:
+            return super().diagonal(samples, seed)
+        result = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
+        for where, B in zip(self.at, self.matrices, strict=True):
+            result[where] = B.diagonal()
+        return result
+
+    @cached_property
+    def _eigen(self) -> list[tuple[Tensor, Tensor]]:
+        return [torch.linalg.eigh(B) for B in self.matrices]
+
+    def _positive(self, damping: float) -> list[Tensor]:
+        """The eigenvalues plus damping of each block; raises ValueError where one is not safely positive."""
+        shifted = [values + damping for values, _ in self._eigen]
+        lowest, highest = (float(torch.stack([f(s) for s in shifted]).amax()) for f in (lambda s: -s.min(), torch.max))
+        if not -lowest > torch.finfo(self.dtype).eps * highest:
+            raise ValueError(f"the smallest eigenvalue plus damping is {-lowest:.4g} and the largest {highest:.4g}; "
+                             f"expected a positive definite matrix. Increase damping (now {damping}).")  # fmt: skip
+        return shifted
+
+    def inverse(self, damping: float = 0.0) -> BlockDiagonal:
+        """(A + damping I)^-1, exact."""
+        pairs = zip(self._positive(damping), self._eigen, strict=True)
+        return self._with([(V / s) @ V.T for s, (_, V) in pairs])
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """log det(A + damping I)."""
+        return torch.stack([s.log().sum() for s in self._positive(damping)]).sum()
+
+    def sqrt_matmul(self, v: Any) -> Any:
+        """A^(1/2) v, the symmetric root, for a positive semi-definite A; v in any form that `@` takes."""
+        roots = []
+        for values, V in self._eigen:
+            if values.min() < -(torch.finfo(self.dtype).eps ** 0.5) * values.abs().max():
+                raise ValueError(f"the smallest eigenvalue is {values.min():.4g}; expected a positive semi-definite "
+                                 "matrix, which alone has a real root.")  # fmt: skip
+            roots.append((V * values.clamp(min=0).sqrt()) @ V.T)
+        return self._with(roots) @ v
