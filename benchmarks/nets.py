@@ -13,6 +13,13 @@ def mlp() -> nn.Module:
     )
 
 
+def sigmoid_mlp() -> nn.Module:
+    """784-500-300-10 with sigmoids, whose Hessian is not the GGN plus nothing."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 500), nn.Sigmoid(), nn.Linear(500, 300), nn.Sigmoid(), nn.Linear(300, 10)
+    )
+
+
 def net_3c3d() -> nn.Module:
     """Three convolutions and three dense layers, 895,210 parameters (DeepOBS)."""
     return nn.Sequential(
@@ -50,6 +57,7 @@ class Transformer(nn.Module):
 
 NETS = {
     "mlp": (mlp, (1, 28, 28), 10),
+    "sigmoid mlp": (sigmoid_mlp, (1, 28, 28), 10),
     "3c3d": (net_3c3d, (3, 32, 32), 10),
     "allcnnc": (all_cnn_c, (3, 32, 32), 100),
     "transformer": (Transformer, (32, 64), 10),

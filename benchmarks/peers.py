@@ -49,6 +49,7 @@ def backpack(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], o
         "diag_ggn": run(e.DiagGGNExact()),
         "kfac": run(e.KFAC()),
         "kflr": run(e.KFLR()),
+        "diag_hessian": run(e.DiagHessian()),
     }
 
 

@@ -14,16 +14,22 @@ from benchmarks.harness import Table, compare, write
 from benchmarks.peers import PEERS
 
 FIRST = ["sample_grads", "square_norms", "second_moment", "variance"]
-QUANTITIES = {q: [q] for q in (*FIRST, "diag_ggn_mc", "diag_ggn", "kfac", "kflr")} | {
+QUANTITIES = {q: [q] for q in (*FIRST, "diag_ggn_mc", "diag_ggn", "kfac", "kflr", "diag_hessian")} | {
     "first-order together": ["grad", *FIRST]
 }
 SETTINGS = {
     "mlp": [128],
+    "sigmoid mlp": [32],
     "3c3d": [64, 128],
     "allcnnc": [8, 32],
     "transformer": [32],
 }
-HEAVY = {("allcnnc", 32): {"diag_ggn", "kflr"}}  # minutes each, at any batch size; the small batch shows the ratio
+HEAVY = {  # minutes each (All-CNN-C's 99 columns): the small batch shows the ratio; or beside the point of the net
+    ("allcnnc", 8): {"diag_hessian"},
+    ("allcnnc", 32): {"diag_ggn", "kflr", "diag_hessian"},
+    ("transformer", 32): {"diag_hessian"},
+    ("sigmoid mlp", 32): {*QUANTITIES} - {"diag_hessian", "diag_ggn"},
+}
 
 
 def table(net: str, batch: int, only: list[str] | None, budget: float, peers: bool) -> Table:
