@@ -1,6 +1,6 @@
 """Local quadratic models of deep-learning losses from mini-batches: statistics, curvature, debiasing."""
 
-from paraboloid import linalg, losses, operators, quantities
+from paraboloid import linalg, logging, losses, operators, quantities
 from paraboloid.bias import Bias, bias
 from paraboloid.kron import Kron
 from paraboloid.losses import Loss
@@ -22,6 +22,7 @@ __all__ = [
     "Statistics",
     "bias",
     "linalg",
+    "logging",
     "losses",
     "operators",
     "quadratic",
