@@ -91,6 +91,11 @@ def wrapped(rank, mine):
         pb.statistics(model, loss, batch, "square_norms", accumulate_grad=True)
         found["accumulated"] = {k: p.grad.clone() for k, p in plain.named_parameters()}
         model.zero_grad()
+        with pb.record(model) as tape:
+            output = model.module(batch[0])
+        tape.statistics(loss, output, batch[1], "grad", accumulate_grad=True)
+        found["instead of backward"] = {k: p.grad.clone() for k, p in plain.named_parameters()}
+        model.zero_grad()
         with model.no_sync():
             pb.statistics(model, loss, batch, "square_norms", accumulate_grad=True)
         found["not synchronised"] = {k: p.grad.clone() for k, p in plain.named_parameters()}

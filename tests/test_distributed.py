@@ -116,6 +116,7 @@ def test_a_data_parallel_wrapper(ranks):
                 close(found["recorded"][q][k], own[r][q][k], k)
             close(found["backward"][k], mean, k)
             close(found["accumulated"][k], mean, k)
+            close(found["instead of backward"][k], mean, k)
             close(found["not synchronised"][k], exact[r][k], k)
 
 
