@@ -61,12 +61,16 @@ def fitted(plan: Plan, problem: Problem) -> tuple[Plan, int]:
     """The plan within its budgets, as far as sensible, and the number of training steps.
 
     Samples are halved, but at least four of the smallest batches remain; then repeats (at least 3) and vectors of the
-    density (at least 1). The same problem and plan always give the same.
+    density (at least 1); a quick plan then takes fewer density steps, and evaluates the losses no more
+    often than the training budget holds. The same problem and plan always give the same.
     """
     cost = GRADIENT * forward_operations(problem)
     steps = problems.step_count(problem)
     if plan.training_budget is not None:
         steps = min(steps, max(10, round(plan.training_budget / (cost * problem.training.batch_size))))
+        once = forward_operations(problem) * (len(problem.train) + len(problem.test))  # the losses, on all of both sets
+        evaluations = max(3, min(plan.evaluations, round(plan.training_budget / once)))
+        plan = dataclasses.replace(plan, evaluations=evaluations)
     plan = dataclasses.replace(plan, samples=min(plan.samples, len(problem.train)))
     if (budget := plan.budget) is None:
         return plan, steps
@@ -77,6 +81,8 @@ def fitted(plan: Plan, problem: Problem) -> tuple[Plan, int]:
         plan = dataclasses.replace(
             plan, repeats=max(3, plan.repeats // 2), density_samples=max(1, plan.density_samples // 2)
         )
+    if plan.is_quick and _work(plan, problem) * cost > budget:
+        plan = dataclasses.replace(plan, density_steps=min(20, plan.density_steps))
     return plan, steps
 
 
