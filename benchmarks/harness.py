@@ -93,14 +93,14 @@ def compare(title: str, reference: Run, rows: dict[str, dict[str, Run]], budget:
         warm = 0.0
         for label, run in contenders.items():
             try:
-                seconds(run)
-                warm += seconds(run)
+                first = seconds(run)
+                warm += seconds(run) if first < 2 else first
                 working[label] = run
             except Exception as error:  # a peer's refusal is a result
                 first = (str(error).strip().splitlines() or [""])[0][:60]
                 table.rows[name][label] = Timing(label, note=f"{type(error).__name__}: {first}")
         ratios: dict[str, list[float]] = {label: [] for label in working}
-        rounds = max(5, min(41, int(budget / (warm + 1e-9))))
+        rounds = max(3, min(41, int(budget / (warm + 1e-9))))
         gc.collect()
         gc.disable()
         try:

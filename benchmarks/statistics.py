@@ -24,8 +24,8 @@ SETTINGS = {
     "allcnnc": [8, 32],
     "transformer": [32],
 }
-HEAVY = {  # minutes each (All-CNN-C's 99 columns): the small batch shows the ratio; or beside the point of the net
-    ("allcnnc", 8): {"diag_hessian"},
+HEAVY = {  # minutes each (All-CNN-C's 99 columns), or beside the point of the net: by --only
+    ("allcnnc", 8): {"diag_ggn", "kflr", "diag_hessian"},
     ("allcnnc", 32): {"diag_ggn", "kflr", "diag_hessian"},
     ("transformer", 32): {"diag_hessian"},
     ("sigmoid mlp", 32): {*QUANTITIES} - {"diag_hessian", "diag_ggn"},
