@@ -97,8 +97,8 @@ def compare(title: str, reference: Run, rows: dict[str, dict[str, Run]], budget:
                 warm += seconds(run) if first < 2 else first
                 working[label] = run
             except Exception as error:  # a peer's refusal is a result
-                first = (str(error).strip().splitlines() or [""])[0][:60]
-                table.rows[name][label] = Timing(label, note=f"{type(error).__name__}: {first}")
+                line = (str(error).strip().splitlines() or [""])[0][:60]
+                table.rows[name][label] = Timing(label, note=f"{type(error).__name__}: {line}")
         ratios: dict[str, list[float]] = {label: [] for label in working}
         rounds = max(3, min(41, int(budget / (warm + 1e-9))))
         gc.collect()
