@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -74,7 +74,8 @@ _eager = _Eager()
 @contextmanager
 def eager_code() -> Iterator[None]:
     """Inside, what torch.compile compiled runs eagerly, call by call; nothing is compiled anew because of it."""
-    with ExitStack() as stack:
-        _eager.enter()
-        stack.callback(_eager.leave)
+    _eager.enter()
+    try:
         yield
+    finally:
+        _eager.leave()

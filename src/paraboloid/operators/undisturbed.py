@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from paraboloid.ambient import eager_code
+from paraboloid.randomness import copied_buffers
 from paraboloid.twice_differentiable import TwiceDifferentiable as TwiceDifferentiable
 
 
@@ -43,28 +44,14 @@ def undisturbed(model: Any) -> Iterator[None]:
                 stack.enter_context(torch.autocast(device, enabled=False))
         if any(isinstance(m, nn.RNNBase) for m in modules) and torch.backends.cudnn.is_available():
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        if "torch._dynamo" in sys.modules and any(_compiled(m) for m in modules):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for module in modules:
-            if module.training and module._buffers:
-                stack.enter_context(_copied_buffers(module))
+        if any(_compiled(m) for m in modules):
+            stack.enter_context(eager_code())
+        stack.enter_context(copied_buffers(model))
         yield
 
 
 def _compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-
-
-@contextmanager
-def _copied_buffers(module: nn.Module) -> Iterator[None]:
-    originals = dict(module._buffers)
-    for name, buffer in originals.items():
-        if buffer is not None:
-            module._buffers[name] = buffer.detach().clone()
-    try:
-        yield
-    finally:
-        module._buffers.update(originals)
 
 
 class RandomStream:
