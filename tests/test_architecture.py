@@ -27,6 +27,8 @@ FLOORS = [
         "quantities",
         "data_parallel",
         "diag_hessian",
+        "kfra",
+        "averaged_curvature",
         "through_call",
         "hessian_columns",
         "signed_diagonal",

@@ -6,6 +6,7 @@
 | exact root of Hessian | SqrtGGN      | DiagGGN             |                     | KFAC("exact")     |
 | sampled labels        |              | DiagGGN(samples=1)  |                     | KFAC("mc")        |
 | second derivatives    |              | DiagHessian         |                     |                   |
+| recursion over layers |              |                     |                     | KFRA              |
 
 g_n is the gradient of the *unreduced* loss of sample n, a = 1 / normalizer the reduction's factor (1/N for a mean),
 and J_n^T S_n the pulled-back root of the output-Hessian: the GGN of the loss as reduced is a sum_{v,n} of its squares.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from paraboloid import factors
 from paraboloid.diag_hessian import diag_hessian
+from paraboloid.kfra import kfra
 from paraboloid.kron import Kron
 from paraboloid.losses import Loss
 from paraboloid.outer import Outer
@@ -306,6 +309,34 @@ class KFAC(Quantity):
         return factors.scale_factors(value, scale.a)
 
 
+class KFRA(Quantity):
+    """Kronecker factors by a recursion over the layers, `Kron(left, right)`, of the loss as reduced: for sequential
+    networks of linear, convolution, activation and pooling layers.
+
+    The curvature in a layer's output is averaged over the batch before it passes the layer below, so the cost does not
+    grow with the number of classes as that of "kflr" does.  For one sample, and for deep linear networks, it is "kflr".
+
+    The matrix has D x D entries for a layer with D output elements.  Where images make it larger than a quarter of
+    `max_memory` (64 MiB by default) it is kept in channel blocks: what couples the channels at one position, for each
+    position; what couples different positions is dropped, at every layer below too.  A bias's factor then is the sum of
+    these blocks.
+
+    Raises NotImplementedError for branches (residual connections), other layers, and parameters used several times.
+    Source: Botev, Ritter & Barber 2017, arXiv:1706.03662.
+    """
+
+    name, source = "kfra", NOTHING
+    _compute: Callable[[], dict[str, Kron]]
+
+    def bound(self, tape, loss, f, y, memory):
+        quantity = KFRA()
+        quantity._compute = partial(kfra, tape, loss, f, y, memory)
+        return quantity
+
+    def complete(self, values, scale):
+        return self._compute()
+
+
 QUANTITIES = {
     "grad": Grad,
     "sample_grads": SampleGrads,
@@ -321,6 +352,7 @@ QUANTITIES = {
     "kfac": KFAC,
     "kflr": lambda: KFAC("exact"),
     "kfac_empirical": lambda: KFAC("empirical"),
+    "kfra": KFRA,
 }
 
 
@@ -351,7 +383,6 @@ def check_samples(quantities: list[Quantity], N: int) -> None:
 
 
 __all__ = [
-    "KFAC", "DiagGGN", "DiagHessian", "Grad", "Gram", "Kron", "Quantity", "SampleDiagGGN", "SampleGrads", "Scale",
-    "SecondMoment",
-    "Source", "SqrtGGN", "SquareNorms", "Variance",
+    "KFAC", "KFRA", "DiagGGN", "DiagHessian", "Grad", "Gram", "Kron", "Quantity", "SampleDiagGGN", "SampleGrads",
+    "Scale", "SecondMoment", "Source", "SqrtGGN", "SquareNorms", "Variance",
 ]  # fmt: skip

@@ -82,7 +82,7 @@ def output_diagonal(products: Products, shape: torch.Size, at: Tensor, count: in
 
 def from_products(part: Part, products: Products, shape: torch.Size, count: int, like: Tensor) -> Tensor:
     """The diagonal for a weight matrix or table with T positions, [*shape]: G p T products, `count` at a time."""
-    o, at, scale = _elements(part, shape, like)
+    o, at, scale = elements(part, shape, like)
     N, G, T, p = at.shape
     J = like.new_zeros(G, p, o.q)
     assert o.right is not None
@@ -106,7 +106,7 @@ def from_products(part: Part, products: Products, shape: torch.Size, count: int,
     return o.finish(J, (1,))[0]
 
 
-def _elements(part: Part, shape: torch.Size, like: Tensor) -> tuple[Outer, Tensor, Tensor]:
+def elements(part: Part, shape: torch.Size, like: Tensor) -> tuple[Outer, Tensor, Tensor]:
     """The element of z that each left[n, g, t, p] is, as a flat position, and what it is multiplied by."""
     flat = torch.arange(shape.numel(), device=like.device).view(1, *shape)
     o = part.outer(like.new_ones(1, *shape), None)
