@@ -164,3 +164,19 @@ def diag_hessian(before: list[Tensor], after: list[Tensor]) -> Figure:
         axes.set_xlabel("diag_ggn, loss / weight²")
     figure.axes[0].set_ylabel("diag_hessian, loss / weight²")
     return figure
+
+
+def kfra(names: list[str], errors: dict[str, list[float]]) -> Figure:
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axes = figure.subplots()
+    styles = {"kfac": (BLUE, "s", -0.06, "one sampled label"), "kflr": (GREY, "o", 0.0, "exact")}
+    styles["kfra"] = (RED, "D", 0.06, "recursion")
+    for quantity, (colour, marker, shift, label) in styles.items():
+        at = [i + shift for i in range(len(names))]
+        axes.plot(at, errors[quantity], marker, color=colour, label=f"{quantity}: {label}")
+    axes.set_xticks(range(len(names)), [f"layer {i + 1}" for i in range(len(names))])
+    axes.set_xlim(-0.5, len(names) - 0.5)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("error of the weight's block / its norm")
+    axes.legend(loc="lower right")
+    return figure
