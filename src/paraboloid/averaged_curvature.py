@@ -189,8 +189,8 @@ def pass_spatial(M: Blocks, out: GradientEdge, below: GradientEdge, N: int, grou
     P = rows[:, groups[:, 0]]  # [T_out T_in]
     if not torch.equal((P != 0).sum(), (rows != 0).sum()):
         raise NotImplementedError(
-            f"the graph node {out.node.name()} mixes channels and positions; kfra passes it with the whole matrix only: "
-            "raise max_memory."
+            f"the graph node {out.node.name()} mixes channels and positions; kfra passes it with the whole matrix "
+            "only: raise max_memory."
         )
     K = P.square().T @ M.K.flatten(1)
     return Blocks(groups, K.view(len(groups), *M.K.shape[1:]))
