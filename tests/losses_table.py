@@ -1,9 +1,8 @@
 """One table of losses: name -> (loss module, draw targets for an output of the given shape)."""
 
 import torch
-from torch import nn
-
 from oracle import Times
+from torch import nn
 
 
 def classes(ignore=False):

@@ -108,7 +108,9 @@ class Recorder(TorchFunctionMode):
         self.alias: dict[int, Alias] = {}
         self.batch_norms: list[tuple[Any, Hook]] = []  # those that ran in training mode: graph node, and what holds it
         for module in model.modules():
-            self._mark(*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+            self._mark(*module._parameters.values(), *module._buffers.values())
+            # Plain attributes may be constants (positions, masks), or an input that the module kept: numbers are data.
+            self._mark(*(t for t in tensors(*vars(module).values()) if not t.is_floating_point()))
 
     def _mark(self, *things: Any) -> None:
         """Clean until its version moves."""

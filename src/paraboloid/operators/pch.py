@@ -133,7 +133,13 @@ class PCH(LinearOperator):
                 yield
 
         def graph(f: Tensor, y: Any, loss: Loss, parameters: list[Tensor]) -> BendGraph:
-            return BendGraph(f, y, loss, parameters, tapes.pop(), modify)
+            tape = tapes.pop()
+            if missed := sorted(tape.reached(f, tape.calls).missed):
+                raise NotImplementedError(
+                    f"the positive-curvature Hessian knows recorded calls only, and {missed} are used by operations "
+                    "that could not be recorded; freeze them with requires_grad_(False), or use pb.GGN or pb.Hessian."
+                )
+            return BendGraph(f, y, loss, parameters, tape, modify)
 
         self.replay = Replay(
             model, loss_fn, data, graph, output=output, seed=seed, max_memory=max_memory, inside=inside
