@@ -422,6 +422,13 @@ def test_a_wrong_entry_is_caught(monkeypatch):
     pb.statistics(model, nn.CrossEntropyLoss(), (x, torch.tensor([0, 2, 1])), "diag_hessian", verify=False)
 
 
+def test_a_long_computation_is_announced(monkeypatch):
+    model, x = make("smooth convolutions")
+    monkeypatch.setattr(diag_hessian, "MANY", 5)
+    with pytest.warns(UserWarning, match=r"diag_hessian takes about \d+ backward passes for this network"):
+        check(model, x, nn.CrossEntropyLoss(), torch.tensor([0, 2, 1]))
+
+
 def test_samples_must_be_independent():
     model, x = make("batch norm between")
     with pytest.raises(ValueError, match="mixes or reorders the samples"):

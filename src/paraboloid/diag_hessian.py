@@ -30,6 +30,7 @@ from paraboloid.signed_diagonal import Spread, add_bends, add_signed_root, sprea
 from paraboloid.single_use import Parts, Recorded, single_uses
 from paraboloid.tape import SIGNATURES, Tape
 
+MANY = 5000  # pulled vectors from which the cost is announced
 SPOTS = 3  # parameters of which one entry is certified
 PRODUCT_COST = 3  # pulls that a product with the Hessian takes
 
@@ -90,7 +91,13 @@ def choose(recorded: Recorded, graph: Graph, parts: Parts, probe_all: bool) -> t
         return pulls + PRODUCT_COST * sum(products_needed(recorded, parts, i) for i in parts if i not in signed)
 
     able.sort(key=lambda i: sum(s.columns for s in spreads if s.far >> i & 1))
-    return set(min((able[:j] for j in range(len(able) + 1)), key=vectors)), spreads
+    signed = min((able[:j] for j in range(len(able) + 1)), key=vectors)
+    if (count := vectors(signed)) > MANY:
+        warnings.warn(
+            f"diag_hessian takes about {count} backward passes for this network, whose smooth layers couple many "
+            "units; pb.Hessian(...).diagonal(samples=...) estimates it, diag_ggn leaves them out.", stacklevel=7,
+        )  # fmt: skip
+    return set(signed), spreads
 
 
 def certify(recorded: Recorded, names: list[str], found: Mapping[str, Tensor], seed: int) -> None:

@@ -11,7 +11,7 @@ Source: the residuals of Dangel, Kunstner & Hennig 2020, arXiv:1912.10985.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,7 +81,7 @@ def _through_linear(call: Call, d: Tensor) -> tuple[GradientEdge, Tensor] | None
     return get_gradient_edge(x), d @ (squares.T if LINEAR[call.op] else squares)
 
 
-def add_signed_root(recorded: Recorded, parts: Parts, signed: Iterable[int], found: dict[str, Tensor]) -> None:
+def add_signed_root(recorded: Recorded, parts: Parts, signed: Set[int], found: dict[str, Tensor]) -> None:
     """Add the generalised Gauss-Newton part for a loss that need not be convex in the output."""
     vectors, signs = _signed_root(recorded)
     count = recorded.count(sum(c.shape.numel() for c in recorded.calls))
@@ -115,13 +115,15 @@ def weighted_squares(o: Outer, weights: Tensor, memory: int | None) -> Tensor:
 
 
 def add_bends(
-    recorded: Recorded, parts: Parts, signed: Iterable[int], spreads: list[Spread], found: dict[str, Tensor]
+    recorded: Recorded, parts: Parts, signed: Set[int], spreads: list[Spread], found: dict[str, Tensor]
 ) -> None:
     """Add what the smooth elementwise activations contribute."""
-    for s in spreads:
-        for i, d in s.closed:
-            for name, part in parts.get(i, {}).items() if i in signed else ():
-                found[name] += from_diagonal(part, d)
+    diagonals: dict[int, Tensor] = {}
+    for i, d in (closed for s in spreads for closed in s.closed if closed[0] in signed):
+        diagonals[i] = diagonals[i] + d if i in diagonals else d
+    for i, d in diagonals.items():
+        for name, part in parts[i].items():
+            found[name] += from_diagonal(part, d)
     bits = sum(1 << i for i in signed)
     far = [s for s in spreads if s.far & bits]
     if not far:
