@@ -424,7 +424,7 @@ def test_a_wrong_entry_is_caught(monkeypatch):
 
 def test_a_long_computation_is_announced(monkeypatch):
     model, x = make("smooth convolutions")
-    monkeypatch.setattr(diag_hessian, "MANY", 5)
+    monkeypatch.setattr(diag_hessian, "MANY", 3)
     with pytest.warns(UserWarning, match=r"diag_hessian takes about \d+ backward passes for this network"):
         check(model, x, nn.CrossEntropyLoss(), torch.tensor([0, 2, 1]))
 
