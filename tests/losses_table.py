@@ -27,6 +27,10 @@ def unit(f):
     return torch.rand(f.shape).to(f)
 
 
+def counts(f):
+    return torch.randint(4, f.shape).to(f)
+
+
 def weights(f):
     return torch.linspace(0.5, 2, f.shape[1]).to(f)
 
@@ -43,6 +47,7 @@ LOSSES = {
     "mse sum": (lambda f: nn.MSELoss(reduction="sum"), real),
     "bce": (lambda f: nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.5).to(f)), unit),
     "bce sum": (lambda f: nn.BCEWithLogitsLoss(weight=torch.tensor(0.7).to(f), reduction="sum"), unit),
+    "poisson": (lambda f: nn.PoissonNLLLoss(full=True), counts),
 }  # fmt: skip
 
 
