@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--budget", type=float, default=4.0, help="seconds for each row")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--stem", default="statistics", help="name of the files that are written")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -64,7 +65,7 @@ def main() -> None:
         table(net, batch, args.only, args.budget, not args.no_peers)
         for net in args.nets for batch in args.batch or SETTINGS[net]
     ]  # fmt: skip
-    write(tables, args.out, "statistics")
+    write(tables, args.out, args.stem)
 
 
 if __name__ == "__main__":
