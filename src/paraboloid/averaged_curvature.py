@@ -184,7 +184,7 @@ def pass_spatial(M: Blocks, out: GradientEdge, below: GradientEdge, N: int, grou
     """Through a layer that mixes positions and treats all channels alike (average pooling, padding, upsampling)."""
     T = len(M.index)
     units = M.K.new_zeros(T, shape_of(out).numel() // N)
-    units[torch.arange(T), M.index[:, 0]] = 1
+    units.scatter_(1, M.index[:, :1], 1.0)
     rows = pull_rows(units, out, below, N)
     P = rows[:, groups[:, 0]]  # [T_out T_in]
     if not torch.equal((P != 0).sum(), (rows != 0).sum()):
