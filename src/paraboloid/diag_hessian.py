@@ -31,7 +31,7 @@ from paraboloid.single_use import Parts, Recorded, single_uses
 from paraboloid.tape import SIGNATURES, Tape
 
 MANY = 5000  # pulled vectors from which the cost is announced
-SPOTS = 3  # parameters of which one entry is certified
+SPOTS = 3  # parameters of which one entry is certified on the first call; one on later ones
 PRODUCT_COST = 3  # pulls that a product with the Hessian takes
 
 Squares = Mapping[str, Tensor | None]
@@ -50,7 +50,7 @@ def diag_hessian(
         graph = _checked_graph(Graph(f, [c.edge for c in tape.plan(f).calls]))
         recorded = Recorded(tape, tape.plan(f), loss, f, y, memory)
         parts, entangled = single_uses(recorded)
-        signed, spreads = choose(recorded, graph, parts, probe_all=seed > 0)
+        signed, spreads = choose(recorded, graph, parts, probe_all=seed == 1 or tape.verify == "always")
     except RuntimeError as e:
         raise _explained(e) from e
 
@@ -103,7 +103,7 @@ def choose(recorded: Recorded, graph: Graph, parts: Parts, probe_all: bool) -> t
 def certify(recorded: Recorded, names: list[str], found: Mapping[str, Tensor], seed: int) -> None:
     """Raise RuntimeError where one entry, drawn for each of a few parameters, is not autograd's second derivative."""
     generator = torch.Generator().manual_seed(seed)
-    names = [names[j] for j in torch.randperm(len(names), generator=generator)[:SPOTS].tolist()]
+    names = [names[j] for j in torch.randperm(len(names), generator=generator)[: SPOTS if seed == 1 else 1].tolist()]
     if not names:
         return
     parameters = [recorded.tape.parameters[name] for name in names]
