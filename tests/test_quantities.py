@@ -15,8 +15,11 @@ from paraboloid.data import call
 CE = nn.CrossEntropyLoss()
 
 
-def positions(model, inputs, loss_fn, y):
-    """module name -> (layer inputs [N T q] per group, pulled-back exact roots [V N T p] per group), by hooks."""
+def positions(model, inputs, loss_fn, y, empirical=False):
+    """module name -> (layer inputs [N T q] per group, pulled-back exact roots [V N T p] per group), by hooks.
+
+    `empirical`: instead of the roots, the gradients of the unreduced losses at the given labels, V = 1.
+    """
     seen = {}
     hooks = [
         m.register_forward_hook(lambda _, x, z, k=k: seen.update({k: (x[0].detach(), z)}))
@@ -28,6 +31,9 @@ def positions(model, inputs, loss_fn, y):
     H = oracle.output_hessians(loss_fn, f, y)
     values, vectors = torch.linalg.eigh(H)
     roots = vectors * values.clamp(min=0).sqrt().unsqueeze(1)  # [N O V]
+    if empirical:
+        (g,) = torch.autograd.grad(sum(oracle.unreduced(loss_fn, f, y)), f, retain_graph=True)
+        roots = g.flatten(1).unsqueeze(2)
     found = {}
     for k, m in model.named_modules():
         if k not in seen:
@@ -140,9 +146,13 @@ def test_empirical_factors_use_the_given_labels(case):
     y = torch.tensor([0, 2, 1]) if case != "mlp" else torch.tensor([0, 1, 2])
     g = oracle.sample_grads(CE, model(x), y, dict(model.named_parameters()))
     factors = pb.statistics(model, CE, (x, y), ["kfac_empirical", "sample_grads"])["kfac_empirical"]
-    for k in g:
-        if k.endswith("bias"):
-            close(factors[k].left, torch.einsum("ni,nj->ij", g[k], g[k]) / 3, k)
+    for k, (right, left) in positions(model, x, CE, y, empirical=True).items():
+        weight, bias = factors[f"{k}.weight"], g[f"{k}.bias"]
+        G = torch.einsum("vngti,vngtj->gij", left, left) / 3
+        A = torch.einsum("ngti,ngtj->gij", right, right) / (3 * right.shape[2])
+        close(weight.left, G if len(G) > 1 else G[0], k)
+        close(weight.right, A if len(A) > 1 else A[0], k)
+        close(factors[f"{k}.bias"].left, bias.T @ bias / 3, k)
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
