@@ -36,6 +36,8 @@ FLOORS = [
         "reductions",
         "factors",
         "kron",
+        "kronecker_product",
+        "eigenform",
         "statistics",
         "linalg",
         "operators",

@@ -19,9 +19,9 @@ DENSE_SIZE = 2000  # up to this size a dense matrix, or a stubborn spectrum, is 
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [D], descending, and eigenvectors [D, D] of a symmetric matrix; a failure is retried in float64."""
+    """Eigenvalues [.. D], descending, and eigenvectors [.. D, D] of symmetric matrices; float64 where float32 fails."""
     try:
-        with _threads(1 if matrix.device.type == "cpu" and len(matrix) <= ONE_THREAD else torch.get_num_threads()):
+        with _threads(1 if matrix.device.type == "cpu" and matrix.shape[-1] <= ONE_THREAD else torch.get_num_threads()):
             values, vectors = torch.linalg.eigh(matrix)
     except LinAlgError:
         if not torch.isfinite(matrix).all():

@@ -17,11 +17,13 @@ from paraboloid.linalg.estimate import Estimate, TensorEstimate
 from paraboloid.operators.algebra import Identity, Scaled, Sum
 from paraboloid.operators.base import LinearOperator
 from paraboloid.operators.blocks import BlockDiagonal
+from paraboloid.operators.diagonalised import Diagonalised
 from paraboloid.operators.ggn import GGN
 from paraboloid.operators.hessian import Hessian
+from paraboloid.operators.kronecker import KroneckerFactored
 from paraboloid.operators.pch import PCH
 
 __all__ = [
-    "GGN", "PCH", "BlockDiagonal", "Estimate", "Hessian", "Identity", "LinearOperator", "Scaled", "Sum",
-    "TensorEstimate",
+    "GGN", "PCH", "BlockDiagonal", "Diagonalised", "Estimate", "Hessian", "Identity", "KroneckerFactored",
+    "LinearOperator", "Scaled", "Sum", "TensorEstimate",
 ]  # fmt: skip

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from paraboloid.eigenform import multiple_of_identity
 from paraboloid.operators.base import LinearOperator
+from paraboloid.operators.diagonalised import Diagonalised
 
 
 class Identity(LinearOperator):
@@ -24,6 +26,19 @@ class Identity(LinearOperator):
 
     def to_dense(self) -> Tensor:
         return torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
+
+    def diagonal(self, samples=None, seed=0):
+        return super().diagonal(samples, seed) if samples is not None else self._ones()
+
+    def _ones(self) -> Tensor:
+        return torch.ones(self.shape[0], dtype=self.dtype, device=self.device)
+
+    def frobenius_norm(self) -> Tensor:
+        return self._ones().norm()
+
+    def _structured(self, what: str) -> Diagonalised:
+        one = self._ones()[0]
+        return Diagonalised(self.parameters, [multiple_of_identity(one, p.numel()) for p in self.parameters.values()])
 
 
 class Scaled(LinearOperator):
@@ -43,6 +58,12 @@ class Scaled(LinearOperator):
 
     def diagonal(self, samples=None, seed=0):
         return super().diagonal(samples, seed) if samples is not None else self.scale * self.operator.diagonal()
+
+    def frobenius_norm(self) -> Tensor:
+        return abs(self.scale) * self.operator.frobenius_norm()
+
+    def _structured(self, what: str) -> Diagonalised:
+        return self.operator._structured(what).map(lambda s: self.scale * s)
 
 
 class Sum(LinearOperator):
@@ -68,3 +89,16 @@ class Sum(LinearOperator):
         if samples is not None:
             return super().diagonal(samples, seed)
         return self.terms[0].diagonal() + self.terms[1].diagonal()
+
+    def _structured(self, what: str) -> Diagonalised:
+        """The eigenvalues added up, where the summands have one eigenbasis; raises NotImplementedError otherwise."""
+        first, second = (A._structured(what) for A in self.terms)
+        found = first.plus(second)
+        if found is None:
+            kinds = " and ".join(type(A).__name__ for A in self.terms)
+            raise NotImplementedError(
+                f"the sum of {kinds} has no {what}: the summands have different eigenvectors; expected summands that "
+                "share them, such as A + c * Identity, or operators made with one eigenbasis. Use "
+                "solve(b, damping=...), which knows the products alone."
+            )
+        return found

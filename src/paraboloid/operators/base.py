@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from paraboloid.linalg.eigen import dense
 from paraboloid.linalg.estimate import Estimate, TensorEstimate, mean_estimate
 from paraboloid.linalg.operand import check_count
 from paraboloid.linalg.probes import Seed, block_size, blocks, generator_of, signs
+
+if TYPE_CHECKING:
+    from paraboloid.operators.diagonalised import Diagonalised, Eigenpairs
 
 Vector = Tensor | Mapping[str, Tensor]
 
@@ -155,8 +158,16 @@ class LinearOperator:
         """A^(1/2) v with the symmetric root, for matrices with structure."""
         return self._structured("sqrt_matmul(v)").sqrt_matmul(v)
 
-    def _structured(self, what: str) -> LinearOperator:
-        """The blocks of a block-diagonal matrix as dense ones; raises NotImplementedError where there are none."""
+    def eigh(self) -> Eigenpairs:
+        """All eigenvalues [D] and eigenvectors, for matrices with structure."""
+        return self._structured("eigh()").eigh()
+
+    def frobenius_norm(self) -> Tensor:
+        """The square root of the sum of squared entries; exact, at the cost of `to_dense`."""
+        return self.to_dense().norm()
+
+    def _structured(self, what: str) -> Diagonalised:
+        """The matrix by its eigenvalues; raises NotImplementedError for one that is known by its products alone."""
         if self.blocks is None:
             raise NotImplementedError(
                 f"{type(self).__name__} is known by its products alone, so it has no {what}; expected an operator with "
@@ -165,7 +176,7 @@ class LinearOperator:
             )
         from paraboloid.operators.blocks import dense_blocks
 
-        return dense_blocks(self)
+        return dense_blocks(self)._structured(what)
 
     def to_scipy(self):
         """The same operator as a `scipy.sparse.linalg.LinearOperator`, float64 in and out, on the CPU's side."""

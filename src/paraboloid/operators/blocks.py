@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from paraboloid.eigenform import Basis, Eigenform, decomposed
 from paraboloid.operators.base import LinearOperator
 from paraboloid.operators.replay import Replay
 from paraboloid.operators.vectors import join, split
+
+if TYPE_CHECKING:
+    from paraboloid.operators.diagonalised import Diagonalised
 
 Blocks = str | Sequence[Sequence[str]]
 MOST_ELEMENTS = 20_000  # of one block as a dense matrix
@@ -104,10 +108,6 @@ class BlockDiagonal(LinearOperator):
         self.parameters, self.blocks, self.matrices = parameters, [list(b) for b in blocks], list(matrices)
         self.at = [places(parameters, block) for block in blocks]
 
-    def _with(self, matrices: Sequence[Tensor]) -> BlockDiagonal:
-        assert self.blocks is not None
-        return BlockDiagonal(self.parameters, self.blocks, matrices)
-
     def _product(self, rows: Tensor) -> Tensor:
         result = torch.zeros_like(rows)
         for where, B in zip(self.at, self.matrices, strict=True):
@@ -129,33 +129,38 @@ class BlockDiagonal(LinearOperator):
         return result
 
     @cached_property
-    def _eigen(self) -> list[tuple[Tensor, Tensor]]:
-        return [torch.linalg.eigh(B) for B in self.matrices]
+    def eigenform(self) -> Diagonalised:
+        """The same matrix by the eigenvalues and eigenvectors of its blocks."""
+        from paraboloid.operators.diagonalised import Diagonalised, block_names
 
-    def _positive(self, damping: float) -> list[Tensor]:
-        """The eigenvalues plus damping of each block; raises ValueError where one is not safely positive."""
-        shifted = [values + damping for values, _ in self._eigen]
-        lowest, highest = (float(torch.stack([f(s) for s in shifted]).amax()) for f in (lambda s: -s.min(), torch.max))
-        if not -lowest > torch.finfo(self.dtype).eps * highest:
-            raise ValueError(f"the smallest eigenvalue plus damping is {-lowest:.4g} and the largest {highest:.4g}; "
-                             f"expected a positive definite matrix. Increase damping (now {damping}).")  # fmt: skip
-        return shifted
+        forms = []
+        for name, B in zip(block_names(self.parameters, self.blocks or []), self.matrices, strict=True):
+            values, vectors = decomposed(B.unsqueeze(0), name)
+            bases = Basis(vectors, len(B)), Basis(None, 1)
+            forms.append(Eigenform(*bases, values.unsqueeze(2), values.new_zeros(())))
+        return Diagonalised(self.parameters, forms, self.blocks)
 
-    def inverse(self, damping: float = 0.0) -> BlockDiagonal:
-        """(A + damping I)^-1, exact."""
-        pairs = zip(self._positive(damping), self._eigen, strict=True)
-        return self._with([(V / s) @ V.T for s, (_, V) in pairs])
+    def _structured(self, what: str) -> Diagonalised:
+        return self.eigenform
 
-    def logdet(self, damping: float = 0.0) -> Tensor:
-        """log det(A + damping I)."""
-        return torch.stack([s.log().sum() for s in self._positive(damping)]).sum()
+    def frobenius_norm(self) -> Tensor:
+        return torch.stack([B.norm() for B in self.matrices]).norm()
 
-    def sqrt_matmul(self, v: Any) -> Any:
-        """A^(1/2) v, the symmetric root, for a positive semi-definite A; v in any form that `@` takes."""
-        roots = []
-        for values, V in self._eigen:
-            if values.min() < -(torch.finfo(self.dtype).eps ** 0.5) * values.abs().max():
-                raise ValueError(f"the smallest eigenvalue is {values.min():.4g}; expected a positive semi-definite "
-                                 "matrix, which alone has a real root.")  # fmt: skip
-            roots.append((V * values.clamp(min=0).sqrt()) @ V.T)
-        return self._with(roots) @ v
+    def trace(self, samples=None, seed=0):
+        return super().trace(samples, seed) if samples is not None else sum(self.traces().values())
+
+    def traces(self) -> dict[str, float]:
+        """The trace of each block, by the parameter's name (several parameters of one block: joined by " + ")."""
+        return self.eigenform.traces()
+
+    def top_eigenvalues(self, k: int) -> list[tuple[float, str]]:
+        """The k largest eigenvalues with the parameters that each belongs to, descending."""
+        return self.eigenform.top_eigenvalues(k)
+
+    def eigsh(self, k, tol=None, max_products=None, seed=0):
+        """The k algebraically largest eigenvalues [k], descending, and orthonormal eigenvectors [D, k]; exact."""
+        return self.eigenform.eigsh(k)
+
+    def solve(self, b: Any, damping: float = 0.0, tol=None, max_iterations=None, preconditioner=None) -> Any:
+        """x with (A + damping I) x = b, exact; the arguments of an iterative solver have no meaning here."""
+        return self.inverse(damping) @ b

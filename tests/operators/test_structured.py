@@ -1,0 +1,192 @@
+"""Operators with structure: what each of them offers, against the dense matrix."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import paraboloid as pb
+from paraboloid.operators import BlockDiagonal, Diagonalised, Identity, KroneckerFactored
+
+
+def close(actual, expected):
+    scale = max(expected.abs().max().item(), 1e-30)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10 * scale)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def factor(p, *groups, seed=0, rank=None):
+    rows = random(*groups, rank or p + 2, p, seed=seed)
+    return rows.mT @ rows
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv1d(2, 4, 2, groups=2), nn.Embedding(3, 2), nn.Linear(4, 3)).double()
+
+
+def krons():
+    one = torch.ones(1, 1).double()
+    return {
+        "0.weight": pb.Kron(factor(2, 2, seed=1), factor(2, 2, seed=2), 2),
+        "0.bias": pb.Kron(factor(4, rank=2), one),
+        "1.weight": pb.Kron(random(3).abs(), factor(2, seed=3)),
+        "2.weight": pb.Kron(factor(3, seed=4), factor(4, rank=2)),
+        "2.bias": pb.Kron(random(3).abs(), one),
+    }
+
+
+def kronecker_factored():
+    return KroneckerFactored(dict(net().named_parameters()), krons())
+
+
+def block_diagonal():
+    parameters = dict(net().named_parameters())
+    blocks = [[0, 3], [1, 2], [4]]  # not beside each other
+    sizes = [sum(list(parameters.values())[i].numel() for i in b) for b in blocks]
+    return BlockDiagonal(parameters, blocks, [factor(n, seed=n) for n in sizes])
+
+
+MAKE = {
+    "kronecker": kronecker_factored,
+    "eigenvalues": lambda: kronecker_factored().eigenform,
+    "inverse": lambda: kronecker_factored().inverse(0.1),
+    "blocks": block_diagonal,
+    "inverse of blocks": lambda: block_diagonal().inverse(0.1),
+    "multiple": lambda: 3 * kronecker_factored(),
+    "shifted": lambda: kronecker_factored() + 0.5 * Identity(dict(net().named_parameters())),
+    "shifted blocks": lambda: 0.5 * Identity(dict(net().named_parameters())) + block_diagonal(),
+    "identity": lambda: Identity(dict(net().named_parameters())),
+    "one basis": lambda: kronecker_factored().eigenform + kronecker_factored().inverse(0.1),
+}
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_every_method_is_that_of_the_dense_matrix(name):
+    A = MAKE[name]()
+    dense = A.to_dense()
+    size = A.shape[0]
+    assert dense.shape == (size, size)
+    V, damped = random(size, 3), dense + 0.3 * torch.eye(size).double()
+    inverse = torch.linalg.inv(damped)
+    close(A @ V, dense @ V)
+    close(A @ V[:, 1], dense @ V[:, 1])
+    tree = {k: random(*p.shape) for k, p in A.parameters.items()}
+    flat = torch.cat([t.flatten() for t in tree.values()])
+    for found, expected in ((A @ tree, dense @ flat), (A.solve(tree, 0.3), inverse @ flat)):
+        assert {k: t.shape for k, t in found.items()} == {k: p.shape for k, p in A.parameters.items()}
+        torch.testing.assert_close(torch.cat([t.flatten() for t in found.values()]), expected, rtol=1e-8, atol=1e-9)
+    close(A.diagonal(), dense.diagonal())
+    assert A.trace() == pytest.approx(dense.trace().item(), rel=1e-12)
+    assert type(A.trace()) is float
+    close(A.frobenius_norm(), dense.norm())
+    close(A.inverse(0.3) @ V, inverse @ V)
+    close(A.inverse(0.3).to_dense(), inverse)
+    close(A.inverse(0.3).diagonal(), inverse.diagonal())
+    close(A.logdet(0.3), torch.logdet(damped))
+    close(A.sqrt_matmul(A.sqrt_matmul(V)), dense @ V)
+    close(A.quadratic_forms(V.T), (V * (dense @ V)).sum(0))
+    np.testing.assert_allclose(A.to_scipy() @ V.numpy(), (dense @ V).numpy(), rtol=1e-10, atol=1e-10)
+    assert A.trace(samples=50, seed=1) == pytest.approx(dense.trace().item(), rel=0.5)
+    truth = torch.linalg.eigvalsh(dense).flip(0)
+    for k in (1, 4, size):
+        values, vectors = A.eigsh(k)
+        torch.testing.assert_close(values, truth[:k], rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(dense @ vectors, vectors * values, rtol=0, atol=1e-8)
+        torch.testing.assert_close(vectors.T @ vectors, torch.eye(k).double(), rtol=0, atol=1e-10)
+    values, vectors = A.eigh()
+    torch.testing.assert_close(values, truth, rtol=1e-8, atol=1e-9)
+    Q = vectors.to_dense()
+    torch.testing.assert_close(Q @ values.diag() @ Q.T, dense, rtol=1e-9, atol=1e-10)
+    close(vectors @ V, Q @ V)
+    close(vectors.T @ V[:, 0], Q.T @ V[:, 0])
+    close(vectors.T.to_dense(), Q.T)
+
+
+@pytest.mark.parametrize("name", ["kronecker", "eigenvalues", "blocks"])
+def test_layers_of_traces_and_eigenvalues(name):
+    A = MAKE[name]()
+    traces = A.traces()
+    assert sum(traces.values()) == pytest.approx(A.trace())
+    if name != "blocks":
+        assert list(traces) == list(A.parameters)
+    (value, label), (second, _) = A.top_eigenvalues(2)
+    assert [value, second] == pytest.approx(A.eigsh(2)[0].tolist())
+    vector = A.eigsh(1)[1][:, 0]
+    found = {k: t.abs().max() for k, t in pb.trees.unflatten(vector, A.parameters).items() if t.abs().max() > 1e-9}
+    assert set(found) <= set(label.split(" + "))
+
+
+def test_the_split_inverse_of_all_parameters():
+    K = kronecker_factored()
+    found = K.inverse(0.2, split="pi").to_dense()
+    expected = torch.block_diag(*(k.inverse(0.2, split="pi").to_dense() for k in krons().values()))
+    close(found, expected)
+    with pytest.raises(ValueError, match="split is 'half'"):
+        K.inverse(0.2, split="half")
+
+
+def test_the_decomposition_is_made_once_and_only_when_needed(monkeypatch):
+    from paraboloid import eigenform
+
+    calls = []
+    original = eigenform.eigh
+    monkeypatch.setattr(eigenform, "eigh", lambda m: calls.append(len(m)) or original(m))
+    K = kronecker_factored()
+    K @ random(K.shape[0])
+    K.trace()
+    assert not calls
+    K.inverse(0.1)
+    K.inverse(0.2)
+    K.logdet(0.3)
+    assert len(calls) == 8  # two of groups twice, and those of 2.bias and 1.weight's left are diagonal
+
+
+def test_singular_operators_name_the_layer():
+    K = kronecker_factored()
+    for call in (K.inverse, K.logdet):
+        with pytest.raises(
+            ValueError,
+            match=r"parameter '0.bias': the smallest eigenvalue plus damping is .* Increase damping \(now 0.0\)",
+        ):
+            call(0.0)
+    with pytest.raises(ValueError, match=r"parameter '0.bias': the left factor, .* is singular"):
+        K.inverse(0.0, split="pi")
+    B = BlockDiagonal(dict(net().named_parameters()), [[0, 1, 2, 3, 4]], [torch.zeros(K.shape).double()])
+    with pytest.raises(
+        ValueError, match=r"the block of parameters \['0.weight', .*\]: the smallest eigenvalue plus damping is 0"
+    ):
+        B.inverse(0.0)
+
+
+def test_sums_of_different_bases_have_no_inverse():
+    K, B = kronecker_factored(), block_diagonal()
+    A = K + B
+    close(A @ random(A.shape[0]), K.to_dense() @ random(A.shape[0]) + B.to_dense() @ random(A.shape[0]))
+    with pytest.raises(
+        NotImplementedError,
+        match=r"the sum of KroneckerFactored and BlockDiagonal has no inverse.*different eigenvectors; expected summands",
+    ):
+        A.inverse(1.0)
+    with pytest.raises(NotImplementedError, match="has no logdet"):
+        (K + 2 * KroneckerFactored(K.parameters, {**krons(), "2.weight": pb.Kron(factor(3), factor(4))})).logdet(1.0)
+
+
+def test_wrong_factors():
+    parameters = dict(net().named_parameters())
+    with pytest.raises(ValueError, match=r"the factors' names are \['0.weight'\]; expected the parameters'"):
+        KroneckerFactored(parameters, {"0.weight": krons()["0.weight"]})
+    with pytest.raises(
+        ValueError, match=r"parameter '2.weight' of shape .* has 12 elements, but its factors are for 1 x 3 x 2"
+    ):
+        KroneckerFactored(parameters, {**krons(), "2.weight": pb.Kron(factor(3), factor(2))})
+    forms = [k.eigenform() for k in krons().values()]
+    with pytest.raises(
+        ValueError, match=r"the blocks have the sizes \[4, 8, 6, 12, 3\]; expected those of .*: \[8, 4, 6, 12, 3\]"
+    ):
+        Diagonalised(parameters, [forms[1], forms[0], *forms[2:]])
+    with pytest.raises(ValueError, match=r"the vector has shape \(3,\); expected \[33\]"):
+        kronecker_factored().eigh().vectors @ torch.zeros(3)
