@@ -24,6 +24,7 @@ FLOORS = [
         "layers",
     },
     {
+        "quantity",
         "quantities",
         "data_parallel",
         "diag_hessian",
@@ -34,6 +35,7 @@ FLOORS = [
         "signed_diagonal",
         "single_use",
         "reductions",
+        "rotation",
         "factors",
         "kron",
         "kronecker_product",

@@ -5,6 +5,7 @@
 | the loss gradient     | SampleGrads  | SecondMoment, Variance | SquareNorms, Gram | KFAC("empirical") |
 | exact root of Hessian | SqrtGGN      | DiagGGN             |                     | KFAC("exact")     |
 | sampled labels        |              | DiagGGN(samples=1)  |                     | KFAC("mc")        |
+| any, in an eigenbasis |              | EigenScale          |                     |                   |
 | second derivatives    |              | DiagHessian         |                     |                   |
 | recursion over layers |              |                     |                     | KFRA              |
 
@@ -14,81 +15,21 @@ and J_n^T S_n the pulled-back root of the output-Hessian: the GGN of the loss as
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from paraboloid import factors
 from paraboloid.diag_hessian import diag_hessian
+from paraboloid.eigenform import Eigenform
 from paraboloid.kfra import kfra
 from paraboloid.kron import Kron
-from paraboloid.losses import Loss
-from paraboloid.outer import Outer
-from paraboloid.tape import Tape
-
-
-class Source(NamedTuple):
-    """Which output vectors a quantity pulls back; quantities with equal sources share them."""
-
-    kind: Literal["gradient", "root", "sampled", "nothing"]
-    samples: int = 1
-
-
-GRADIENT, ROOT, NOTHING = Source("gradient"), Source("root"), Source("nothing")
-
-
-class Scale(NamedTuple):
-    """What a finished value may need: the samples N and the reduction's factor a."""
-
-    N: int
-    a: float
-
-
-class Group(NamedTuple):
-    """One parameter's share of one group of pulled-back vectors: the needed parts, and the uses themselves."""
-
-    parts: dict[str, Tensor]
-    outers: list[Outer]
-    memory: int | None
-
-
-class Quantity:
-    """One value per parameter, summed over the pulled-back vectors as they come.
-
-    `needs` names the parts of `reductions.reduce` that it is made of; what several quantities need is computed once.
-    `add(value, group)` returns the running value with one more group of vectors (value is None at first) and
-    `finish(value, scale)` scales it.  A new quantity is a subclass of a few lines; `pb.statistics` takes objects of it.
-    """
-
-    name: str
-    source: Source
-    needs: frozenset[str] = frozenset()
-    least_samples = 1
-    twice = False  # whether the forward pass is differentiated twice
-    per_sample = True  # False: also defined where batch norm in training mode mixes the samples
-    # What becomes of it where the batch is spread over several processes (`all_reduce`): its running values are sums
-    # over samples ("running"), its finished ones are, times a ("finished"), or it is this process's alone ("local").
-    over_ranks: Literal["running", "finished", "local"] | None = None
-
-    def add(self, value: Any, group: Group) -> Any:
-        raise NotImplementedError
-
-    def finish(self, value: Any, scale: Scale) -> Any:
-        return value
-
-    # What most quantities leave as it is:
-
-    def bound(self, tape: Tape, loss: Loss, f: Tensor, y: Tensor, memory: int | None) -> Quantity:
-        """The quantity for one recorded batch; it may choose its source by what was recorded."""
-        return self
-
-    def complete(self, values: dict[str, Any], scale: Scale) -> dict[str, Any]:
-        """The finished values of all parameters, with what takes more than pulled-back vectors."""
-        return values
+from paraboloid.quantity import GRADIENT, NOTHING, ROOT, Group, Quantity, Scale, Source
+from paraboloid.rotation import eigen_scale
 
 
 def _plus(value: Tensor | None, part: Tensor) -> Tensor:
@@ -201,6 +142,16 @@ def _count(name: str, value: int) -> int:
     return value
 
 
+FISHERS = {"mc": "kfac", "exact": "kflr", "empirical": "kfac_empirical"}
+
+
+def fisher_source(fisher: str, samples: int = 1) -> Source:
+    """What a Fisher pulls back; raises ValueError for an unknown one and for samples < 1."""
+    if fisher not in FISHERS:
+        raise ValueError(f"fisher is {fisher!r}; expected one of {list(FISHERS)}.")
+    return {"mc": _sampled(_count("samples", samples)), "exact": ROOT, "empirical": GRADIENT}[fisher]
+
+
 class DiagGGN(Quantity):
     """Diagonal of the GGN of the loss as reduced, [*shape]; exact, or by Monte Carlo with `samples` sampled labels
     (unbiased; the diagonal of the Monte Carlo Fisher)."""
@@ -294,19 +245,43 @@ class KFAC(Quantity):
     over_ranks = "running"
 
     def __init__(self, fisher: str = "mc", samples: int = 1, sharing: str = "expand"):
-        known = {"mc": "kfac", "exact": "kflr", "empirical": "kfac_empirical"}
-        if fisher not in known:
-            raise ValueError(f"fisher is {fisher!r}; expected one of {list(known)}.")
+        self.source = fisher_source(fisher, samples)
         if sharing not in ("expand", "reduce"):
             raise ValueError(f"sharing is {sharing!r}; expected 'expand' or 'reduce'.")
-        self.name, self.sharing = known[fisher], sharing
-        self.source = {"mc": _sampled(_count("samples", samples)), "exact": ROOT, "empirical": GRADIENT}[fisher]
+        self.name, self.sharing = FISHERS[fisher], sharing
 
     def add(self, value, group):
         return factors.add_factors(value, group.outers, self.sharing, group.memory)
 
     def finish(self, value, scale):
         return factors.scale_factors(value, scale.a)
+
+
+class EigenScale(Quantity):
+    """Eigenvalues in given Kronecker eigenbases, [G, r_left, r_right], of the loss as reduced: the scale of EKFAC.
+
+    a sum_{v,n} (u_i . (J_n^T v) w_j)^2 for the eigenvectors u_i, w_j of each parameter's factors: the diagonal of its
+    exact block (or Monte Carlo, or empirical) in that basis, positions and uses summed before squaring.
+
+    forms: an `Eigenform` by parameter name, from `Kron.eigenform()` say.  fisher, samples: as in `KFAC`.
+    Source: George et al. 2018, arXiv:1806.03884.
+    """
+
+    name, per_sample = "eigen_scale", False
+    over_ranks = "running"
+
+    def __init__(self, forms: Mapping[str, Eigenform], fisher: str = "mc", samples: int = 1):
+        self.forms, self.source = forms, fisher_source(fisher, samples)
+
+    def add(self, value, group):
+        if group.name not in self.forms:
+            raise ValueError(f"parameter {group.name!r} has no eigenbasis; expected one in forms, which has "
+                             f"{sorted(self.forms)}.")  # fmt: skip
+        form = self.forms[group.name]
+        return _plus(value, eigen_scale(group.outers, form.left, form.right, group.memory))
+
+    def finish(self, value, scale):
+        return scale.a * value
 
 
 class KFRA(Quantity):
@@ -383,6 +358,7 @@ def check_samples(quantities: list[Quantity], N: int) -> None:
 
 
 __all__ = [
-    "KFAC", "KFRA", "DiagGGN", "DiagHessian", "Grad", "Gram", "Kron", "Quantity", "SampleDiagGGN", "SampleGrads",
-    "Scale", "SecondMoment", "Source", "SqrtGGN", "SquareNorms", "Variance",
+    "GRADIENT", "KFAC", "KFRA", "NOTHING", "ROOT", "DiagGGN", "DiagHessian", "EigenScale", "Grad", "Gram", "Group",
+    "Kron", "Quantity", "SampleDiagGGN", "SampleGrads", "Scale", "SecondMoment", "Source", "SqrtGGN", "SquareNorms",
+    "Variance",
 ]  # fmt: skip

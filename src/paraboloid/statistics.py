@@ -144,7 +144,7 @@ class Recording(Tape):
             with torch.no_grad():
                 for name in self.parameters:
                     uses = outers.pop(name)
-                    group = Group(reduce(uses, needs, memory), uses, memory)
+                    group = Group(reduce(uses, needs, memory), uses, memory, name)
                     for q in quantities:
                         try:
                             running[q.name][name] = q.add(running[q.name][name], group)

@@ -1,0 +1,92 @@
+"""Pulled-back vectors in a Kronecker eigenbasis, and the sums of their squares: the eigenvalues of EKFAC.
+
+    scale[i, j] = sum_{v,n} (u_i . (J_n^T v) w_j)^2,  J_n^T v as a p x q matrix, for each group
+
+which is the diagonal of the parameter's exact block in the basis u_i (x) w_j.  A side is rotated position by position,
+or after the positions are summed, whichever takes fewer multiplications.
+Source: George et al. 2018, arXiv:1806.03884.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from paraboloid.eigenform import Basis
+from paraboloid.outer import Outer, Right, merge
+from paraboloid.reductions import pieces, reduce
+
+
+def eigen_scale(outers: list[Outer], left: Basis, right: Basis, memory: int | None = None) -> Tensor:
+    """The scale above for one parameter's uses, [G, r_left, r_right]; unscaled (times a: of the loss as reduced)."""
+    outers = merge(outers)
+    o = outers[0]
+    sizes = [basis.size if basis.vectors is None else basis.vectors.shape[2] for basis in (left, right)]
+    if o.kind == "zero":
+        groups = o.shape.numel() // (left.size * right.size)
+        return o.left.new_zeros(groups, *sizes)
+    if right.size == 1 and all(use.kind != "matrix" for use in outers):
+        return _of_vectors(outers, left, memory)
+    if any(use.kind != "matrix" or use.via is not None for use in outers):
+        raise NotImplementedError("has uses without Kronecker factors, so it has no eigenvalues in their eigenbasis.")
+    later = _later(outers, left, right)
+    first = [
+        basis if after is None else Basis(None, basis.size) for basis, after in zip((left, right), later, strict=True)
+    ]
+    rotated = [_rotated(use, *first) for use in outers]
+    groups = o.left.shape[2]
+    if later == [None, None]:
+        return reduce(rotated, {"squares"}, memory)["squares"].view(groups, *sizes)
+    scale = o.left.new_zeros(groups, *sizes)
+    for _, J in pieces(rotated, memory):
+        J = J.reshape(-1, groups, rotated[0].shape[0] // groups, rotated[0].shape[1])
+        J = J if later[0] is None else later[0].rotated(J)
+        J = J if later[1] is None else later[1].rotated(J.mT).mT
+        scale += J.square().sum(0)
+    return scale
+
+
+def _of_vectors(outers: list[Outer], left: Basis, memory: int | None) -> Tensor:
+    """A bias-like parameter: the whole vector J_n^T v is the left side, [1, r, 1]."""
+    if left.vectors is None:
+        return reduce(outers, {"squares"}, memory)["squares"].reshape(1, -1, 1)
+    U = left.vectors[0]
+    scale = outers[0].left.new_zeros(U.shape[1])
+    for _, J in pieces(outers, memory):
+        scale += (J.reshape(-1, len(U)) @ U).square_().sum(0)
+    return scale.view(1, -1, 1)
+
+
+def _later(outers: list[Outer], left: Basis, right: Basis) -> list[Basis | None]:
+    """Which sides (left, right) to rotate after the positions are summed."""
+    if len(outers) > 1 or outers[0].lookup or outers[0].left.shape[3] == 1:
+        return [None, None]
+    V, _, _, T, p = outers[0].left.shape
+    gradient, rows = (right, left) if outers[0].flip else (left, right)
+    later = [gradient if rows.size < T else None, rows if V * p < T else None]
+    later = [None if basis is not None and basis.vectors is None else basis for basis in later]
+    return later[::-1] if outers[0].flip else later
+
+
+def _rotated(o: Outer, left: Basis, right: Basis) -> Outer:
+    """One use with its sides in the bases, U_left^T (sum_t left right^T) U_right, position by position."""
+    gradient, rows = (right, left) if o.flip else (left, right)
+    inner, columns = o.right, o.q
+    assert inner is not None
+    if rows.vectors is not None:
+        U = rows.vectors[0] if len(rows.vectors) == 1 else rows.vectors
+        columns = U.shape[-1]
+        if o.lookup:  # a row of U for each index; -1 finds nothing
+            table = torch.cat([U, U.new_zeros(1, columns)])
+            turn = lambda n, old=inner: table[old(n)]  # noqa: E731
+        else:
+            turn = lambda n, old=inner: old(n) @ U  # noqa: E731
+        inner = Right(turn, (1, o.left.shape[1], 1), dtype=o.left.dtype)
+    turned = o.left
+    if gradient.vectors is not None:
+        turned = turned @ (gradient.vectors[0] if len(gradient.vectors) == 1 else gradient.vectors)
+    groups, height = turned.shape[2], turned.shape[4]
+    shape = torch.Size((groups * columns, height) if o.flip else (groups * height, columns))
+    return replace(o, left=turned, right=inner, q=columns, shape=shape)
