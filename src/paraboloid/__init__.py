@@ -4,16 +4,20 @@ from paraboloid import linalg, logging, losses, operators, quantities
 from paraboloid.bias import Bias, bias
 from paraboloid.kron import Kron
 from paraboloid.losses import Loss
-from paraboloid.operators import GGN, PCH, Hessian
+from paraboloid.operators import EKFAC, GGN, KFAC, KFLR, PCH, DiagonalGGN, Hessian
 from paraboloid.problems import Problem
 from paraboloid.quadratic import Quadratic, quadratic
 from paraboloid.statistics import Statistics, record, statistics
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "EKFAC",
     "GGN",
+    "KFAC",
+    "KFLR",
     "PCH",
     "Bias",
+    "DiagonalGGN",
     "Hessian",
     "Kron",
     "Loss",

@@ -39,6 +39,9 @@ class Basis:
         same = self.vectors.shape == other.vectors.shape
         return self.vectors is other.vectors or (same and torch.equal(self.vectors, other.vectors))
 
+    def to(self, dtype: torch.dtype) -> Basis:
+        return Basis(None if self.vectors is None else self.vectors.to(dtype), self.size)
+
     def rotated(self, x: Tensor) -> Tensor:
         """U^T x: [.. G p k] -> [.. G r k]."""
         return x if self.vectors is None else _first_group(self.vectors.mT, x) @ x
@@ -91,6 +94,11 @@ class Eigenform:
     def map(self, function: Callable[[Tensor], Tensor]) -> Eigenform:
         """The same function of every eigenvalue: f(A)."""
         return replace(self, values=function(self.values), rest=function(self.rest))
+
+    def to(self, dtype: torch.dtype) -> Eigenform:
+        if self.values.dtype == dtype:
+            return self
+        return Eigenform(self.left.to(dtype), self.right.to(dtype), self.values.to(dtype), self.rest.to(dtype))
 
     def shares_basis(self, other: Eigenform) -> bool:
         if self.size != other.size:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from paraboloid.kron import Kron
+from paraboloid.kronecker_product import KroneckerProduct, Side
 from paraboloid.outer import CHUNK_BYTES, Outer, merge
 from paraboloid.reductions import pieces, reduce, samples
 
@@ -15,10 +17,22 @@ LARGE = 384  # rows from which halving by symmetry pays
 EXACT_VECTOR = 4096  # elements up to which a bias-like parameter's block is kept exactly
 
 
-def gradient_factor(o: Outer, sharing: str) -> Tensor:
-    """sum over v, n (and t) of left left^T, [G p p]."""
+@dataclass
+class Rows:
+    """A factor of low rank, rows^T rows, by its rows [G R p] with R < p."""
+
+    data: Tensor
+
+    def dense(self) -> Tensor:
+        return self.data.mT @ self.data
+
+
+def gradient_factor(o: Outer, sharing: str, thin: bool = False) -> Tensor | Rows:
+    """sum over v, n (and t) of left left^T, [G p p]; `thin`: by its rows where these are fewer."""
     left = o.left.sum(3, keepdim=True) if sharing == "reduce" else o.left
     positions, rows = left.shape[3:]
+    if thin and left[:, :, 0, :, 0].numel() < rows:
+        return Rows(left.permute(2, 0, 1, 3, 4).flatten(1, 3))
     if positions >= rows:  # images: a product for each sample, without a copy
         left = left.mT.flatten(0, 1)
         return (left @ left.mT).sum(0)
@@ -26,11 +40,14 @@ def gradient_factor(o: Outer, sharing: str) -> Tensor:
     return left @ left.mT
 
 
-def input_factor(o: Outer, sharing: str, memory: int | None = None) -> Tensor:
-    """sum over n (and t) of right right^T, [G q q]; the diagonal [1 q] for a lookup."""
+def input_factor(o: Outer, sharing: str, memory: int | None = None, thin: bool = False) -> Tensor | Rows:
+    """sum over n (and t) of right right^T, [G q q]; the diagonal [1 q] for a lookup; `thin`: as above."""
     if o.right is not None and o.lookup and sharing == "expand":
         return torch.bincount(o.right().flatten() + 1, minlength=o.q + 1)[1:].to(o.left)[None]
     G, T = o.left.shape[2:4]
+    if thin and not o.lookup and o.left.shape[1] * (1 if sharing == "reduce" else T) < o.q:
+        right = o.dense_right().mean(2, keepdim=True) if sharing == "reduce" else o.dense_right()
+        return Rows(right.transpose(0, 1).flatten(1, 2))
     A = o.left.new_zeros(G, o.q, o.q)
     size = max(CHUNK_BYTES, 4 * A.numel() * A.element_size()) if memory is None else memory // 2
     for n in o.chunks(G * T * o.q, size):
@@ -83,18 +100,20 @@ class Factors:
 
     Each of `rows` and `columns` is {"gradient": sum, "input": sum} over those uses whose gradients (inputs) run along
     it; the gradient's sums grow with every group of vectors, the input's are taken once.  `exact` is the whole block of
-    a bias-like parameter instead: a matrix, or a diagonal beyond 4096 elements.
+    a bias-like parameter instead: a matrix [1 p p], or a diagonal [1 p] beyond 4096 elements.
     """
 
-    rows: dict[str, Tensor]
-    columns: dict[str, Tensor]
+    rows: dict[str, Any]
+    columns: dict[str, Any]
     positions: Tensor  # [], float64, on the CPU
     groups: int
-    exact: Tensor | None = None
+    exact: Any = None
 
 
-def add_factors(value: Factors | None, outers: list[Outer], sharing: str, memory: int | None = None) -> Factors:
-    """One more group of vectors for the Kronecker factors of one parameter.
+def add_factors(
+    value: Factors | None, outers: list[Outer], sharing: str, memory: int | None = None, thin: bool = False
+) -> Factors:
+    """One more group of vectors for the Kronecker factors of one parameter; `thin` keeps `Rows` where these are fewer.
 
     Raises NotImplementedError for a weight whose outer products live on a derived tensor or came from a fallback, and
     where the uses of a shared weight have blocks of different shapes.
@@ -103,8 +122,10 @@ def add_factors(value: Factors | None, outers: list[Outer], sharing: str, memory
     if outers[0].kind == "zero" and len(outers[0].shape) > 1:
         return _zero_factors(outers[0])
     if all(o.kind == "vector" or (o.kind in ("general", "zero") and len(o.shape) < 2 and not o.via) for o in outers):
-        block = _block(outers, memory)
-        return Factors({}, {}, _count(0), 1, block if value is None or value.exact is None else value.exact.add_(block))
+        block = _block(outers, memory, thin)
+        return Factors(
+            {}, {}, _count(0), 1, block if value is None or value.exact is None else _plus(value.exact, block)
+        )
     if any(o.via is not None or o.kind != "matrix" for o in outers):
         raise NotImplementedError(
             "has no Kronecker factors: it enters the layer through another tensor (weight_norm, a product, columns) "
@@ -120,18 +141,35 @@ def add_factors(value: Factors | None, outers: list[Outer], sharing: str, memory
         value = Factors({}, {}, _count(positions), outers[0].left.shape[2])
     for o in outers:
         gradients, inputs = (value.columns, value.rows) if o.flip else (value.rows, value.columns)
-        _increase(gradients, "gradient", gradient_factor(o, sharing))
+        _increase(gradients, "gradient", gradient_factor(o, sharing, thin))
         if first:
-            _increase(inputs, "input", input_factor(o, sharing, memory))
+            _increase(inputs, "input", input_factor(o, sharing, memory, thin))
     return value
 
 
-def _increase(sums: dict[str, Tensor], key: str, part: Tensor) -> None:
+def merged(value: Factors | None, other: Factors) -> Factors:
+    """The sums of two batches."""
+    if value is None or (not value.positions and value.exact is None):  # without influence there
+        return other
+    if not other.positions and other.exact is None:
+        return value
+    if other.exact is not None:
+        return replace(value, exact=_plus(value.exact, other.exact))
+    for mine, theirs in ((value.rows, other.rows), (value.columns, other.columns)):
+        for key, part in theirs.items():
+            _increase(mine, key, part)
+    return replace(value, positions=value.positions + other.positions)
+
+
+def _increase(sums: dict[str, Any], key: str, part: Tensor | Rows) -> None:
     sums[key] = _plus(sums[key], part) if key in sums else part
 
 
-def _plus(x: Tensor, y: Tensor) -> Tensor:
-    """[G p p] + [G p p], where one may be a diagonal [G p]."""
+def _plus(x: Tensor | Rows, y: Tensor | Rows) -> Tensor | Rows:
+    """[G p p] + [G p p], where one may be a diagonal [G p], or known by its rows."""
+    if isinstance(x, Rows) and isinstance(y, Rows) and x.data.shape[1] + y.data.shape[1] < x.data.shape[2]:
+        return Rows(torch.cat([x.data, y.data], 1))
+    x, y = (t.dense() if isinstance(t, Rows) else t for t in (x, y))
     if x.dim() == y.dim():
         return x + y
     return x + y.diag_embed() if x.dim() > y.dim() else x.diag_embed() + y
@@ -147,27 +185,53 @@ def scale_factors(value: Factors, a: float) -> Kron:
     decoder), its two factors change places first, so that left (x) right reads in the parameter's own order.
     Sources: Martens & Grosse 2015 (KFAC), Botev et al. 2017 (KFLR), Eschenhagen et al. 2023 (expand, reduce).
     """
+    sides = [side.dense() if isinstance(side, Rows) else side for side in _sides(value, a)]
+    return Kron(*sides, groups=value.groups) if value.groups > 1 else Kron(sides[0][0], sides[1][0])
+
+
+def scale_product(value: Factors, a: float) -> KroneckerProduct:
+    """The same block, each factor as it is kept."""
+    return KroneckerProduct(*(_side(side) for side in _sides(value, a)))
+
+
+def _side(side: Tensor | Rows) -> Side:
+    if isinstance(side, Rows):
+        return Side("rows", side.data)
+    return Side("diagonal" if side.dim() == 2 else "matrix", side)
+
+
+def _sides(value: Factors, a: float) -> list[Any]:
+    """The two factors with all their groups, [G ..]."""
     if value.exact is not None:
-        return Kron(value.exact.mul_(a), value.exact.new_ones(1, 1))
+        exact = _times(value.exact, a)
+        one = exact.data if isinstance(exact, Rows) else exact
+        return [exact, one.new_ones(1, 1, 1)]
     scales = {"gradient": a, "input": 1 / max(1.0, float(value.positions))}
     sides = []
     for sums in (value.rows, value.columns):
-        scaled = [part.mul_(scales[key]) for key, part in sums.items()]
+        scaled = [_times(part, scales[key]) for key, part in sums.items()]
         sides.append(scaled[0] if len(scaled) == 1 else _plus(*scaled))
-    rows, columns = sides if value.groups > 1 else (side[0] for side in sides)
-    return Kron(rows, columns, value.groups)
+    return sides
 
 
-def _block(outers: list[Outer], memory: int | None) -> Tensor:
-    """sum_{v,n} J_n^T v (J_n^T v)^T of a whole parameter, [p p]; its diagonal [p] beyond 4096 elements."""
+def _times(part: Tensor | Rows, scale: float) -> Tensor | Rows:
+    """The sum times a number; rows may be the pulled-back vectors themselves, and are left as they are."""
+    return Rows(part.data * scale**0.5) if isinstance(part, Rows) else part.mul_(scale)
+
+
+def _block(outers: list[Outer], memory: int | None, thin: bool) -> Tensor | Rows:
+    """sum_{v,n} J_n^T v (J_n^T v)^T of a whole parameter, [1 p p]; its diagonal [1 p] beyond 4096 elements."""
+    V, N = outers[0].left.shape[:2]
     p = samples(outers, slice(0, 1))[0, 0].numel()
     if p > EXACT_VECTOR:
-        return reduce(outers, {"squares"}, memory)["squares"].flatten()
+        return reduce(outers, {"squares"}, memory)["squares"].reshape(1, p)
+    if thin and p > V * N:
+        return Rows(samples(outers).reshape(1, V * N, p))
     block = outers[0].left.new_zeros(p, p)
     for _, J in pieces(outers, memory):
         J = J.reshape(-1, p)
         block.addmm_(J.mT, J)
-    return block
+    return block.unsqueeze(0)
 
 
 def _zero_factors(o: Outer) -> Factors:

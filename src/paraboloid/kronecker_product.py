@@ -82,6 +82,9 @@ class KroneckerProduct:
     def size(self) -> int:
         return self.groups * self.left.size * self.right.size
 
+    def to(self, dtype: torch.dtype) -> KroneckerProduct:
+        return KroneckerProduct(*(Side(side.kind, side.data.to(dtype)) for side in (self.left, self.right)))
+
     def product(self, rows: Tensor) -> Tensor:
         """Products with the K rows of a [K, D] tensor, as rows."""
         V = rows.reshape(-1, self.groups, self.left.size, self.right.size)

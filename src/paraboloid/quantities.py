@@ -152,6 +152,12 @@ def fisher_source(fisher: str, samples: int = 1) -> Source:
     return {"mc": _sampled(_count("samples", samples)), "exact": ROOT, "empirical": GRADIENT}[fisher]
 
 
+def check_sharing(sharing: str) -> str:
+    if sharing not in ("expand", "reduce"):
+        raise ValueError(f"sharing is {sharing!r}; expected 'expand' or 'reduce'.")
+    return sharing
+
+
 class DiagGGN(Quantity):
     """Diagonal of the GGN of the loss as reduced, [*shape]; exact, or by Monte Carlo with `samples` sampled labels
     (unbiased; the diagonal of the Monte Carlo Fisher)."""
@@ -246,9 +252,7 @@ class KFAC(Quantity):
 
     def __init__(self, fisher: str = "mc", samples: int = 1, sharing: str = "expand"):
         self.source = fisher_source(fisher, samples)
-        if sharing not in ("expand", "reduce"):
-            raise ValueError(f"sharing is {sharing!r}; expected 'expand' or 'reduce'.")
-        self.name, self.sharing = FISHERS[fisher], sharing
+        self.name, self.sharing = FISHERS[fisher], check_sharing(sharing)
 
     def add(self, value, group):
         return factors.add_factors(value, group.outers, self.sharing, group.memory)

@@ -106,7 +106,7 @@ class Recording(Tape):
             results: dict[str, dict[str, Any]] = {q.name: {} for q in wanted}
             gradient: dict[str, Tensor | None] = {}  # of the unreduced loss, if it is to be accumulated
             for source, sharing in by_source.items():
-                vectors = _vectors(loss, output, target, source, generator)
+                vectors = output_vectors(loss, output, target, source, generator)
                 totals = gradient if accumulate_grad and source == GRADIENT else None
                 found = self._reduce(output, vectors, sharing, totals, max_memory, mixed)
                 results |= found if group is not None else {q.name: self._finished(q, found, scale) for q in sharing}
@@ -167,7 +167,8 @@ def _as_parameter(value: Any, p: Tensor) -> Any:
     return trees.mapped(lambda t: t.to(p.dtype), value)
 
 
-def _vectors(loss: Loss, f: Tensor, y: Tensor, source: Source, generator: torch.Generator) -> Iterator[Tensor]:
+def output_vectors(loss: Loss, f: Tensor, y: Tensor, source: Source, generator: torch.Generator) -> Iterator[Tensor]:
+    """The vectors of the output's shape that a source stands for."""
     if source.kind == "gradient":
         return iter([loss.gradient(f, y)])
     if source.kind == "root":

@@ -17,13 +17,15 @@ from paraboloid.linalg.estimate import Estimate, TensorEstimate
 from paraboloid.operators.algebra import Identity, Scaled, Sum
 from paraboloid.operators.base import LinearOperator
 from paraboloid.operators.blocks import BlockDiagonal
+from paraboloid.operators.diagonal_ggn import DiagonalGGN
 from paraboloid.operators.diagonalised import Diagonalised
 from paraboloid.operators.ggn import GGN
 from paraboloid.operators.hessian import Hessian
+from paraboloid.operators.kfac import EKFAC, KFAC, KFLR
 from paraboloid.operators.kronecker import KroneckerFactored
 from paraboloid.operators.pch import PCH
 
 __all__ = [
-    "GGN", "PCH", "BlockDiagonal", "Diagonalised", "Estimate", "Hessian", "Identity", "KroneckerFactored",
-    "LinearOperator", "Scaled", "Sum", "TensorEstimate",
+    "EKFAC", "GGN", "KFAC", "KFLR", "PCH", "BlockDiagonal", "DiagonalGGN", "Diagonalised", "Estimate", "Hessian",
+    "Identity", "KroneckerFactored", "LinearOperator", "Scaled", "Sum", "TensorEstimate",
 ]  # fmt: skip

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -28,12 +28,18 @@ class Diagonalised(LinearOperator):
         forms: Sequence[Eigenform],
         blocks: Sequence[Sequence[int]] | None = None,
     ):
-        self.parameters, self.forms = parameters, list(forms)
+        dtype = common_dtype(form.values.dtype for form in forms)
+        self.parameters, self.forms = parameters, [form.to(dtype) for form in forms]
         self.blocks = [[i] for i in range(len(parameters))] if blocks is None else [list(b) for b in blocks]
         sizes = [p.numel() for p in parameters.values()]
         expected, found = [sum(sizes[i] for i in b) for b in self.blocks], [form.size for form in self.forms]
         if expected != found:
             raise ValueError(f"the blocks have the sizes {found}; expected those of {self.names}: {expected}.")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the eigenvalues: at least float32, which parameters may not be."""
+        return self.forms[0].values.dtype
 
     @cached_property
     def names(self) -> list[str]:
@@ -222,6 +228,11 @@ class Eigenvectors:
 
     def to_dense(self) -> Tensor:
         return self @ torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
+
+
+def common_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """What numbers of these types are kept in together: at least float32."""
+    return reduce(torch.promote_types, dtypes, torch.float32)
 
 
 def block_names(parameters: Mapping[str, Tensor], blocks: Sequence[Sequence[int]]) -> list[str]:

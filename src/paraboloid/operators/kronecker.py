@@ -12,7 +12,7 @@ from torch import Tensor
 from paraboloid.kron import Kron
 from paraboloid.kronecker_product import KroneckerProduct
 from paraboloid.operators.base import LinearOperator
-from paraboloid.operators.diagonalised import Diagonalised, block_names, dense_of
+from paraboloid.operators.diagonalised import Diagonalised, block_names, common_dtype, dense_of
 
 
 class KroneckerFactored(LinearOperator):
@@ -35,7 +35,9 @@ class KroneckerFactored(LinearOperator):
             raise ValueError(f"the factors' names are {sorted(krons)}; expected the parameters' {sorted(parameters)}.")
         self.parameters = {name: p.detach() for name, p in parameters.items()}
         found = {name: krons[name] for name in parameters}
-        self.products = {name: k.block if isinstance(k, Kron) else k for name, k in found.items()}
+        products = {name: k.block if isinstance(k, Kron) else k for name, k in found.items()}
+        dtype = common_dtype(product.left.data.dtype for product in products.values())
+        self.products = {name: product.to(dtype) for name, product in products.items()}
         for name, p in parameters.items():
             product = self.products[name]
             if product.size != p.numel():
@@ -44,6 +46,11 @@ class KroneckerFactored(LinearOperator):
                     f"{product.groups} x {product.left.size} x {product.right.size}; expected groups x p x q elements."
                 )
         self.blocks = [[i] for i in range(len(parameters))]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the factors: at least float32, which parameters may not be."""
+        return next(iter(self.products.values())).left.data.dtype
 
     @cached_property
     def krons(self) -> dict[str, Kron]:
