@@ -377,8 +377,14 @@ def test_a_wrong_second_derivative_raises(Operator, function):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Applied(function)
-    with pytest.raises(RuntimeError, match="autograd's second derivative of Applied is wrong"):
-        Operator(model, CE, two_batches())
+    A = Operator(model, CE, two_batches())
+    generic = torch.randn(A.shape[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    first = torch.zeros_like(generic)
+    first[0] = 1  # tells nothing about the other parameters
+    uses = [lambda: A @ generic, lambda: A @ first, lambda: A.quadratic_forms(first[None]), A.to_dense]
+    for use in uses:
+        with pytest.raises(RuntimeError, match="autograd's second derivative of Applied is wrong"):
+            use()
 
 
 def test_weight_norm_is_spelled_out_because_its_kernel_is_wrong():

@@ -54,7 +54,7 @@ class LinearOperator:
         The result has the form of v, and the dtype of the parameters.
         """
         columns = self.columns(v)
-        product = self._product(columns.T if columns.dim() == 2 else columns.unsqueeze(0))
+        product = self._product(columns.T.contiguous() if columns.dim() == 2 else columns.unsqueeze(0))
         return self.like(product.T if columns.dim() == 2 else product.squeeze(0), v)
 
     def columns(self, v: Vector) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from paraboloid.eigenform import Basis, Eigenform, decomposed
 from paraboloid.operators.base import LinearOperator
 from paraboloid.operators.replay import Replay
-from paraboloid.operators.vectors import join, split
+from paraboloid.operators.vectors import put, split
 
 if TYPE_CHECKING:
     from paraboloid.operators.diagonalised import Diagonalised
@@ -68,13 +68,13 @@ def block_products(replay: Replay, blocks: Sequence[Sequence[int]], rows: Sequen
     """Products of the diagonal blocks with rows [K, D_b] each, in one pass over the data."""
     parameters = list(replay.parameters.values())
     with replay.graphs() as graphs:
-        results = [torch.zeros_like(r) for r in rows]
-        for graph in graphs:
+        results = [torch.empty_like(r) for r in rows]
+        for place, graph in enumerate(graphs):
             for block, r, result in zip(blocks, rows, results, strict=True):
                 chosen = [parameters[i] for i in block]
                 for v, total in zip(r, result, strict=True):
-                    total += join(graph.product(split(v, chosen), block))
-    return [r / replay.normalizer for r in results]
+                    put(replay.product(graph, split(v, chosen), block), total, 1 / replay.normalizer, add=place > 0)
+    return results
 
 
 def product(replay: Replay, blocks: Sequence[Sequence[int]] | None, rows: Tensor) -> Tensor:

@@ -17,11 +17,13 @@ class Footprint(TorchDispatchMode):
 
     `bytes_kept` sums up the storages that still live.  What lives after a forward pass is what autograd saved, however
     it was saved: hooks, checkpoints and in-place operations need no special care.  Storages of `besides` (the
-    parameters, whose views are outputs too) do not count.  `flops` is that of matrix products and convolutions so far.
+    parameters, whose views are outputs too) do not count.  `flops` is that of matrix products and convolutions so far,
+    while `counts` is True.
     """
 
     def __init__(self, besides: Iterable[Tensor]):
         super().__init__()
+        self.counts = True
         self.besides = {t.untyped_storage()._cdata for t in besides}
         self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
         self.flops = 0
@@ -29,12 +31,13 @@ class Footprint(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        for t in tree_leaves(result):
+        for t in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(t, Tensor):
                 storage = t.untyped_storage()
-                if storage._cdata not in self.besides and storage._cdata not in self.seen:
-                    self.seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        if (count := flop_registry.get(func._overloadpacket)) is not None:
+                place = storage._cdata
+                if place not in self.besides and place not in self.seen:
+                    self.seen[place] = (StorageWeakRef(storage), storage.nbytes())
+        if self.counts and (count := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += count(*args, **kwargs, out_val=result)
         return result
 

@@ -26,8 +26,8 @@ class OutputGraph:
     graph of g is recorded once.  Source: Townsend 2017, "A new trick for calculating Jacobian vector products".
     """
 
-    def __init__(self, f: Tensor, y: Any, loss: Loss, parameters: list[Tensor]):
-        self.f, self.y, self.loss, self.parameters = f, y, loss, parameters
+    def __init__(self, f: Tensor, y: Any, loss: Loss, parameters: list[Tensor], index: int = 0):
+        self.f, self.y, self.loss, self.parameters, self.index = f, y, loss, parameters, index
 
     def prepare(self) -> None:
         _ = self.transposed
@@ -59,6 +59,14 @@ class OutputGraph:
     def product(self, v: Sequence[Tensor], block: Sequence[int]) -> list[Tensor]:
         """J^T H J v within a block of parameters."""
         return self.pull(self.hessian(self.push(v, block)), block)
+
+    def telling_product(self, v: Sequence[Tensor], block: Sequence[int]) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+        """The product, with (J v).(H J v) and v.(J^T H J v), which are equal if J and J^T are each other's transpose,
+        and their scale."""
+        jv = self.push(v, block)
+        hjv = self.hessian(jv)
+        found = self.pull(hjv, block)
+        return found, (jv * hjv).sum(), dot(v, found), jv.norm() * hjv.norm()
 
     def hessian(self, u: Tensor) -> Tensor:
         """H u, the (positive semi-definite) curvature of the unreduced loss in the output."""
@@ -128,6 +136,7 @@ class GGN(LinearOperator):
         with self.replay.graphs() as graphs:
             forms = rows.new_zeros(len(rows))
             for graph in graphs:
+                self.replay.certify(graph)
                 for i, v in enumerate(rows):
                     jv = graph.push(split(v, graph.parameters))
                     forms[i] += (jv * graph.hessian(jv)).sum()

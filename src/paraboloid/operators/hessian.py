@@ -21,7 +21,7 @@ from paraboloid.operators.vectors import dot
 class GradientGraph:
     """The gradient of one batch's unreduced loss, with its graph: a product is one backward pass through it."""
 
-    def __init__(self, f: Tensor, y: Any, loss: Loss, parameters: list[Tensor]):
+    def __init__(self, f: Tensor, y: Any, loss: Loss, parameters: list[Tensor], index: int = 0):
         self.f, self.y, self.loss, self.parameters = f, y, loss, parameters
 
     def prepare(self) -> None:

@@ -132,7 +132,7 @@ class PCH(LinearOperator):
                 tapes[:] = [tape]
                 yield
 
-        def graph(f: Tensor, y: Any, loss: Loss, parameters: list[Tensor]) -> BendGraph:
+        def graph(f: Tensor, y: Any, loss: Loss, parameters: list[Tensor], index: int) -> BendGraph:
             tape = tapes.pop()
             if missed := sorted(tape.reached(f, tape.calls).missed):
                 raise NotImplementedError(

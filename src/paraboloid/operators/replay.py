@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +34,28 @@ class Graph(Protocol):
         """The gradient of the unreduced loss, one tensor for each parameter."""
         ...
 
+    def product(self, v: Sequence[Tensor], block: Sequence[int]) -> list[Tensor]:
+        """The unreduced matrix times v, within a block of parameters."""
+        ...
+
     def adjoint_pair(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Two numbers that are equal if the derivatives are right, and their scale."""
         ...
+
+
+@runtime_checkable
+class Telling(Protocol):
+    """A graph whose products give the two numbers of `adjoint_pair` on the way."""
+
+    def telling_product(
+        self, v: Sequence[Tensor], block: Sequence[int]
+    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]: ...
+
+
+def _is_dense(t: Tensor) -> bool:
+    """Whether most of some hundred elements are not zero."""
+    some = t[:: max(1, len(t) // 100)]
+    return bool(some.count_nonzero() > len(some) / 2)
 
 
 def as_loss(loss_fn: Any) -> Loss:
@@ -61,7 +80,7 @@ class Replay:
         model: Any,
         loss_fn: Any,
         data: Any,
-        graph: Callable[[Tensor, Any, Loss, list[Tensor]], Graph],
+        graph: Callable[[Tensor, Any, Loss, list[Tensor], int], Graph],  # output, targets, ..., place in the pass
         *,
         output: batch_data.Output | None = None,
         seed: int = 0,
@@ -79,6 +98,7 @@ class Replay:
         self.max_memory = MAX_MEMORY if max_memory is None else max_memory
         self.versions = self._versions()
         self.samples, self.normalizer, self.total = 0, 0.0, 0.0
+        self.certified = False  # whether autograd's second derivatives were found right, on the first batch
         self.size, self.flops = 0, 0  # bytes of the kept graphs, floating-point operations of their forward passes
         self.kept: list[Any] | None = []
         if len(self.loss.terms) > 1 and batch_data.as_batch(data) is None:
@@ -115,9 +135,9 @@ class Replay:
 
     def _graphs(self) -> Iterator[Any]:
         total = 0.0
-        for f, y in self._outputs(self.inside):
+        for index, (f, y) in enumerate(self._outputs(self.inside)):
             total += self._summed_loss(f, y)
-            yield self.graph(f, y, self.loss, list(self.parameters.values()))
+            yield self.graph(f, y, self.loss, list(self.parameters.values()), index)
         self._check_total(total)
 
     def _settled(self) -> Loss:
@@ -142,12 +162,11 @@ class Replay:
                     if (pair := next(outputs, None)) is None:
                         break
                     self.flops += footprint.flops
+                    footprint.counts = False
                     self._count(*pair)
-                    self.kept.append(self.graph(*pair, self.loss, list(self.parameters.values())))
+                    self.kept.append(self.graph(*pair, self.loss, list(self.parameters.values()), len(self.kept)))
                     self.kept[-1].prepare()
                     del pair
-                if len(self.kept) == 1:
-                    self._certify(self.kept[0])
                 self.size += footprint.bytes_kept()
                 if self.size > self.max_memory:
                     self.kept = None
@@ -158,15 +177,33 @@ class Replay:
         if self.normalizer <= 0:
             raise NoTargets(_NO_TARGETS)
 
-    def _certify(self, graph: Graph) -> None:
+    def product(self, graph: Graph, v: list[Tensor], block: Sequence[int]) -> list[Tensor]:
+        """The graph's product with v; the first one certifies it (see `certify`)."""
+        if self.certified:
+            return graph.product(v, block)
+        # A product with a vector of many directions tells for itself whether J and J^T belong together.
+        telling = isinstance(graph, Telling) and all(_is_dense(t.reshape(-1)) for t in v)
+        if not telling:
+            self.certify(graph)
+            return graph.product(v, block)
+        found, one, other, scale = graph.telling_product(v, block)
+        if scale > 0:
+            self._compare(one, other, scale)
+        return found
+
+    def certify(self, graph: Graph) -> None:
         """Raise RuntimeError where a matrix and its transpose, as autograd has them, are not each other's transpose.
 
-        What a wrong double backward nearly always shows.
+        What a wrong double backward nearly always shows.  Done once, on one batch.
         """
-        device, dtype = self.stream.device, next(iter(self.parameters.values())).dtype
-        one, other, scale = graph.adjoint_pair(torch.Generator(device).manual_seed(0))
+        if not self.certified:
+            self._compare(*graph.adjoint_pair(torch.Generator(self.stream.device).manual_seed(0)))
+
+    def _compare(self, one: Tensor, other: Tensor, scale: Tensor) -> None:
+        dtype = next(iter(self.parameters.values())).dtype
         tolerance = 1e-6 if dtype == torch.float64 else 2e-2
-        if not abs(one - other) <= tolerance * scale:
+        self.certified = bool(abs(one - other) <= tolerance * scale)
+        if not self.certified:
             raise RuntimeError(
                 f"autograd's second derivative of {type(self.model).__name__} is wrong: two numbers that must be "
                 f"equal are {one.item():.6g} and {other.item():.6g}. Some operation of the model has no correct double "

@@ -16,7 +16,17 @@ def split(v: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """The inner product of two vectors given as one tensor for each parameter."""
-    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
+    return torch.stack([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(a, b, strict=True)]).sum()
+
+
+def put(tensors: Sequence[Tensor], flat: Tensor, scale: float, add: bool) -> None:
+    """scale * (one tensor for each parameter) into a flat [D] vector, or added to it: one pass over the memory."""
+    for t, piece in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        where = piece.view(t.shape)
+        if add:
+            where.add_(t, alpha=scale)
+        else:
+            torch.mul(t, scale, out=where)
 
 
 def join(tensors: Sequence[Tensor]) -> Tensor:
