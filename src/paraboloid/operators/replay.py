@@ -182,8 +182,7 @@ class Replay:
         if self.certified:
             return graph.product(v, block)
         # A product with a vector of many directions tells for itself whether J and J^T belong together.
-        telling = isinstance(graph, Telling) and all(_is_dense(t.reshape(-1)) for t in v)
-        if not telling:
+        if not isinstance(graph, Telling) or not all(_is_dense(t.reshape(-1)) for t in v):
             self.certify(graph)
             return graph.product(v, block)
         found, one, other, scale = graph.telling_product(v, block)
