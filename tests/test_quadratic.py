@@ -218,7 +218,9 @@ def test_numbers_of_directions(k):
 
 def test_bad_arguments():
     model, data = make_model("mlp"), batch(4, 0)
-    with pytest.raises(ValueError, match=r"curvature is 'newton'; expected one of \['ggn', 'hessian'\] or a linear"):
+    with pytest.raises(
+        ValueError, match=r"curvature is 'newton'; expected one of \['ggn', 'hessian', 'fisher'\] or a linear"
+    ):
         quadratic(model, CE, data, curvature="newton")
     with pytest.raises(ValueError, match="weight_decay is -1; expected a number of at least 0"):
         quadratic(model, CE, data, weight_decay=-1)

@@ -4,7 +4,7 @@ from paraboloid import linalg, logging, losses, operators, quantities
 from paraboloid.bias import Bias, bias
 from paraboloid.kron import Kron
 from paraboloid.losses import Loss
-from paraboloid.operators import EKFAC, GGN, KFAC, KFLR, PCH, DiagonalGGN, Hessian
+from paraboloid.operators import EKFAC, GGN, KFAC, KFLR, PCH, DiagonalGGN, EmpiricalFisher, Fisher, Hessian
 from paraboloid.problems import Problem
 from paraboloid.quadratic import Quadratic, quadratic
 from paraboloid.statistics import Statistics, record, statistics
@@ -18,6 +18,8 @@ __all__ = [
     "PCH",
     "Bias",
     "DiagonalGGN",
+    "EmpiricalFisher",
+    "Fisher",
     "Hessian",
     "Kron",
     "Loss",

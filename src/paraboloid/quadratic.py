@@ -14,12 +14,12 @@ from paraboloid.data import Output
 from paraboloid.linalg.krylov import orthogonalise, random_unit
 from paraboloid.linalg.operand import check_count
 from paraboloid.linalg.probes import Seed, generator_of
-from paraboloid.operators import GGN, Hessian, Identity, LinearOperator
-from paraboloid.operators.ggn import OutputGraph
+from paraboloid.operators import GGN, Fisher, Hessian, Identity, LinearOperator
+from paraboloid.operators.output_graph import OutputGraph
 from paraboloid.operators.replay import Replay
 from paraboloid.operators.vectors import join
 
-CURVATURES: dict[str, type[GGN] | type[Hessian]] = {"ggn": GGN, "hessian": Hessian}
+CURVATURES: dict[str, type[GGN | Hessian | Fisher]] = {"ggn": GGN, "hessian": Hessian, "fisher": Fisher}
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +122,8 @@ def quadratic(
 ) -> Quadratic:
     """The quadratic model of the loss on a batch (or on an iterable of batches, which counts as one).
 
-    curvature     "ggn", "hessian", or an operator of `paraboloid.operators`, taken as the curvature of the loss
+    curvature     "ggn", "hessian", "fisher" (one label drawn for each sample, by `seed`), or an operator of
+                  `paraboloid.operators`, taken as the curvature of the loss
     weight_decay  beta of beta / 2 ||theta||^2, over every trainable parameter
 
     The other arguments are those of the operators.

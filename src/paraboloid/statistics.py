@@ -120,6 +120,14 @@ class Recording(Tape):
                 self._accumulate(gradient, scale.a, wrapper)
         return Statistics(results, value, output.detach(), scale)
 
+    def of_vectors(
+        self, output: Tensor, vectors: Iterable[Tensor], quantity: Quantity, max_memory: int | None = None
+    ) -> dict[str, Any]:
+        """A quantity of given vectors in output space in the place of its own, by parameter name; with the factor 1."""
+        with torch._C.DisableTorchFunction(), own_arithmetic(output.device):
+            found = self._reduce(output, iter(vectors), [quantity], None, max_memory, not quantity.per_sample)
+            return self._finished(quantity, found, Scale(len(output), 1.0))
+
     @torch.no_grad()
     def _finished(self, q: Quantity, running: Values, scale: Scale, combined: bool = False) -> dict[str, Any]:
         if combined and q.over_ranks == "finished":

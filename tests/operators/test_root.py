@@ -37,6 +37,21 @@ def test_it_is_made_after_as_many_products_as_it_costs(model):
     torch.testing.assert_close(A @ v, expected @ v)
 
 
+def test_a_parameter_without_axes():
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.shift = make_model("residual"), nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+        def forward(self, x):
+            return self.body(x) + self.shift * torch.arange(3)
+
+    model = Shifted()
+    A = GGN(model, CE, batches())
+    torch.testing.assert_close(A.to_dense(), dense_ggn(model, CE, batches()))
+    assert A.root.rows is not None
+
+
 def test_everything_is_exact_with_it(model):
     A, expected = GGN(model, CE, batches()), dense_ggn(model, CE, batches())
     V = random(A.shape[0], 3)

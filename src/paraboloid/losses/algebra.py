@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -59,7 +60,11 @@ class Sum(Loss):
     they differ (cross-entropy's mean over N targets, squared error's over N C elements, a "sum" over nothing), the
     loss counts as a mean over the N samples: l_n = N sum_i l_{i,n} / m_i and its normalizer is N, so that the mean of
     l_n is the loss as reduced.
+
+    `unit` is what l_n is divided by in a sum that has been settled for several batches: their l_n is `unit` times this.
     """
+
+    unit = 1.0
 
     def __init__(self, *losses: Loss):
         self.losses = [term for loss in losses for term in loss.terms]
@@ -80,7 +85,7 @@ class Sum(Loss):
         each = {loss.normalizer(f, y) for loss in self.losses}
         return each.pop() if len(each) == 1 else float(len(f))
 
-    def _combined(self, f, y, method: str, *args):
+    def _combined(self, f, y, method: str, *args) -> Any:
         weighted = zip(self.weights(f, y), self.losses, strict=True)
         return sum(w * getattr(loss, method)(f, y, *args) for w, loss in weighted)
 
@@ -117,6 +122,8 @@ class Sum(Loss):
             loss.check(f, y)
 
 
-def settled(loss: Loss, normalizers: Sequence[float]) -> Loss:
+def settled(loss: Loss, normalizers: Sequence[float], samples: int) -> Sum:
     """The terms of a loss divided by given numbers (their totals over several batches), with the factor one."""
-    return Sum(*(Scaled(t, 1 / m, normalizer=1.0) for t, m in zip(loss.terms, normalizers, strict=True)))
+    result = Sum(*(Scaled(t, 1 / m, normalizer=1.0) for t, m in zip(loss.terms, normalizers, strict=True)))
+    result.unit = normalizers[0] if len(set(normalizers)) == 1 else float(samples)
+    return result

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from paraboloid.losses.loss import Loss
+from paraboloid.losses.loss import Loss, full
 
 
 class Opaque(Loss):
@@ -38,6 +39,25 @@ class Opaque(Loss):
 
     def hessian_root(self, f, y):
         raise NotImplementedError(_COUPLED)
+
+    def sample_gradients(self, f: Tensor, y: Tensor) -> tuple[Tensor, float]:
+        """The output gradient of each sample's own loss ``fn(f[n:n+1], y[n:n+1])``, of f's shape, and the factor a such
+        that the value is a times the sum of those losses.
+
+        Raises ValueError where the value is neither their sum nor their mean.
+        """
+        with torch.enable_grad():
+            f = full(f).requires_grad_()
+            losses = torch.cat([self.sample_losses(f[n : n + 1], y[n : n + 1]) for n in range(len(f))])
+            (gradients,) = torch.autograd.grad(losses.sum(), f)
+            value = self.sample_losses(f, y)
+        value, total, scale = (v.detach().item() for v in (value, losses.sum(), losses.abs().sum()))
+        factor = 1.0 if abs(value - total) <= 1e-4 * scale else 1 / len(f)
+        if abs(value - factor * total) > 1e-4 * factor * scale:
+            raise ValueError(f"the loss is a plain callable that gives {value:.6g} for the batch and {total:.6g} as "
+                             f"the sum over its {len(f)} samples; expected a sum or a mean over samples. Subclass "
+                             "pb.Loss and give its sample_losses.")  # fmt: skip
+        return gradients, factor
 
     def check(self, f, y):
         pass

@@ -19,6 +19,7 @@ from paraboloid.operators.base import LinearOperator
 from paraboloid.operators.blocks import BlockDiagonal
 from paraboloid.operators.diagonal_ggn import DiagonalGGN
 from paraboloid.operators.diagonalised import Diagonalised
+from paraboloid.operators.fisher import EmpiricalFisher, Fisher
 from paraboloid.operators.ggn import GGN
 from paraboloid.operators.hessian import Hessian
 from paraboloid.operators.kfac import EKFAC, KFAC, KFLR
@@ -26,6 +27,7 @@ from paraboloid.operators.kronecker import KroneckerFactored
 from paraboloid.operators.pch import PCH
 
 __all__ = [
-    "EKFAC", "GGN", "KFAC", "KFLR", "PCH", "BlockDiagonal", "DiagonalGGN", "Diagonalised", "Estimate", "Hessian",
-    "Identity", "KroneckerFactored", "LinearOperator", "Scaled", "Sum", "TensorEstimate",
+    "EKFAC", "GGN", "KFAC", "KFLR", "PCH", "BlockDiagonal", "DiagonalGGN", "Diagonalised", "EmpiricalFisher",
+    "Estimate", "Fisher", "Hessian", "Identity", "KroneckerFactored", "LinearOperator", "Scaled", "Sum",
+    "TensorEstimate",
 ]  # fmt: skip

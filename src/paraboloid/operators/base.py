@@ -94,8 +94,8 @@ class LinearOperator:
         return (rows * self._product(rows)).sum(1)
 
     def to_dense(self) -> Tensor:
-        """The matrix [D, D], exactly symmetric; D products."""
-        return dense(self)
+        """The matrix [D, D], exactly symmetric; D products, or as many as the largest block has parameters."""
+        return dense(self) if self.blocks is None else self._dense_blocks().to_dense()
 
     def diagonal(self, samples: int | None = None, seed: Seed = 0) -> Tensor:
         """The diagonal [D], exact, from D quadratic forms; or with `samples` an estimate from so many products, which
@@ -174,9 +174,12 @@ class LinearOperator:
                 "structure, such as a block-diagonal or Kronecker-factored one. Use solve(b, damping=...) for a linear "
                 "system, or to_dense()."
             )
+        return self._dense_blocks()._structured(what)
+
+    def _dense_blocks(self) -> LinearOperator:
         from paraboloid.operators.blocks import dense_blocks
 
-        return dense_blocks(self)._structured(what)
+        return dense_blocks(self)
 
     def to_scipy(self):
         """The same operator as a `scipy.sparse.linalg.LinearOperator`, float64 in and out, on the CPU's side."""

@@ -7,14 +7,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from paraboloid.data import Output
 from paraboloid.linalg.probes import normal
 from paraboloid.losses import Loss
 from paraboloid.operators.base import LinearOperator
-from paraboloid.operators.blocks import Blocks, dense_blocks, product, resolve_blocks
-from paraboloid.operators.replay import Replay
+from paraboloid.operators.blocks import product
+from paraboloid.operators.recorded import Recorded
 from paraboloid.operators.vectors import dot
 
 
@@ -54,7 +53,7 @@ class GradientGraph:
         return list(torch.autograd.grad(grads, chosen, weights, retain_graph=True, materialize_grads=True))
 
 
-class Hessian(LinearOperator):
+class Hessian(Recorded, LinearOperator):
     """The second derivative of the loss as reduced.  Any callable loss works; a loader counts as one big batch.
 
     See `paraboloid.operators` for the arguments, and for what is kept between products.
@@ -66,23 +65,7 @@ class Hessian(LinearOperator):
     `paraboloid.operators.blocks`.  A product with every block costs up to 2 gradients for each of them.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: Any,
-        data: Any,
-        *,
-        blocks: Blocks = "all",
-        output: Output | None = None,
-        seed: int = 0,
-        max_memory: int | None = None,
-    ):
-        self.replay = Replay(model, loss_fn, data, GradientGraph, output=output, seed=seed, max_memory=max_memory)
-        self.parameters = self.replay.parameters
-        self.blocks = resolve_blocks(self.parameters, blocks)
+    graph = GradientGraph
 
     def _product(self, rows: Tensor) -> Tensor:
         return product(self.replay, self.blocks, rows)
-
-    def to_dense(self) -> Tensor:
-        return super().to_dense() if self.blocks is None else dense_blocks(self).to_dense()

@@ -16,7 +16,7 @@ from paraboloid.data import Output
 from paraboloid.linalg.probes import normal
 from paraboloid.losses import Loss
 from paraboloid.operators.base import LinearOperator
-from paraboloid.operators.blocks import dense_blocks, product, resolve_blocks
+from paraboloid.operators.blocks import product, resolve_blocks
 from paraboloid.operators.replay import Replay
 from paraboloid.operators.undisturbed import eager
 from paraboloid.operators.vectors import dot
@@ -149,6 +149,3 @@ class PCH(LinearOperator):
 
     def _product(self, rows: Tensor) -> Tensor:
         return product(self.replay, self.blocks, rows)
-
-    def to_dense(self) -> Tensor:
-        return dense_blocks(self).to_dense()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from paraboloid import data as batch_data
 from paraboloid import trees
 from paraboloid.ambient import own_arithmetic
-from paraboloid.losses import Loss, NoTargets, settled
+from paraboloid.losses import Loss, NoTargets, Sum, settled
 from paraboloid.losses.loss import full
 from paraboloid.operators.undisturbed import RandomStream
 from paraboloid.outer import Outer
@@ -142,6 +142,8 @@ class Pulls:
         tape, f, y = self.recording
         with own_arithmetic(self.device), torch._C.DisableTorchFunction():
             vectors = output_vectors(self.loss, f, y, self.source, generator)
+            if self.source.kind == "gradient" and isinstance(self.loss, Sum):  # whose square has to be in its own unit
+                vectors = (self.loss.unit**0.5 * v for v in vectors)
         size = max(1, sum(c.shape.numel() for c in tape.calls) * f.element_size())
         count = max(1, (GROUP_BYTES if self.max_memory is None else self.max_memory // 2) // size)
         room = KEEP_BYTES if self.max_memory is None else self.max_memory
@@ -162,14 +164,15 @@ class Pulls:
 
     def _settle(self) -> None:
         """A sum of losses, each term divided by its own total over all batches: one pass to count them."""
-        totals = [0.0] * len(self.loss.terms)
+        totals, samples = [0.0] * len(self.loss.terms), 0
         for _, f, y in self._recorded():
             self.loss.check(f, y)
+            samples += len(f)
             for i, term in enumerate(self.loss.terms):
                 with suppress(NoTargets):
                     totals[i] += term.normalizer(f.detach(), y)
         totals = [1.0 if t.reduction == "sum" else m for t, m in zip(self.loss.terms, totals, strict=True)]
-        self.loss = settled(self.loss, totals)
+        self.loss = settled(self.loss, totals, samples)
 
     def _check_total(self, total: float) -> None:
         dtype = next(iter(self.parameters.values())).dtype

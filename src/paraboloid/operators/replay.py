@@ -73,6 +73,9 @@ class Replay:
     into `max_memory` bytes they are kept and the data is not read again.  Else none is: each pass reads the data and
     records anew, and raises RuntimeError if the summed loss moved.  Masks of dropout, and whatever else draws from
     torch's global random state (a shuffling loader too), are those of `seed` on each pass.
+
+    A graph is made from output, targets, loss, parameters and the batch's place in the pass.  With `ordered` it depends
+    on which sample comes where, and RuntimeError is raised if their order moved.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class Replay:
         output: batch_data.Output | None = None,
         seed: int = 0,
         max_memory: int | None = None,
+        ordered: bool = False,
         inside: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
         self.parameters: dict[str, nn.Parameter] = trees.parameters(model)
@@ -98,6 +102,7 @@ class Replay:
         self.max_memory = MAX_MEMORY if max_memory is None else max_memory
         self.versions = self._versions()
         self.samples, self.normalizer, self.total = 0, 0.0, 0.0
+        self.order: list[float] | None = [] if ordered else None  # of each batch, a number that follows its order
         self.certified = False  # whether autograd's second derivatives were found right, on the first batch
         self.size, self.flops = 0, 0  # bytes of the kept graphs, floating-point operations of their forward passes
         self.kept: list[Any] | None = []
@@ -137,22 +142,24 @@ class Replay:
         total = 0.0
         for index, (f, y) in enumerate(self._outputs(self.inside)):
             total += self._summed_loss(f, y)
+            self._check_order(f, y, index)
             yield self.graph(f, y, self.loss, list(self.parameters.values()), index)
         self._check_total(total)
 
     def _settled(self) -> Loss:
         """A sum of losses, each term divided by its own total over all batches: one pass to count them."""
-        totals = [0.0] * len(self.loss.terms)
+        totals, samples = [0.0] * len(self.loss.terms), 0
         with undisturbed(self.model):
             for f, y in self._outputs():
                 self.loss.check(f, y)
+                samples += len(f)
                 for i, term in enumerate(self.loss.terms):
                     with suppress(NoTargets):
                         totals[i] += term.normalizer(f.detach(), y)
         totals = [1.0 if t.reduction == "sum" else m for t, m in zip(self.loss.terms, totals, strict=True)]
         if min(totals) <= 0:
             raise NoTargets(_NO_TARGETS)
-        return settled(self.loss, totals)
+        return settled(self.loss, totals, samples)
 
     def _first_pass(self) -> None:
         with undisturbed(self.model):
@@ -262,9 +269,28 @@ class Replay:
         with suppress(NoTargets):  # such a batch adds nothing to the sums over a loader
             self.normalizer += self.loss.normalizer(f, y)
         self.total += self._summed_loss(f, y)
+        if self.order is not None:
+            self.order.append(self._order_of(f, y))
 
     def _summed_loss(self, f: Tensor, y: Any) -> float:
         return batch_data.check_finite(self.loss.sample_losses(f, y).detach().sum()).item()
+
+    def _order_of(self, f: Tensor, y: Any) -> float:
+        losses = self.loss.sample_losses(f, y).detach()
+        return (losses * torch.linspace(0, 1, len(losses), dtype=losses.dtype, device=losses.device)).sum().item()
+
+    def _check_order(self, f: Tensor, y: Any, index: int) -> None:
+        if self.order is None:
+            return
+        found = self._order_of(f, y)
+        expected = self.order[index] if index < len(self.order) else 0.0
+        dtype = next(iter(self.parameters.values())).dtype
+        if abs(found - expected) > torch.finfo(dtype).eps ** 0.75 * max(abs(found), abs(expected)):
+            raise RuntimeError(
+                f"batch {index} does not hold the samples of the first pass in their order, to which the drawn labels "
+                "belong; expected the same batches on each pass. Turn shuffling off, or let the graphs fit into "
+                f"max_memory (now {self.max_memory} bytes), so that one pass is enough."
+            )
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(p._version, p.data_ptr()) for p in self.parameters.values()]

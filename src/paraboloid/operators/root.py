@@ -11,6 +11,7 @@ from torch import Tensor
 
 from paraboloid.losses import NoTargets
 from paraboloid.operators.replay import Replay
+from paraboloid.quantities import SqrtGGN
 from paraboloid.statistics import record
 
 
@@ -32,7 +33,7 @@ class Root:
         if not replay.kept or replay.loss.reduction == "whole":
             return 0
         try:
-            counts = [graph.loss.root_columns(graph.f) for graph in replay.kept]
+            counts = [graph.root_columns() for graph in replay.kept]
         except NotImplementedError:  # a plain callable may couple the samples
             return 0
         rows = sum(count * len(graph.f) for count, graph in zip(counts, replay.kept, strict=True))
@@ -57,9 +58,10 @@ class Root:
             warnings.simplefilter("error")  # a warned-of fallback is exact, but slower than the graph
             replay, rows = self.replay, []
             with replay.recorded(lambda: record(replay.model)) as tapes:
-                for tape, f, y in tapes:
+                for graph, (tape, f, y) in zip(replay.kept or (), tapes, strict=True):
                     with suppress(NoTargets):  # a batch without targets has no curvature
-                        found = tape.statistics(replay.loss, f, y, ["sqrt_ggn"])["sqrt_ggn"]
-                        rows.append(torch.cat([t.flatten(2).flatten(0, 1) for t in found.values()], 1))
+                        replay.loss.normalizer(f, y)
+                        found = tape.of_vectors(f, graph.root(), SqrtGGN(), replay.max_memory)
+                        rows.append(torch.cat([t.reshape(t.shape[0] * t.shape[1], -1) for t in found.values()], 1))
             return torch.cat(rows)
         return None

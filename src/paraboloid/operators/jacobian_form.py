@@ -1,0 +1,74 @@
+"""Matrices of the form sum_n J_n^T H_n J_n: the GGN and the Fishers, which differ in H_n alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paraboloid.linalg.probes import Seed
+from paraboloid.operators.base import LinearOperator
+from paraboloid.operators.blocks import Blocks, places, product
+from paraboloid.operators.recorded import Recorded
+from paraboloid.operators.root import Root
+from paraboloid.operators.vectors import join, split
+
+
+class JacobianForm(Recorded, LinearOperator):
+    """sum_n J_n^T H_n J_n times the reduction's factor, over the `OutputGraph`s of the data, which know J_n and H_n."""
+
+    def _record(self, graph: Any, model: Any, loss_fn: Any, data: Any, blocks: Blocks, **options: Any) -> None:
+        super()._record(graph, model, loss_fn, data, blocks, **options)
+        self.root = Root(self.replay)
+
+    def _product(self, rows: Tensor) -> Tensor:
+        if (S := self.root.after(len(rows))) is None:
+            return product(self.replay, self.blocks, rows)
+        if self.blocks is None:
+            return (rows @ S.T) @ S / self.replay.normalizer
+        result = torch.empty_like(rows)
+        for at in (places(self.parameters, block) for block in self.blocks):
+            result[:, at] = (rows[:, at] @ S[:, at].T) @ S[:, at] / self.replay.normalizer
+        return result
+
+    def quadratic_forms(self, directions: Tensor) -> Tensor:
+        if self.blocks is not None:
+            return super().quadratic_forms(directions)
+        rows = self.rows(directions)
+        if (S := self.root.after(len(rows))) is not None:
+            return (rows @ S.T).square().sum(1) / self.replay.normalizer
+        with self.replay.graphs() as graphs:
+            forms = rows.new_zeros(len(rows))
+            for graph in graphs:
+                self.replay.certify(graph)
+                for i, v in enumerate(rows):
+                    jv = graph.push(split(v, graph.parameters))
+                    forms[i] += (jv * graph.hessian(jv)).sum()
+        return forms / self.replay.normalizer
+
+    def diagonal(self, samples: int | None = None, seed: Seed = 0) -> Tensor:
+        if samples is not None:
+            return super().diagonal(samples, seed)
+        if (S := self.root.after(min(self.shape[0], self._root_vectors()))) is not None:
+            return S.square().sum(0) / self.replay.normalizer
+        if self._root_vectors() >= self.shape[0]:
+            return super().diagonal()
+        with self.replay.graphs() as graphs:
+            total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
+            for graph in graphs:
+                for root in graph.root():
+                    for n in range(len(root)):
+                        alone = torch.zeros_like(root)
+                        alone[n] = root[n]
+                        total += join(graph.pull(alone)).square()
+        return total / self.replay.normalizer
+
+    def _root_vectors(self) -> int:
+        """How many backward passes the diagonal takes by way of the roots of H_n; D where there is no such way."""
+        if self.replay.kept is None:
+            return self.shape[0]
+        try:
+            return sum(len(graph.f) * graph.root_columns() for graph in self.replay.kept)
+        except NotImplementedError:  # a plain callable may couple the samples
+            return self.shape[0]

@@ -1,0 +1,86 @@
+"""The output of one batch, recorded for products with its Jacobian from both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paraboloid.linalg.probes import normal
+from paraboloid.losses import Loss
+from paraboloid.operators.vectors import dot
+
+
+class OutputGraph:
+    """The output of one batch with the graphs of J^T w and of J v, unreduced.
+
+    g(u) = J^T u is linear in u, so J v is the gradient of g(u).v in u, for the price of about one backward pass; the
+    graph of g is recorded once.  Source: Townsend 2017, "A new trick for calculating Jacobian vector products".
+    """
+
+    def __init__(self, f: Tensor, y: Any, loss: Loss, parameters: list[Tensor], index: int = 0):
+        self.f, self.y, self.loss, self.parameters, self.index = f, y, loss, parameters, index
+
+    def prepare(self) -> None:
+        _ = self.transposed
+
+    @cached_property
+    def transposed(self) -> tuple[Tensor, dict[int, Tensor]]:
+        """u and the parts of g(u) that depend on it, by the parameter's place."""
+        u = torch.zeros_like(self.f, requires_grad=True)
+        g = torch.autograd.grad(self.f, self.parameters, u, create_graph=True, allow_unused=True)
+        return u, {i: t for i, t in enumerate(g) if t is not None and t.requires_grad}
+
+    def pull(self, w: Tensor, block: Sequence[int] | None = None) -> list[Tensor]:
+        """J^T w, one tensor for each parameter (of a block)."""
+        chosen = self.parameters if block is None else [self.parameters[i] for i in block]
+        grads = torch.autograd.grad(self.f, chosen, w.to(self.f.dtype), retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(chosen, grads, strict=True)]
+
+    def push(self, v: Sequence[Tensor], block: Sequence[int] | None = None) -> Tensor:
+        """J v, of the output's shape; for v along the parameters of a block."""
+        u, g = self.transposed
+        at = range(len(self.parameters)) if block is None else block
+        pairs = [(g[i], t.to(g[i].dtype)) for i, t in zip(at, v, strict=True) if i in g]
+        if not pairs:
+            return torch.zeros_like(self.f)
+        outputs, weights = zip(*pairs, strict=True)
+        (jv,) = torch.autograd.grad(outputs, u, weights, retain_graph=True, materialize_grads=True)
+        return jv
+
+    def product(self, v: Sequence[Tensor], block: Sequence[int]) -> list[Tensor]:
+        """J^T H J v within a block of parameters."""
+        return self.pull(self.hessian(self.push(v, block)), block)
+
+    def telling_product(self, v: Sequence[Tensor], block: Sequence[int]) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+        """The product, with (J v).(H J v) and v.(J^T H J v), which are equal if J and J^T are each other's transpose,
+        and their scale."""
+        jv = self.push(v, block)
+        hjv = self.hessian(jv)
+        found = self.pull(hjv, block)
+        return found, (jv * hjv).sum(), dot(v, found), jv.norm() * hjv.norm()
+
+    def hessian(self, u: Tensor) -> Tensor:
+        """H u, the (positive semi-definite) curvature of the unreduced loss in the output."""
+        return self.loss.curvature_product(self.f.detach(), self.y, u)
+
+    def root(self) -> Iterator[Tensor]:
+        """Vectors s_v of the output's shape with sum_v s_v[n] s_v[n]^T = H_n for each sample."""
+        return self.loss.hessian_root(self.f.detach(), self.y)
+
+    def root_columns(self) -> int:
+        """How many vectors `root` yields."""
+        return self.loss.root_columns(self.f)
+
+    def adjoint_pair(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """w.(J v) and (J^T w).v for random v and w."""
+        v = [normal(tuple(p.shape), p, generator) for p in self.parameters]
+        w = normal(tuple(self.f.shape), self.f, generator)
+        jv, jw = self.push(v), self.pull(w)
+        return (w * jv).sum(), dot(jw, v), jv.norm() + dot(jw, jw).sqrt()
+
+    def gradient(self) -> list[Tensor]:
+        return self.pull(self.loss.gradient(self.f.detach(), self.y))
