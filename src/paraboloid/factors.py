@@ -36,8 +36,8 @@ def gradient_factor(o: Outer, sharing: str, thin: bool = False) -> Tensor | Rows
     if positions >= rows:  # images: a product for each sample, without a copy
         left = left.mT.flatten(0, 1)
         return (left @ left.mT).sum(0)
-    left = left.permute(2, 4, 0, 1, 3).flatten(2)  # [G p VNT]
-    return left @ left.mT
+    left = left.permute(2, 0, 1, 3, 4).flatten(1, 3)  # [G VNT p], for one group a view
+    return left.mT @ left
 
 
 def input_factor(o: Outer, sharing: str, memory: int | None = None, thin: bool = False) -> Tensor | Rows:
@@ -110,10 +110,28 @@ class Factors:
     exact: Any = None
 
 
+@dataclass
+class Recent:
+    """The gradient factor that was computed last, of a layer used at one position: its bias has the same block."""
+
+    left: Tensor | None = None  # [V N 1 1 p]
+    factor: Tensor | None = None  # [1 p p]
+
+    def matches(self, left: Tensor) -> bool:
+        return self.left is not None and self.left.shape == left.shape and torch.equal(self.left, left)
+
+
 def add_factors(
-    value: Factors | None, outers: list[Outer], sharing: str, memory: int | None = None, thin: bool = False
+    value: Factors | None,
+    outers: list[Outer],
+    sharing: str,
+    memory: int | None = None,
+    thin: bool = False,
+    recent: Recent | None = None,
 ) -> Factors:
-    """One more group of vectors for the Kronecker factors of one parameter; `thin` keeps `Rows` where these are fewer.
+    """One more group of vectors for the Kronecker factors of one parameter.
+
+    `thin` keeps `Rows` where these are fewer; `recent` is carried from parameter to parameter of one group of vectors.
 
     Raises NotImplementedError for a weight whose outer products live on a derived tensor or came from a fallback, and
     where the uses of a shared weight have blocks of different shapes.
@@ -122,7 +140,7 @@ def add_factors(
     if outers[0].kind == "zero" and len(outers[0].shape) > 1:
         return _zero_factors(outers[0])
     if all(o.kind == "vector" or (o.kind in ("general", "zero") and len(o.shape) < 2 and not o.via) for o in outers):
-        block = _block(outers, memory, thin)
+        block = _block(outers, memory, thin, recent)
         return Factors(
             {}, {}, _count(0), 1, block if value is None or value.exact is None else _plus(value.exact, block)
         )
@@ -141,7 +159,10 @@ def add_factors(
         value = Factors({}, {}, _count(positions), outers[0].left.shape[2])
     for o in outers:
         gradients, inputs = (value.columns, value.rows) if o.flip else (value.rows, value.columns)
-        _increase(gradients, "gradient", gradient_factor(o, sharing, thin))
+        part = gradient_factor(o, sharing, thin)
+        if recent is not None and isinstance(part, Tensor) and o.left.shape[2:4] == (1, 1):
+            recent.left, recent.factor = o.left, part
+        _increase(gradients, "gradient", part)
         if first:
             _increase(inputs, "input", input_factor(o, sharing, memory, thin))
     return value
@@ -219,7 +240,7 @@ def _times(part: Tensor | Rows, scale: float) -> Tensor | Rows:
     return Rows(part.data * scale**0.5) if isinstance(part, Rows) else part.mul_(scale)
 
 
-def _block(outers: list[Outer], memory: int | None, thin: bool) -> Tensor | Rows:
+def _block(outers: list[Outer], memory: int | None, thin: bool, recent: Recent | None) -> Tensor | Rows:
     """sum_{v,n} J_n^T v (J_n^T v)^T of a whole parameter, [1 p p]; its diagonal [1 p] beyond 4096 elements."""
     V, N = outers[0].left.shape[:2]
     p = samples(outers, slice(0, 1))[0, 0].numel()
@@ -227,6 +248,9 @@ def _block(outers: list[Outer], memory: int | None, thin: bool) -> Tensor | Rows
         return reduce(outers, {"squares"}, memory)["squares"].reshape(1, p)
     if thin and p > V * N:
         return Rows(samples(outers).reshape(1, V * N, p))
+    if recent is not None and len(outers) == 1 and recent.matches(outers[0].left):
+        assert recent.factor is not None
+        return recent.factor.clone()
     block = outers[0].left.new_zeros(p, p)
     for _, J in pieces(outers, memory):
         J = J.reshape(-1, p)

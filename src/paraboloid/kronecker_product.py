@@ -26,6 +26,13 @@ class Side:
     def size(self) -> int:
         return self.data.shape[-1]
 
+    def equals(self, other: Side) -> bool:
+        """Whether they differ by less than what an eigendecomposition does."""
+        if self.kind != other.kind or self.data.shape != other.data.shape or self.data.dtype != other.data.dtype:
+            return False
+        rounding = 4 * torch.finfo(self.data.dtype).eps * other.data.abs().max()
+        return bool(((self.data - other.data).abs().max() <= rounding).item())
+
     def times(self, x: Tensor) -> Tensor:
         """The factor times x [.. G p k]."""
         if self.kind == "diagonal":
@@ -106,10 +113,15 @@ class KroneckerProduct:
     def frobenius_norm(self) -> Tensor:
         return (self.left.norm() * self.right.norm()).norm()
 
-    def eigenform(self, name: str = "the block") -> Eigenform:
-        """Its eigenvalues, products of the factors', and eigenvectors; `name` is the parameter's, for errors."""
-        left, left_values = self.left.basis(f"{name}: the left factor")
-        right, right_values = self.right.basis(f"{name}: the right factor")
+    def eigenform(self, name: str = "the block", known: list[Decomposed] | None = None) -> Eigenform:
+        """Its eigenvalues, products of the factors', and eigenvectors; `name` is the parameter's, for errors.
+
+        `known` collects decompositions: a factor that equals an earlier one (a layer's weight and bias have the same
+        gradient factor, if used at one position) takes that one's.
+        """
+        known = [] if known is None else known
+        left, left_values = _decomposed_once(self.left, f"{name}: the left factor", known)
+        right, right_values = _decomposed_once(self.right, f"{name}: the right factor", known)
         values = left_values.unsqueeze(2) * right_values.unsqueeze(1)
         return Eigenform(left, right, values, values.new_zeros(()))
 
@@ -131,6 +143,17 @@ class KroneckerProduct:
             )
         ]  # fmt: skip
         return KroneckerProduct(*sides)
+
+
+Decomposed = tuple[Side, Basis, Tensor]
+
+
+def _decomposed_once(side: Side, what: str, known: list[Decomposed]) -> tuple[Basis, Tensor]:
+    for other, basis, values in known:
+        if side.equals(other):
+            return basis, values
+    known.append((side, *side.basis(what)))
+    return known[-1][1:]
 
 
 def _inverse(side: Side, shift: Tensor, what: str) -> Side:

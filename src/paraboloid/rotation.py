@@ -18,9 +18,23 @@ from paraboloid.eigenform import Basis
 from paraboloid.outer import Outer, Right, merge
 from paraboloid.reductions import pieces, reduce
 
+Turned = dict[int, Tensor]  # by the use's place: its rotated inputs, for groups of vectors that follow
+KEEP_BYTES = 64 * 2**20  # of one parameter's rotated inputs
 
-def eigen_scale(outers: list[Outer], left: Basis, right: Basis, memory: int | None = None) -> Tensor:
-    """The scale above for one parameter's uses, [G, r_left, r_right]; unscaled (times a: of the loss as reduced)."""
+
+def eigen_scale(
+    outers: list[Outer],
+    left: Basis,
+    right: Basis,
+    memory: int | None = None,
+    vectors: int | None = None,
+    turned: Turned | None = None,
+) -> Tensor:
+    """The scale above for one parameter's uses, [G, r_left, r_right]; unscaled (times a: of the loss as reduced).
+
+    Where these vectors are a group of more on the same recording, `vectors` is the number of all and `turned` a dict
+    that carries the rotated inputs from group to group.
+    """
     outers = merge(outers)
     o = outers[0]
     sizes = [basis.size if basis.vectors is None else basis.vectors.shape[2] for basis in (left, right)]
@@ -31,11 +45,11 @@ def eigen_scale(outers: list[Outer], left: Basis, right: Basis, memory: int | No
         return _of_vectors(outers, left, memory)
     if any(use.kind != "matrix" or use.via is not None for use in outers):
         raise NotImplementedError("has uses without Kronecker factors, so it has no eigenvalues in their eigenbasis.")
-    later = _later(outers, left, right)
+    later = _later(outers, left, right, len(o.left) if vectors is None else vectors)
     first = [
         basis if after is None else Basis(None, basis.size) for basis, after in zip((left, right), later, strict=True)
     ]
-    rotated = [_rotated(use, *first) for use in outers]
+    rotated = [_rotated(use, first[0], first[1], i, turned) for i, use in enumerate(outers)]
     groups = o.left.shape[2]
     if later == [None, None]:
         return reduce(rotated, {"squares"}, memory)["squares"].view(groups, *sizes)
@@ -59,18 +73,18 @@ def _of_vectors(outers: list[Outer], left: Basis, memory: int | None) -> Tensor:
     return scale.view(1, -1, 1)
 
 
-def _later(outers: list[Outer], left: Basis, right: Basis) -> list[Basis | None]:
+def _later(outers: list[Outer], left: Basis, right: Basis, V: int) -> list[Basis | None]:
     """Which sides (left, right) to rotate after the positions are summed."""
     if len(outers) > 1 or outers[0].lookup or outers[0].left.shape[3] == 1:
         return [None, None]
-    V, _, _, T, p = outers[0].left.shape
+    T, p = outers[0].left.shape[3:]
     gradient, rows = (right, left) if outers[0].flip else (left, right)
     later = [gradient if rows.size < T else None, rows if V * p < T else None]
     later = [None if basis is not None and basis.vectors is None else basis for basis in later]
     return later[::-1] if outers[0].flip else later
 
 
-def _rotated(o: Outer, left: Basis, right: Basis) -> Outer:
+def _rotated(o: Outer, left: Basis, right: Basis, place: int, turned: Turned | None) -> Outer:
     """One use with its sides in the bases, U_left^T (sum_t left right^T) U_right, position by position."""
     gradient, rows = (right, left) if o.flip else (left, right)
     inner, columns = o.right, o.q
@@ -84,9 +98,11 @@ def _rotated(o: Outer, left: Basis, right: Basis) -> Outer:
         else:
             turn = lambda n, old=inner: old(n) @ U  # noqa: E731
         inner = Right(turn, (1, o.left.shape[1], 1), dtype=o.left.dtype)
-    turned = o.left
+        if turned is not None and o.left[0, ..., 0].numel() * columns * o.left.element_size() <= KEEP_BYTES:
+            inner = replace(inner, _kept=turned[place] if place in turned else turned.setdefault(place, inner()))
+    gradients = o.left
     if gradient.vectors is not None:
-        turned = turned @ (gradient.vectors[0] if len(gradient.vectors) == 1 else gradient.vectors)
-    groups, height = turned.shape[2], turned.shape[4]
+        gradients = gradients @ (gradient.vectors[0] if len(gradient.vectors) == 1 else gradient.vectors)
+    groups, height = gradients.shape[2], gradients.shape[4]
     shape = torch.Size((groups * columns, height) if o.flip else (groups * height, columns))
-    return replace(o, left=turned, right=inner, q=columns, shape=shape)
+    return replace(o, left=gradients, right=inner, q=columns, shape=shape)

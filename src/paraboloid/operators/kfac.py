@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from paraboloid.data import Output
 from paraboloid.eigenform import Basis, Eigenform
-from paraboloid.factors import add_factors, merged, scale_product
-from paraboloid.kronecker_product import KroneckerProduct, Side
+from paraboloid.factors import Recent, add_factors, merged, scale_product
+from paraboloid.kronecker_product import Decomposed, KroneckerProduct, Side
 from paraboloid.operators.diagonalised import Diagonalised, block_names
 from paraboloid.operators.kronecker import KroneckerFactored
 from paraboloid.operators.pulls import Pulls
@@ -108,7 +108,8 @@ def EKFAC(
     # summed or averaged over positions, the rows do not span what the exact eigenvalues see: no thin bases then
     factors, exact = fitted(pulls, sharing, thin=same and sharing == "expand")
     names = block_names(pulls.parameters, [[i] for i in range(len(pulls.parameters))])
-    forms = {k: product.eigenform(n) for (k, product), n in zip(factors.items(), names, strict=True)}
+    known: list[Decomposed] = []
+    forms = {k: product.eigenform(n, known) for (k, product), n in zip(factors.items(), names, strict=True)}
     other = pulls if same else _pulls(model, loss_fn, measure_on, **options)
     scales = measured_scales(other, {k: form for k, form in forms.items() if not (same and k in exact)})
     return Diagonalised(
@@ -130,8 +131,10 @@ def fitted(pulls: Pulls, sharing: str, thin: bool) -> tuple[dict[str, KroneckerP
     """
     check_sharing(sharing)
 
+    recent = Recent()
+
     def add(name, value, uses):
-        return add_factors(value, uses, sharing, pulls.memory, thin)
+        return add_factors(value, uses, sharing, pulls.memory, thin, recent)
 
     sums = pulls.summed(add, merged)
     exact = {name for name, value in sums.items() if value.exact is not None}
@@ -141,10 +144,16 @@ def fitted(pulls: Pulls, sharing: str, thin: bool) -> tuple[dict[str, KroneckerP
 def measured_scales(pulls: Pulls, forms: Mapping[str, Eigenform]) -> dict[str, Tensor]:
     """The exact eigenvalues along the eigenvectors of `forms`, from one pass."""
 
+    turned: dict[str, Any] = {}
+
     def add(name, value, uses):
         if name not in forms:
             return None
-        scale = eigen_scale(uses, forms[name].left, forms[name].right, pulls.memory)
+        if value is None:  # a new batch
+            turned[name] = {} if pulls.vectors > len(uses[0].left) else None
+        scale = eigen_scale(
+            uses, forms[name].left, forms[name].right, pulls.memory, pulls.vectors, turned[name]
+        )  # fmt: skip
         return scale if value is None else value.add_(scale)
 
     sums = pulls.summed(add, lambda total, value: value if total is None else total.add_(value))

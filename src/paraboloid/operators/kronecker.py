@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from paraboloid.kron import Kron
-from paraboloid.kronecker_product import KroneckerProduct
+from paraboloid.kronecker_product import Decomposed, KroneckerProduct
 from paraboloid.operators.base import LinearOperator
 from paraboloid.operators.diagonalised import Diagonalised, block_names, common_dtype, dense_of
 
@@ -61,7 +61,9 @@ class KroneckerFactored(LinearOperator):
     def eigenform(self) -> Diagonalised:
         """The same matrix by its eigenvalues and eigenvectors."""
         names = block_names(self.parameters, self.blocks or [])
-        forms = [product.eigenform(name) for name, product in zip(names, self.products.values(), strict=True)]
+        known: list[Decomposed] = []
+        pairs = zip(names, self.products.values(), strict=True)
+        forms = [product.eigenform(name, known) for name, product in pairs]
         return Diagonalised(self.parameters, forms)
 
     def _structured(self, what: str) -> Diagonalised:

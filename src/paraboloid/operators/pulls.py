@@ -75,6 +75,12 @@ class Pulls:
                             "expected at least one target that counts.")  # fmt: skip
         return 1 / self.normalizer
 
+    @property
+    def vectors(self) -> int:
+        """How many vectors the current batch has (at most)."""
+        assert self.recording is not None
+        return self.loss.root_columns(self.recording[1]) if self.source.kind == "root" else self.source.samples
+
     def summed(self, add: Callable[[str, Any, list[Outer]], Any], merge: Callable[[Any, Any], Any]) -> dict[str, Any]:
         """One value per parameter from one pass: `add(name, value, uses)` for every group of vectors of a batch (value
         is None at first), `merge(total, value)` after each batch."""
