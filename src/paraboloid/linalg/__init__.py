@@ -3,7 +3,7 @@
 `Operand` says how torch tensors, SciPy's and other people's operators are told apart.
 """
 
-from paraboloid.linalg.conjugate_gradients import cg
+from paraboloid.linalg.conjugate_gradients import Iterates, cg, cg_iterates
 from paraboloid.linalg.density import spectral_density
 from paraboloid.linalg.eigen import eigh, eigsh
 from paraboloid.linalg.estimate import Estimate, TensorEstimate
@@ -13,8 +13,10 @@ from paraboloid.linalg.trace import hutchinson_trace, hutchpp_trace, xtrace
 
 __all__ = [
     "Estimate",
+    "Iterates",
     "TensorEstimate",
     "cg",
+    "cg_iterates",
     "diagonal",
     "eigh",
     "eigsh",

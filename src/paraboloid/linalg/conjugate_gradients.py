@@ -1,7 +1,9 @@
-"""Conjugate gradients for symmetric positive definite operators."""
+"""Conjugate gradients for symmetric positive definite operators: solutions, and the iterates on the way to them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from paraboloid.linalg.operand import LinAlgError, Operand, check_count
+from paraboloid.linalg.stopping import Stop, stopping_rule
 
 
 def cg(
@@ -17,19 +20,108 @@ def cg(
     tol: float = 1e-6,
     max_iterations: int | None = None,
     preconditioner: Any = None,
+    *,
+    x0: Any = None,
+    stopping: str = "residual",
+    progress: float = 5e-4,
 ) -> Any:
-    """Solve A x = b by (preconditioned) conjugate gradients from x = 0.
+    """Solve A x = b by (preconditioned) conjugate gradients from x0, or from 0.
 
     A symmetric positive definite, [D, D]; b [D] or [D, K] (columns are solved side by side, each product with A taking
     all of them), a torch tensor or a NumPy array; x is of b's shape and kind.  `preconditioner @ r` approximates
-    A^-1 r and must be positive definite too.
+    A^-1 r and must be positive definite too; a tensor [D] stands for a diagonal one.
 
-    A column is done when ||r|| <= tol ||b||.  With `max_iterations=None` the solution meets the tolerance or
-    `torch.linalg.LinAlgError` is raised (after 10 D + 100 iterations); a number given is a truncation, and x is the
-    iterate that it leads to.  Non-positive curvature p.A p raises: x would not be a minimum.
-    Source: Hestenes and Stiefel 1952.
+    stopping="residual": a column is done when ||r|| <= tol ||b||.  With `max_iterations=None` the solution meets the
+    tolerance or `torch.linalg.LinAlgError` is raised (after 10 D + 100 iterations); a number given is a truncation, and
+    x is the iterate that it leads to.
+    stopping="martens": a column is done too when the quadratic phi(x) = x.A x / 2 - b.x has hardly moved: after
+    iteration i > k = max(10, i / 10), where phi(x_i) < 0 and phi(x_i) - phi(x_{i-k}) is less than k `progress` times
+    phi(x_i).  No tolerance is promised then.
+
+    Non-positive curvature p.A p raises: x would not be a minimum.  Sources: Hestenes and Stiefel 1952; Martens 2010,
+    Deep learning via Hessian-free optimization, section 4.4.
     """
     as_array = isinstance(b, np.ndarray)
+    A, b, x0, M, limit = _checked(A, b, x0, preconditioner, tol, max_iterations)
+    stop = stopping_rule(stopping, tol, progress)
+    run = _iterate(A, b, x0, limit, M, stop)
+    if run.flat is not None:
+        iteration, curvature = run.flat
+        raise LinAlgError(f"iteration {iteration} of conjugate gradients met the curvature p.A p = {curvature:.4g}; "
+                          "expected a positive number. A is not positive definite: add damping.")  # fmt: skip
+    if max_iterations is None and stopping == "residual" and run.residual > tol:
+        raise LinAlgError(
+            f"conjugate gradients stopped after {limit} iterations at a relative residual of {run.residual:.3g}; "
+            f"expected {tol:.3g}. Add damping, give a preconditioner, or allow a larger tol."
+        )
+    x = run.x.squeeze(1) if b.dim() == 1 else run.x
+    return x.numpy() if as_array else x
+
+
+@dataclass(frozen=True, eq=False)
+class Iterates:
+    """Some of the iterates of conjugate gradients, ever further apart, the last one included.
+
+    steps       the iteration that each was reached after, ascending
+    x           the iterates, rows [S, D]
+    values      phi(x) = x.A x / 2 - b.x of each, [S]: by how much the quadratic model changes
+    iterations  how many were made, which is the number of products with A (one more from an x0)
+    residual    ||b - A x|| / ||b|| of the last one
+    flat        p.A p <= 0 of the search direction that the iteration ended at, or None where there was none
+    """
+
+    steps: list[int]
+    x: Tensor
+    values: Tensor
+    iterations: int
+    residual: float
+    flat: float | None
+
+
+def cg_iterates(
+    A: Any,
+    b: Tensor,
+    tol: float = 1e-10,
+    max_iterations: int = 250,
+    preconditioner: Any = None,
+    *,
+    x0: Any = None,
+    stopping: str = "martens",
+    progress: float = 5e-4,
+    spacing: float = 1.3,
+) -> Iterates:
+    """Conjugate gradients for one right-hand side b [D], with iterates to go back to.
+
+    The last iterate of a truncated solution need not be the best for the loss that the quadratic stands for, so a
+    Hessian-free optimiser looks at earlier ones: those after iterations 1, 2, ... of which each is at least `spacing`
+    times the one before, some log(iterations) / log(spacing) vectors.  Non-positive curvature does not raise: the
+    iteration ends there, and `flat` says so (with x0, or 0, as the only iterate if it was met at once).
+
+    The other arguments are those of `cg`.  Source: Martens 2010, sections 4.4 and 4.6.
+    """
+    A, b, x0, M, limit = _checked(A, b, x0, preconditioner, tol, max_iterations)
+    if b.dim() != 1:
+        raise ValueError(f"b has shape {tuple(b.shape)}; expected [{A.size}]: one right-hand side.")
+    if not spacing > 1:
+        raise ValueError(f"spacing is {spacing}; expected a number above 1.")
+    steps, xs, values = [], [], []
+
+    def keep(iteration: int, x: Tensor, value: Tensor) -> None:
+        if not steps or iteration >= spacing * steps[-1]:
+            steps.append(iteration)
+            xs.append(x.squeeze(1).clone())
+            values.append(value.clone())
+
+    run = _iterate(A, b, x0, limit, M, stopping_rule(stopping, tol, progress), keep)
+    if not steps or steps[-1] != run.iterations:
+        steps.append(run.iterations)
+        xs.append(run.x.squeeze(1))
+        values.append(run.value)
+    flat = None if run.flat is None else run.flat[1]
+    return Iterates(steps, torch.stack(xs), torch.cat(values), run.iterations, run.residual, flat)
+
+
+def _checked(A: Any, b: Any, x0: Any, preconditioner: Any, tol: float, max_iterations: int | None) -> Any:
     A, b = Operand(A), torch.as_tensor(b)
     if not b.is_floating_point():
         raise ValueError(f"b has dtype {b.dtype}; expected a real floating-point type.")
@@ -39,42 +131,84 @@ def cg(
         )
     if not tol >= 0:
         raise ValueError(f"tol is {tol}; expected a number of at least 0.")
+    if x0 is not None:
+        x0 = torch.as_tensor(x0).to(b)
+        if x0.shape != b.shape:
+            raise ValueError(f"x0 has shape {tuple(x0.shape)}; expected that of b, {tuple(b.shape)}.")
     limit = 10 * A.size + 100 if max_iterations is None else check_count("max_iterations", max_iterations, least=0)
-    M = None if preconditioner is None else Operand(preconditioner)
-    if M is not None and M.size != A.size:
+    return A, b, x0, _preconditioner(preconditioner, A), limit
+
+
+def _preconditioner(preconditioner: Any, A: Operand) -> Callable[[Tensor], Tensor]:
+    if preconditioner is None:
+        return lambda r: r
+    if isinstance(preconditioner, Tensor) and preconditioner.dim() == 1:
+        if len(preconditioner) != A.size:
+            raise ValueError(f"the preconditioner's diagonal has {len(preconditioner)} entries; expected {A.size}.")
+        return lambda r: preconditioner.to(r).unsqueeze(1) * r
+    M = Operand(preconditioner)
+    if M.size != A.size:
         raise ValueError(f"the preconditioner has shape {M.shape}; expected {A.shape}.")
-    x, residual = _iterate(A, b if b.dim() == 2 else b.unsqueeze(1), tol, limit, M)
-    if max_iterations is None and residual > tol:
-        raise LinAlgError(
-            f"conjugate gradients stopped after {limit} iterations at a relative residual of {residual:.3g}; expected "
-            f"{tol:.3g}. Add damping, give a preconditioner, or allow a larger tol."
-        )
-    x = x.view(b.shape)
-    return x.numpy() if as_array else x
+    return lambda r: M @ r
 
 
-def _iterate(A: Operand, b: Tensor, tol: float, limit: int, M: Operand | None) -> tuple[Tensor, float]:
-    """x [D, K] and the largest relative residual."""
-    x, r = torch.zeros_like(b), b.clone()
-    target = tol * b.norm(dim=0)
-    z = r if M is None else M @ r
+@dataclass
+class _Run:
+    x: Tensor  # [D, K]
+    value: Tensor  # phi(x), [K]
+    iterations: int
+    residual: float  # the largest relative one
+    flat: tuple[int, float] | None  # iteration and curvature where it was not positive
+
+
+def _iterate(
+    A: Operand,
+    b: Tensor,
+    x0: Tensor | None,
+    limit: int,
+    M: Callable[[Tensor], Tensor],
+    stop: Stop,
+    keep: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> _Run:
+    b = b if b.dim() == 2 else b.unsqueeze(1)
+    if x0 is None:
+        x, r = torch.zeros_like(b), b.clone()
+    else:
+        x = x0.clone().view(b.shape)
+        r = b - A @ x
+    norms = b.norm(dim=0)
+
+    def run(iterations: int, flat: tuple[int, float] | None = None) -> _Run:
+        residual = (r.norm(dim=0) / torch.where(norms > 0, norms, 1)).max().item()
+        return _Run(x, _value(x, r, b), iterations, residual, flat)
+
+    z = M(r)
     p, rz = z.clone(), (r * z).sum(0)
+    done = stop.start(_value(x, r, b), r, norms)
     for iteration in range(limit):
-        active = r.norm(dim=0) > target
-        if not active.any():
-            break
+        if done.all():
+            return run(iteration)
+        active = ~done
         Ap = A @ p
         curvature = (p * Ap).sum(0)
+        if not torch.isfinite(curvature).all():
+            raise LinAlgError("a product with A, or with the preconditioner, holds NaN or infinity; expected finite "
+                              "numbers.")  # fmt: skip
         if (bad := active & ~(curvature > 0)).any():
-            raise LinAlgError(
-                f"iteration {iteration} of conjugate gradients met the curvature p.A p = {curvature[bad][0].item():.4g}"
-                "; expected a positive number. A is not positive definite: add damping."
-            )
+            return run(iteration, (iteration, curvature[bad][0].item()))
         alpha = torch.where(active, rz / curvature, 0)  # a column that is done stays where it is
         x += alpha * p
         r -= alpha * Ap
-        z = r if M is None else M @ r
+        value = _value(x, r, b)
+        if keep is not None:
+            keep(iteration + 1, x, value)
+        done = done | stop.after(iteration + 1, value, r)
+        z = M(r)
         rz, previous = torch.where(active, (r * z).sum(0), rz), rz
         p = torch.where(active, z + rz / previous * p, p)
-    norms = b.norm(dim=0)
-    return x, (r.norm(dim=0) / torch.where(norms > 0, norms, 1)).max().item()
+    return run(limit)
+
+
+def _value(x: Tensor, r: Tensor, b: Tensor) -> Tensor:
+    """x.A x / 2 - b.x for r = b - A x."""
+    return (x * (r + b)).sum(0) / -2
