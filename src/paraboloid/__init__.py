@@ -4,7 +4,7 @@ from paraboloid import linalg, logging, losses, operators, quantities
 from paraboloid.bias import Bias, bias
 from paraboloid.kron import Kron
 from paraboloid.losses import Loss
-from paraboloid.operators import EKFAC, GGN, KFAC, KFLR, PCH, DiagonalGGN, EmpiricalFisher, Fisher, Hessian
+from paraboloid.operators import EKFAC, GGN, KFAC, KFLR, PCH, DiagonalGGN, EmpiricalFisher, Fisher, Hessian, LowRank
 from paraboloid.problems import Problem
 from paraboloid.quadratic import Quadratic, quadratic
 from paraboloid.statistics import Statistics, record, statistics
@@ -23,6 +23,7 @@ __all__ = [
     "Hessian",
     "Kron",
     "Loss",
+    "LowRank",
     "Problem",
     "Quadratic",
     "Statistics",

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import paraboloid as pb
-from paraboloid.operators import BlockDiagonal, Diagonalised, Identity, KroneckerFactored
+from paraboloid import eigenform
+from paraboloid.operators import BlockDiagonal, Diagonalised, Identity, KroneckerFactored, LowRank, load
 
 
 def close(actual, expected):
@@ -50,6 +51,11 @@ def block_diagonal():
     return BlockDiagonal(parameters, blocks, [factor(n, seed=n) for n in sizes])
 
 
+def low_rank(diagonal=0.2):
+    parameters = dict(net().named_parameters())
+    return LowRank(parameters, random(33, 4), torch.tensor([3.0, 2, 1, 0.5]).double(), diagonal)
+
+
 MAKE = {
     "kronecker": kronecker_factored,
     "eigenvalues": lambda: kronecker_factored().eigenform,
@@ -60,6 +66,13 @@ MAKE = {
     "shifted": lambda: kronecker_factored() + 0.5 * Identity(dict(net().named_parameters())),
     "shifted blocks": lambda: 0.5 * Identity(dict(net().named_parameters())) + block_diagonal(),
     "identity": lambda: Identity(dict(net().named_parameters())),
+    "diagonal": lambda: Diagonalised(
+        dict(net().named_parameters()), [eigenform.diagonal_form(random(n).abs()) for n in (8, 4, 6, 12, 3)]
+    ),
+    "low rank": low_rank,
+    "low rank alone": lambda: low_rank(0.0),
+    "shifted low rank": lambda: low_rank() + 0.5 * Identity(dict(net().named_parameters())),
+    "inverse of low rank": lambda: low_rank().inverse(0.1),
     "one basis": lambda: kronecker_factored().eigenform + kronecker_factored().inverse(0.1),
 }
 
@@ -130,8 +143,6 @@ def test_the_split_inverse_of_all_parameters():
 
 
 def test_the_decomposition_is_made_once_and_only_when_needed(monkeypatch):
-    from paraboloid import eigenform
-
     calls = []
     original = eigenform.eigh
     monkeypatch.setattr(eigenform, "eigh", lambda m: calls.append(len(m)) or original(m))
@@ -190,3 +201,103 @@ def test_wrong_factors():
         Diagonalised(parameters, [forms[1], forms[0], *forms[2:]])
     with pytest.raises(ValueError, match=r"the vector has shape \(3,\); expected \[33\]"):
         kronecker_factored().eigh().vectors @ torch.zeros(3)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_saved_operator_is_the_same(name, tmp_path):
+    A = MAKE[name]()
+    torch.save(A.state_dict(), tmp_path / "operator.pt")
+    state = torch.load(tmp_path / "operator.pt", weights_only=True)
+    B = load(state, net())
+    assert type(B) is type(A)
+    close(B.to_dense(), A.to_dense())
+    close(B.inverse(0.3).to_dense(), A.inverse(0.3).to_dense())
+    C = A if name == "identity" else 2 * A
+    with pytest.raises(
+        ValueError, match=f"the state is that of a {type(A).__name__}; expected one of a|expected the model's"
+    ):
+        (2 * C if type(A).__name__ != "Scaled" else low_rank()).load_state_dict(state)
+    A.load_state_dict(state)
+    close(A.to_dense(), B.to_dense())
+
+
+def test_states_that_do_not_fit():
+    K = kronecker_factored()
+    K.inverse(0.1)
+    other = KroneckerFactored(K.parameters, {**krons(), "2.weight": pb.Kron(factor(3), factor(4))})
+    K.load_state_dict(other.state_dict())
+    close(K.inverse(0.1).to_dense(), other.inverse(0.1).to_dense())  # nothing cached is left
+    with pytest.raises(
+        ValueError, match=r"the state is that of an operator over .*; expected the model's parameters \{'weight'"
+    ):
+        load(K.state_dict(), nn.Linear(2, 3))
+    with pytest.raises(ValueError, match="the state is of kind 'Circulant', which is not known"):
+        load({**K.state_dict(), "kind": "Circulant"}, net())
+    model = nn.Linear(2, 3).double()
+    G = pb.GGN(model, nn.MSELoss(), (random(4, 2), random(4, 3)))
+    with pytest.raises(NotImplementedError, match="GGN is known by its products alone, so it has no state"):
+        G.state_dict()
+
+
+@pytest.mark.parametrize("signs", [1.0, -1.0])
+def test_low_rank_plus_a_diagonal_vector(signs):
+    diagonal = random(33, seed=5).abs() + 0.2
+    values = torch.tensor([3.0, 2, 1, 0.5]).double() * (1 if signs > 0 else -1e-3)
+    A = LowRank(dict(net().named_parameters()), random(33, 4), values, diagonal)
+    dense, V = A.to_dense(), random(33, 2)
+    close(dense, random(33, 4) @ values.diag() @ random(33, 4).T + diagonal.diag())
+    damped = dense + 0.3 * torch.eye(33).double()
+    close(A @ V, dense @ V)
+    close(A.diagonal(), dense.diagonal())
+    assert A.trace() == pytest.approx(dense.trace().item())
+    close(A.frobenius_norm(), dense.norm())
+    close(A.inverse(0.3).to_dense(), torch.linalg.inv(damped))
+    close(A.inverse(0.3).inverse().to_dense(), damped)
+    close(A.solve(V, 0.3), torch.linalg.solve(damped, V))
+    close(A.logdet(0.3), torch.logdet(damped))
+    B = A.sqrt_matmul(torch.eye(33).double())
+    close(B @ B.T, dense)
+    close(A.sqrt_matmul(V[:, 0]), B @ V[:, 0])
+    close(A.eigsh(3)[0], torch.linalg.eigvalsh(dense).flip(0)[:3])
+    assert A.top_eigenvalues(1)[0][0] == pytest.approx(A.eigsh(1)[0].item())
+    close(load(A.state_dict(), net()).to_dense(), dense)
+    with pytest.raises(NotImplementedError, match="low rank plus a diagonal vector has no eigenvectors in closed form"):
+        A.eigh()
+
+
+def test_low_rank_of_an_operator_and_of_a_root():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    batch = random(3, 4), torch.tensor([0, 1, 2])
+    G = pb.GGN(model, nn.CrossEntropyLoss(), batch)
+    dense = G.to_dense()
+    values, vectors = torch.linalg.eigh(dense)
+    A = pb.LowRank.from_operator(G, 3, diagonal=0.1)
+    close(A.to_dense(), (vectors[:, -3:] * values[-3:]) @ vectors[:, -3:].T + 0.1 * torch.eye(len(dense)).double())
+    rest = pb.LowRank.from_operator(G, 3)
+    close(rest.diagonal(), dense.diagonal())
+    close(rest.inverse(0.1).to_dense(), torch.linalg.inv(rest.to_dense() + 0.1 * torch.eye(len(dense)).double()))
+    stats = pb.statistics(model, nn.CrossEntropyLoss(), batch, "sqrt_ggn")
+    root = torch.cat([t.flatten(2).flatten(0, 1) for t in stats["sqrt_ggn"].values()], 1) / stats.normalizer**0.5
+    close(pb.LowRank.from_root(G.parameters, root).to_dense(), dense)
+    close(pb.LowRank.from_operator(rest, 2, diagonal=0.0).eigsh(1)[0], rest.eigsh(1)[0])
+
+
+def test_wrong_low_rank():
+    parameters = dict(net().named_parameters())
+    with pytest.raises(ValueError, match=r"the vectors have shape \(32, 2\); expected \[33, k\]"):
+        LowRank(parameters, random(32, 2), random(2))
+    with pytest.raises(ValueError, match=r"the values have shape \(3,\); expected \[2\] or \[2, 2\]"):
+        LowRank(parameters, random(33, 2), random(3))
+    with pytest.raises(ValueError, match=r"the diagonal has shape \(2,\); expected a number or \[33\]"):
+        LowRank(parameters, random(33, 2), random(2), random(2))
+    with pytest.raises(ValueError, match=r"the root has shape \(3,\); expected \[R, D\]"):
+        LowRank.from_root(parameters, random(3))
+    with pytest.raises(ValueError, match="diagonal is 'all'; expected 'rest'"):
+        LowRank.from_operator(low_rank(), 1, diagonal="all")
+    with pytest.raises(ValueError, match="the smallest eigenvalue plus damping may be as small as 0"):
+        LowRank(parameters, random(33, 2), random(2), torch.zeros(33).double()).inverse()
+    with pytest.raises(ValueError, match="may be as small as -"):
+        LowRank(parameters, random(33, 2), torch.tensor([1.0, -5.0]).double(), torch.ones(33).double()).inverse()
+    with pytest.raises(ValueError, match=r"the block of parameters .*: the smallest eigenvalue plus damping is 0"):
+        low_rank(0.0).inverse()

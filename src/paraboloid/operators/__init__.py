@@ -24,10 +24,12 @@ from paraboloid.operators.ggn import GGN
 from paraboloid.operators.hessian import Hessian
 from paraboloid.operators.kfac import EKFAC, KFAC, KFLR
 from paraboloid.operators.kronecker import KroneckerFactored
+from paraboloid.operators.low_rank import LowRank
 from paraboloid.operators.pch import PCH
+from paraboloid.operators.saving import load
 
 __all__ = [
     "EKFAC", "GGN", "KFAC", "KFLR", "PCH", "BlockDiagonal", "DiagonalGGN", "Diagonalised", "EmpiricalFisher",
-    "Estimate", "Fisher", "Hessian", "Identity", "KroneckerFactored", "LinearOperator", "Scaled", "Sum",
-    "TensorEstimate",
+    "Estimate", "Fisher", "Hessian", "Identity", "KroneckerFactored", "LinearOperator", "LowRank", "Scaled", "Sum",
+    "TensorEstimate", "load",
 ]  # fmt: skip

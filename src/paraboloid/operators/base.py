@@ -181,6 +181,22 @@ class LinearOperator:
 
         return dense_blocks(self)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The operator as plain tensors, for matrices with structure; see `paraboloid.operators.load`."""
+        from paraboloid.operators.saving import state_of
+
+        return state_of(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Become the operator that `state_dict` described; raises ValueError for one of another kind or parameters."""
+        from paraboloid.operators.saving import load
+
+        found = load(state, self.parameters)
+        if type(found) is not type(self):
+            raise ValueError(f"the state is that of a {type(found).__name__}; expected one of a {type(self).__name__}.")
+        self.__dict__.clear()  # what was cached too
+        self.__dict__.update(found.__dict__)
+
     def to_scipy(self):
         """The same operator as a `scipy.sparse.linalg.LinearOperator`, float64 in and out, on the CPU's side."""
         from scipy.sparse.linalg import LinearOperator as ScipyOperator
