@@ -72,6 +72,13 @@ def main() -> None:
     type=click.IntRange(min=2),
     help="Training samples to measure on, at most  [default: 2048, with --quick 1024; fewer for a large model]",
 )
+@click.option(
+    "--curvature",
+    type=click.Choice(["ggn", "hessian", "kfac", "ekfac"]),
+    default="ggn",
+    show_default=True,
+    help="The matrix of the curvature section.",
+)
 @click.option("--quiet", is_flag=True, help="No progress bars, and only the path of the report at the end.")
 @click.option("--debug", is_flag=True, envvar=DEBUG, help=f"Show the traceback of an error (or set {DEBUG}=1).")
 def inspect(
@@ -81,6 +88,7 @@ def inspect(
     seed: int,
     batch_sizes: tuple[int, ...] | None,
     samples: int | None,
+    curvature: str,
     quiet: bool,
     debug: bool,
 ) -> None:
@@ -94,7 +102,7 @@ def inspect(
         from paraboloid import inspection, problems, report
 
         report.check_writable(out)
-        changes: dict[str, Any] = {}
+        changes: dict[str, Any] = {"curvature": curvature}
         if batch_sizes is not None:
             changes["batch_sizes"] = batch_sizes
         if samples is not None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import paraboloid as pb
 from paraboloid.inspection import subject as subjects
 from paraboloid.inspection.curvature import curvature, products
 from paraboloid.inspection.subject import subject
@@ -82,7 +83,7 @@ def test_a_flat_loss_has_no_density():
 def test_with_many_outputs_the_diagonal_is_estimated_within_its_error(monkeypatch):
     p = problem(weight_decay=0.1)
     exact = curvature(subject(p, 100, 0), 1, 1, 10, 0, lambda: None)["trace"]
-    monkeypatch.setattr("paraboloid.inspection.curvature.EXACT_COLUMNS", 1)
+    monkeypatch.setattr("paraboloid.inspection.matrices.EXACT_COLUMNS", 1)
     found = curvature(subject(p, 100, 0), 1, 1, 10, 0, lambda: None)
     trace = found["trace"]
     assert exact["standard_error"] is None
@@ -90,3 +91,59 @@ def test_with_many_outputs_the_diagonal_is_estimated_within_its_error(monkeypatc
     assert abs(trace["value"] - exact["value"]) < 3 * trace["standard_error"]
     assert trace["method"].startswith("Estimated from 32 labels per sample")
     assert sum(row["trace"] for row in found["layers"]) == pytest.approx(trace["value"], rel=1e-12)
+    assert all(0 < row["standard_error"] < row["trace"] for row in found["layers"])
+
+
+def dense_hessian(p):
+    parameters = list(p.model.parameters())
+    x, y = p.train.tensors
+    grads = torch.autograd.grad(p.loss_fn(p.model(x), y), parameters, create_graph=True)
+    flat = torch.cat([g.flatten() for g in grads])
+    rows = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in flat]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+
+
+def test_the_hessian(monkeypatch):
+    p = problem(weight_decay=0.1)
+    H = dense_hessian(p) + 0.1 * torch.eye(31).double()
+    found, calls = {}, []
+    s = subject(p, 100, 0)
+    found = curvature(s, 3, 2, 60, 0, lambda: calls.append(None), "hessian")
+    assert len(calls) == products(s, 2, 60, "hessian")
+    assert found["operator"] == "Hessian"
+    values = [item["value"] for item in found["eigenvalues"]]
+    assert values == pytest.approx(torch.linalg.eigvalsh(H).flip(0)[:3].tolist(), rel=1e-8)
+    trace = found["trace"]
+    assert abs(trace["value"] - H.trace().item()) < 4 * trace["standard_error"]
+    assert trace["method"].startswith("Estimated from 32 products with random vectors of signs")
+    for row, at in zip(found["layers"], (slice(0, 16), slice(16, 31)), strict=True):
+        assert abs(row["trace"] - H.diagonal()[at].sum().item()) < 4 * row["standard_error"]
+    density = found["density"]
+    assert (density["scale"], density["floor"]) == ("linear", None)
+    assert density["grid"][0] < torch.linalg.eigvalsh(H)[0].item()
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
+@pytest.mark.parametrize("columns", [128, 1])
+def test_kronecker_factored_curvature(kind, columns, monkeypatch):
+    monkeypatch.setattr("paraboloid.inspection.matrices.EXACT_COLUMNS", columns)
+    monkeypatch.setattr(subjects, "CHUNK", 4)
+    p = problem(weight_decay=0.1)
+    s, calls = subject(p, 100, 0), []
+    found = curvature(s, 3, 2, 60, 0, lambda: calls.append(None), kind)
+    assert len(calls) == products(s, 2, 60, kind)
+    fisher = {"fisher": "exact"} if columns > 1 else {"samples": 32}
+    A = {"kfac": pb.KFAC, "ekfac": pb.EKFAC}[kind](p.model, p.loss_fn, list(s.batches), **fisher)
+    assert found["operator"] == kind.upper()
+    assert [item["value"] for item in found["eigenvalues"]] == pytest.approx((A.eigsh(3)[0] + 0.1).tolist())
+    assert found["trace"]["value"] == pytest.approx(A.trace() + 3.1)
+    assert found["trace"]["standard_error"] is None
+    if columns > 1 and kind == "ekfac":
+        assert found["trace"]["value"] == pytest.approx(dense_ggn(p).trace().item(), rel=1e-10)
+    words = "the exact Hessian of the loss" if columns > 1 else "32 labels per sample drawn from the model"
+    assert words in found["trace"]["method"]
+
+
+def test_an_unknown_curvature():
+    with pytest.raises(ValueError, match="curvature is 'fisher'; expected one of"):
+        curvature(subject(problem(), 100, 0), 1, 1, 10, 0, lambda: None, "fisher")

@@ -1,3 +1,4 @@
+import dataclasses
 import html
 import json
 
@@ -200,3 +201,23 @@ def test_the_quick_plan_does_less():
     for field in ("evaluations", "checkpoints", "directions", "density_samples", "density_steps", "repeats", "samples"):
         assert getattr(quick, field) < getattr(full, field)
     assert Plan.quick(samples=10).samples == 10
+
+
+@pytest.mark.parametrize("kind", ["hessian", "kfac", "ekfac"])
+def test_other_curvatures_draw_a_page_and_are_in_the_command(kind):
+    record = inspect(problem(), dataclasses.replace(TINY, curvature=kind))
+    assert record["problem"]["command"].endswith(f"--quick --curvature {kind} --batch-sizes 4,8")
+    text = to_json(record)
+    page = render(json.loads(text))
+    name = record["curvature"]["operator"]
+    assert f"Spectral density of the {name}" in page
+    assert f"largest eigenvalues of the {name}" in page
+    assert all(sentence.endswith(".") for sentence in record["curvature"]["reading"])
+    if kind == "hessian":
+        assert record["curvature"]["reading"][0].startswith("The largest of 26 eigenvalues of the Hessian is ")
+        assert "eigenvalues per unit (log scale)" in page
+
+
+def test_an_unknown_curvature_is_refused_before_the_training():
+    with pytest.raises(ValueError, match="curvature is 'fisher'; expected one of"):
+        inspect(problem(), dataclasses.replace(TINY, curvature="fisher"))

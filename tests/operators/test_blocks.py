@@ -7,7 +7,7 @@ from operators.oracle import LOSSES, dense_ggn, dense_hessian, make_inputs, make
 from torch import nn
 
 import paraboloid as pb
-from paraboloid.operators import pch
+from paraboloid.operators import Identity, pch
 from paraboloid.operators.blocks import resolve_blocks
 
 DENSE = {pb.GGN: dense_ggn, pb.Hessian: dense_hessian}
@@ -111,6 +111,30 @@ def test_structure_of_blocks(Operator):
         match=r"the smallest eigenvalue plus damping is .*; expected a positive definite matrix. Increase damping",
     ):
         A.inverse(0.0)
+
+
+def test_dense_blocks_are_made_once_and_have_everything():
+    model = make_model("mlp")
+    loss_fn, targets = LOSSES["cross-entropy"]
+    A = pb.GGN(model, loss_fn, (make_inputs("mlp", 7, 4), targets(7, 4)), blocks="layer")
+    dense = A.to_dense()
+    B = A.dense_blocks()
+    assert B is A.dense_blocks()
+    close(B.to_dense(), dense)
+    eye = torch.eye(len(dense)).double()
+    shifted = A + 0.5 * Identity(A.parameters)
+    close(shifted.inverse(0.1).to_dense(), torch.linalg.inv(dense + 0.6 * eye))
+    assert shifted.traces() == pytest.approx(
+        {k: t + 0.5 * n for (k, t), n in zip(A.traces().items(), (36, 21), strict=True)}
+    )
+    assert A.top_eigenvalues(1)[0][0] == pytest.approx(A.eigsh(1)[0].item())
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    for call in (A.inverse, A.logdet, shifted.inverse):
+        with pytest.raises(RuntimeError, match=r"parameter '0.weight' has changed since"):
+            call(1.0)
+    with pytest.raises(ValueError, match="GGN was made with blocks='all'; expected 'parameter'"):
+        pb.GGN(model, loss_fn, (make_inputs("mlp", 7, 4), targets(7, 4))).dense_blocks()
 
 
 def test_too_large_a_block_is_not_made_dense(monkeypatch):

@@ -165,7 +165,9 @@ def many_layers(record):
     ]
     for point in record["noise"]["checkpoints"]:
         point["layers"] = [{**point["layers"][0], "name": name} for name in names]
-    record["curvature"]["layers"] = [{"name": name, "trace": 1.0, "mean_diagonal": 0.01} for name in names]
+    record["curvature"]["layers"] = [
+        {"name": name, "trace": 1.0, "standard_error": 0.1, "mean_diagonal": 0.01} for name in names
+    ]
     for item in record["curvature"]["eigenvalues"]:
         item["layers"] = dict.fromkeys(names, 1 / len(names))
 

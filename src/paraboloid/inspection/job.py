@@ -16,6 +16,7 @@ import paraboloid
 from paraboloid import problems, trees
 from paraboloid.inspection.bias import bias
 from paraboloid.inspection.curvature import curvature, products
+from paraboloid.inspection.matrices import NAMES
 from paraboloid.inspection.noise import gradient_noise
 from paraboloid.inspection.plan import PROBE, Plan, batch_sizes, fitted
 from paraboloid.inspection.subject import Layer, Subject, subject
@@ -38,6 +39,8 @@ def inspect(problem: Problem, plan: Plan | None = None, *, seed: int = 0, progre
     known, a loss that is not finite FloatingPointError.
     """
     asked = plan or Plan()
+    if asked.curvature not in NAMES:
+        raise ValueError(f"curvature is {asked.curvature!r}; expected one of {list(NAMES)}.")
     batch_sizes(problem, asked)
     report = progress or (lambda stage, done, total: None)
     seconds: dict[str, float] = {}
@@ -53,8 +56,8 @@ def inspect(problem: Problem, plan: Plan | None = None, *, seed: int = 0, progre
             checkpoints = _noise(measured, curve, states, report)
         with _timed(seconds, "curvature"):
             density = plan.density_samples, plan.density_steps
-            tick = _ticker(report, "curvature", products(measured, *density))
-            curved = curvature(measured, plan.directions, *density, seed, tick)
+            tick = _ticker(report, "curvature", products(measured, *density, plan.curvature))
+            curved = curvature(measured, plan.directions, *density, seed, tick, plan.curvature)
         with _timed(seconds, "bias"):
             tick = _ticker(report, "bias", len(sizes) * plan.repeats)
             biased = bias(measured, sizes, plan.directions, plan.repeats, seed, tick)
@@ -193,6 +196,8 @@ def _command(problem: Problem, plan: Plan, seed: int) -> str:
     parts = ["paraboloid", "inspect", problem.name, "--seed", str(seed)]
     if plan.is_quick:
         parts.append("--quick")
+    if plan.curvature != usual.curvature:
+        parts += ["--curvature", plan.curvature]
     if plan.batch_sizes != usual.batch_sizes:
         parts += ["--batch-sizes", ",".join(map(str, plan.batch_sizes))]
     if plan.samples != usual.samples:

@@ -36,6 +36,7 @@ class Plan:
     samples: int = 2048  # training samples that are measured, at most
     budget: float | None = 6e12  # for the measurements; fewer samples and repeats are taken where it would be exceeded
     training_budget: float | None = None  # the training is cut short where it would be exceeded
+    curvature: str = "ggn"  # or "hessian", "kfac", "ekfac": the matrix of the curvature section
     is_quick: bool = False
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from paraboloid.operators.diagonalised import Diagonalised
 
 class Identity(LinearOperator):
     """The identity over the given parameters."""
+
+    exact = True
 
     def __init__(self, parameters: Mapping[str, Tensor]):
         self.parameters = parameters
@@ -46,6 +49,11 @@ class Scaled(LinearOperator):
 
     def __init__(self, operator: LinearOperator, scale: float):
         self.operator, self.scale, self.parameters = operator, scale, operator.parameters
+        self.exact = operator.exact
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.operator.dtype
 
     def _product(self, rows: Tensor) -> Tensor:
         return self.scale * self.operator._product(rows)
@@ -76,6 +84,20 @@ class Sum(LinearOperator):
                              "names and shapes in the same order.")  # fmt: skip
         self.terms, self.parameters = (first, second), first.parameters
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(*(A.dtype for A in self.terms))
+
+    @property
+    def exact(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return all(A.exact for A in self.terms) and self._joint is not None
+
+    @cached_property
+    def _joint(self) -> Diagonalised | None:
+        """The summands' eigenvalues added up, where they share their eigenvectors."""
+        first, second = (A._structured("eigenvalues") for A in self.terms)
+        return first.plus(second)
+
     def _product(self, rows: Tensor) -> Tensor:
         return self.terms[0]._product(rows) + self.terms[1]._product(rows)
 
@@ -90,15 +112,19 @@ class Sum(LinearOperator):
             return super().diagonal(samples, seed)
         return self.terms[0].diagonal() + self.terms[1].diagonal()
 
+    def frobenius_norm(self) -> Tensor:
+        return self._joint.frobenius_norm() if self.exact and self._joint is not None else super().frobenius_norm()
+
     def _structured(self, what: str) -> Diagonalised:
         """The eigenvalues added up, where the summands have one eigenbasis; raises NotImplementedError otherwise."""
-        first, second = (A._structured(what) for A in self.terms)
-        found = first.plus(second)
-        if found is None:
+        for A in self.terms:
+            if not A.exact:
+                A._structured(what)  # raises where there is none
+        if self._joint is None:
             kinds = " and ".join(type(A).__name__ for A in self.terms)
             raise NotImplementedError(
                 f"the sum of {kinds} has no {what}: the summands have different eigenvectors; expected summands that "
                 "share them, such as A + c * Identity, or operators made with one eigenbasis. Use "
                 "solve(b, damping=...), which knows the products alone."
             )
-        return found
+        return self._joint

@@ -15,6 +15,7 @@ from paraboloid.linalg.operand import check_count
 from paraboloid.linalg.probes import Seed, block_size, blocks, generator_of, signs
 
 if TYPE_CHECKING:
+    from paraboloid.operators.blocks import BlockDiagonal
     from paraboloid.operators.diagonalised import Diagonalised, Eigenpairs
 
 Vector = Tensor | Mapping[str, Tensor]
@@ -28,6 +29,8 @@ class LinearOperator:
     """
 
     parameters: Mapping[str, Tensor]
+    _dense: BlockDiagonal | None = None
+    exact = False  # whether its eigenvalues are at hand without products
     blocks: list[list[int]] | None = None  # the places of each block's parameters, where the matrix is block-diagonal
 
     @property
@@ -95,7 +98,7 @@ class LinearOperator:
 
     def to_dense(self) -> Tensor:
         """The matrix [D, D], exactly symmetric; D products, or as many as the largest block has parameters."""
-        return dense(self) if self.blocks is None else self._dense_blocks().to_dense()
+        return dense(self) if self.blocks is None else self.dense_blocks().to_dense()
 
     def diagonal(self, samples: int | None = None, seed: Seed = 0) -> Tensor:
         """The diagonal [D], exact, from D quadratic forms; or with `samples` an estimate from so many products, which
@@ -126,8 +129,11 @@ class LinearOperator:
     ) -> tuple[Tensor, Tensor]:
         """The k algebraically largest eigenvalues [k], descending, and orthonormal eigenvectors [D, k].
 
-        Lanczos, or the dense matrix where that is cheaper (k = D is allowed); see `paraboloid.linalg.eigsh`.
+        Lanczos, or the dense matrix where that is cheaper (k = D is allowed); see `paraboloid.linalg.eigsh`.  Where the
+        eigenvalues are at hand it is exact.
         """
+        if self.exact:
+            return self._structured("eigsh(k)").eigsh(k)
         return linalg.eigsh(self, k, tol, max_products, seed)
 
     def solve(
@@ -141,7 +147,10 @@ class LinearOperator:
         """x with (A + damping I) x = b by conjugate gradients; b and x in any form that `@` takes.
 
         tol bounds the relative residual: 1e-10 in float64, 1e-5 in lower precision unless given.  See `linalg.cg`.
+        Where the eigenvalues are at hand it is exact, and the last three arguments have no meaning.
         """
+        if self.exact:
+            return self.inverse(damping) @ b
         columns = self.columns(b)
         tol = (1e-10 if self.dtype == torch.float64 else 1e-5) if tol is None else tol
         return self.like(linalg.cg(_Damped(self, damping), columns, tol, max_iterations, preconditioner), b)
@@ -162,6 +171,14 @@ class LinearOperator:
         """All eigenvalues [D] and eigenvectors, for matrices with structure."""
         return self._structured("eigh()").eigh()
 
+    def traces(self) -> dict[str, float]:
+        """The trace of each block, by the parameter's name (several parameters of one block: joined by " + ")."""
+        return self._structured("traces()").traces()
+
+    def top_eigenvalues(self, k: int) -> list[tuple[float, str]]:
+        """The k largest eigenvalues with the parameter (or block) that each belongs to, descending."""
+        return self._structured("top_eigenvalues(k)").top_eigenvalues(k)
+
     def frobenius_norm(self) -> Tensor:
         """The square root of the sum of squared entries; exact, at the cost of `to_dense`."""
         return self.to_dense().norm()
@@ -174,12 +191,20 @@ class LinearOperator:
                 "structure, such as a block-diagonal or Kronecker-factored one. Use solve(b, damping=...) for a linear "
                 "system, or to_dense()."
             )
-        return self._dense_blocks()._structured(what)
+        return self.dense_blocks()._structured(what)
 
-    def _dense_blocks(self) -> LinearOperator:
+    def dense_blocks(self) -> BlockDiagonal:
+        """The blocks of an operator made with `blocks=`, as dense matrices: D products, made once."""
         from paraboloid.operators.blocks import dense_blocks
 
-        return dense_blocks(self)
+        if self.blocks is None:
+            raise ValueError(f"{type(self).__name__} was made with blocks='all'; expected 'parameter', 'layer' or "
+                             "lists of names. Use to_dense() for the whole matrix.")  # fmt: skip
+        if self._dense is None:
+            self._dense = dense_blocks(self)
+        elif (replay := getattr(self, "replay", None)) is not None:
+            replay.check_unchanged()
+        return self._dense
 
     def state_dict(self) -> dict[str, Any]:
         """The operator as plain tensors, for matrices with structure; see `paraboloid.operators.load`."""

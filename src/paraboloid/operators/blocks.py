@@ -104,6 +104,8 @@ def dense_blocks(operator: Any) -> BlockDiagonal:
 class BlockDiagonal(LinearOperator):
     """A block-diagonal matrix with dense symmetric blocks: block b couples the parameters at the places blocks[b]."""
 
+    exact = True
+
     def __init__(self, parameters: Mapping[str, Tensor], blocks: Sequence[Sequence[int]], matrices: Sequence[Tensor]):
         self.parameters, self.blocks, self.matrices = parameters, [list(b) for b in blocks], list(matrices)
         self.at = [places(parameters, block) for block in blocks]
@@ -147,20 +149,4 @@ class BlockDiagonal(LinearOperator):
         return torch.stack([B.norm() for B in self.matrices]).norm()
 
     def trace(self, samples=None, seed=0):
-        return super().trace(samples, seed) if samples is not None else sum(self.traces().values())
-
-    def traces(self) -> dict[str, float]:
-        """The trace of each block, by the parameter's name (several parameters of one block: joined by " + ")."""
-        return self.eigenform.traces()
-
-    def top_eigenvalues(self, k: int) -> list[tuple[float, str]]:
-        """The k largest eigenvalues with the parameters that each belongs to, descending."""
-        return self.eigenform.top_eigenvalues(k)
-
-    def eigsh(self, k, tol=None, max_products=None, seed=0):
-        """The k algebraically largest eigenvalues [k], descending, and orthonormal eigenvectors [D, k]; exact."""
-        return self.eigenform.eigsh(k)
-
-    def solve(self, b: Any, damping: float = 0.0, tol=None, max_iterations=None, preconditioner=None) -> Any:
-        """x with (A + damping I) x = b, exact; the arguments of an iterative solver have no meaning here."""
-        return self.inverse(damping) @ b
+        return super().trace(samples, seed) if samples is not None else sum(B.trace().item() for B in self.matrices)

@@ -36,6 +36,8 @@ class Diagonalised(LinearOperator):
         if expected != found:
             raise ValueError(f"the blocks have the sizes {found}; expected those of {self.names}: {expected}.")
 
+    exact = True
+
     @property
     def dtype(self) -> torch.dtype:
         """That of the eigenvalues: at least float32, which parameters may not be."""
@@ -110,10 +112,6 @@ class Diagonalised(LinearOperator):
 
     def frobenius_norm(self) -> Tensor:
         return torch.stack([form.frobenius_norm() for form in self.forms]).norm()
-
-    def solve(self, b: Any, damping: float = 0.0, tol=None, max_iterations=None, preconditioner=None) -> Any:
-        """x with (A + damping I) x = b, exact; the arguments of an iterative solver have no meaning here."""
-        return self.inverse(damping) @ b
 
     def inverse(self, damping: float = 0.0) -> Diagonalised:
         """(A + damping I)^-1, exact.

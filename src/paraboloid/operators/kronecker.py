@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +45,8 @@ class KroneckerFactored(LinearOperator):
                     f"{product.groups} x {product.left.size} x {product.right.size}; expected groups x p x q elements."
                 )
         self.blocks = [[i] for i in range(len(parameters))]
+
+    exact = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,22 +98,6 @@ class KroneckerFactored(LinearOperator):
 
     def frobenius_norm(self) -> Tensor:
         return torch.stack([product.frobenius_norm() for product in self.products.values()]).norm()
-
-    def top_eigenvalues(self, k: int) -> list[tuple[float, str]]:
-        """The k largest eigenvalues with the parameter that each belongs to, descending."""
-        return self.eigenform.top_eigenvalues(k)
-
-    def eigh(self):
-        """All eigenvalues and eigenvectors: see `Diagonalised.eigh`."""
-        return self.eigenform.eigh()
-
-    def eigsh(self, k, tol=None, max_products=None, seed=0):
-        """The k algebraically largest eigenvalues [k], descending, and orthonormal eigenvectors [D, k]; exact."""
-        return self.eigenform.eigsh(k)
-
-    def solve(self, b: Any, damping: float = 0.0, tol=None, max_iterations=None, preconditioner=None) -> Any:
-        """x with (A + damping I) x = b, exact; the arguments of an iterative solver have no meaning here."""
-        return self.inverse(damping) @ b
 
     def inverse(self, damping: float = 0.0, split: str | None = None) -> Diagonalised | KroneckerFactored:
         """(A + damping I)^-1, exact by eigendecomposition; or with split="pi" an approximation by two inverses for each

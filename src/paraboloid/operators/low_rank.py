@@ -76,6 +76,10 @@ class LowRank(LinearOperator):
         """Whether the diagonal is a multiple of the identity."""
         return self.remainder.dim() == 0
 
+    @property
+    def exact(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.scalar
+
     @cached_property
     def eigenform(self) -> Diagonalised:
         """The same matrix by its eigenvalues and eigenvectors, where the diagonal is a number."""
@@ -104,15 +108,6 @@ class LowRank(LinearOperator):
         diagonal = self.remainder.expand(self.shape[0])
         cross = (self.vectors.square() @ self.values) @ diagonal
         return (self.values.square().sum() + 2 * cross + diagonal.square().sum()).clamp(min=0).sqrt()
-
-    def eigsh(self, k, tol=None, max_products=None, seed=0):
-        """The k algebraically largest eigenvalues [k], descending, and orthonormal eigenvectors [D, k]."""
-        return self.eigenform.eigsh(k) if self.scalar else super().eigsh(k, tol, max_products, seed)
-
-    def top_eigenvalues(self, k: int) -> list[tuple[float, str]]:
-        """The k largest eigenvalues, descending; all parameters are one block here."""
-        label = " + ".join(self.parameters)
-        return [(value, label) for value in self.eigsh(k)[0].tolist()]
 
     def solve(self, b: Any, damping: float = 0.0, tol=None, max_iterations=None, preconditioner=None) -> Any:
         """x with (A + damping I) x = b, exact; the arguments of an iterative solver have no meaning here."""

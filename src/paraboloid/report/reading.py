@@ -59,6 +59,9 @@ def curvature(section: Section) -> list[str]:
     values = [item["value"] for item in section["eigenvalues"]]
     trace, parameters = section["trace"]["value"], section["parameters"]
     sentences = []
+    if section["operator"] == "Hessian":  # negative eigenvalues cancel in its trace: shares of it say nothing
+        trace = None
+        sentences.append(f"The largest of {count(parameters)} eigenvalues of the Hessian is {number(values[0])}.")
     if trace:
         sentences.append(
             f"The {len(values)} largest of {count(parameters)} eigenvalues hold {percent(sum(values) / trace)} of the "

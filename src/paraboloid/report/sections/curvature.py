@@ -15,6 +15,7 @@ from paraboloid.report.theme import INK, MUTED, RULE, SERIES, fixed_ticks, inlin
 
 # A single eigenvalue in a decade shows as a few per decade (its peak is narrow); what is far below one is noise.
 _LEAST_PER_DECADE = 0.1
+_LEAST_OF_PEAK = 1e-6  # on a linear axis
 
 
 def section(record: dict[str, Any]) -> Section:
@@ -75,7 +76,11 @@ def _layers(record: dict[str, Any]) -> Panel:
         axes = figure.subplots(1, 2, sharey=True)
         for axis, (key, (title, unit)) in zip(axes, halves.items(), strict=True):
             values = [blocks[name][key] or 0.0 for name in names]
-            bars = axis.barh(names, values, 0.62, color=[colour[name] for name in names])
+            errors = [blocks[name]["standard_error"] or 0.0 for name in names] if key == "trace" else []
+            bars = axis.barh(
+                names, values, 0.62, color=[colour[name] for name in names],
+                xerr=errors if any(errors) else None, error_kw={"ecolor": INK, "elinewidth": 1.2},
+            )  # fmt: skip
             axis.bar_label(bars, [number(value) for value in values], padding=4, color=MUTED, fontsize=9)
             axis.set(title=title, xlabel=unit)
             axis.grid(False)
@@ -86,7 +91,7 @@ def _layers(record: dict[str, Any]) -> Panel:
             plain_axis(axis.xaxis)
         axes[0].invert_yaxis()
 
-    what = "Trace and mean diagonal of the curvature's diagonal block of each layer"
+    what = f"Trace and mean diagonal of the {curvature['operator']}'s diagonal block of each layer"
     height = 1.5 + 0.36 * len(names)
     return Panel(inline_svg("layers", what, (7.4, height), draw), f"{what}.{left_out(layers)}", [_layer_table(record)])
 
@@ -98,7 +103,7 @@ def _layer_table(record: dict[str, Any]) -> Table:
         [
             block["name"],
             count(parameters[block["name"]]),
-            number(block["trace"]),
+            with_error(block["trace"], block["standard_error"]),
             _share(block["trace"], trace["value"]),
             number(block["mean_diagonal"]),
         ]
@@ -120,28 +125,36 @@ def _density(record: dict[str, Any]) -> Panel:
     density, values = curvature["density"], [item["value"] for item in curvature["eigenvalues"]]
     grid = np.array(density["grid"], float)
     counts = np.array(density["density"], float) * record["problem"]["parameters"]
-    peak, least = float(counts.max()), _LEAST_PER_DECADE
+    log = density["scale"] == "log"
+    peak = float(counts.max())
+    least = _LEAST_PER_DECADE if log else max(_LEAST_OF_PEAK * peak, 1e-12)
 
     def draw(figure: Figure) -> None:
         axis = figure.subplots()
         axis.fill_between(grid, least, np.maximum(counts, least), color=SERIES[0], alpha=0.16, linewidth=0)
         axis.plot(grid, np.maximum(counts, least), color=SERIES[0])
         log_axis(axis.yaxis, [least, peak])
-        log_axis(axis.xaxis, [float(grid[0]), float(grid[-1])])
+        if log:
+            log_axis(axis.xaxis, [float(grid[0]), float(grid[-1])])
+        else:
+            plain_axis(axis.xaxis)
         axis.set(xlim=(grid[0], grid[-1]), ylim=(least, 3 * peak))
         ticks = {"color": SERIES[1], "markersize": 9, "markeredgewidth": 1.5}
         label = f"{len(values)} largest eigenvalues"
         axis.plot(values, np.full(len(values), least * 1.8), "|", label=label, **ticks)
-        axis.set(xlabel="eigenvalue (log scale)", ylabel="eigenvalues per decade (log scale)")
+        unit = "decade" if log else "unit"
+        axis.set(xlabel=f"eigenvalue{' (log scale)' * log}", ylabel=f"eigenvalues per {unit} (log scale)")
         axis.legend(loc="upper right")
 
     what = f"Spectral density of the {curvature['operator']}"
-    floor = number(density["floor"] * values[0], 1)
     caption = (
         f"{what}, by stochastic Lanczos quadrature ({count(density['samples'])} random vectors, "
-        f"{count(density['steps'])} steps each), smoothed. Eigenvalues below {floor}, zero ones "
-        "included, count as that: the peak at the left. Ticks at the bottom: the largest eigenvalues."
+        f"{count(density['steps'])} steps each), smoothed. "
     )
+    if log:
+        floor = number(density["floor"] * values[0], 1)
+        caption += f"Eigenvalues below {floor}, zero ones included, count as that: the peak at the left. "
+    caption += "Ticks at the bottom: the largest eigenvalues."
     return Panel(inline_svg("density", what, (7.4, 3.5), draw), caption, [_spectrum_table(record, values)])
 
 
