@@ -21,6 +21,7 @@ FLOORS = [
         "certify",
         "regroup",
         "outer",
+        "fresh",
         "layers",
     },
     {

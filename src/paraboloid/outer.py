@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from paraboloid import fresh
+
 CHUNK_BYTES = 4 * 2**20  # default size of a materialised piece: large enough for BLAS, small enough for caches
 
 
@@ -38,8 +40,18 @@ class Right:
 
     def keep(self) -> None:
         """Copy strided rows once, for the pulls that follow; nothing to do where the rows are the input itself."""
-        if self.q_axes is not None and self._kept is None:
-            self._kept = self()
+        if self.q_axes is None or self._kept is not None:
+            return
+        N, first = self.layout[1], self(slice(0, 1))
+        _, G, T, q = first.shape
+        kept = fresh.empty((N, G, q, T), first).mT  # T runs fastest, as it does in an unfolded image
+        step = max(1, CHUNK_BYTES // first.nbytes)
+        for n in (slice(start, start + step) for start in range(0, N, step)):
+            kept[n] = self(n)
+        self._kept = kept
+
+    def forget(self) -> None:
+        self._kept = None
 
     def _view(self, n: slice) -> Tensor:
         """[n G a b T q], or [n G *q-axes a b *T-axes], without a copy where the rows allow it."""
@@ -106,7 +118,7 @@ class Outer:
         if right is None:
             return left.sum(-2).unsqueeze(-1)
         if right.is_floating_point():
-            return left.mT * right if left.shape[-2] == 1 else left.mT @ right
+            return fresh.product(left.mT, right)
         J = left.new_zeros(*left.shape[:-2], self.q, left.shape[-1])
         index = right.clamp(min=0).unsqueeze(-1).expand_as(left)
         return J.scatter_add_(-2, index, left).mT
@@ -119,8 +131,8 @@ class Outer:
         if V > 1 and right is not None and right.is_floating_point():
             # one product per sample and group, the vectors joining p: nothing is copied V times
             G, T, p = left.shape[2:]
-            J = left.permute(1, 2, 0, 4, 3).reshape(count, G, V * p, T) @ right
-            J = J.view(count, G, V, p, -1).movedim(2, 0)
+            left = left.permute(1, 2, 0, 4, 3).reshape(count, G, V * p, T)
+            J = fresh.product(left, right).view(count, G, V, p, -1).movedim(2, 0)
         else:
             J = self.sum_over(left, right)
         return self.finish(J, (V, count))
@@ -162,13 +174,16 @@ class Outer:
         return self.right.columns(n)
 
 
-def keep_inputs(outers: dict[str, list[Outer]], memory: int) -> None:
-    """Keep unfolded inputs for the pulls that follow, the first ones that fit into `memory` bytes."""
+def keep_inputs(outers: dict[str, list[Outer]], memory: int) -> list[Right]:
+    """Keep unfolded inputs for the pulls that follow, the first ones that fit into `memory` bytes; `forget` them then."""
+    kept = []
     for o in (o for uses in outers.values() for o in uses):
         size = o.left[0, ..., 0].numel() * o.q * o.left.element_size()
-        if o.right is not None and size <= memory:
+        if o.right is not None and o.right.q_axes is not None and size <= memory:
             o.right.keep()
+            kept.append(o.right)
             memory -= size
+    return kept
 
 
 def general(J: Tensor, shape: torch.Size, kind: str = "general") -> Outer:

@@ -55,7 +55,7 @@ class Grad(Quantity):
         return _plus(value, group.parts["total"])
 
     def finish(self, value, scale):
-        return scale.a * value
+        return value.mul_(scale.a)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class SecondMoment(Quantity):
         return _plus(value, group.parts["squares"])
 
     def finish(self, value, scale):
-        return value / scale.N
+        return value.div_(scale.N)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,8 @@ class Variance(Quantity):
 
     def finish(self, value, scale):
         squares, total = value
-        return (squares / scale.N - (total / scale.N).square()).clamp_(min=0)  # rounding may leave -1e-17
+        squares.div_(scale.N).addcmul_(total, total, value=-(scale.N**-2))
+        return squares.clamp_(min=0)  # rounding may leave -1e-17
 
 
 def _sampled(samples: int | None) -> Source:
@@ -172,7 +173,7 @@ class DiagGGN(Quantity):
         return _plus(value, group.parts["squares"])
 
     def finish(self, value, scale):
-        return scale.a * value
+        return value.mul_(scale.a)
 
 
 class SampleDiagGGN(Quantity):
@@ -230,7 +231,7 @@ class DiagHessian(Quantity):
 
     def add(self, value, group):
         squares = group.parts["squares"]
-        return squares.clone() if value is None else value.add_(squares)  # "diag_ggn" adds to the same parts
+        return _plus(value, squares)
 
     def complete(self, values, scale):
         return {name: scale.a * value for name, value in self._finish(values).items()}
@@ -285,7 +286,7 @@ class EigenScale(Quantity):
         return _plus(value, eigen_scale(group.outers, form.left, form.right, group.memory))
 
     def finish(self, value, scale):
-        return scale.a * value
+        return value.mul_(scale.a)
 
 
 class KFRA(Quantity):

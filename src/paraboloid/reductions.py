@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from paraboloid import fresh
 from paraboloid.outer import Outer, merge
 
 PARTS = frozenset({"total", "squares", "norms", "gram", "samples"})
@@ -63,12 +64,16 @@ def _one_position(o: Outer, wanted: Set[str]) -> dict[str, Tensor]:
     if "total" in wanted:
         found["total"] = replace(o, left=left.sum(0, keepdim=True) if len(left) > 1 else left).total()[0]
     if "squares" in wanted:
-        squared = None if o.right is None else replace(o.right, rows=_squared(o.right.rows))
-        summed = left.square().sum(0, keepdim=True) if len(left) > 1 else left.square()
-        found["squares"] = replace(o, left=summed, right=squared).total()[0]
+        squared = None if o.right is None else replace(o.right, rows=_squared(o.right.rows), _kept=None)
+        summed = left[0].square()
+        for one in left[1:]:
+            summed.addcmul_(one, one)
+        found["squares"] = replace(o, left=summed[None], right=squared).total()[0]
     if "norms" in wanted:
-        inner = left.square().sum((0, 3, 4))  # [N G]
-        found["norms"] = (inner if right is None else inner * right.square().sum((2, 3))).sum(1)
+        inner = torch.linalg.vector_norm(left, dim=(0, 3, 4)).square()  # [N G]
+        found["norms"] = (inner if right is None else inner * torch.linalg.vector_norm(right, dim=(2, 3)).square()).sum(
+            1
+        )
     if "gram" in wanted:
         side = left.movedim(1, 2).flatten(3)  # [V G N p]
         inner = (side @ side.mT).sum(0)
@@ -131,7 +136,7 @@ def _many_positions(o: Outer, wanted: Set[str], memory: int | None) -> dict[str,
     total = o.left.new_zeros(G, p, q) if "total" in wanted else None
     squares = o.left.new_zeros(G, p, q) if "squares" in wanted else None
     norms = o.left.new_empty(N) if "norms" in wanted else None
-    kept = o.left.new_empty(N, G, V * p, q) if wanted & {"samples", "gram"} else None
+    kept = fresh.empty((N, G, V * p, q), o.left) if wanted & {"samples", "gram"} else None
     buffer = None
     for n in o.chunks(G * max(V * p * q, T * q), memory):
         left = o.left[:, n].permute(1, 2, 0, 4, 3).flatten(2, 3).flatten(0, 1)  # [nG Vp T]

@@ -74,6 +74,7 @@ def _parts(shape: torch.Size, layout: Layout, use: Use, alias: Alias | None) -> 
         return None
     at, sizes = rows.index(axis), [shape[i] for i in rows]
     split = (math.prod(sizes[:at]) * a, N, b * math.prod(sizes[at + 1 :]))
+    made: dict[int, Right] = {}  # by place: every pull has the same input side, which may be kept unfolded
 
     def outer(place: Place, g: Tensor, via: Via) -> Outer:
         root, flip = place.piece.root, use.flip ^ alias.turned
@@ -85,17 +86,18 @@ def _parts(shape: torch.Size, layout: Layout, use: Use, alias: Alias | None) -> 
         left = left.unflatten(1, split).permute(0, 2, 4, 1, 3, 5, 6).flatten(3, 5)  # [V N G abT p]
         left = left.to(precision)
         if use.right is None:
-            left = place.put(left.sum(3, keepdim=True), -1)
+            left = place.put(left.sum(3, keepdim=True) if left.shape[3] > 1 else left, -1)
             if place.piece.table is not None:
                 return _table_rows(left, *place.piece.table)
             return Outer(left, None, root.shape, via=via, kind="vector")
-        rows_of, q = use.right, use.q
+        q = use.q
         if flip and place.moves:
             q = root.numel() // left.shape[-1]
-            rows_of = place.shifted(use.right) if use.lookup else place.among(use.right, 2 if use.q_axes else -1)
         elif place.moves:
             left = place.put(left, -1)
-        return Outer(left, Right(rows_of, split, use.lookup, precision, use.q_axes), root.shape, q, flip, via)
+        if id(place) not in made:
+            made[id(place)] = Right(_rows(use, place, flip), split, use.lookup, precision, use.q_axes)
+        return Outer(left, made[id(place)], root.shape, q, flip, via)
 
     return [
         Part(p.piece.table[0] if p.piece.table and use.right is None else p.piece.root, partial(outer, p), use)
@@ -129,6 +131,14 @@ class Place:
     def shifted(self, lookup: Callable[[slice], Tensor]) -> Callable[[slice], Tensor]:
         """The same rows of a table, counted in the root."""
         return lambda n: (index := lookup(n)) + self.before * (index >= 0)
+
+
+def _rows(use: Use, place: Place, flip: bool) -> Callable[[slice], Tensor]:
+    """The input side's rows, among those of a root that the weight is a part of."""
+    assert use.right is not None
+    if not (flip and place.moves):
+        return use.right
+    return place.shifted(use.right) if use.lookup else place.among(use.right, 2 if use.q_axes else -1)
 
 
 def _places(use: Use, alias: Alias) -> list[Place] | None:

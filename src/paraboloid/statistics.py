@@ -142,22 +142,27 @@ class Recording(Tape):
         size = max(1, sum(c.shape.numel() for c in self.calls) * f.element_size())
         count = max(1, (GROUP_BYTES if max_memory is None else max_memory // 2) // size)
         memory = None if max_memory is None else max(1, max_memory // 4)
-        vs = list(islice(vectors, count))
+        vs, kept = list(islice(vectors, count)), []
         while vs:
             following = list(islice(vectors, count))
             outers = self.pull(f, torch.stack(vs) if len(vs) > 1 else vs[0][None], totals, batch_statistics=mixed)
-            if following and needs:
-                keep_inputs(outers, KEEP_BYTES if max_memory is None else max_memory // 4)
+            if following and needs and not kept:
+                kept = keep_inputs(outers, KEEP_BYTES if max_memory is None else max_memory // 4)
             vs = following
             with torch.no_grad():
                 for name in self.parameters:
                     uses = outers.pop(name)
                     group = Group(reduce(uses, needs, memory), uses, memory, name)
+                    held: set[int] = set()
                     for q in quantities:
                         try:
-                            running[q.name][name] = q.add(running[q.name][name], group)
+                            before = running[q.name][name]
+                            value = q.add(before, group)
+                            running[q.name][name] = _owned(value, held) if before is None else value
                         except NotImplementedError as e:
                             raise NotImplementedError(f"{q.name!r}: parameter {name!r} {e}") from None
+        for right in kept:
+            right.forget()
         return running
 
     @torch.no_grad()
@@ -168,6 +173,17 @@ class Recording(Tape):
         for name, p in self.parameters.items():
             if (g := gradient[name]) is not None:
                 p.grad = a * g if p.grad is None else p.grad.add_(g, alpha=a)
+
+
+def _owned(value: Any, held: set[int]) -> Any:
+    """A first running value as the quantity's own, to be changed in place: what another one took is copied."""
+
+    def own(t: Tensor) -> Tensor:
+        t = t.clone() if t.data_ptr() in held else t
+        held.add(t.data_ptr())
+        return t
+
+    return trees.mapped(own, value)
 
 
 def _as_parameter(value: Any, p: Tensor) -> Any:
