@@ -223,3 +223,25 @@ def test_success_leaves_nothing_behind_either(name):
     model.train()
     pb.statistics(model, MSE, (x, torch.zeros_like(f)), ["grad", "kfac"] if name == "resnet" else "grad")
     assert equal(state(model), nothing)
+
+
+def test_inputs_are_unfolded_once_for_all_vectors(monkeypatch):
+    """Exact roots of several groups of vectors: each convolution's input is copied out once, and not kept afterwards."""
+    from paraboloid import statistics as module
+    from paraboloid.outer import Right
+
+    kept = []
+    keep, forget = Right.keep, Right.forget
+    monkeypatch.setattr(Right, "keep", lambda self: (kept.append(self), keep(self)))
+    monkeypatch.setattr(Right, "forget", lambda self: (forget(self), kept.append(None)))
+    monkeypatch.setattr(module, "GROUP_BYTES", 1)  # one vector at a time
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(27, 4)).double()
+    x, y = torch.randn(5, 1, 6, 6, dtype=torch.float64), torch.arange(5) % 4
+    found = pb.statistics(model, nn.CrossEntropyLoss(), (x, y), "diag_ggn")["diag_ggn"]
+    assert len([right for right in kept if right is not None]) == 2
+    assert kept.count(None) == 2
+    assert all(right._kept is None for right in kept if right is not None)
+    monkeypatch.setattr(module, "GROUP_BYTES", 2**24)
+    for name, value in pb.statistics(model, nn.CrossEntropyLoss(), (x, y), "diag_ggn")["diag_ggn"].items():
+        torch.testing.assert_close(found[name], value)

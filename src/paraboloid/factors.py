@@ -13,7 +13,7 @@ from paraboloid.kronecker_product import KroneckerProduct, Side
 from paraboloid.outer import CHUNK_BYTES, Outer, merge
 from paraboloid.reductions import pieces, reduce, samples
 
-LARGE = 384  # rows from which halving by symmetry pays
+LARGE = 256  # rows from which halving by symmetry pays
 EXACT_VECTOR = 4096  # elements up to which a bias-like parameter's block is kept exactly
 
 
@@ -36,8 +36,7 @@ def gradient_factor(o: Outer, sharing: str, thin: bool = False) -> Tensor | Rows
     if positions >= rows:  # images: a product for each sample, without a copy
         left = left.mT.flatten(0, 1)
         return (left @ left.mT).sum(0)
-    left = left.permute(2, 0, 1, 3, 4).flatten(1, 3)  # [G VNT p], for one group a view
-    return left.mT @ left
+    return gram(left.permute(2, 0, 1, 3, 4).flatten(1, 3).mT)  # [G p VNT], for one group a view
 
 
 def input_factor(o: Outer, sharing: str, memory: int | None = None, thin: bool = False) -> Tensor | Rows:
@@ -48,28 +47,35 @@ def input_factor(o: Outer, sharing: str, memory: int | None = None, thin: bool =
     if thin and not o.lookup and o.left.shape[1] * (1 if sharing == "reduce" else T) < o.q:
         right = o.dense_right().mean(2, keepdim=True) if sharing == "reduce" else o.dense_right()
         return Rows(right.transpose(0, 1).flatten(1, 2))
-    A = o.left.new_zeros(G, o.q, o.q)
+    A = o.left.new_empty(G, o.q, o.q)
     size = max(CHUNK_BYTES, 4 * A.numel() * A.element_size()) if memory is None else memory // 2
     for n in o.chunks(G * T * o.q, size):
         if sharing == "reduce":
             right = o.dense_right(n)
             count = right.sum((2, 3), keepdim=True).clamp(min=1) if o.lookup else T
-            add_gram(A, (right / count).sum(2).movedim(0, 2))  # [G q n]
+            add_gram(A, (right / count).sum(2).movedim(0, 2), n.start > 0)  # [G q n]
         else:
-            add_gram(A, o.columns(n))
+            add_gram(A, o.columns(n), n.start > 0)
     return mirror(A)
 
 
-def add_gram(A: Tensor, R: Tensor) -> None:
-    """A += R R^T in the lower blocks only: half of the multiplications by symmetry (torch has no SYRK)."""
+def gram(R: Tensor) -> Tensor:
+    """R R^T, [G q q], for R [G q K]."""
+    A = R.new_empty(*R.shape[:2], R.shape[1])
+    add_gram(A, R, add=False)
+    return mirror(A)
+
+
+def add_gram(A: Tensor, R: Tensor, add: bool) -> None:
+    """A += R R^T (A = R R^T if not `add`) in the lower blocks: by symmetry half of the products (torch has no SYRK)."""
     q = R.shape[-2]
     if q < LARGE:
-        A.baddbmm_(R, R.mT)
+        A.baddbmm_(R, R.mT, beta=int(add))
         return
     half = q // 2
-    add_gram(A[:, :half, :half], R[:, :half])
-    add_gram(A[:, half:, half:], R[:, half:])
-    A[:, half:, :half].baddbmm_(R[:, half:], R[:, :half].mT)
+    add_gram(A[:, :half, :half], R[:, :half], add)
+    add_gram(A[:, half:, half:], R[:, half:], add)
+    A[:, half:, :half].baddbmm_(R[:, half:], R[:, :half].mT, beta=int(add))
 
 
 def mirror(A: Tensor) -> Tensor:

@@ -256,7 +256,7 @@ class KFAC(Quantity):
         self.name, self.sharing = FISHERS[fisher], check_sharing(sharing)
 
     def add(self, value, group):
-        return factors.add_factors(value, group.outers, self.sharing, group.memory)
+        return factors.add_factors(value, group.outers, self.sharing, group.memory, recent=group.recent)
 
     def finish(self, value, scale):
         return factors.scale_factors(value, scale.a)

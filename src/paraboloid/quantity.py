@@ -35,6 +35,7 @@ class Group(NamedTuple):
     outers: list[Outer]
     memory: int | None
     name: str = ""
+    recent: Any = None  # what one parameter's quantities leave for the next one's: `factors.Recent`
 
 
 class Quantity:

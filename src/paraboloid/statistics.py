@@ -14,6 +14,7 @@ from paraboloid import data as batch_data
 from paraboloid import distributed, trees
 from paraboloid.ambient import own_arithmetic
 from paraboloid.data_parallel import Values, check_summable, combine
+from paraboloid.factors import Recent
 from paraboloid.losses import Loss
 from paraboloid.losses.loss import full
 from paraboloid.outer import keep_inputs
@@ -149,10 +150,11 @@ class Recording(Tape):
             if following and needs and not kept:
                 kept = keep_inputs(outers, KEEP_BYTES if max_memory is None else max_memory // 4)
             vs = following
+            recent = Recent()
             with torch.no_grad():
                 for name in self.parameters:
                     uses = outers.pop(name)
-                    group = Group(reduce(uses, needs, memory), uses, memory, name)
+                    group = Group(reduce(uses, needs, memory), uses, memory, name, recent)
                     held: set[int] = set()
                     for q in quantities:
                         try:

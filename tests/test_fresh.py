@@ -1,0 +1,40 @@
+"""Fresh memory in large pages behaves as any tensor."""
+
+import io
+import pickle
+
+import pytest
+import torch
+
+from paraboloid import fresh
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_a_large_tensor_is_as_good_as_any(dtype):
+    like = torch.zeros(1, dtype=dtype)
+    count = fresh.LARGE_BYTES // like.element_size()
+    t = fresh.empty((2, count // 2, 1), like)
+    assert (t.shape, t.dtype, t.is_contiguous(), t.requires_grad) == ((2, count // 2, 1), dtype, True, False)
+    t.fill_(1)
+    assert t.numpy().shape == t.shape
+    buffer = io.BytesIO()
+    torch.save(t[:, :3], buffer)
+    buffer.seek(0)
+    for copy in (pickle.loads(pickle.dumps(t[:, :3])), torch.load(buffer), t[:, :3].clone()):
+        assert torch.equal(copy, t[:, :3])
+    t.add_(1).share_memory_()
+    assert t[1, -1, 0] == 2
+
+
+def test_small_ones_are_torchs_own():
+    assert fresh.empty((3,), torch.zeros(1)).shape == (3,)
+
+
+@pytest.mark.parametrize("inner", [1, 5])
+def test_products(inner):
+    left, right = torch.randn(4, 1, 3, inner), torch.randn(2, inner, 6)
+    torch.testing.assert_close(fresh.product(left, right), left @ right)
+    left.requires_grad_()
+    assert fresh.product(left, right).requires_grad
+    with torch.no_grad():
+        assert torch.equal(fresh.product(left, right), fresh.product(left.detach(), right))
