@@ -175,7 +175,7 @@ class Outer:
 
 
 def keep_inputs(outers: dict[str, list[Outer]], memory: int) -> list[Right]:
-    """Keep unfolded inputs for the pulls that follow, the first ones that fit into `memory` bytes; `forget` them then."""
+    """Keep unfolded inputs for the pulls that follow, the first that fit into `memory` bytes; `forget` them after."""
     kept = []
     for o in (o for uses in outers.values() for o in uses):
         size = o.left[0, ..., 0].numel() * o.q * o.left.element_size()

@@ -43,7 +43,8 @@ class Quantity:
 
     `needs` names the parts of `reductions.reduce` that it is made of; what several quantities need is computed once.
     `add(value, group)` returns the running value with one more group of vectors (value is None at first) and
-    `finish(value, scale)` scales it; both may change it in place, for it is the quantity's own.  A new quantity is a subclass of a few lines; `pb.statistics` takes objects of it.
+    `finish(value, scale)` scales it; both may change it in place, for it is the quantity's own.  A new quantity is a
+    subclass of a few lines; `pb.statistics` takes objects of it.
     """
 
     name: str
