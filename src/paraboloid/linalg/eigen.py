@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paraboloid.linalg.krylov import next_vector, orthogonalise, random_unit
+from paraboloid.linalg.krylov import next_vector, orthogonalise, random_unit, reorthogonalise
 from paraboloid.linalg.operand import LinAlgError, Operand, check_count
 from paraboloid.linalg.probes import Seed, block_size, generator_of
 
@@ -84,7 +84,7 @@ def eigsh(
     try:
         values, vectors = search.top(k)
         while True:  # vectors are rows from here on
-            missed = search.largest_beyond(vectors, above=values[-1].item())
+            missed = search.largest_beyond(vectors, above=values[-1].item()) if k > 1 else None  # a copy adds nothing
             if missed is None:
                 return values, vectors.T.contiguous()
             order = torch.cat([values, missed[0]]).argsort(descending=True)[:k]
@@ -127,7 +127,7 @@ class _Search:
                 raise _NotConverged(count, residual)
             beta = self._extend(Q, T, j, found)
             j += 1
-            if j < width and (j <= k or (j - k) % 5):
+            if j < width and (j <= k or (j - k) % min(5, 1 + k // 2)):
                 continue
             values, S = eigh(T[:j, :j])
             self.scale = max(values.abs().max().item(), self.scale)
@@ -164,7 +164,7 @@ class _Search:
         self.budget -= 1
         if found is not None:
             w, _ = orthogonalise(w, found)
-        w, components = orthogonalise(w, Q[: j + 1])
+        w, components = reorthogonalise(w, Q[: j + 1])
         T[: j + 1, j] = T[j, : j + 1] = components.to(T)
         if not torch.isfinite(T[j, j]):
             raise LinAlgError("a product with A holds NaN or infinity; expected finite numbers.")

@@ -72,6 +72,10 @@ def block_products(replay: Replay, blocks: Sequence[Sequence[int]], rows: Sequen
         for place, graph in enumerate(graphs):
             for block, r, result in zip(blocks, rows, results, strict=True):
                 chosen = [parameters[i] for i in block]
+                found = replay.together(graph, split(r, chosen), lambda v, g=graph, b=block: g.product(v, b))
+                if found is not None:
+                    put(found, result, 1 / replay.normalizer, add=place > 0)
+                    continue
                 for v, total in zip(r, result, strict=True):
                     put(replay.product(graph, split(v, chosen), block), total, 1 / replay.normalizer, add=place > 0)
     return results

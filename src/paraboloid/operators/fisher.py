@@ -29,9 +29,10 @@ class FisherGraph(OutputGraph):
 
     def hessian(self, u: Tensor) -> Tensor:
         result = torch.zeros_like(u)
+        sample = u.dim() - self.f.dim()
         for s in self.vectors:
-            along = (s * u).flatten(1).sum(1)
-            result += s * along.view(-1, *[1] * (u.dim() - 1))
+            along = (s * u).flatten(sample + 1).sum(-1) if self.f.dim() > 1 else s * u
+            result += s * along.view(along.shape + (1,) * (self.f.dim() - 1))
         return result
 
     def root(self) -> Iterator[Tensor]:

@@ -43,14 +43,18 @@ class GradientGraph:
         return dot(w, Av), dot(v, Aw), dot(Av, Av).sqrt() + dot(Aw, Aw).sqrt()
 
     def product(self, v: Sequence[Tensor], block: Sequence[int] | None = None) -> list[Tensor]:
-        """Hessian times v, one tensor for each parameter (within a block of them)."""
+        """Hessian times v, one tensor for each parameter (within a block of them); v may be several, [K, *shape]."""
         at = range(len(self.parameters)) if block is None else block
         chosen = [self.parameters[i] for i in at]
         curved = [(self.g[i], w) for i, w in zip(at, v, strict=True) if self.g[i].requires_grad]
         if not curved:  # the loss is linear in the parameters
-            return [torch.zeros_like(p) for p in chosen]
+            return [torch.zeros_like(w) for w in v]
         grads, weights = zip(*curved, strict=True)
-        return list(torch.autograd.grad(grads, chosen, weights, retain_graph=True, materialize_grads=True))
+        batched = v[0].dim() > chosen[0].dim()
+        found = torch.autograd.grad(
+            grads, chosen, weights, retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )  # fmt: skip
+        return [torch.zeros_like(w) if t is None else t for t, w in zip(found, v, strict=True)]
 
 
 class Hessian(Recorded, LinearOperator):

@@ -35,24 +35,31 @@ class OutputGraph:
         return u, {i: t for i, t in enumerate(g) if t is not None and t.requires_grad}
 
     def pull(self, w: Tensor, block: Sequence[int] | None = None) -> list[Tensor]:
-        """J^T w, one tensor for each parameter (of a block)."""
+        """J^T w, one tensor for each parameter (of a block); for w [K, *f.shape] several at once, [K, *shape]."""
         chosen = self.parameters if block is None else [self.parameters[i] for i in block]
-        grads = torch.autograd.grad(self.f, chosen, w.to(self.f.dtype), retain_graph=True, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(chosen, grads, strict=True)]
+        w, batched = w.to(self.f.dtype), w.dim() > self.f.dim()
+        grads = torch.autograd.grad(
+            self.f, chosen, w, retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )  # fmt: skip
+        lead = w.shape[:1] if batched else ()
+        return [p.new_zeros(lead + p.shape) if g is None else g for p, g in zip(chosen, grads, strict=True)]
 
     def push(self, v: Sequence[Tensor], block: Sequence[int] | None = None) -> Tensor:
-        """J v, of the output's shape; for v along the parameters of a block."""
+        """J v, of the output's shape; for v along the parameters of a block.  For v [K, *shape]: [K, *f.shape]."""
         u, g = self.transposed
         at = range(len(self.parameters)) if block is None else block
+        lead = v[0].shape[:1] if v[0].dim() > self.parameters[at[0]].dim() else ()
         pairs = [(g[i], t.to(g[i].dtype)) for i, t in zip(at, v, strict=True) if i in g]
         if not pairs:
-            return torch.zeros_like(self.f)
+            return torch.zeros_like(self.f).expand(*lead, *self.f.shape)
         outputs, weights = zip(*pairs, strict=True)
-        (jv,) = torch.autograd.grad(outputs, u, weights, retain_graph=True, materialize_grads=True)
+        (jv,) = torch.autograd.grad(
+            outputs, u, weights, retain_graph=True, materialize_grads=True, is_grads_batched=bool(lead)
+        )  # fmt: skip
         return jv
 
     def product(self, v: Sequence[Tensor], block: Sequence[int]) -> list[Tensor]:
-        """J^T H J v within a block of parameters."""
+        """J^T H J v within a block of parameters; for several v at once where they are [K, *shape]."""
         return self.pull(self.hessian(self.push(v, block)), block)
 
     def telling_product(self, v: Sequence[Tensor], block: Sequence[int]) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
@@ -64,7 +71,7 @@ class OutputGraph:
         return found, (jv * hjv).sum(), dot(v, found), jv.norm() * hjv.norm()
 
     def hessian(self, u: Tensor) -> Tensor:
-        """H u, the (positive semi-definite) curvature of the unreduced loss in the output."""
+        """H u, the (positive semi-definite) curvature of the unreduced loss in the output; u with any leading axes."""
         return self.loss.curvature_product(self.f.detach(), self.y, u)
 
     def root(self) -> Iterator[Tensor]:

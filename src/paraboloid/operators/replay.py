@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from paraboloid import data as batch_data
 from paraboloid import trees
 from paraboloid.losses import Loss, NoTargets, Opaque, settled
+from paraboloid.operators.batching import Batching
 from paraboloid.operators.footprint import Footprint
 from paraboloid.operators.undisturbed import Autocast, RandomStream, TwiceDifferentiable, eager, undisturbed
 
@@ -106,6 +107,7 @@ class Replay:
         self.certified = False  # whether autograd's second derivatives were found right, on the first batch
         self.size, self.flops = 0, 0  # bytes of the kept graphs, floating-point operations of their forward passes
         self.kept: list[Any] | None = []
+        self.batching: Batching | None = None
         if len(self.loss.terms) > 1 and batch_data.as_batch(data) is None:
             self.loss = self._settled()
         self._first_pass()
@@ -196,6 +198,19 @@ class Replay:
         if scale > 0:
             self._compare(one, other, scale)
         return found
+
+    def together(
+        self, graph: Graph, V: list[Tensor], of: Callable[[Sequence[Tensor]], list[Tensor]]
+    ) -> list[Tensor] | None:
+        """of(V) of a graph for vectors V [K, *shape] at once; None where one after another is to be preferred."""
+        if self.kept is None or len(V[0]) < 2:
+            return None
+        if self.batching is None:
+            one, flops = self.size // len(self.kept), self.flops // len(self.kept)
+            self.batching = Batching(next(iter(self.parameters.values())), flops, one, self.max_memory)
+        if self.batching.wanted:
+            self.certify(graph)
+        return self.batching.together(V, of)
 
     def certify(self, graph: Graph) -> None:
         """Raise RuntimeError where a matrix and its transpose, as autograd has them, are not each other's transpose.

@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def split(v: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """A flat [D] vector as one tensor for each parameter."""
-    pieces = v.split([p.numel() for p in parameters])
-    return [t.view_as(p).to(p.dtype) for t, p in zip(pieces, parameters, strict=True)]
+    """A flat [D] vector as one tensor for each parameter; [K, D] as tensors [K, *shape]."""
+    pieces = v.split([p.numel() for p in parameters], -1)
+    return [t.reshape(v.shape[:-1] + p.shape).to(p.dtype) for t, p in zip(pieces, parameters, strict=True)]
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -20,13 +20,18 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 
 def put(tensors: Sequence[Tensor], flat: Tensor, scale: float, add: bool) -> None:
-    """scale * (one tensor for each parameter) into a flat [D] vector, or added to it: one pass over the memory."""
-    for t, piece in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        where = piece.view(t.shape)
+    """scale * (one tensor for each parameter) into a flat [D] vector, or added to it: one pass over the memory.
+
+    Tensors [K, *shape] go into [K, D].
+    """
+    lead = flat.shape[:-1]
+    sizes = [t.numel() // max(1, lead.numel()) for t in tensors]
+    for t, piece in zip(tensors, flat.split(sizes, -1), strict=True):
+        t = t.reshape(piece.shape)
         if add:
-            where.add_(t, alpha=scale)
+            piece.add_(t, alpha=scale)
         else:
-            torch.mul(t, scale, out=where)
+            torch.mul(t, scale, out=piece)
 
 
 def join(tensors: Sequence[Tensor]) -> Tensor:
