@@ -180,3 +180,32 @@ def kfra(names: list[str], errors: dict[str, list[float]]) -> Figure:
     axes.set_ylabel("error of the weight's block / its norm")
     axes.legend(loc="lower right")
     return figure
+
+
+def which_curvature(exact: Tensor, blocks: dict[str, Tensor], errors: dict[str, float]) -> Figure:
+    figure = Figure(figsize=(9.6, 5.2), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[1.15, 1])
+    bound = exact.abs().max().item()
+    norm = SymLogNorm(bound / 30, vmin=-bound, vmax=bound)
+    titles = {"exact": exact, **blocks}
+    for axes, (name, matrix) in zip(above.subplots(1, 4), titles.items(), strict=True):
+        image = axes.imshow(matrix, cmap="RdBu_r", norm=norm)
+        axes.set_title(name if name == "exact" else f"{name}: error {100 * errors[name]:.0f} %")
+        axes.set_xticks(range(4, 72, 9), [str(c) for c in range(8)])
+        axes.set_yticks(range(4, 72, 9), [str(c) for c in range(8)])
+        axes.tick_params(length=0, labelsize=7)
+        axes.set_xlabel("output channel (9 weights each)")
+    above.axes[0].set_ylabel("output channel (9 weights each)")
+    above.colorbar(image, ax=above.axes, shrink=0.8, label="loss / weight²", ticks=[-0.1, -0.01, 0, 0.01, 0.1])
+    axes = below.subplots()
+    colours = {"exact": GREY, "KFAC": RED, "EKFAC": BLUE, "diagonal": GREEN}
+    for name, matrix in titles.items():
+        values = torch.linalg.eigvalsh(matrix).flip(0)
+        label = f"{name}, trace {matrix.trace().item():.1f}"
+        axes.plot(range(1, len(values) + 1), values.clamp(min=1e-9), color=colours[name], label=label)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=1e-6)
+    axes.set_xlabel("index, largest first")
+    axes.set_ylabel("eigenvalue, loss / weight²")
+    axes.legend(loc="lower left")
+    return figure
