@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help report test lint types format docs figures bench-statistics peers install clean
+.PHONY: help report test lint types format docs figures bench-statistics bench-floors bench-operators peers install clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -41,6 +41,12 @@ figures: $(STAMP) ## draw the figures of the documentation's gallery
 
 bench-statistics: $(STAMP) ## time the statistics against a plain gradient (peers too: make peers)
 	$(BIN)/python -m benchmarks.statistics
+
+bench-floors: $(STAMP) ## time the pieces that the statistics cannot do without
+	$(BIN)/python -m benchmarks.floors
+
+bench-operators: $(STAMP) ## time the curvature operators against a plain gradient (peers too: make peers)
+	$(BIN)/python -m benchmarks.operators
 
 # --no-deps: BackPACK asks for torchvision, which nothing here uses and which would bring its own torch.
 peers: $(STAMP) ## install the packages that the benchmarks compare with

@@ -24,6 +24,7 @@ from paraboloid.ambient import autocast_dtype
 from paraboloid.layers import LOWERINGS, RULES
 from paraboloid.layers.normalization import Hook, constant_statistics, uses_batch_statistics
 
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # attributes: parameters, buffers, hooks
 # In-place calls whose rule needs no value of what is mutated: a sum, and running statistics in training mode.
 HARMLESS = {Tensor.add_, Tensor.__iadd__, F.batch_norm, F.instance_norm}
 
@@ -110,7 +111,8 @@ class Recorder(TorchFunctionMode):
         for module in model.modules():
             self._mark(*module._parameters.values(), *module._buffers.values())
             # Plain attributes may be constants (positions, masks), or an input that the module kept: numbers are data.
-            self._mark(*(t for t in tensors(*vars(module).values()) if not t.is_floating_point()))
+            own = (value for name, value in vars(module).items() if name not in OF_EVERY_MODULE)
+            self._mark(*(t for t in tensors(*own) if not t.is_floating_point()))
 
     def _mark(self, *things: Any) -> None:
         """Clean until its version moves."""
