@@ -71,3 +71,19 @@ def test_what_is_no_operator(A):
 def test_complex_operators():
     with pytest.raises(ValueError, match=r"A has dtype torch.complex64; expected a real operator"):
         Operand(torch.zeros(2, 2, dtype=torch.complex64))
+
+
+def test_operators_of_linear_operator():
+    operators = pytest.importorskip("linear_operator.operators", reason="install it with: make peers")
+    d = torch.linspace(1, 3, 30, dtype=torch.float64)
+    U = torch.randn(30, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    A = operators.RootLinearOperator(U).add_diagonal(d)
+    dense = U @ U.T + torch.diag(d)
+    b = torch.randn(30, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(Operand(A) @ b, dense @ b)
+    torch.testing.assert_close(cg(A, b, tol=1e-12), torch.linalg.solve(dense, b))
+    torch.testing.assert_close(
+        cg(A, b, tol=1e-12, preconditioner=operators.DiagLinearOperator(1 / d)), cg(dense, b, tol=1e-12)
+    )
+    torch.testing.assert_close(eigsh(A, 2)[0], torch.linalg.eigvalsh(dense).flip(0)[:2])
+    assert abs(hutchinson_trace(A, 300) - dense.trace()) < 5 * hutchinson_trace(A, 300).standard_error

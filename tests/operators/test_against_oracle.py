@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from losses_table import LOSSES as ALL_LOSSES
+from losses_table import make as make_loss
 from operators.oracle import LOSSES, MODELS, dense_ggn, dense_hessian, make_inputs, make_model
 
 from paraboloid.operators import GGN, Hessian
@@ -44,3 +46,39 @@ def test_losses_on_a_batch_and_on_two(Operator, loss):
     batches = [(make_inputs("mlp", n, n), targets(n, n)) for n in (4, 3)]
     check(Operator, model, loss_fn, batches[:1], batches[0])
     check(Operator, model, loss_fn, batches, batches)
+
+
+@pytest.mark.parametrize("Operator", DENSE)
+@pytest.mark.parametrize("loss", ALL_LOSSES)
+def test_the_table_of_losses(Operator, loss):
+    """Those that everything else is tested with."""
+    model, xs = make_model("mlp"), [make_inputs("mlp", n, n) for n in (4, 3)]
+    loss_fn, y = make_loss(loss, torch.cat([model(x) for x in xs]))
+    batches = list(zip(xs, y.split((4, 3)), strict=True))
+    check(Operator, model, loss_fn, batches[:1], batches[0])
+    check(Operator, model, loss_fn, batches, batches)
+
+
+@pytest.mark.parametrize("Operator", DENSE)
+def test_a_user_function(Operator):
+    """Any callable with named_parameters is a model, any differentiable function of output and target a loss."""
+
+    class Function:
+        def __init__(self):
+            g = torch.Generator().manual_seed(0)
+            self.w = torch.randn(5, 3, generator=g, dtype=torch.float64, requires_grad=True)
+
+        def named_parameters(self):
+            return [("w", self.w)]
+
+        def parameters(self):
+            return [self.w]
+
+        def __call__(self, x):
+            return torch.sin(x @ self.w) * x.sum(1, keepdim=True)
+
+    def coupled(f, y):
+        return (f - f.mean(0)).square().sum().sqrt() + (f * y).sum().exp().log1p()
+
+    model, batch = Function(), (make_inputs("mlp", 4, 4), torch.ones(4, 3, dtype=torch.float64))
+    check(Operator, model, coupled, [batch], batch)

@@ -129,14 +129,34 @@ def test_diagonals_and_traces(Operator, dense):
     assert trace != A.trace(samples=400, seed=2)
 
 
+@pytest.mark.parametrize("memory", [None, 0])
+def test_the_diagonal_takes_a_pass_for_each_column_of_the_root(memory):
+    model, loss_fn, (x, y) = problem("mlp")
+    data = [(x[:4], y[:4]), (x[4:], y[4:])]
+    expected = dense_ggn(model, loss_fn, [(x, y)]).diagonal()
+    A = GGN(model, loss_fn, data, max_memory=memory)
+    A.quadratic_forms = A.replay.graphs = None  # neither forms nor the kept graphs are needed
+    torch.testing.assert_close(A.diagonal(), expected, rtol=1e-10, atol=1e-14)
+    assert A.trace() == pytest.approx(expected.sum().item())
+
+
+def test_the_diagonal_where_samples_are_coupled():
+    """With one pull for each sample and column where those are fewer than parameters."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).double()
+    _, loss_fn, (x, y) = problem("mlp")
+    for n, pulled in ((2, 4), (6, 12)):
+        expected = dense_ggn(model, loss_fn, [(x[:n], y[:n])]).diagonal()
+        A = GGN(model, loss_fn, (x[:n], y[:n]))
+        pulls = count(A, "pull")
+        torch.testing.assert_close(A.diagonal(), expected, rtol=1e-9, atol=1e-14)
+        assert pulls == [pulled]
+
+
 def test_the_diagonal_takes_the_cheaper_of_two_ways():
-    """With one sample the loss's root has two columns, far fewer than parameters."""
+    """A plain callable has no root: forms."""
     model, loss_fn, (x, y) = problem("mlp")
     expected = dense_ggn(model, loss_fn, [(x[:1], y[:1])]).diagonal()
-    few = GGN(model, loss_fn, (x[:1], y[:1]))
-    pulls = count(few, "pull")
-    torch.testing.assert_close(few.diagonal(), expected, rtol=1e-10, atol=1e-14)
-    assert pulls == [2]
     opaque = GGN(model, lambda f, y: loss_fn(f, y), (x[:1], y[:1]))
     torch.testing.assert_close(opaque.diagonal(), expected, rtol=1e-10, atol=1e-14)
 

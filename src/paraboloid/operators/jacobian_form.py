@@ -11,8 +11,9 @@ from paraboloid.linalg.probes import Seed
 from paraboloid.operators.base import LinearOperator
 from paraboloid.operators.blocks import Blocks, places, product
 from paraboloid.operators.recorded import Recorded
-from paraboloid.operators.root import Root
+from paraboloid.operators.root import Root, of_roots
 from paraboloid.operators.vectors import join, split
+from paraboloid.quantities import DiagGGN
 
 
 class JacobianForm(Recorded, LinearOperator):
@@ -54,12 +55,17 @@ class JacobianForm(Recorded, LinearOperator):
     def diagonal(self, samples: int | None = None, seed: Seed = 0) -> Tensor:
         if samples is not None:
             return super().diagonal(samples, seed)
-        if (S := self.root.after(min(self.shape[0], self._root_vectors()))) is not None:
+        vectors = self._root_vectors()
+        if (S := self.root.after(min(self.shape[0], vectors))) is not None:
             return S.square().sum(0) / self.replay.normalizer
-        if self._root_vectors() >= self.shape[0]:
+        total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
+        squares = lambda found: total.add_(join(found))  # noqa: E731
+        if self.replay.loss.reduction != "whole" and of_roots(self.replay, DiagGGN(), self.shape[0] // 2, squares):
+            return total / self.replay.normalizer
+        if vectors >= self.shape[0]:
             return super().diagonal()
+        total.zero_()
         with self.replay.graphs() as graphs:
-            total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
             for graph in graphs:
                 for root in graph.root():
                     for n in range(len(root)):

@@ -248,8 +248,9 @@ class Replay:
                 yield
 
         total = 0.0
-        for f, y in self._outputs(inside):
+        for index, (f, y) in enumerate(self._outputs(inside)):
             total += self._summed_loss(f, y)
+            self._check_order(f, y, index)
             yield tapes.pop(), f, y
         self._check_total(total)
 

@@ -4,7 +4,9 @@ used at many positions, so that a row is cheaper to multiply with than the model
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from paraboloid.losses import NoTargets
 from paraboloid.operators.replay import Replay
 from paraboloid.quantities import SqrtGGN
+from paraboloid.quantity import Quantity
 from paraboloid.statistics import record
 
 
@@ -54,14 +57,31 @@ class Root:
         return self.rows
 
     def _make(self) -> Tensor | None:
-        with warnings.catch_warnings(), suppress(ValueError, NotImplementedError, RuntimeError, Warning):
-            warnings.simplefilter("error")  # a warned-of fallback is exact, but slower than the graph
-            replay, rows = self.replay, []
-            with replay.recorded(lambda: record(replay.model)) as tapes:
-                for graph, (tape, f, y) in zip(replay.kept or (), tapes, strict=True):
-                    with suppress(NoTargets):  # a batch without targets has no curvature
-                        replay.loss.normalizer(f, y)
-                        found = tape.of_vectors(f, graph.root(), SqrtGGN(), replay.max_memory)
-                        rows.append(torch.cat([t.reshape(t.shape[0] * t.shape[1], -1) for t in found.values()], 1))
-            return torch.cat(rows)
-        return None
+        rows: list[Tensor] = []
+
+        def take(found: list[Tensor]) -> None:
+            rows.append(torch.cat([t.reshape(t.shape[0] * t.shape[1], -1) for t in found], 1))
+
+        return torch.cat(rows) if of_roots(self.replay, SqrtGGN(), self.columns, take) else None
+
+
+def of_roots(replay: Replay, quantity: Quantity, most: int, take: Callable[[list[Tensor]], Any]) -> bool:
+    """Hand a quantity of the roots of H_n, one tensor for each parameter, to `take`, batch by batch: unscaled.
+
+    By the engine, from a pass of its own with one backward pass for each column of the root.  False, and what was taken
+    is to be thrown away, where the engine declines (samples that are not separate, operations without a rule) or the
+    root has more than `most` columns.
+    """
+    parameters: list[Tensor] = list(replay.parameters.values())
+    with warnings.catch_warnings(), suppress(ValueError, NotImplementedError, RuntimeError, Warning):
+        warnings.simplefilter("error")  # a warned-of fallback is exact, but slower than the graph
+        with replay.recorded(lambda: record(replay.model)) as tapes:
+            for index, (tape, f, y) in enumerate(tapes):
+                with suppress(NoTargets):  # a batch without targets has no curvature
+                    replay.loss.normalizer(f, y)
+                    graph: Any = replay.graph(f, y, replay.loss, parameters, index)
+                    if graph.root_columns() > most:
+                        return False
+                    take(list(tape.of_vectors(f, graph.root(), quantity, replay.max_memory).values()))
+        return True
+    return False
