@@ -1,6 +1,6 @@
 """Local quadratic models of deep-learning losses from mini-batches: statistics, curvature, debiasing."""
 
-from paraboloid import linalg, logging, losses, operators, quantities
+from paraboloid import linalg, logging, losses, noise, operators, quantities
 from paraboloid.bias import Bias, bias
 from paraboloid.kron import Kron
 from paraboloid.losses import Loss
@@ -31,6 +31,7 @@ __all__ = [
     "linalg",
     "logging",
     "losses",
+    "noise",
     "operators",
     "quadratic",
     "quantities",

@@ -1,0 +1,29 @@
+"""Gradient noise: estimators and their variance, gradient clustering, stratified batches.
+
+clusters = pb.noise.GradientClustering(model, loss_fn, num_clusters=10).fit(dataset)
+sampler = pb.noise.StratifiedBatchSampler(clusters.assignments)
+noise = pb.noise.compare(model, loss_fn, dataset, batch_size=10)
+"""
+
+from paraboloid.noise.centres import Centres
+from paraboloid.noise.clustering import GradientClustering
+from paraboloid.noise.compare import Comparison, NoiseMeasure, compare
+from paraboloid.noise.estimators import GC, SGB, SVRG, Estimator, Sampled, Stratified
+from paraboloid.noise.gradients import Gradients
+from paraboloid.noise.sampler import StratifiedBatchSampler
+
+__all__ = [
+    "GC",
+    "SGB",
+    "SVRG",
+    "Centres",
+    "Comparison",
+    "Estimator",
+    "GradientClustering",
+    "Gradients",
+    "NoiseMeasure",
+    "Sampled",
+    "Stratified",
+    "StratifiedBatchSampler",
+    "compare",
+]
