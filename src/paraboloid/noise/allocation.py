@@ -20,7 +20,7 @@ def allocate(allocation: str, sizes: Tensor, batch_size: int | None, deviations:
     if allocation == "one":
         if batch_size is not None and batch_size != K:
             raise ValueError(f"batch_size is {batch_size} with allocation='one', which draws one sample from "
-                             f"each of the {K} non-empty clusters; leave it out, or use 'proportional' or 'neyman'.")  # fmt: skip
+                             f"each of the {K} non-empty clusters; leave it out, or use another one.")  # fmt: skip
         return torch.ones(K, dtype=torch.int64)
     if batch_size is None or batch_size < K:
         raise ValueError(f"batch_size is {batch_size} with allocation={allocation!r} and {K} non-empty clusters; "
