@@ -167,7 +167,7 @@ class GradientClustering:
         weights = np.zeros(self.num_clusters)
         if self.counts == "fixed":
             weights[:] = self.sizes.numpy() if "assignments" in self._fitted else N / self.num_clusters
-        running: dict[str, Any] = {}
+        running: dict[tuple[str, str], Tensor] = {}
         seen = 0
         for indices, batch in data.batches(order, size):
             if self.decay is not None:
@@ -191,7 +191,7 @@ class GradientClustering:
 
     @torch.no_grad()
     def _batch(
-        self, data: Gradients, batch: Batch, weights: np.ndarray, running: dict[str, Any]
+        self, data: Gradients, batch: Batch, weights: np.ndarray, running: dict[tuple[str, str], Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Assign one batch and add to the sums from which the centres are refitted."""
         parameters = data.parameters
@@ -261,7 +261,7 @@ class GradientClustering:
         basis = centres.basis(kept) if centres.block[2] > 1 else centres.right.permute(0, 2, 3, 1)
         return {f"kept {kept}": sums(uses, kept, basis, cluster, memory)}
 
-    def _move(self, running: dict[str, Any], sizes: np.ndarray, before: np.ndarray | None) -> None:
+    def _move(self, running: dict[tuple[str, str], Tensor], sizes: np.ndarray, before: np.ndarray | None) -> None:
         """Refit the centres; with `before`, sums of one batch are added to decayed ones, of which centres are means."""
         size = torch.from_numpy(sizes)
         for (name, what), total in running.items():
