@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help report test lint types format docs figures bench-statistics bench-floors bench-operators peers install clean
+.PHONY: help report test lint types format docs figures bench-statistics bench-floors bench-operators bench-resnet peers install clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -47,6 +47,9 @@ bench-floors: $(STAMP) ## time the pieces that the statistics cannot do without
 
 bench-operators: $(STAMP) ## time the curvature operators against a plain gradient (peers too: make peers)
 	$(BIN)/python -m benchmarks.operators
+
+bench-resnet: $(STAMP) ## time KFAC and EKFAC of ResNet-18, with their memory
+	$(BIN)/python -m benchmarks.resnet
 
 # --no-deps: BackPACK asks for torchvision, which nothing here uses and which would bring its own torch.
 peers: $(STAMP) ## install the packages that the benchmarks compare with

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import nn
 
@@ -55,12 +57,41 @@ class Transformer(nn.Module):
         return self.head(self.encoder(x).mean(1))
 
 
+class Basic(nn.Module):
+    """ResNet's block of two convolutions."""
+
+    def __init__(self, channels: int, out: int, stride: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU(),
+            nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out),
+        )  # fmt: skip
+        same = stride == 1 and channels == out
+        self.shortcut = nn.Identity() if same else nn.Sequential(
+            nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out)
+        )  # fmt: skip
+
+    def forward(self, x):
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet18() -> nn.Module:
+    """ResNet-18 with the stem for large images and 100 classes (He et al. 2016)."""
+    stem = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    widths = [64, 64, 128, 256, 512]
+    blocks = []
+    for i, (channels, out) in enumerate(itertools.pairwise(widths)):
+        blocks += [Basic(channels, out, 1 if i == 0 else 2), Basic(out, out, 1)]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 100))
+
+
 NETS = {
     "mlp": (mlp, (1, 28, 28), 10),
     "sigmoid mlp": (sigmoid_mlp, (1, 28, 28), 10),
     "3c3d": (net_3c3d, (3, 32, 32), 10),
     "allcnnc": (all_cnn_c, (3, 32, 32), 100),
     "transformer": (Transformer, (32, 64), 10),
+    "resnet18": (resnet18, (3, 64, 64), 100),
 }
 
 

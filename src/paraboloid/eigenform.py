@@ -143,7 +143,22 @@ class Eigenform:
             return self.rest * rows
         if self.full:
             return self.restored(self.rotated(rows) * self.values)
-        return self.restored(self.rotated(rows) * (self.values - self.rest)).addcmul_(self.rest, rows)
+        c = self.rotated(rows).mul_(self.values - self.rest)
+        if len(rows) == len(self.values) == 1:  # the sum joins the last product: it is as long as the vector itself
+            return self._restored_onto(rows, c)
+        return self.restored(c).addcmul_(self.rest, rows)
+
+    def _restored_onto(self, row: Tensor, c: Tensor) -> Tensor:
+        """rest times one row [1, D], plus the vector with coefficients c [1, 1, r_left, r_right]."""
+        V, c = row.reshape(self.left.size, self.right.size), c[0, 0]
+        U, W = (None if b.vectors is None else b.vectors[0] for b in (self.left, self.right))
+        rest = self.rest.item()
+        if U is None or (W is not None and not self._left_first):
+            c = c if U is None else U @ c
+            found = torch.addmm(V, c, W.mT, beta=rest) if W is not None else torch.add(c, V, alpha=rest)
+        else:
+            found = torch.addmm(V, U, c if W is None else c @ W.mT, beta=rest)
+        return found.view(1, -1)
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """The product with a vector of D numbers in any shape (a gradient, say), in that shape; or with [D, K]."""
