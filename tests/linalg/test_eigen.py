@@ -4,7 +4,7 @@ import pytest
 import torch
 from linalg.matrices import Counted, with_spectrum
 
-from paraboloid.linalg import eigh, eigsh
+from paraboloid.linalg import eigh, eigsh, lobpcg
 from paraboloid.linalg.eigen import dense
 
 SPECTRA = {
@@ -108,3 +108,41 @@ def test_the_dense_form_is_exactly_symmetric():
     assert torch.equal(found, found.T)
     torch.testing.assert_close(found, M)
     assert A.products == 300
+
+
+@pytest.mark.parametrize("k", [1, 4, 10, 300])
+@pytest.mark.parametrize("name", ["outliers", "repeated", "low rank", "decaying", "zero", "identity"])
+def test_blocks_find_the_same_pairs(name, k):
+    spectrum = SPECTRA[name].double()
+    M = with_spectrum(spectrum)
+    values, vectors = lobpcg(Counted(M), k)
+    eps, scale = torch.finfo(M.dtype).eps, max(spectrum.abs().max().item(), 1e-300)
+    expected = spectrum.sort(descending=True).values[:k]
+    torch.testing.assert_close(values, expected, rtol=0, atol=50 * eps ** (2 / 3) * scale)
+    assert (M @ vectors - vectors * values).norm(dim=0).max() <= 2 * eps ** (2 / 3) * scale
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(k, dtype=M.dtype), rtol=0, atol=1e-10)
+
+
+def test_a_preconditioner_helps_the_blocks():
+    M = torch.diag(torch.linspace(0, 1, 400, dtype=torch.float64) ** 8) + 1e-4 * with_spectrum(
+        torch.linspace(0, 1, 400)
+    )
+    plain, helped = Counted(M), Counted(M)
+    expected, _ = lobpcg(plain, 2)
+    values, _ = lobpcg(helped, 2, preconditioner=torch.diag(1 / (1.02 - M.diagonal())))
+    torch.testing.assert_close(values, expected)
+    assert helped.products < plain.products
+
+
+def test_errors_of_the_blocks():
+    M = with_spectrum(torch.linspace(0, 1, 100))
+    with pytest.raises(torch.linalg.LinAlgError, match=r"not converged after 2 steps with blocks of 5; the largest"):
+        lobpcg(M, 3, max_iterations=2)
+    with pytest.raises(ValueError, match=r"k is 0; expected an integer in 1\.\.100"):
+        lobpcg(M, 0)
+    with pytest.raises(ValueError, match="tol is 0; expected a positive number"):
+        lobpcg(M, 1, tol=0)
+    with pytest.raises(ValueError, match=r"the preconditioner has shape \(2, 2\); expected \(100, 100\)"):
+        lobpcg(M, 1, preconditioner=torch.eye(2))
+    with pytest.raises(torch.linalg.LinAlgError, match="a product with A, or with the preconditioner, holds NaN"):
+        lobpcg(torch.full((100, 100), float("nan")), 1)

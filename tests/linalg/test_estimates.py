@@ -7,7 +7,7 @@ import pytest
 import torch
 from linalg.matrices import Counted, with_spectrum
 
-from paraboloid.linalg import Estimate, diagonal, hutchinson_trace, hutchpp_trace, spectral_density, xtrace
+from paraboloid.linalg import Estimate, diagonal, hutchinson_trace, hutchpp_trace, spectral_density, xdiag, xtrace
 
 TRACES = [hutchinson_trace, hutchpp_trace, xtrace]
 SPECTRA = {
@@ -144,3 +144,41 @@ def test_bad_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_xdiag_is_unbiased_within_its_errors(name):
+    M = with_spectrum(SPECTRA[name])
+    draws = torch.stack(
+        [torch.as_tensor(xdiag(M, samples=20, seed=seed)).as_subclass(torch.Tensor) for seed in range(60)]
+    )
+    error = draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - M.diagonal()).abs() <= 5 * error + 1e-12 * M.abs().max()).all()
+
+
+def test_xdiag_leaves_one_vector_out():
+    """By definition, with a basis of its own for each column that is left out."""
+    M = with_spectrum(SPECTRA["decaying"])
+    W = torch.randint(0, 2, (len(M), 6), generator=torch.Generator().manual_seed(3), dtype=torch.int8).double() * 2 - 1
+    terms = []
+    for i in range(6):
+        Q = torch.linalg.qr(torch.cat([(M @ W)[:, :i], (M @ W)[:, i + 1 :]], 1)).Q
+        terms.append((Q @ (Q.T @ M)).diagonal() + W[:, i] * (M @ W[:, i] - Q @ (Q.T @ M @ W[:, i])))
+    found = xdiag(M, samples=12, seed=3)
+    torch.testing.assert_close(found.as_subclass(torch.Tensor), torch.stack(terms).mean(0), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.standard_error, torch.stack(terms).std(0) / 6**0.5, rtol=1e-6, atol=1e-10)
+
+
+def test_xdiag_where_the_spectrum_decays():
+    M = with_spectrum(SPECTRA["decaying"])
+    sketched, plain = xdiag(M, samples=60), diagonal(M, samples=60)
+    off, off_plain = ((t - M.diagonal()).norm() for t in (sketched, plain))
+    assert off < off_plain / 20
+    exact = xdiag(M, samples=2 * len(M))
+    torch.testing.assert_close(exact.as_subclass(torch.Tensor), M.diagonal())
+    assert not exact.standard_error.any()
+    counted = Counted(M)
+    xdiag(counted, samples=11)
+    assert counted.products == 10
+    with pytest.raises(ValueError, match="samples is 3; expected an integer of at least 4"):
+        xdiag(M, samples=3)

@@ -8,12 +8,15 @@ from paraboloid.linalg.density import spectral_density
 from paraboloid.linalg.eigen import eigh, eigsh
 from paraboloid.linalg.estimate import Estimate, TensorEstimate
 from paraboloid.linalg.krylov import lanczos
-from paraboloid.linalg.stochastic_diagonal import diagonal
+from paraboloid.linalg.lobpcg import lobpcg
+from paraboloid.linalg.nystrom import Nystrom, nystrom
+from paraboloid.linalg.stochastic_diagonal import diagonal, xdiag
 from paraboloid.linalg.trace import hutchinson_trace, hutchpp_trace, xtrace
 
 __all__ = [
     "Estimate",
     "Iterates",
+    "Nystrom",
     "TensorEstimate",
     "cg",
     "cg_iterates",
@@ -23,6 +26,9 @@ __all__ = [
     "hutchinson_trace",
     "hutchpp_trace",
     "lanczos",
+    "lobpcg",
+    "nystrom",
     "spectral_density",
+    "xdiag",
     "xtrace",
 ]

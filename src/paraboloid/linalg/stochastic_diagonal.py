@@ -1,4 +1,4 @@
-"""A stochastic estimate of an operator's diagonal from products."""
+"""Stochastic estimates of an operator's diagonal from products."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
+from paraboloid.linalg.eigen import dense
 from paraboloid.linalg.estimate import TensorEstimate, mean_tensor_estimate
 from paraboloid.linalg.operand import Operand, check_count
 from paraboloid.linalg.probes import Seed, blocks, generator_of, signs
+from paraboloid.linalg.trace import left_out
 
 
 def diagonal(A: Any, samples: int = 64, seed: Seed = 0) -> TensorEstimate:
@@ -28,3 +30,30 @@ def diagonal(A: Any, samples: int = 64, seed: Seed = 0) -> TensorEstimate:
         total += draws.sum(1)
         squares += draws.square().sum(1)
     return mean_tensor_estimate(total, squares, samples)
+
+
+def xdiag(A: Any, samples: int = 64, seed: Seed = 0) -> TensorEstimate:
+    """The exchangeable estimate of a diagonal, [D]: every test vector serves the sketch and, left out, the estimate.
+
+    With q = samples // 2 random sign vectors W and Q_i a basis of A W without its column i, the mean over i of
+
+        diag(Q_i Q_i^T A) + w_i * (I - Q_i Q_i^T) A w_i,
+
+    each unbiased.  2 q products, and 2 q vectors in memory; far more accurate than `diagonal` where the spectrum
+    decays, exact for samples >= 2 D.  The standard error is that of the q terms, taken as independent.
+    Source: Epperly, Tropp and Webber 2024, arXiv:2301.07825, section 4.
+    """
+    A = Operand(A)
+    check_count("samples", samples, least=4)
+    q = samples // 2
+    if q >= A.size:
+        exact = dense(A).diagonal()
+        return mean_tensor_estimate(2 * exact, 2 * exact.square(), 2)
+    W = signs((A.size, q), A, generator_of(seed, A.device))
+    Q, R = torch.linalg.qr(A @ W)
+    Z = A @ Q
+    S = left_out(R, A.size)
+    # What is left of A w_i = Q r_i outside the span of Q_i lies along Q s_i.
+    along = Q @ S
+    draws = (Q * Z).sum(1, keepdim=True) + along * (W * (S * R).sum(0) - Z @ S)
+    return mean_tensor_estimate(draws.sum(1), draws.square().sum(1), q)

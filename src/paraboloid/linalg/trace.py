@@ -63,19 +63,24 @@ def xtrace(A: Any, samples: int = 64, seed: Seed = 0) -> Estimate:
     Q, R = torch.linalg.qr(Y)
     Z = A @ Q
     H, C = Q.T @ Z, Q.T @ W
-    # Leaving column i out of Y takes the direction s_i out of the span of Q, where R^T s_i is along e_i.  If Y has not
-    # full rank the other columns span it all the same, and nothing is taken out.
-    diagonal = R.diagonal().abs()
-    if diagonal.min() > A.size * torch.finfo(A.dtype).eps * diagonal.max():
-        S = torch.linalg.solve_triangular(R.T, torch.eye(q, dtype=A.dtype, device=A.device), upper=False)
-        S = S / S.norm(dim=0)
-    else:
-        S = torch.zeros_like(R)
+    S = left_out(R, A.size)
     C = C - S * (S * C).sum(0)  # w_i in the basis Q, without s_i
     sketched = H.trace() - (S * (H @ S)).sum(0)
     rest = (W * Y).sum(0) - 2 * (C * (Z.T @ W)).sum(0) + (C * (H @ C)).sum(0)
     length = A.size - C.square().sum(0)
     return mean_estimate(sketched + (A.size - q + 1) / length * rest)
+
+
+def left_out(R: Tensor, size: int) -> Tensor:
+    """Unit columns s_i [q, q]: leaving column i out of Y = Q R, [size, q], takes the direction Q s_i out of the span.
+
+    R^T s_i is along e_i.  If Y has not full rank the other columns span it all the same, and nothing is taken out: 0.
+    """
+    diagonal = R.diagonal().abs()
+    if not diagonal.min() > size * torch.finfo(R.dtype).eps * diagonal.max():
+        return torch.zeros_like(R)
+    S = torch.linalg.solve_triangular(R.T, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=False)
+    return S / S.norm(dim=0)
 
 
 def _exact(A: Operand) -> Estimate:
