@@ -144,7 +144,7 @@ def add_factors(
     """
     outers = merge(outers)
     if outers[0].kind == "zero" and len(outers[0].shape) > 1:
-        return _zero_factors(outers[0])
+        return _zero_factors(outers[0], thin)
     if all(o.kind == "vector" or (o.kind in ("general", "zero") and len(o.shape) < 2 and not o.via) for o in outers):
         block = _block(outers, memory, thin, recent)
         return Factors(
@@ -264,8 +264,9 @@ def _block(outers: list[Outer], memory: int | None, thin: bool, recent: Recent |
     return block.unsqueeze(0)
 
 
-def _zero_factors(o: Outer) -> Factors:
-    """The factors of a matrix parameter without influence on the output."""
+def _zero_factors(o: Outer, thin: bool) -> Factors:
+    """The factors of a matrix parameter without influence on the output; `thin`: no rows at all."""
     p, q = o.shape[0], o.shape[1:].numel()
     zeros = o.left.new_zeros
-    return Factors({"gradient": zeros(1, p, p)}, {"input": zeros(1, q, q)}, positions=_count(0), groups=1)
+    sides = (Rows(zeros(1, 0, p)), Rows(zeros(1, 0, q))) if thin else (zeros(1, p, p), zeros(1, q, q))
+    return Factors({"gradient": sides[0]}, {"input": sides[1]}, positions=_count(0), groups=1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from operators.oracle import LOSSES, MODELS, dense_ggn, make_inputs, make_model
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import paraboloid as pb
 from paraboloid.operators import Diagonalised, KroneckerFactored
@@ -205,6 +206,38 @@ def test_sums_of_losses_over_a_loader():
         pb.EKFAC(model, loss, parts, fisher="exact").trace() * torch.ones(1),
         pb.GGN(model, loss, parts).trace() * torch.ones(1),
     )
+
+
+def test_a_shuffled_loader_is_one_big_batch():
+    model = make_model("residual")
+    x, y = make_inputs("residual", 11, 1), torch.arange(11) % 3
+    loader = DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True)
+    state = torch.get_rng_state()
+    K, E = pb.KFLR(model, CE, loader), pb.EKFAC(model, CE, loader, fisher="exact")
+    pb.EKFAC(model, CE, loader)
+    assert torch.equal(torch.get_rng_state(), state)
+    close(K.to_dense(), pb.KFLR(model, CE, (x, y)).to_dense())
+    close(E.to_dense(), pb.EKFAC(model, CE, (x, y), fisher="exact").to_dense())
+
+
+def test_a_matrix_without_influence_has_no_rows():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(2000, 3), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.head(x)
+
+    torch.manual_seed(0)
+    model = Unused().double()
+    parts = batches("mlp", LOSSES["cross-entropy"][1])
+    for A in (pb.KFAC(model, CE, parts), pb.EKFAC(model, CE, parts[0])):
+        assert A.traces()["table.weight"] == 0
+        step = A.inverse(0.5) @ {k: torch.ones_like(p) for k, p in model.named_parameters()}
+        close(step["table.weight"], torch.full((2000, 3), 2.0).double())
+        assert A.frobenius_norm() > 0
+    assert pb.KFAC(model, CE, parts).products["table.weight"].left.data.numel() == 0
 
 
 class Counted(nn.Module):
