@@ -124,6 +124,20 @@ def test_monte_carlo_is_unbiased_whatever_the_number_of_samples(make):
     assert make(model, CE, data, seed=3).trace() != make(model, CE, data, seed=4).trace()
 
 
+@pytest.mark.parametrize("fisher", ["exact", "mc"])
+def test_a_layer_at_one_position_is_decomposed_once_with_its_bias(fisher, monkeypatch):
+    from paraboloid import eigenform
+
+    sizes, original = [], eigenform.eigh
+    monkeypatch.setattr(eigenform, "eigh", lambda m: sizes.append(len(m)) or original(m))
+    model, data = make_model("mlp"), batches("mlp", LOSSES["cross-entropy"][1], (4, 3))
+    pb.KFAC(model, CE, data, fisher=fisher).inverse(0.1)
+    assert len(sizes) == 5  # left and right of both layers, and [[1]]; none for the biases
+    for make in (pb.KFAC, pb.EKFAC):
+        plain = make(model, CE, data, fisher=fisher, seed=7)
+        close(make(model, CE, data, fisher=fisher, seed=7, measure_on=data).to_dense(), plain.to_dense())
+
+
 def test_one_datum_and_deep_linear_networks_are_exact():
     model, x = make_model("mlp"), make_inputs("mlp", 1, 3)
     dense = dense_ggn(model, CE, [(x, torch.tensor([1]))])
