@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paraboloid.linalg.krylov import next_vector, orthogonalise, random_unit, reorthogonalise
+from paraboloid.linalg.krylov import normalise_, orthogonalise, random_unit, reorthogonalise_
 from paraboloid.linalg.operand import LinAlgError, Operand, check_count
 from paraboloid.linalg.probes import Seed, block_size, generator_of
 
@@ -118,14 +118,17 @@ class _Search:
     def top(self, k: int, found: Tensor | None = None, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The k largest Ritz pairs in the complement of `found` (rows): values [k] and rows [k, D]."""
         A, width = self.A, min(self.width, self.A.size - (0 if found is None else len(found)))
-        Q = torch.zeros(width + 1, A.size, dtype=A.dtype, device=A.device)
+        Q = torch.empty(width + 1, A.size, dtype=A.dtype, device=A.device)
         T = torch.zeros(width, width, dtype=torch.float64)
         Q[0] = self._random(Q[:0], found) if start is None else start
         j, residual, count = 0, float("inf"), 0
+        # Orthogonality is lost along what has converged, and the process goes on as for a larger matrix with copies of
+        # those eigenvalues (Paige 1976): for the first pair to converge above, the last two rows are enough.
+        full = k > 1 or found is not None
         while True:
             if self.budget <= 0:
                 raise _NotConverged(count, residual)
-            beta = self._extend(Q, T, j, found)
+            beta = self._extend(Q, T, j, found, full)
             j += 1
             if j < width and (j <= k or (j - k) % min(5, 1 + k // 2)):
                 continue
@@ -134,20 +137,25 @@ class _Search:
             residuals = (beta * S[-1, :k]).abs() / self.scale  # of the Ritz pairs, relative
             residual, count = residuals.max().item(), int((residuals <= self.tol).sum())
             if residual <= self.tol and j >= k:
-                return values[:k].to(Q), S[:, :k].to(Q).T @ Q[:j]
+                rows = S[:, :k].to(Q).T @ Q[:j]
+                return values[:k].to(Q), rows if full else rows / rows.norm(dim=1, keepdim=True)
             if j == width:
-                keep = min(k + (width - k) // 2, width - 1)
-                Q[:keep], Q[keep] = S[:, :keep].to(Q).T @ Q[:width], Q[width].clone()
+                if full:
+                    keep = min(k + (width - k) // 2, width - 1)
+                    Q[:keep], Q[keep] = S[:, :keep].to(Q).T @ Q[:width], Q[width].clone()
+                else:  # again from the best vector so far
+                    keep, best = 0, S[:, 0].to(Q) @ Q[:width]
+                    Q[0] = best / best.norm()
                 T.zero_()
                 T[range(keep), range(keep)] = values[:keep]
-                j = keep
+                j, full = keep, True
 
     def largest_beyond(self, found: Tensor, above: float) -> tuple[Tensor, Tensor] | None:
         """The largest Ritz pair in the complement of `found` if its value is `above`, else None."""
         A, steps = self.A, min(PROBE_STEPS, self.A.size - len(found))
         if steps == 0:
             return None
-        Q = torch.zeros(steps + 1, A.size, dtype=A.dtype, device=A.device)
+        Q = torch.empty(steps + 1, A.size, dtype=A.dtype, device=A.device)
         T = torch.zeros(steps, steps, dtype=torch.float64)
         Q[0] = self._random(Q[:0], found)
         for j in range(steps):
@@ -158,22 +166,21 @@ class _Search:
         start = S[:, 0].to(Q) @ Q[:steps]
         return self.top(1, found, start / start.norm())
 
-    def _extend(self, Q: Tensor, T: Tensor, j: int, found: Tensor | None) -> float:
+    def _extend(self, Q: Tensor, T: Tensor, j: int, found: Tensor | None, full: bool = True) -> float:
         """Multiply row j, fill column j of T = Q A Q^T and row j + 1 of Q; the norm of the remainder."""
-        w = self.A @ Q[j]
+        w = Q[j + 1].copy_(self.A @ Q[j])
         self.budget -= 1
         if found is not None:
-            w, _ = orthogonalise(w, found)
-        w, components = reorthogonalise(w, Q[: j + 1])
-        T[: j + 1, j] = T[j, : j + 1] = components.to(T)
+            w.copy_(orthogonalise(w, found)[0])
+        start = 0 if full else max(0, j - 1)
+        components = reorthogonalise_(w, Q[start : j + 1])
+        T[start : j + 1, j] = T[j, start : j + 1] = components.to(T)
         if not torch.isfinite(T[j, j]):
             raise LinAlgError("a product with A holds NaN or infinity; expected finite numbers.")
         if j + 1 == self.A.size - (0 if found is None else len(found)):
             return 0.0
-        basis = Q[: j + 1] if found is None else torch.cat([found, Q[: j + 1]])
-        scale = T[: j + 1, : j + 1].abs().max().item()
-        beta, Q[j + 1] = next_vector(w, basis, scale, self.generator)
-        return beta
+        bases = [Q[: j + 1]] if found is None else [found, Q[: j + 1]]
+        return normalise_(w, bases, T[: j + 1, : j + 1].abs().max().item(), self.generator)
 
     def _random(self, basis: Tensor, found: Tensor | None) -> Tensor:
         return random_unit(basis if found is None else torch.cat([found, basis]), self.generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,28 +17,33 @@ def orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
     Twice is enough: Parlett, The symmetric eigenvalue problem, section 6.9.
     """
+    if len(basis) == 0:
+        return w, w[:0]
     components = basis @ w
     w = w - components @ basis
     again = basis @ w
     return w - again @ basis, components + again
 
 
-def reorthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """`orthogonalise` for a product of a Lanczos process, w = A basis[-1], at half its price where that is safe.
+def reorthogonalise_(w: Tensor, basis: Tensor) -> Tensor:
+    """`orthogonalise` for a product of a Lanczos process, w = A basis[-1], in place; the components [j].
 
     Nearly all of w that lies in the basis lies along the last two rows.  With those taken out first, once through the
-    whole basis is the second time.  Where it still cancels half (after a restart), another time follows.
+    whole basis is the second time.  Where it still cancels half (after a restart), another time follows.  In place, for
+    a new tensor of a network's size costs more than a pass through it.
     """
     recent = basis[-2:]
-    components = recent @ w
-    first = torch.addmv(w, recent.T, components, alpha=-1)
-    all_components = basis @ first
-    rest = torch.addmv(first, basis.T, all_components, alpha=-1)
-    all_components[-2:] += components
-    if rest.norm() > 0.5 * first.norm():
-        return rest, all_components
-    again = basis @ rest
-    return torch.addmv(rest, basis.T, again, alpha=-1), all_components + again
+    local = recent @ w
+    w.addmv_(recent.T, local, alpha=-1)
+    before = w.norm()
+    components = basis @ w
+    w.addmv_(basis.T, components, alpha=-1)
+    if not w.norm() > 0.5 * before:
+        again = basis @ w
+        w.addmv_(basis.T, again, alpha=-1)
+        components += again
+    components[-2:] += local
+    return components
 
 
 def random_unit(basis: Tensor, generator: torch.Generator) -> Tensor:
@@ -62,27 +68,28 @@ def lanczos(A: Any, k: int, seed: Seed = 0) -> tuple[Tensor, Tensor]:
     A = Operand(A)
     check_count("k", k, most=A.size)
     generator = generator_of(seed, A.device)
-    Q = torch.zeros(k, A.size, dtype=A.dtype, device=A.device)
+    Q = torch.empty(k + 1, A.size, dtype=A.dtype, device=A.device)
     T = torch.zeros(k, k, dtype=A.dtype, device=A.device)
     Q[0] = random_unit(Q[:0], generator)
     for j in range(k):
-        w, components = reorthogonalise(A @ Q[j], Q[: j + 1])
-        T[j, j] = components[j]
+        w = Q[j + 1].copy_(A @ Q[j])
+        T[j, j] = reorthogonalise_(w, Q[: j + 1])[j]
         if j + 1 == k:
             break
         scale = T[: j + 1, : j + 1].abs().max().item()
-        T[j, j + 1], Q[j + 1] = next_vector(w, Q[: j + 1], scale, generator)
-        T[j + 1, j] = T[j, j + 1]
-    return T, Q.T
+        T[j, j + 1] = T[j + 1, j] = normalise_(w, [Q[: j + 1]], scale, generator)
+    return T, Q[:k].T
 
 
-def next_vector(w: Tensor, basis: Tensor, scale: float, generator: torch.Generator) -> tuple[float, Tensor]:
-    """(norm, unit vector) of a remainder w orthogonal to the basis; (0, a random one) if w is rounding error."""
+def normalise_(w: Tensor, bases: Sequence[Tensor], scale: float, generator: torch.Generator) -> float:
+    """The norm of a remainder w orthogonal to the bases, which becomes a unit vector in place; 0, and a random one, if
+    w is rounding error."""
     beta = w.norm().item()
     if beta <= 10 * torch.finfo(w.dtype).eps * max(scale, beta) or beta == 0:
-        return 0.0, random_unit(basis, generator)
-    q = w / beta
+        w.copy_(random_unit(torch.cat(list(bases)), generator))
+        return 0.0
+    w.div_(beta)
     if beta < 1e-3 * scale:  # what is left after cancellation is orthogonal only relative to what was there
-        q, _ = orthogonalise(q, basis)
-        q /= q.norm()
-    return beta, q
+        q, _ = orthogonalise(w, torch.cat(list(bases)))
+        torch.div(q, q.norm(), out=w)
+    return beta
