@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -34,6 +38,17 @@ def own_arithmetic(device: torch.device) -> Iterator[None]:
     """Inside, numbers keep their type and results are ordinary tensors, under autocast and inference mode too."""
     with torch.inference_mode(False), autocast(device, None):
         yield
+
+
+def precisely(method: Callable[P, R]) -> Callable[P, R]:
+    """The method under `own_arithmetic` on its object's device."""
+
+    @wraps(method)
+    def inside(*args: P.args, **kwargs: P.kwargs) -> R:
+        with own_arithmetic(args[0].device):  # pyright: ignore[reportAttributeAccessIssue] - of a class with .device
+            return method(*args, **kwargs)
+
+    return inside
 
 
 class _Eager:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from paraboloid.ambient import precisely
 from paraboloid.linalg.eigen import eigh
 from paraboloid.linalg.operand import LinAlgError
 
@@ -79,6 +80,10 @@ class Eigenform:
     rest: Tensor
 
     @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
     def size(self) -> int:
         return len(self.values) * self.left.size * self.right.size
 
@@ -116,6 +121,7 @@ class Eigenform:
 
     # --- products ------------------------------------------------------------------------------------------------
 
+    @precisely
     def rotated(self, rows: Tensor) -> Tensor:
         """Coefficients of rows [K, D] in the basis, [K, G, r_left, r_right]."""
         V = rows.reshape(-1, len(self.values), self.left.size, self.right.size)
@@ -123,6 +129,7 @@ class Eigenform:
             return self.right.rotated(self.left.rotated(V).mT).mT
         return self.left.rotated(self.right.rotated(V.mT).mT)
 
+    @precisely
     def restored(self, c: Tensor) -> Tensor:
         """Vectors [K, D] with the given coefficients, 0 on what the basis leaves out."""
         if self._left_first:
@@ -137,6 +144,7 @@ class Eigenform:
         (r, s), p, q = self.values.shape[1:], self.left.size, self.right.size
         return q * r * (p + s) <= p * s * (q + r)
 
+    @precisely
     def product(self, rows: Tensor) -> Tensor:
         """Products with the K rows of a [K, D] tensor, as rows."""
         if not self.values.numel():
@@ -172,6 +180,7 @@ class Eigenform:
         dense = self.product(eye)
         return (dense + dense.mT).div_(2)
 
+    @precisely
     def diagonal(self) -> Tensor:
         """[D]."""
         shift = self.values - self.rest
@@ -210,6 +219,7 @@ class Eigenform:
         check_semidefinite({"the block": self})
         return self.map(lambda s: s.clamp(min=0).sqrt())
 
+    @precisely
     def completed(self) -> Eigenform:
         """The same with complete bases, so that every eigenvalue has its vectors."""
         if self.full:
@@ -219,6 +229,7 @@ class Eigenform:
         values[:, : self.values.shape[1], : self.values.shape[2]] = self.values
         return Eigenform(left, right, values, self.rest)
 
+    @precisely
     def vectors(self, at: Tensor) -> Tensor:
         """Eigenvectors [k, D] of the eigenvalues at flat places of `values` [k]."""
         c = self.values.new_zeros(len(at), self.values.numel())
@@ -283,8 +294,8 @@ def decomposed(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
         return torch.stack(values), torch.stack(vectors)
     except LinAlgError as failure:
         raise LinAlgError(f"{what}, {list(matrix.shape[1:])}, has no eigendecomposition: {failure} Its condition "
-                          f"number is {_condition(matrix)}. Increase damping before decomposing it, or look for "
-                          "exploding activations or gradients in this layer.") from None  # fmt: skip
+                          f"number is {_condition(matrix)}. Look for exploding activations or gradients in this layer, "
+                          "or compute in float64.") from None  # fmt: skip
 
 
 def _condition(matrix: Tensor) -> str:

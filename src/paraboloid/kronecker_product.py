@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from paraboloid.ambient import precisely
 from paraboloid.eigenform import Basis, Eigenform, decomposed, matmul
 
 
@@ -23,6 +24,10 @@ class Side:
     data: Tensor
 
     @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    @property
     def size(self) -> int:
         return self.data.shape[-1]
 
@@ -30,6 +35,7 @@ class Side:
         same = self.kind == other.kind and self.data.dtype == other.data.dtype
         return same and self.data.shape == other.data.shape and torch.equal(self.data, other.data)
 
+    @precisely
     def times(self, x: Tensor) -> Tensor:
         """The factor times x [.. G p k]."""
         if self.kind == "diagonal":
@@ -37,6 +43,7 @@ class Side:
         data = self.data[0] if len(self.data) == 1 else self.data
         return data @ x if self.kind == "matrix" else data.mT @ (data @ x)
 
+    @precisely
     def dense(self) -> Tensor:
         """[G, p, p]."""
         if self.kind == "matrix":
@@ -53,11 +60,13 @@ class Side:
         """[G]."""
         return self.diagonal().sum(1)
 
+    @precisely
     def norm(self) -> Tensor:
         """Frobenius norm, [G]."""
         data = self.data @ self.data.mT if self.kind == "rows" else self.data
         return data.flatten(1).norm(dim=1)
 
+    @precisely
     def basis(self, what: str) -> tuple[Basis, Tensor]:
         """Eigenvectors and eigenvalues [G, r]; r < p for few rows.  What is negative by rounding becomes zero."""
         if self.kind == "diagonal":
@@ -83,6 +92,10 @@ class KroneckerProduct:
         return len(self.left.data)
 
     @property
+    def device(self) -> torch.device:
+        return self.left.data.device
+
+    @property
     def size(self) -> int:
         return self.groups * self.left.size * self.right.size
 
@@ -97,6 +110,7 @@ class KroneckerProduct:
     def __matmul__(self, v: Tensor) -> Tensor:
         return matmul(self.product, self.size, v)
 
+    @precisely
     def to_dense(self) -> Tensor:
         left, right = self.left.dense().contiguous(), self.right.dense().contiguous()
         return torch.block_diag(*(torch.kron(a, b) for a, b in zip(left, right, strict=True)))
@@ -122,6 +136,7 @@ class KroneckerProduct:
         values = left_values.unsqueeze(2) * right_values.unsqueeze(1)
         return Eigenform(left, right, values, values.new_zeros(()))
 
+    @precisely
     def split_inverse(self, damping: float, name: str = "the block") -> KroneckerProduct:
         """(left + pi sqrt(damping) I)^-1 (x) (right + sqrt(damping) / pi I)^-1, an approximation of the damped inverse.
 

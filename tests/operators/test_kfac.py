@@ -373,3 +373,23 @@ def test_nothing_of_the_model_is_kept_alive():
     gc.collect()
     assert alive() is None
     assert all(torch.isfinite(A @ torch.ones(A.shape[0]).double()).all() for A in kept)
+
+
+@pytest.mark.parametrize("make", [pb.KFAC, pb.EKFAC, pb.DiagonalGGN])
+def test_under_autocast_only_the_model_runs_in_short_numbers(make):
+    model, (x, y) = make_model("residual").float(), (make_inputs("residual", 6, 1).float(), torch.arange(6) % 3)
+    options = {} if make is pb.DiagonalGGN else {"fisher": "exact"}
+    for data in ((x, y), [(x[:4], y[:4]), (x[4:], y[4:])]):
+        expected = make(model, CE, data, **options)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            A = make(model, CE, data, **options)
+            step = A.inverse(0.1) @ torch.ones(A.shape[0])
+        assert A.dtype == step.dtype == torch.float32
+        assert A.trace() == pytest.approx(expected.trace(), rel=0.05)
+        assert A.trace() != expected.trace()
+        torch.testing.assert_close(step, A.inverse(0.1) @ torch.ones(A.shape[0]))
+    with torch.inference_mode():
+        close(make(model, CE, data, **options).to_dense(), expected.to_dense())
+    compiled = make(torch.compile(model, backend="eager"), CE, data, **options)
+    close(compiled.to_dense(), expected.to_dense())
+    assert list(compiled.parameters) == list(expected.parameters)

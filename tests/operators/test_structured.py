@@ -300,3 +300,19 @@ def test_wrong_low_rank():
         LowRank(parameters, random(33, 2), torch.tensor([1.0, -5.0]).double(), torch.ones(33).double()).inverse()
     with pytest.raises(ValueError, match=r"the block of parameters .*: the smallest eigenvalue plus damping is 0"):
         low_rank(0.0).inverse()
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_autocast_and_inference_mode_change_nothing(name):
+    expected = MAKE[name]().to_dense()
+    v = random(len(expected))
+    solved = torch.linalg.solve(expected + 0.3 * torch.eye(len(v)).double(), v)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+        A = MAKE[name]()
+        close(A @ v, expected @ v)
+        close(A.solve(v, 0.3), solved)
+        close(A.inverse(0.3) @ v, solved)
+        close(A.diagonal(), expected.diagonal())
+        close(A.sqrt_matmul(A.sqrt_matmul(v)), expected @ v)
+        values, vectors = A.eigsh(2)
+        torch.testing.assert_close(expected @ vectors, vectors * values, rtol=0, atol=1e-8)

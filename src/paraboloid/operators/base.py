@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from paraboloid import linalg, trees
+from paraboloid.ambient import precisely
 from paraboloid.linalg.eigen import dense
 from paraboloid.linalg.estimate import Estimate, TensorEstimate, mean_estimate
 from paraboloid.linalg.operand import check_count
@@ -51,6 +52,7 @@ class LinearOperator:
         """Products with the K rows of a [K, D] tensor, as rows."""
         raise NotImplementedError
 
+    @precisely
     def __matmul__(self, v: Any) -> Any:
         """The product with a dict by parameter name (entries may carry a trailing axis K), a tensor [D] or [D, K].
 
@@ -124,6 +126,7 @@ class LinearOperator:
         forms = [self.quadratic_forms(signs((n, size), self, generator)) for n in blocks(samples, size, self.dtype)]
         return mean_estimate(torch.cat(forms))
 
+    @precisely
     def eigsh(
         self, k: int, tol: float | None = None, max_products: int | None = None, seed: Seed = 0
     ) -> tuple[Tensor, Tensor]:
@@ -136,6 +139,7 @@ class LinearOperator:
             return self._structured("eigsh(k)").eigsh(k)
         return linalg.eigsh(self, k, tol, max_products, seed)
 
+    @precisely
     def solve(
         self,
         b: Any,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from paraboloid.ambient import precisely
 from paraboloid.eigenform import Basis, Eigenform, decomposed
 from paraboloid.operators.base import LinearOperator
 from paraboloid.operators.replay import Replay
@@ -114,6 +115,7 @@ class BlockDiagonal(LinearOperator):
         self.parameters, self.blocks, self.matrices = parameters, [list(b) for b in blocks], list(matrices)
         self.at = [places(parameters, block) for block in blocks]
 
+    @precisely
     def _product(self, rows: Tensor) -> Tensor:
         result = torch.zeros_like(rows)
         for where, B in zip(self.at, self.matrices, strict=True):

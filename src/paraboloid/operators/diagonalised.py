@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from paraboloid.ambient import precisely
 from paraboloid.eigenform import Eigenform, check_positive, check_semidefinite
 from paraboloid.linalg.operand import check_count
 from paraboloid.operators.base import LinearOperator
@@ -207,6 +208,7 @@ class Eigenvectors:
     def T(self) -> Eigenvectors:
         return Eigenvectors(self._at, self.forms, self.block, self.place, self.shape[0], not self.transposed)
 
+    @precisely
     def __matmul__(self, v: Tensor) -> Tensor:
         if v.dim() not in (1, 2) or len(v) != self.shape[0]:
             raise ValueError(f"the vector has shape {tuple(v.shape)}; expected [{self.shape[0]}] or "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paraboloid.ambient import own_arithmetic, precisely
 from paraboloid.eigenform import Basis, Eigenform
 from paraboloid.linalg.eigen import eigh
 from paraboloid.operators.base import LinearOperator
@@ -96,14 +97,17 @@ class LowRank(LinearOperator):
     def _structured(self, what: str) -> Diagonalised:
         return self.eigenform
 
+    @precisely
     def _product(self, rows: Tensor) -> Tensor:
         return self.remainder * rows + ((rows @ self.vectors) * self.values) @ self.vectors.T
 
+    @precisely
     def diagonal(self, samples=None, seed=0):
         if samples is not None:
             return super().diagonal(samples, seed)
         return self.vectors.square() @ self.values + self.remainder
 
+    @precisely
     def frobenius_norm(self) -> Tensor:
         diagonal = self.remainder.expand(self.shape[0])
         cross = (self.vectors.square() @ self.values) @ diagonal
@@ -113,6 +117,7 @@ class LowRank(LinearOperator):
         """x with (A + damping I) x = b, exact; the arguments of an iterative solver have no meaning here."""
         return self.inverse(damping) @ b
 
+    @precisely
     def inverse(self, damping: float = 0.0) -> Diagonalised | LowRank:
         """(A + damping I)^-1, exact, in the same form.
 
@@ -131,6 +136,7 @@ class LowRank(LinearOperator):
         e, _, mu = self._whitened(damping)
         return e.log().sum() + torch.log1p(mu).sum()
 
+    @precisely
     def sqrt_matmul(self, v: Any) -> Any:
         """B v with B B^T = A, for a positive definite A (the symmetric root where the diagonal is a number)."""
         if self.scalar:
@@ -141,6 +147,7 @@ class LowRank(LinearOperator):
         found = e.sqrt().unsqueeze(1) * (columns + U @ (((1 + mu).sqrt() - 1).unsqueeze(1) * (U.T @ columns)))
         return self.like(found if rows.dim() == 2 else found.squeeze(1), v)
 
+    @precisely
     def _whitened(self, damping: float) -> tuple[Tensor, Tensor, Tensor]:
         """e [D], U [D, k] orthonormal and mu [k] with A + damping I = e^(1/2) (I + U diag(mu) U^T) e^(1/2)."""
         e = self.remainder + damping
@@ -158,6 +165,7 @@ class LowRank(LinearOperator):
 
 def _orthonormal(V: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
     """Orthonormal vectors [D, k] and values [k], descending, of V core V^T; at most D of them."""
-    Q, R = torch.linalg.qr(V)
-    values, vectors = eigh(R @ core @ R.T)
-    return Q @ vectors, values
+    with own_arithmetic(V.device):
+        Q, R = torch.linalg.qr(V)
+        values, vectors = eigh(R @ core @ R.T)
+        return Q @ vectors, values
