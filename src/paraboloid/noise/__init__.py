@@ -8,8 +8,12 @@ noise = pb.noise.compare(model, loss_fn, dataset, batch_size=10)
 from paraboloid.noise.centres import Centres
 from paraboloid.noise.clustering import GradientClustering
 from paraboloid.noise.compare import Comparison, NoiseMeasure, compare
+from paraboloid.noise.detection import Members, duplicates, members, precision_at, suspicion
 from paraboloid.noise.estimators import GC, SGB, SVRG, Estimator, Sampled, Stratified
+from paraboloid.noise.expectation import Strata, strata
 from paraboloid.noise.gradients import Gradients
+from paraboloid.noise.measures import Measures, Noise, measures
+from paraboloid.noise.monitor import Monitor, Reclustering
 from paraboloid.noise.sampler import StratifiedBatchSampler
 
 __all__ = [
@@ -21,9 +25,21 @@ __all__ = [
     "Estimator",
     "GradientClustering",
     "Gradients",
+    "Measures",
+    "Members",
+    "Monitor",
+    "Noise",
     "NoiseMeasure",
+    "Reclustering",
     "Sampled",
+    "Strata",
     "Stratified",
     "StratifiedBatchSampler",
     "compare",
+    "duplicates",
+    "measures",
+    "members",
+    "precision_at",
+    "strata",
+    "suspicion",
 ]

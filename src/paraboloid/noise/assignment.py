@@ -24,11 +24,13 @@ def assign(distances: Tensor, sizes: np.ndarray, counts: str, gain: float = 1.0)
     D = distances.detach().double().cpu().numpy()
     if counts != "running":
         return torch.from_numpy(np.argmin(D if counts == "none" else sizes * D, 1))
-    found = np.empty(len(D), dtype=np.int64)
-    weight = sizes + gain
-    for n, row in enumerate(D):
-        k = (weight * row).argmin()
-        found[n] = k
+    found = []
+    weight, cost = sizes + gain, np.empty_like(sizes)
+    multiply, smallest = np.multiply, cost.argmin  # a loop over all samples: looked up once
+    for row in D:
+        multiply(weight, row, cost)
+        k = smallest()
         weight[k] += gain
+        found.append(k)
     sizes[:] = weight - gain
-    return torch.from_numpy(found)
+    return torch.tensor(found, dtype=torch.int64)

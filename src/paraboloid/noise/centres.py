@@ -51,9 +51,13 @@ class Centres:
         """Numbers kept: K r G (p + q); for q = 1 the right side is one and counts nothing."""
         return self.left.numel() + (self.right.numel() if self.right.shape[3] > 1 else 0)
 
+    def blocks(self) -> Tensor:
+        """The centres written out, [K G p q]."""
+        return self.left.permute(0, 2, 3, 1) @ self.right.transpose(1, 2)
+
     def dense(self) -> Tensor:
         """The centres as gradients of the parameter, [K, *shape]."""
-        C = torch.einsum("krgp,krgq->kgpq", self.left, self.right)
+        C = self.blocks()
         return (C.mT if self.flip else C).reshape(len(C), *self.shape)
 
     def square_norms(self) -> Tensor:

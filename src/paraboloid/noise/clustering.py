@@ -13,7 +13,7 @@ from paraboloid import trees
 from paraboloid.data import Batch, Output
 from paraboloid.noise.assignment import COUNTS, assign
 from paraboloid.noise.centres import Centres, block_of, is_dense, start
-from paraboloid.noise.contraction import cross_and_norms, mean_sides, sums
+from paraboloid.noise.contraction import mean_sides, order_of, products, sums
 from paraboloid.noise.gradients import Gradients, pull
 from paraboloid.outer import Outer, keep_inputs, merge
 
@@ -45,6 +45,8 @@ class GradientClustering:
     decay         None: centres move at the end of a pass.  A number such as .99: they move after every batch, sizes
                   and sums being decayed averages over the batches ("online")
     seed          of the first centres, the order of the samples, splits, and dropout in a model in training mode
+    verify        how often sample independence is certified: "auto" (on the first batch of a pass, and there as
+                  `pb.record` does; other batches only where their calls or shapes are new), "always" or False
 
     After `fit`: `assignments` [N] int64, `sizes` [K], `distances` [N] (squared, to the own cluster's centre when it was
     assigned), `square_norms` [N], `distortions` [K] (sum of its distances), `centres` (name -> Centres), `passes`,
@@ -78,6 +80,7 @@ class GradientClustering:
         self.passes, self.updates, self.changed, self.converged = 0, 0, 0, False
         self.mass = np.zeros(num_clusters)  # decayed sizes, of the online mode
         self._fitted: dict[str, Tensor] = {}
+        self._bases: dict[str, Tensor] = {}  # of the sides that are kept while the centres stand still
         self._generator = torch.Generator().manual_seed(seed)
 
     # --- results -------------------------------------------------------------------------------------------------
@@ -172,7 +175,8 @@ class GradientClustering:
         for indices, batch in data.batches(order, size):
             if self.decay is not None:
                 weights = self.decay * self.mass
-            cluster, distances, norms = self._batch(data, batch, weights, running)
+            verify = self.verify if seen == 0 or self.verify == "always" else False
+            cluster, distances, norms = self._batch(data, batch, weights, running, verify)
             found["assignments"][indices] = cluster
             found["distances"][indices] = distances[torch.arange(len(cluster)), cluster]
             found["square_norms"][indices] = norms
@@ -191,33 +195,45 @@ class GradientClustering:
 
     @torch.no_grad()
     def _batch(
-        self, data: Gradients, batch: Batch, weights: np.ndarray, running: dict[tuple[str, str], Tensor]
+        self,
+        data: Gradients,
+        batch: Batch,
+        weights: np.ndarray,
+        running: dict[tuple[str, str], Tensor],
+        verify: str | bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Assign one batch and add to the sums from which the centres are refitted."""
         parameters = data.parameters
-        uses = {k: merge(u) for k, u in self._pulled(data, batch, parameters).items()}
-        keep_inputs(uses, KEEP_BYTES if self.max_memory is None else self.max_memory // 2)
+        uses = {k: merge(u) for k, u in self._pulled(data, batch, parameters, verify).items()}
+        keep = KEEP_BYTES if self.max_memory is None else self.max_memory // 2
         memory = None if self.max_memory is None else max(1, self.max_memory // 4)
+        known = {name: self._centres_of(name, u, parameters[name]) for name, u in uses.items()}
+        keep_inputs({k: u for k, u in uses.items() if self._reads_twice(u, known[k])}, keep)
         distances, norms = torch.zeros(()), torch.zeros(())
+        gradients: dict[str, Tensor | None] = {}
         for name, u in uses.items():
-            centres = self._centres_of(name, u, parameters[name])
-            cross, norm = cross_and_norms(u, centres, memory)
-            square = centres.square_norms().double().cpu()
-            norm = norm.double().cpu()
-            distances = distances + (square - 2 * cross.double().cpu() + norm[:, None]).clamp(min=0)
+            found = products(u, known[name], memory, keep=keep)
+            if (J := found.gradients) is not None and self.update == "singular":
+                gradients[name] = J
+                keep -= J.nbytes
+            square = known[name].square_norms().double().cpu()
+            norm = found.norms.double().cpu()
+            distances = distances + (square - 2 * found.cross.double().cpu() + norm[:, None]).clamp(min=0)
             norms = norms + norm
         gain = 1.0 if self.decay is None else 1 - self.decay
         cluster = assign(distances, weights, self.counts, gain)
         device = data.device
         for name, u in uses.items():
-            centres = self.centres[name]
-            for side, value in self._sums(u, centres, cluster.to(device), memory).items():
+            found = self._sums(name, u, known[name], cluster.to(device), memory, gradients.get(name))
+            for side, value in found.items():
                 key = name, side
                 running[key] = value if key not in running else running[key].add_(value)
         return cluster, distances, norms
 
-    def _pulled(self, data: Gradients, batch: Batch, names: Iterable[str]) -> dict[str, list[Outer]]:
-        outers = pull(self.model, data.loss, batch, self.seed, self.output, self.verify)
+    def _pulled(
+        self, data: Gradients, batch: Batch, names: Iterable[str], verify: str | bool
+    ) -> dict[str, list[Outer]]:
+        outers = pull(self.model, data.loss, batch, self.seed, self.output, verify)
         return {k: u for k, u in outers.items() if self._chosen(k, names) and u[0].kind != "zero"}
 
     def _chosen(self, name: str, names: Iterable[str]) -> bool:
@@ -253,13 +269,27 @@ class GradientClustering:
             return "right"
         return "left" if centres.block[1] == 1 or self.updates % 2 else "right"
 
-    def _sums(self, uses: list[Outer], centres: Centres, cluster: Tensor, memory: int | None) -> dict[str, Tensor]:
+    def _reads_twice(self, uses: list[Outer], centres: Centres) -> bool:
+        """Whether the update needs the inputs too: the gradients themselves were not formed, or do not serve."""
+        if is_dense(uses) or uses[0].right is None or uses[0].lookup or uses[0].left.shape[3] == 1:
+            return False
+        return self.update == "mean" or order_of(uses[0], centres) == "gram"
+
+    def _basis(self, name: str, kept: str) -> Tensor:
+        if name not in self._bases:
+            centres = self.centres[name]
+            self._bases[name] = centres.basis(kept) if centres.block[2] > 1 else centres.right.permute(0, 2, 3, 1)
+        return self._bases[name]
+
+    def _sums(
+        self, name: str, uses: list[Outer], centres: Centres, cluster: Tensor, memory: int | None, J: Tensor | None
+    ) -> dict[str, Tensor]:
         if self.update == "mean" and not is_dense(uses):
             left, right = mean_sides(uses, cluster, self.num_clusters, memory)
             return {"mean left": left, "mean right": right}
         kept = self._kept(centres)
-        basis = centres.basis(kept) if centres.block[2] > 1 else centres.right.permute(0, 2, 3, 1)
-        return {f"kept {kept}": sums(uses, kept, basis, cluster, memory)}
+        basis = self._basis(name, kept)
+        return {f"kept {kept}": sums(uses, kept, basis, cluster, memory, J)}
 
     def _move(self, running: dict[tuple[str, str], Tensor], sizes: np.ndarray, before: np.ndarray | None) -> None:
         """Refit the centres; with `before`, sums of one batch are added to decayed ones, of which centres are means."""
@@ -270,8 +300,7 @@ class GradientClustering:
             old: Tensor = getattr(centres, side)
             basis = None
             if what.startswith("kept"):
-                kept = what.removeprefix("kept ")
-                basis = centres.basis(kept) if centres.block[2] > 1 else centres.right.permute(0, 2, 3, 1)
+                basis = self._basis(name, what.removeprefix("kept "))
             if before is not None:
                 assert self.decay is not None
                 past = old
@@ -288,6 +317,7 @@ class GradientClustering:
                 columns = basis.permute(0, 3, 1, 2)
                 setattr(centres, other, torch.where(full, columns, getattr(centres, other)))
         self.updates += 1
+        self._bases = {}
 
     def _split(self) -> None:
         """The smallest cluster, if it has fewer than `min_size` samples, takes half of the most distorted one."""
@@ -339,6 +369,7 @@ class GradientClustering:
         }  # fmt: skip
         self._fitted = {k: v.clone() for k, v in state["fitted"].items()}
         self.mass = state["mass"].numpy().copy()
+        self._bases = {}
         self._generator.set_state(state["generator"])
         self.passes, self.updates = state["passes"], state["updates"]
         self.changed, self.converged = state["changed"], state["converged"]

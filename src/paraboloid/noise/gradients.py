@@ -87,8 +87,8 @@ class Gradients:
         return {name: p.detach().clone() for name, p in self.parameters.items()}
 
     def batches(self, indices: Tensor, size: int) -> Iterator[tuple[Tensor, Batch]]:
-        """The samples `indices`, in batches of `size`: (their indices, the batch)."""
-        for part in indices.split(size):
+        """The samples `indices`, in nearly equal batches of at most `size`: (their indices, the batch)."""
+        for part in indices.tensor_split(-(-len(indices) // size)):
             yield part, take(self.dataset, part, self.device)
 
     def _sum(self, indices: Tensor, weights: Tensor | None, at: dict[str, Tensor] | None) -> Tensor:

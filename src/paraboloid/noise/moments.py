@@ -1,0 +1,46 @@
+"""Mean and spread of single-sample gradients over batches, coordinate by coordinate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from paraboloid import trees
+from paraboloid.data import Batch, Output
+from paraboloid.losses import Loss
+from paraboloid.statistics import statistics
+
+
+class Moments(NamedTuple):
+    """N samples; mean and sum of squared deviations from it, float64, for each parameter."""
+
+    samples: int
+    mean: dict[str, Tensor]
+    squares: dict[str, Tensor]
+
+
+def moments(
+    model: nn.Module, loss: Loss, batches: Iterable[Batch], output: Output | None = None, max_memory: int | None = None
+) -> Moments:
+    """Of the gradients of the unreduced loss; one forward pass and one pull for each batch.
+
+    Batches are merged by the update of Chan, Golub and LeVeque 1979, which does not subtract large numbers.
+    """
+    mean = {k: torch.zeros_like(p, dtype=torch.float64) for k, p in trees.parameters(model).items()}
+    squares = {k: torch.zeros_like(m) for k, m in mean.items()}
+    seen = 0
+    for batch in batches:
+        wanted = ["grad", "variance"] if len(batch[1]) > 1 else ["grad"]  # a single sample has no variance
+        stats = statistics(model, loss, batch, wanted, output=output, max_memory=max_memory)
+        n, unreduced = stats.samples, stats.normalizer / stats.samples
+        for k in mean:
+            delta = stats["grad"][k].double() * unreduced - mean[k]
+            mean[k] += delta * (n / (seen + n))
+            squares[k] += delta.square() * (seen * n / (seen + n))
+            if n > 1:
+                squares[k] += n * stats["variance"][k].double()
+        seen += n
+    return Moments(seen, mean, squares)
