@@ -29,7 +29,8 @@ class Strata:
     def variance(self, draws: Tensor | None = None) -> float:
         """E ||g^ - g||^2 = N^-2 sum_k N_k spread_k / m_k of g^ = 1/N sum_k N_k (mean of m_k draws from cluster k).
 
-        Draws are with replacement; `draws` [K] are the m_k, default one from each.  Proposition 3.1 of Faghri et al. 2020, arXiv:2007.04532.
+        Draws are with replacement; `draws` [K] are the m_k, default one from each.
+        Source: Proposition 3.1 of Faghri et al. 2020, arXiv:2007.04532.
         """
         m = torch.ones_like(self.sizes) if draws is None else draws
         N = int(self.sizes.sum())
