@@ -92,3 +92,32 @@ def test_wrong_options():
     }
     with pytest.raises(NotImplementedError, match="'eigen_scale': parameter 'a' has uses without Kronecker factors"):
         pb.statistics(model, nn.MSELoss(), (x, torch.zeros_like(model(x))), pb.quantities.EigenScale(forms, "exact"))
+
+
+def test_rotated_inputs_are_kept_while_they_fit(monkeypatch):
+    """Groups of single vectors on one recording: the inputs are rotated once, or anew where there is no room."""
+    from paraboloid import rotation
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Tanh(), nn.Conv1d(3, 4, 2), nn.Flatten(), nn.Linear(4 * 4, 3)).double()
+    x, y = torch.randn(5, 2, 6).double(), torch.tensor([0, 1, 2, 0, 1])
+    expected = pb.EKFAC(model, CE, (x, y), fisher="exact").to_dense()
+    kept, original = [], rotation.Turned.keep
+
+    def counted(self, name, place, right, size):
+        result = original(self, name, place, right, size)
+        kept.append(result._kept is not None)
+        assert self.room >= 0
+        return result
+
+    monkeypatch.setattr(rotation.Turned, "keep", counted)
+    monkeypatch.setattr("paraboloid.operators.pulls.GROUP_BYTES", 1)
+    loader = [(x[:2], y[:2]), (x[2:], y[2:])]
+    for data, memory, fits in (
+        ((x, y), None, {True}), ((x, y), 4000, {True, False}), ((x, y), 1, {False}),
+        (loader, None, {True}), (loader, 1, {False}),
+    ):  # fmt: skip
+        kept.clear()
+        found = pb.EKFAC(model, CE, data, fisher="exact", max_memory=memory).to_dense()
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+        assert set(kept) == fits

@@ -9,7 +9,7 @@ Source: George et al. 2018, arXiv:1806.03884.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,8 +18,30 @@ from paraboloid.eigenform import Basis
 from paraboloid.outer import Outer, Right, merge
 from paraboloid.reductions import pieces, reduce
 
-Turned = dict[int, Tensor]  # by the use's place: its rotated inputs, for groups of vectors that follow
-KEEP_BYTES = 64 * 2**20  # of one parameter's rotated inputs
+KEEP_BYTES = 256 * 2**20  # default limit for the rotated inputs of all parameters that are kept
+
+
+@dataclass
+class Turned:
+    """Rotated inputs, by parameter and place of the use, for the groups of vectors that follow on one recording.
+
+    Those that fit into `room` bytes are kept, the first ones first.
+    """
+
+    room: int = KEEP_BYTES
+    kept: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+
+    def start(self, name: str) -> None:
+        """Forget what was kept for a parameter: a new recording begins."""
+        self.room += sum(t.nbytes for t in self.kept.pop(name, {}).values())
+
+    def keep(self, name: str, place: int, right: Right, size: int) -> Right:
+        """The same inputs, computed once if they fit."""
+        mine = self.kept.setdefault(name, {})
+        if place not in mine and size <= self.room:
+            mine[place] = right()
+            self.room -= mine[place].nbytes
+        return replace(right, _kept=mine.get(place))
 
 
 def eigen_scale(
@@ -29,11 +51,12 @@ def eigen_scale(
     memory: int | None = None,
     vectors: int | None = None,
     turned: Turned | None = None,
+    name: str = "",
 ) -> Tensor:
     """The scale above for one parameter's uses, [G, r_left, r_right]; unscaled (times a: of the loss as reduced).
 
-    Where these vectors are a group of more on the same recording, `vectors` is the number of all and `turned` a dict
-    that carries the rotated inputs from group to group.
+    Where these vectors are a group of more on the same recording, `vectors` is the number of all, and `turned` carries
+    the rotated inputs of the parameter `name` from group to group.
     """
     outers = merge(outers)
     o = outers[0]
@@ -49,7 +72,7 @@ def eigen_scale(
     first = [
         basis if after is None else Basis(None, basis.size) for basis, after in zip((left, right), later, strict=True)
     ]
-    rotated = [_rotated(use, first[0], first[1], i, turned) for i, use in enumerate(outers)]
+    rotated = [_rotated(use, first[0], first[1], (name, i), turned) for i, use in enumerate(outers)]
     groups = o.left.shape[2]
     if later == [None, None]:
         return reduce(rotated, {"squares"}, memory)["squares"].view(groups, *sizes)
@@ -84,7 +107,7 @@ def _later(outers: list[Outer], left: Basis, right: Basis, V: int) -> list[Basis
     return later[::-1] if outers[0].flip else later
 
 
-def _rotated(o: Outer, left: Basis, right: Basis, place: int, turned: Turned | None) -> Outer:
+def _rotated(o: Outer, left: Basis, right: Basis, place: tuple[str, int], turned: Turned | None) -> Outer:
     """One use with its sides in the bases, U_left^T (sum_t left right^T) U_right, position by position."""
     gradient, rows = (right, left) if o.flip else (left, right)
     inner, columns = o.right, o.q
@@ -98,8 +121,8 @@ def _rotated(o: Outer, left: Basis, right: Basis, place: int, turned: Turned | N
         else:
             turn = lambda n, old=inner: old(n) @ U  # noqa: E731
         inner = Right(turn, (1, o.left.shape[1], 1), dtype=o.left.dtype)
-        if turned is not None and o.left[0, ..., 0].numel() * columns * o.left.element_size() <= KEEP_BYTES:
-            inner = replace(inner, _kept=turned[place] if place in turned else turned.setdefault(place, inner()))
+        if turned is not None:
+            inner = turned.keep(*place, inner, o.left[0, ..., 0].numel() * columns * o.left.element_size())
     gradients = o.left
     if gradient.vectors is not None:
         gradients = gradients @ (gradient.vectors[0] if len(gradient.vectors) == 1 else gradient.vectors)

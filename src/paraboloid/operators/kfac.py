@@ -28,7 +28,7 @@ from paraboloid.operators.diagonalised import Diagonalised, block_names
 from paraboloid.operators.kronecker import KroneckerFactored
 from paraboloid.operators.pulls import Pulls
 from paraboloid.quantities import check_sharing, fisher_source
-from paraboloid.rotation import eigen_scale
+from paraboloid.rotation import Turned, eigen_scale
 
 
 def KFAC(
@@ -144,16 +144,15 @@ def fitted(pulls: Pulls, sharing: str, thin: bool) -> tuple[dict[str, KroneckerP
 def measured_scales(pulls: Pulls, forms: Mapping[str, Eigenform]) -> dict[str, Tensor]:
     """The exact eigenvalues along the eigenvectors of `forms`, from one pass."""
 
-    turned: dict[str, Any] = {}
+    turned = Turned() if pulls.max_memory is None else Turned(pulls.max_memory // 4)
 
     def add(name, value, uses):
         if name not in forms:
             return None
         if value is None:  # a new batch
-            turned[name] = {} if pulls.vectors > len(uses[0].left) else None
-        scale = eigen_scale(
-            uses, forms[name].left, forms[name].right, pulls.memory, pulls.vectors, turned[name]
-        )  # fmt: skip
+            turned.start(name)
+        bases, several = (forms[name].left, forms[name].right), pulls.vectors > len(uses[0].left)
+        scale = eigen_scale(uses, *bases, pulls.memory, pulls.vectors, turned if several else None, name)
         return scale if value is None else value.add_(scale)
 
     sums = pulls.summed(add, lambda total, value: value if total is None else total.add_(value))
