@@ -58,7 +58,8 @@ bench-noise: $(STAMP) ## time gradient clustering against an epoch of plain grad
 
 peers: $(STAMP) ## install the packages that the benchmarks compare with
 	$(BIN)/python -m pip install --quiet -c constraints.txt einconv einops linear_operator opt_einsum tqdm unfoldNd
-	$(BIN)/python -m pip install --quiet --no-deps backpack-for-pytorch==1.7.1 curvlinops-for-pytorch==3.0.1 opacus==1.6.0
+	$(BIN)/python -m pip install --quiet --no-deps backpack-for-pytorch==1.7.1 curvlinops-for-pytorch==3.0.1 opacus==1.6.0 \
+		PyHessian==0.1
 
 install: $(STAMP) ## only set up the environment in .venv
 
