@@ -1,10 +1,11 @@
 """Local quadratic models of deep-learning losses from mini-batches: statistics, curvature, debiasing."""
 
-from paraboloid import linalg, logging, losses, noise, operators, quantities
+from paraboloid import linalg, logging, losses, noise, operators, posteriors, quantities
 from paraboloid.bias import Bias, bias
 from paraboloid.kron import Kron
 from paraboloid.losses import Loss
 from paraboloid.operators import EKFAC, GGN, KFAC, KFLR, PCH, DiagonalGGN, EmpiricalFisher, Fisher, Hessian, LowRank
+from paraboloid.posteriors import Posterior, laplace, load_posterior
 from paraboloid.problems import Problem
 from paraboloid.quadratic import Quadratic, quadratic
 from paraboloid.statistics import Statistics, record, statistics
@@ -24,15 +25,19 @@ __all__ = [
     "Kron",
     "Loss",
     "LowRank",
+    "Posterior",
     "Problem",
     "Quadratic",
     "Statistics",
     "bias",
+    "laplace",
     "linalg",
+    "load_posterior",
     "logging",
     "losses",
     "noise",
     "operators",
+    "posteriors",
     "quadratic",
     "quantities",
     "record",

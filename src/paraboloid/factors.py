@@ -46,7 +46,7 @@ def input_factor(o: Outer, sharing: str, memory: int | None = None, thin: bool =
     G, T = o.left.shape[2:4]
     if thin and not o.lookup and o.left.shape[1] * (1 if sharing == "reduce" else T) < o.q:
         right = o.dense_right().mean(2, keepdim=True) if sharing == "reduce" else o.dense_right()
-        return Rows(right.transpose(0, 1).flatten(1, 2))
+        return Rows(right.transpose(0, 1).flatten(1, 2).detach())  # it may be the layer's input itself
     A = o.left.new_empty(G, o.q, o.q)
     size = max(CHUNK_BYTES, 4 * A.numel() * A.element_size()) if memory is None else memory // 2
     for n in o.chunks(G * T * o.q, size):

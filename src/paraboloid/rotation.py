@@ -72,7 +72,7 @@ def eigen_scale(
     first = [
         basis if after is None else Basis(None, basis.size) for basis, after in zip((left, right), later, strict=True)
     ]
-    rotated = [_rotated(use, first[0], first[1], (name, i), turned) for i, use in enumerate(outers)]
+    rotated = [rotate(use, first[0], first[1], (name, i), turned) for i, use in enumerate(outers)]
     groups = o.left.shape[2]
     if later == [None, None]:
         return reduce(rotated, {"squares"}, memory)["squares"].view(groups, *sizes)
@@ -107,7 +107,9 @@ def _later(outers: list[Outer], left: Basis, right: Basis, V: int) -> list[Basis
     return later[::-1] if outers[0].flip else later
 
 
-def _rotated(o: Outer, left: Basis, right: Basis, place: tuple[str, int], turned: Turned | None) -> Outer:
+def rotate(
+    o: Outer, left: Basis, right: Basis, place: tuple[str, int] = ("", 0), turned: Turned | None = None
+) -> Outer:
     """One use with its sides in the bases, U_left^T (sum_t left right^T) U_right, position by position."""
     gradient, rows = (right, left) if o.flip else (left, right)
     inner, columns = o.right, o.q

@@ -393,3 +393,14 @@ def test_under_autocast_only_the_model_runs_in_short_numbers(make):
     compiled = make(torch.compile(model, backend="eager"), CE, data, **options)
     close(compiled.to_dense(), expected.to_dense())
     assert list(compiled.parameters) == list(expected.parameters)
+
+
+def test_nothing_hangs_on_the_graph():
+    """A factor kept by its rows may be a layer's input itself, which belongs to the recorded graph."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.arange(5) % 4
+    for Operator in (pb.KFAC, pb.EKFAC):
+        A = Operator(model, nn.CrossEntropyLoss(), (x, y))
+        for found in (A.to_dense(), A.inverse(1.0).to_dense(), A.diagonal(), A.logdet(1.0)):
+            assert not found.requires_grad

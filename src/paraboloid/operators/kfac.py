@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from paraboloid.data import Output
 from paraboloid.eigenform import Basis, Eigenform
-from paraboloid.factors import Recent, add_factors, merged, scale_product
+from paraboloid.factors import Factors, Recent, add_factors, merged, scale_product
 from paraboloid.kronecker_product import Decomposed, KroneckerProduct, Side
 from paraboloid.operators.diagonalised import Diagonalised, block_names
 from paraboloid.operators.kronecker import KroneckerFactored
 from paraboloid.operators.pulls import Pulls
+from paraboloid.outer import Outer
 from paraboloid.quantities import check_sharing, fisher_source
 from paraboloid.rotation import Turned, eigen_scale
 
@@ -125,20 +126,21 @@ def _pulls(model, loss_fn, data, *, fisher, samples, seed, output, max_memory, r
 
 
 def fitted(pulls: Pulls, sharing: str, thin: bool) -> tuple[dict[str, KroneckerProduct], set[str]]:
-    """The factors of every parameter from one pass, summed over all data before the product; and whose block is exact.
-
-    thin: factors of fewer rows than columns are kept by their rows.
-    """
-    check_sharing(sharing)
-
-    recent = Recent()
-
-    def add(name, value, uses):
-        return add_factors(value, uses, sharing, pulls.memory, thin, recent)
-
-    sums = pulls.summed(add, merged)
+    """The factors of every parameter from one pass, summed over all data before the product; whose block is exact."""
+    sums = summed_factors(pulls, sharing, thin)
     exact = {name for name, value in sums.items() if value.exact is not None}
     return {name: scale_product(value, pulls.factor) for name, value in sums.items()}, exact
+
+
+def summed_factors(pulls: Pulls, sharing: str, thin: bool) -> dict[str, Factors]:
+    """The sums of every parameter's factors from one pass; `thin`: factors of few rows are kept by their rows."""
+    check_sharing(sharing)
+    recent = Recent()
+
+    def add(name: str, value: Factors | None, uses: list[Outer]) -> Factors:
+        return add_factors(value, uses, sharing, pulls.memory, thin, recent)
+
+    return pulls.summed(add, merged)
 
 
 def measured_scales(pulls: Pulls, forms: Mapping[str, Eigenform]) -> dict[str, Tensor]:

@@ -1,0 +1,28 @@
+"""Gaussian posteriors over weights.
+
+A posterior is the curvature of the data's negative log-likelihood in one of six structures, plus a diagonal prior.  A
+structure is a file: `full`, `diagonal`, `kronecker`, `rows` (low rank and functional), each with the same methods:
+`log_det`, `apply`, `variances`, `deviations`, `covariance`, `plus`.
+"""
+
+from typing import Any
+
+from paraboloid.posteriors.candidates import Candidates
+from paraboloid.posteriors.laplace import laplace
+from paraboloid.posteriors.laplace_torch import Laplace
+from paraboloid.posteriors.online import train_by_evidence
+from paraboloid.posteriors.posterior import Posterior
+from paraboloid.posteriors.predictive import Prediction
+from paraboloid.posteriors.saving import load_posterior
+
+__all__ = [
+    "Candidates", "Laplace", "Posterior", "Prediction", "laplace", "load_posterior", "train_by_evidence",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("LaplaceClassifier", "LaplaceRegressor"):  # scikit-learn takes a second to import
+        from paraboloid.posteriors import sklearn
+
+        return getattr(sklearn, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

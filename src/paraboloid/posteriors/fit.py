@@ -1,0 +1,293 @@
+"""The curvature of the summed negative log-likelihood in each structure, and the likelihood of the data on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paraboloid import data as batch_data
+from paraboloid import trees
+from paraboloid.eigenform import Eigenform
+from paraboloid.factors import scale_product
+from paraboloid.linalg.operand import check_count
+from paraboloid.operators import GGN
+from paraboloid.operators.kfac import measured, measured_scales, summed_factors
+from paraboloid.operators.pulls import Pulls
+from paraboloid.posteriors.diagonal import Diagonal
+from paraboloid.posteriors.full import Full
+from paraboloid.posteriors.kronecker import CrossFitted, Kronecker
+from paraboloid.posteriors.likelihood import Likelihood
+from paraboloid.posteriors.rows import Rows
+from paraboloid.quantities import DiagGGN, Grad, Quantity, SampleGrads, SecondMoment, SqrtGGN, fisher_source
+from paraboloid.statistics import Statistics, statistics
+
+STRUCTURES = ("full", "diag", "kron", "ekfac", "lowrank", "functional")
+FISHERS = ("exact", "mc", "empirical")
+MOST_BYTES = 8 * 2**30  # of a dense matrix or of rows, above which an error says what fits
+
+
+@dataclass
+class Fitting:
+    """What all structures are fitted with; `log_likelihood` (at strength 1, without constants) grows on the way."""
+
+    model: nn.Module
+    likelihood: Likelihood
+    fisher: str
+    samples: int
+    generator: torch.Generator
+    output: batch_data.Output | None
+    max_memory: int | None
+    loss: float = 0.0  # summed over the data
+    constant: float = 0.0
+    count: int = 0  # samples
+    elements: int = 0  # of the targets
+    target: tuple[int, ...] = ()  # shape of a sample's target
+
+    def batches(self, data: Any, quantities: list[Quantity]) -> Iterator[tuple[Statistics, int]]:
+        """Statistics of each batch, unreduced, and its number of samples."""
+        for batch in batch_data.batches(data):
+            stats = statistics(
+                self.model, self.likelihood.loss, batch, quantities, generator=self.generator, output=self.output,
+                max_memory=self.max_memory,
+            )  # fmt: skip
+            self.loss += stats.loss.item()
+            self.note(batch[1])
+            yield stats, len(stats.output)
+
+    def note(self, y: Any) -> None:
+        """Count a batch's targets."""
+        self.constant += self.likelihood.constant(y)
+        self.count += len(y)
+        self.elements += y.numel()
+        self.target = tuple(y.shape[1:])
+
+    def watched(self, data: Any) -> Any:
+        """The data, whose targets are counted when it is read first."""
+        if (batch := batch_data.as_batch(data)) is not None:
+            self.note(batch[1])
+            return data
+        return _Watched(data, self.note)
+
+    def pulls(self, data: Any, repeated: bool = False) -> Pulls:
+        source = fisher_source(self.fisher, self.samples)
+        seed = self.generator.initial_seed()
+        return Pulls(
+            self.model, self.likelihood.loss, data, source, output=self.output, seed=seed, max_memory=self.max_memory,
+            repeated=repeated, separate=True,
+        )  # fmt: skip
+
+    def root(self) -> Quantity:
+        """The quantity whose rows, squared and summed, are the curvature."""
+        if self.fisher == "empirical":
+            return SampleGrads()
+        return SqrtGGN(None if self.fisher == "exact" else self.samples)
+
+
+class _Watched:
+    """Batches of which `note` sees the targets, on the first pass."""
+
+    def __init__(self, data: Any, note: Callable[[Any], None]):
+        self.data, self.note, self.seen = data, note, False
+
+    def __iter__(self) -> Iterator[batch_data.Batch]:
+        for inputs, y in batch_data.batches(self.data):
+            if not self.seen:
+                self.note(y)
+            yield inputs, y
+        self.seen = True
+
+
+def check_memory(what: str, size: int, instead: str) -> None:
+    """Raise ValueError for tensors that would not fit; say how large they are, and what would."""
+    if size > MOST_BYTES:
+        raise ValueError(f"{what} would take {size / 2**30:.1f} GiB; expected at most {MOST_BYTES / 2**30:.0f}. "
+                         f"{instead}")  # fmt: skip
+
+
+def full(fitting: Fitting, parameters: Mapping[str, Tensor], data: Any) -> Full:
+    size, first = sum(p.numel() for p in parameters.values()), next(iter(parameters.values()))
+    check_memory(
+        f"structure='full' over {size} weights", 2 * size**2 * first.element_size(),
+        "Use structure='kron' or 'diag', or fewer weights (weights='last_layer').",
+    )  # fmt: skip
+    H = torch.zeros(size, size, dtype=first.dtype, device=first.device)
+    for A in _rows(fitting, data):
+        H.addmm_(A.T, A)
+    return Full(parameters, H)
+
+
+def diagonal(fitting: Fitting, parameters: Mapping[str, Tensor], data: Any) -> Diagonal:
+    empirical = fitting.fisher == "empirical"
+    quantity: Quantity = (
+        SecondMoment() if empirical else DiagGGN(None if fitting.fisher == "exact" else fitting.samples)
+    )
+    h = {k: torch.zeros_like(p) for k, p in parameters.items()}
+    for stats, count in fitting.batches(data, [quantity]):
+        for k, t in stats[quantity.name].items():
+            h[k].add_(t, alpha=count if empirical else 1)
+    return Diagonal(parameters, h)
+
+
+def functional(fitting: Fitting, parameters: Mapping[str, Tensor], data: Any, subset: int | None) -> Rows:
+    """All samples' rows, or those of `subset` samples drawn without replacement, scaled to stand for all."""
+    if subset is None:
+        return Rows(parameters, torch.cat(list(_rows(fitting, data, "functional"))))
+    for _ in fitting.batches(data, [Grad()]):  # for the likelihood of all samples, and their number
+        pass
+    N = fitting.count
+    check_count("subset", subset, most=N)
+    chosen = torch.zeros(N, dtype=torch.bool, device=fitting.generator.device)
+    chosen[torch.randperm(N, generator=fitting.generator, device=chosen.device)[:subset]] = True
+    part = replace(fitting)  # what it notes is counted already
+    rows = list(_rows(part, _Chosen(data, chosen.cpu()), "functional"))
+    return Rows(parameters, (N / subset) ** 0.5 * torch.cat(rows))
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The chosen samples of the data, by their place in it."""
+
+    data: Any
+    chosen: Tensor
+
+    def __iter__(self) -> Iterator[batch_data.Batch]:
+        start = 0
+        for inputs, y in batch_data.batches(self.data):
+            at = self.chosen[start : start + len(y)].nonzero()[:, 0].to(y.device)
+            start += len(y)
+            if len(at):
+                yield trees.mapped(lambda t, at=at: t[at.to(t.device)], inputs), y[at]
+
+
+def kronecker(
+    fitting: Fitting, parameters: Mapping[str, Tensor], data: Any, exact: bool, before: Kronecker | None = None
+) -> Kronecker:
+    """KFAC's blocks; `exact`: the exact eigenvalues along KFAC's eigenvectors (EKFAC), or along those of `before`."""
+    if before is not None and before.factors is None:
+        return Kronecker(parameters, along(fitting, data, before.forms, exact))
+    pulls = fitting.pulls(fitting.watched(data), repeated=exact)
+    fitted = Kronecker.of_factors(parameters, summed_factors(pulls, "expand", thin=True))
+    fitting.loss += pulls.total
+    if not exact:
+        return fitted
+    scales = measured_scales(pulls, fitted.forms)
+    return Kronecker(parameters, {k: replace(f, values=scales[k]) for k, f in fitted.forms.items()})
+
+
+def along(
+    fitting: Fitting, data: Any, forms: Mapping[str, Eigenform], exact: bool
+) -> dict[str, Eigenform]:  # fmt: skip
+    """Eigenvalues of other data along the eigenvectors of `forms`: exact ones, or products of the factors' own.
+
+    Bases that are thin, for the data that they came from had few samples, are completed: other data needs all of them.
+    """
+    forms = {k: f.completed() for k, f in forms.items()}
+    pulls = fitting.pulls(fitting.watched(data))
+    if exact:
+        scales = measured_scales(pulls, forms)
+        found = {k: replace(f, values=scales[k]) for k, f in forms.items()}
+    else:
+        products = {k: scale_product(v, 1.0) for k, v in summed_factors(pulls, "expand", thin=True).items()}
+        found = {k: measured(f, products[k]) for k, f in forms.items()}
+    fitting.loss += pulls.total
+    return found
+
+
+def cross_fitted(
+    fitting: Fitting, parameters: Mapping[str, Tensor], data: Any, exact: bool, before: CrossFitted | None = None
+) -> CrossFitted:
+    """Two posteriors, each with the eigenvectors of one half of the data and the eigenvalues of the other half."""
+    halves = [_Half(data, which) for which in (0, 1)]
+    if before is None:
+        forms = [kronecker(replace(fitting), parameters, half, False).forms for half in halves]
+    else:
+        forms = [part.forms for part in before.parts]
+    parts, counts = [], []
+    for own, other in zip(forms, reversed(halves), strict=True):
+        seen = fitting.count
+        parts.append(along(fitting, other, own, exact))
+        counts.append(fitting.count - seen)
+    scales = [sum(counts) / count for count in counts]
+    return CrossFitted(tuple(
+        Kronecker(parameters, {k: f.map(lambda h, s=s: s * h) for k, f in part.items()})
+        for part, s in zip(parts, scales, strict=True)
+    ))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Half:
+    """Every other sample of each batch, from the first or the second on."""
+
+    data: Any
+    which: int
+
+    def __iter__(self) -> Iterator[batch_data.Batch]:
+        for inputs, y in batch_data.batches(self.data):
+            if len(y) > self.which:
+                yield trees.mapped(lambda t: t[self.which :: 2], inputs), y[self.which :: 2]
+
+
+def low_rank(fitting: Fitting, parameters: Mapping[str, Tensor], data: Any, rank: int, seed: int) -> Rows:
+    """The `rank` largest eigenpairs of the GGN of all data, however it is batched."""
+    size = sum(p.numel() for p in parameters.values())
+    if fitting.fisher != "exact":
+        raise ValueError(f"fisher is {fitting.fisher!r} with structure='lowrank'; expected 'exact'.")
+    operator = GGN(
+        fitting.model, fitting.likelihood.loss, data, output=fitting.output, max_memory=fitting.max_memory, seed=seed
+    )
+    values, vectors = operator.eigsh(min(rank, size), seed=seed)
+    with torch.no_grad(), operator.replay.graphs() as graphs:
+        for graph in graphs:
+            fitting.loss += fitting.likelihood.loss.sample_losses(graph.f, graph.y).sum().item()
+            fitting.note(graph.y)
+    kept = values > values.max().clamp(min=0) * torch.finfo(values.dtype).eps * size
+    return Rows(parameters, (values[kept].sqrt() * vectors[:, kept]).T.contiguous(), rank)
+
+
+def _rows(fitting: Fitting, data: Any, structure: str = "full") -> Iterator[Tensor]:
+    """S_n^T J_n of every sample and column of the root, [V N, D], batch by batch; in pieces of samples where large."""
+    quantity = fitting.root()
+    total = 0
+    for stats, _ in fitting.batches(data, [quantity]):
+        parts = stats[quantity.name].values()
+        flat = [t.flatten(1) if fitting.fisher == "empirical" else t.flatten(2).flatten(0, 1) for t in parts]
+        rows = torch.cat(flat, 1)
+        total += rows.nbytes
+        if structure == "functional":
+            check_memory(
+                "structure='functional', with a row for each sample and output,", total,
+                "Give subset=, a number of samples, or use structure='kron'.",
+            )  # fmt: skip
+        yield rows
+
+
+@torch.no_grad()
+def curvature(
+    structure: str,
+    fitting: Fitting,
+    parameters: Mapping[str, Tensor],
+    data: Any,
+    options: Mapping[str, Any],
+    before: Any = None,
+) -> Any:
+    """The fitted structure; `before` is what it will be added to."""
+    if structure == "full":
+        return full(fitting, parameters, data)
+    if structure == "diag":
+        return diagonal(fitting, parameters, data)
+    if structure == "lowrank":
+        return low_rank(fitting, parameters, data, options["rank"], options["seed"])
+    if structure == "functional":
+        return functional(fitting, parameters, data, options["subset"])
+    if options["debias"]:
+        return cross_fitted(fitting, parameters, data, structure == "ekfac", before)
+    return kronecker(fitting, parameters, data, structure == "ekfac", before)
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """The chosen parameters' values, copied."""
+    return {k: p.detach().clone() for k, p in trees.parameters(model).items()}

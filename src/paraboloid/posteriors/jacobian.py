@@ -1,0 +1,88 @@
+"""The Jacobian of a batch's outputs in outer-product form, and its contractions with a diagonal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paraboloid import data as batch_data
+from paraboloid import trees
+from paraboloid.outer import Outer, merge
+from paraboloid.posteriors.weights import only
+from paraboloid.randomness import isolated
+from paraboloid.reductions import pieces
+from paraboloid.tape import Tape, record
+
+
+@dataclass
+class Jacobian:
+    """d f_k / d theta of every sample for the K elements of its output, by parameter: V = K vectors are pulled back.
+
+    `outputs` are f [N, *shape], detached; `uses[name]` the parameter's outer products.
+    """
+
+    outputs: Tensor
+    uses: dict[str, list[Outer]]
+    parameters: Mapping[str, Tensor]
+
+    def dense(self) -> Tensor:
+        """[N, K, D]."""
+        parts = [torch.cat([J for _, J in pieces(uses, None)], 1).flatten(2) for uses in self.uses.values()]
+        return torch.cat(parts, 2).transpose(0, 1)
+
+
+@contextmanager
+def recorded(
+    model: nn.Module, names: list[str], inputs: Any, output: Any, verify: str | bool = "auto"
+) -> Iterator[tuple[Tape, Tensor]]:
+    """(tape, f) of a forward pass in evaluation of the chosen weights' Jacobian; the model is left as it was."""
+    device = next(iter(trees.parameters(model).values())).device
+    with only(model, names), isolated(model, device, 0), torch.inference_mode(False), torch.enable_grad():
+        with record(model, verify) as tape:
+            f = batch_data.call(trees.unwrapped(model), inputs, output)
+        yield tape, f
+
+
+def pull_outputs(tape: Tape, f: Tensor, elements: range | None = None) -> Jacobian:
+    """The Jacobian of the output elements in `elements` (default: all K)."""
+    size = f[0].numel()
+    chosen = torch.arange(size, device=f.device) if elements is None else torch.tensor(list(elements), device=f.device)
+    v = f.new_zeros(len(chosen), 1, size)
+    v[torch.arange(len(chosen)), 0, chosen] = 1
+    v = v.expand(-1, len(f), -1).reshape(-1, *f.shape)
+    return Jacobian(f.detach(), tape.pull(f, v), tape.parameters)
+
+
+def weighted_gram(uses: list[Outer], W: Tensor, diagonal: bool = False, memory: int | None = None) -> Tensor:
+    """sum_d J[n, k, d] W[d] J[n, l, d] over the elements d of one parameter, [N, K, K]; its diagonal [N, K] if asked.
+
+    W has the parameter's shape (any shape of so many elements).  Outer products with a single position are never
+    formed: the sum over q runs first, (r^2 W^T) [N, p].
+    """
+    uses = merge(uses)
+    o = uses[0]
+    if len(uses) == 1 and o.via is None and o.kind == "matrix" and not o.lookup and o.left.shape[3] == 1:
+        assert o.right is not None
+        G, p = o.left.shape[2], o.left.shape[4]
+        weights = W.reshape(G, o.q, p).mT if o.flip else W.reshape(G, p, o.q)
+        right = o.right().squeeze(2).square().transpose(0, 1)  # [G N q]
+        inner = (right @ weights.mT).transpose(0, 1).flatten(1)  # [N Gp]
+        left = o.left.squeeze(3).flatten(2).transpose(0, 1)  # [N V Gp]
+        return gram(left, inner.unsqueeze(1), diagonal)
+    found = [
+        gram(J.flatten(2).transpose(0, 1), W.reshape(1, 1, -1), diagonal) for _, J in pieces(uses, memory)
+    ]  # fmt: skip
+    return torch.cat(found)
+
+
+def gram(left: Tensor, weights: Tensor | float, diagonal: bool) -> Tensor:
+    """sum_d left[n, v, d] weights[n, d] left[n, u, d], [n V V], for left [n V d] and weights [n or 1, 1, d]; or its
+    diagonal [n V]."""
+    if diagonal:
+        return (left.square() * weights).sum(2)
+    return (left * weights) @ left.mT

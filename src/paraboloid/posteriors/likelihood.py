@@ -1,0 +1,78 @@
+"""Losses read as negative log-likelihoods: what is summed, which constants belong to it, and how strongly it counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paraboloid.losses import MSE, BCEWithLogits, CrossEntropy, GaussianNLL, Loss, PoissonNLL, Scaled
+
+KINDS = ("categorical", "bernoulli", "gaussian", "heteroscedastic", "poisson", "other")
+
+
+def _nothing(y: Tensor) -> float:
+    return 0.0
+
+
+def _half_log_two_pi(y: Tensor) -> float:
+    return y.numel() * math.log(2 * math.pi) / 2
+
+
+def _log_factorials(y: Tensor) -> float:
+    return torch.lgamma(y.double() + 1).sum().item()
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """-log p(y | f) = loss(f, y) + constant(y), summed over the samples and unreduced, whatever `reduction` says.
+
+    A squared error is read as N(f, noise_variance I): `loss` is half of it, and the noise variance enters by `strength`
+    (and `log_normalizer`), so that it can be changed, or tuned, without another pass over the data.
+    """
+
+    kind: str
+    loss: Loss
+    constant: Callable[[Any], float] = _nothing
+
+    @staticmethod
+    def of(loss_fn: Any) -> Likelihood:
+        """Raises TypeError for a loss that paraboloid does not know, ValueError for sums that divide differently."""
+        loss = Loss.from_torch(loss_fn)
+        if len({term.reduction for term in loss.terms}) > 1:
+            raise ValueError(
+                f"the loss is a sum of terms with the reductions {[t.reduction for t in loss.terms]}; expected one "
+                "reduction, so that the unreduced loss is a negative log-likelihood."
+            )
+        summed = Scaled(loss, 0.5 if isinstance(loss, MSE) else 1.0, normalizer=1.0)
+        if isinstance(loss, MSE):
+            return Likelihood("gaussian", summed)
+        if isinstance(loss, CrossEntropy):
+            return Likelihood("categorical", summed)
+        if isinstance(loss, BCEWithLogits):
+            return Likelihood("bernoulli", summed)
+        if isinstance(loss, GaussianNLL):
+            return Likelihood("heteroscedastic", summed, _nothing if loss.full else _half_log_two_pi)
+        if isinstance(loss, PoissonNLL):
+            return Likelihood("poisson", summed, _nothing if loss.full else _log_factorials)
+        return Likelihood("other", summed)
+
+    @property
+    def takes_noise(self) -> bool:
+        """Whether `noise_variance` is a parameter of it."""
+        return self.kind == "gaussian"
+
+    def strength(self, noise_variance: Any) -> Any:
+        """What the summed loss and its curvature are multiplied by: 1 / noise_variance of a Gaussian, else 1."""
+        return 1 / noise_variance if self.takes_noise else 1.0
+
+    def log_normalizer(self, elements: int, noise_variance: Any) -> Any:
+        """Sum over the target's elements of log(2 pi noise_variance) / 2 of a Gaussian, else 0."""
+        if not self.takes_noise:
+            return 0.0
+        log = torch.log if isinstance(noise_variance, Tensor) else math.log
+        return elements / 2 * log(2 * math.pi * noise_variance)

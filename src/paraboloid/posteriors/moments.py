@@ -1,0 +1,65 @@
+"""Mean and covariance of the linearised outputs, a chunk of inputs at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paraboloid.posteriors.jacobian import Jacobian, pull_outputs, recorded
+from paraboloid.trees import mapped
+
+CHUNK_BYTES = 256 * 2**20  # of Jacobians held at a time, unless max_memory says otherwise
+PROBE = 8  # samples of the first chunk, which tells what a sample takes
+Covariance = Callable[[Jacobian], Tensor]
+
+
+def moments(
+    model: nn.Module, names: list[str], inputs: Any, output: Any, covariance: Covariance, dense: bool,
+    max_memory: int | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(f [N, *shape], what `covariance` makes of each chunk's Jacobian, joined along N).
+
+    `dense` says that it forms J [n, K, D].  The smallest chunk is one sample.
+    """
+    N = length(inputs)
+    limit = CHUNK_BYTES if max_memory is None else max_memory // 2
+    means, parts, start, step = [], [], 0, min(PROBE, N)
+    while start < N:
+        piece = mapped(lambda t, n=slice(start, start + step): t[n], inputs)
+        with recorded(model, names, piece, output) as (tape, f):
+            J = pull_outputs(tape, f)
+            if start == 0:
+                size = _bytes(J, dense) / len(f)
+        with torch.no_grad():
+            parts.append(covariance(J))
+            means.append(J.outputs)
+        start, step = start + step, max(1, int(limit / size))
+    return torch.cat(means), torch.cat(parts)
+
+
+def _bytes(J: Jacobian, dense: bool) -> int:
+    """What a chunk's Jacobian takes: the gradients at the layers' outputs, and the largest piece that is formed."""
+    uses = [o for found in J.uses.values() for o in found]
+    left = sum(o.left.untyped_storage().nbytes() for o in uses)
+    K, n = J.outputs[0].numel(), len(J.outputs)
+    sizes = [p.numel() for p in J.parameters.values()]
+    formed = sum(sizes) if dense else max(sizes)
+    return 2 * left + 2 * K * n * formed * J.outputs.element_size()
+
+
+def length(inputs: Any) -> int:
+    """Samples of the inputs: axis 0 of their first tensor."""
+    return next(_tensors(inputs)).shape[0]
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        yield from _tensors(list(tree.values()))
+    elif isinstance(tree, tuple | list):
+        for t in tree:
+            yield from _tensors(t)

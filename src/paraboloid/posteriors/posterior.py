@@ -1,0 +1,227 @@
+"""A Gaussian posterior over weights: evidence, samples, and the linearised model's outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paraboloid import data as batch_data
+from paraboloid import trees
+from paraboloid.linalg.operand import check_count
+from paraboloid.linalg.probes import Seed, generator_of
+from paraboloid.posteriors import predictive, saving, tuning
+from paraboloid.posteriors import prior as priors
+from paraboloid.posteriors.evidence import effective_dimension
+from paraboloid.posteriors.fit import Fitting, curvature
+from paraboloid.posteriors.jacobian import Jacobian, pull_outputs, recorded
+from paraboloid.posteriors.likelihood import Likelihood
+from paraboloid.posteriors.moments import moments
+from paraboloid.posteriors.weights import only
+
+
+@dataclass(eq=False, repr=False)
+class Posterior:
+    """N(theta, (strength H + Lambda)^-1) over the chosen weights theta of a trained model.
+
+    H is the curvature of the summed negative log-likelihood in one of the structures, Lambda = diag(prior_precision),
+    and strength = 1 / (noise_variance * temperature).  Made by `paraboloid.laplace`; `model` must keep its weights, and
+    stay in the mode in which it was (eval() for batch norm).
+    """
+
+    model: nn.Module
+    likelihood: Likelihood
+    structure: str
+    curvature: Any
+    weights: dict[str, Tensor]  # theta, by name
+    loss: float  # summed loss at theta, at strength 1
+    constant: float  # what the negative log-likelihood has besides
+    count: int  # samples
+    elements: int  # of the targets
+    target: tuple[int, ...]  # shape of a sample's target
+    noise_variance: float = 1.0
+    temperature: float = 1.0
+    output: batch_data.Output | None = None
+    max_memory: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)  # of the fit
+    data: Any = None  # what it was fitted on, for `tune_prior`; not saved
+    _prior: Any = 1.0
+
+    @property
+    def prior_precision(self) -> Any:
+        """A float, a tensor or a dict by name, as it was given or tuned."""
+        return self._prior
+
+    @prior_precision.setter
+    def prior_precision(self, value: Any) -> None:
+        self.prior(value)
+        self._prior = value
+
+    def prior(self, value: Any = None) -> priors.Prior:
+        """`prior_precision` (or a value in its place) as a tensor for each parameter: [] or the parameter's shape."""
+        prior = priors.as_prior(self._prior if value is None else value, self.weights)
+        return priors.scalars(prior, self.structure) if self.structure in ("kron", "ekfac") else prior
+
+    def strength(self, noise_variance: Any = None) -> Any:
+        """What H is multiplied by: 1 / (noise_variance * temperature), with noise_variance 1 but for a Gaussian."""
+        noise = self.noise_variance if noise_variance is None else noise_variance
+        return self.likelihood.strength(noise) / self.temperature
+
+    # --- evidence ---------------------------------------------------------------------------------------------------
+
+    def log_likelihood(self, noise_variance: Any = None) -> Tensor:
+        """log p(data | theta) / temperature, every constant included, 0-dimensional."""
+        noise = self.noise_variance if noise_variance is None else noise_variance
+        value = -self.likelihood.strength(noise) * self.loss - self.constant
+        value = (value - self.likelihood.log_normalizer(self.elements, noise)) / self.temperature
+        first = next(iter(self.weights.values()))
+        return torch.as_tensor(value, dtype=first.dtype, device=first.device)
+
+    def log_evidence(self, prior_precision: Any = None, noise_variance: Any = None) -> Tensor:
+        """log of the Laplace approximation to p(data), every constant included, 0-dimensional:
+
+        log p(data | theta) - |theta|^2_Lambda / 2 - log det(I + Lambda^-1 strength H) / 2.
+
+        Differentiable in `prior_precision` and `noise_variance` where they are given as tensors (default: the current
+        ones).  Source: MacKay 1992; Immer et al. 2021, arXiv:2104.04975.
+        """
+        prior = self.prior(prior_precision)
+        volume = self.curvature.log_det(prior, self.strength(noise_variance))
+        return self.log_likelihood(noise_variance) - priors.square(prior, self.weights) / 2 - volume / 2
+
+    def effective_dimension(self) -> float:
+        """gamma = tr(strength H Sigma): the number of weights that the data determines rather than the prior."""
+        return effective_dimension(self.curvature, self.prior(), self.strength(), [list(self.weights)])[0].item()
+
+    def tune_prior(
+        self,
+        method: str = "adapted",
+        data: Any = None,
+        validation: Any = None,
+        *,
+        per: str = "all",
+        noise: bool = False,
+        steps: int = 100,
+        grid: Any = None,
+    ) -> Posterior:
+        """Choose `prior_precision` in place (and with `noise=True` a Gaussian's noise variance); returns self.
+
+        method  "adapted": alternate the optimum w* of the linearised model on `data` (default: what the posterior was
+                fitted on) and MacKay's update of the precisions at w*, up to `steps` times, to a stationary point of
+                the evidence of the linearised model; on a linear model the evidence's maximiser (arXiv:2206.08900)
+                "evidence": the same updates at the trained weights, which are no optimum of the linearised model: on
+                early-stopped networks they tend to make predictions worse than the network's own
+                "grid": the precision of `grid` (default: 25 from 1e-3 to 1e5) whose predictions have the lowest
+                negative log-likelihood on `validation`, a batch or an iterable of batches
+        per     one precision for "all", for each "layer" (module) or for each "parameter"
+        Raises ValueError where what a method needs is missing.
+        """
+        tuning.tune(self, method, self.data if data is None else data, validation, per, noise, steps, grid)
+        return self
+
+    # --- samples and outputs ----------------------------------------------------------------------------------------
+
+    def sample(self, samples: int, seed: Seed = 0) -> dict[str, Tensor]:
+        """Weights drawn from the posterior: name -> [samples, *shape]."""
+        check_count("samples", samples)
+        first = next(iter(self.weights.values()))
+        size = sum(w.numel() for w in self.weights.values())
+        generator = generator_of(seed, first.device)
+        noise = torch.randn(samples, size, generator=generator, dtype=first.dtype, device=first.device)
+        deviations = self.curvature.deviations(noise, self.prior(), self.strength())
+        pieces = deviations.split([w.numel() for w in self.weights.values()], 1)
+        return {k: w + d.view(-1, *w.shape) for (k, w), d in zip(self.weights.items(), pieces, strict=True)}
+
+    def functional(self, x: Any, *, joint: bool = False, diagonal: bool = False) -> tuple[Tensor, Tensor]:
+        """Mean [N, *shape] and covariance [N, K, K] of the linearised outputs f(x) + J(x) (w - theta).
+
+        K is the number of elements of a sample's output.  diagonal=True: the variances alone, of the mean's shape;
+        joint=True: the covariance over all inputs together, [N, K, N, K].  Source: Immer et al. 2021, arXiv:2008.08216.
+        """
+        self.check_weights()
+        prior, strength, names = self.prior(), self.strength(), list(self.weights)
+        if joint:
+            with recorded(self.model, names, x, self.output) as (tape, f):
+                rows = pull_outputs(tape, f).dense().flatten(0, 1)  # [N K, D]
+            covariance = self.curvature.apply(rows, prior, strength) @ rows.T
+            N, K = len(f), f[0].numel()
+            return f.detach(), covariance.view(N, K, N, K)
+
+        def covariance_of(J: Jacobian) -> Tensor:
+            return self.curvature.covariance(J, prior, strength, diagonal, self.max_memory)
+
+        dense = self.structure in ("full", "lowrank", "functional")
+        mean, covariance = moments(self.model, names, x, self.output, covariance_of, dense, self.max_memory)
+        return mean, covariance.view_as(mean) if diagonal else covariance
+
+    def functional_samples(self, x: Any, samples: int, seed: int = 0) -> Tensor:
+        """Draws of the linearised outputs, [samples, N, *shape]: the same functions for every x and call with a seed.
+
+        f(x) + J(x) d for weight deviations d from the posterior, so that values at different inputs belong together.
+        """
+        self.check_weights()
+        check_count("samples", samples)
+        drawn = self.sample(samples, seed)
+        deviations = torch.cat([(drawn[k] - w).flatten(1) for k, w in self.weights.items()], 1)
+
+        def draws_of(J: Jacobian) -> Tensor:
+            return J.dense() @ deviations.T  # [n, K, samples]
+
+        mean, found = moments(self.model, list(self.weights), x, self.output, draws_of, True, self.max_memory)
+        return mean + found.permute(2, 0, 1).reshape(samples, *mean.shape)
+
+    def check_weights(self) -> None:
+        """Raise RuntimeError if the model's weights are not those that the posterior was fitted at."""
+        current = {trees.plain_name(k): p for k, p in trees.unwrapped(self.model).named_parameters()}
+        for name, w in self.weights.items():
+            if name not in current or not torch.equal(current[name].detach(), w):
+                raise RuntimeError(f"parameter {name!r} is not what it was when the posterior was fitted; a posterior "
+                                   "belongs to one set of weights. Fit a new one.")  # fmt: skip
+
+    def predict(self, x: Any, link: str | None = None, *, samples: int = 1000, seed: int = 0) -> Any:
+        """The predictive distribution: probabilities [N, C, ...] of a classification, else a `Prediction` with `.mean`
+        and `.variance` of y, split into `.model_variance` and `.noise_variance`.
+
+        link  "probit" (default of a classification), "bridge" (categorical), "mc": the mean over `samples` draws of the
+              linearised outputs, with the same random numbers for every input; or "weights": the mean over `samples`
+              networks with weights drawn from the posterior
+        A regression's moments and a Poisson rate's are in closed form (link=None).  A loss of your own is predicted
+        by its method ``predictive(f)``, averaged over draws of f.
+        """
+        return predictive.predict(self, x, link, samples, seed)
+
+    # --- more data, and files ---------------------------------------------------------------------------------------
+
+    def update(self, more_data: Any) -> Posterior:
+        """Add the curvature and the likelihood of more data at the same weights, in place; returns self.
+
+        Two streamed halves give what one pass over both gives; low rank then keeps the largest `rank` of both, and
+        ekfac the eigenvectors of what came first.
+        """
+        self.check_weights()
+        seed = self.options["seed"] + self.count  # other sampled labels than those of the data before
+        device = next(iter(self.weights.values())).device
+        fitting = Fitting(
+            self.model, self.likelihood, self.options["fisher"], self.options["samples"],
+            torch.Generator(device).manual_seed(seed), self.output, self.max_memory,
+        )  # fmt: skip
+        with only(self.model, list(self.weights)):
+            more = curvature(self.structure, fitting, self.weights, more_data, self.options, self.curvature)
+        self.curvature = self.curvature.plus(more)
+        self.loss += fitting.loss
+        self.constant += fitting.constant
+        self.count += fitting.count
+        self.elements += fitting.elements
+        self.data = None  # no longer all of it
+        return self
+
+    def __repr__(self) -> str:
+        size = sum(w.numel() for w in self.weights.values())
+        return f"Posterior({self.structure!r} over {size} weights, {self.likelihood.kind}, {self.count} samples)"
+
+    def save(self, path: str | Path) -> None:
+        """Write everything but the model, the data and `output` to a file that `paraboloid.load_posterior` reads."""
+        saving.save(self, path)

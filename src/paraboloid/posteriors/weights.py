@@ -1,0 +1,76 @@
+"""Which weights a posterior is over: all, those of the last layer, names, a predicate, or single elements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from paraboloid import data as batch_data
+from paraboloid import trees
+from paraboloid.randomness import isolated
+from paraboloid.tape import record
+
+Weights = str | Sequence[str] | Callable[[str], bool]
+
+
+def choose(model: nn.Module, weights: Weights, data: Any, output: batch_data.Output | None = None) -> list[str]:
+    """The names of the chosen parameters, in the order of `named_parameters`.
+
+    weights: "all", "last_layer" (the module whose parameters the last recorded call uses), a list of names of
+    parameters or of modules, or a predicate of a parameter's name.  Raises ValueError where nothing fits.
+    """
+    parameters = trees.parameters(model)
+    if weights == "all":
+        return list(parameters)
+    if weights == "last_layer":
+        return _last_layer(model, parameters, data, output)
+    if isinstance(weights, str):
+        raise ValueError(f"weights is {weights!r}; expected 'all', 'last_layer', a list of names or a predicate.")
+    if callable(weights):
+        chosen = [name for name in parameters if weights(name)]
+        if not chosen:
+            raise ValueError(f"the predicate `weights` chose none of the parameters {list(parameters)}.")
+        return chosen
+    given = list(weights)
+    unknown = [w for w in given if not any(_within(name, w) for name in parameters)]
+    if unknown or not given:
+        raise ValueError(f"weights names {unknown or given}, which is no trainable parameter and no module that has "
+                         f"any; expected some of {list(parameters)}.")  # fmt: skip
+    return [name for name in parameters if any(_within(name, w) for w in given)]
+
+
+def _within(name: str, place: str) -> bool:
+    return name == place or name.startswith(f"{place}.")
+
+
+def _last_layer(model: nn.Module, parameters: Mapping[str, nn.Parameter], data: Any, output: Any) -> list[str]:
+    inputs, target = next(batch_data.batches(data))
+    with isolated(model, target.device, 0), torch.enable_grad(), record(model, verify=False) as tape:
+        f = batch_data.call(trees.unwrapped(model), inputs, output)
+    calls = tape.reached(f, tape.calls).calls if f.requires_grad else []
+    if not calls:
+        raise ValueError("no layer with trainable parameters was found between the inputs and the output; expected one "
+                         "for weights='last_layer'. Name the parameters instead.")  # fmt: skip
+    last = [call for call in tape.calls if any(call is c for c in calls)][-1]
+    names = set().union(*(tape.leaves(w) for w in last.weights))
+    path = f".{sorted(names)[0]}".split(".parametrizations.")[0]
+    module = path if path != f".{sorted(names)[0]}" else path.rpartition(".")[0]
+    return [name for name in parameters if name in names or (module and f".{name}".startswith(f"{module}."))]
+
+
+@contextmanager
+def only(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Inside, the other parameters are frozen: nothing is recorded below the first chosen layer."""
+    wanted = set(names)
+    frozen = [p for name, p in trees.parameters(model).items() if name not in wanted]
+    for p in frozen:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)
