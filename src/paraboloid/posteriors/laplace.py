@@ -35,9 +35,32 @@ def laplace(
     output: batch_data.Output | None = None,
     max_memory: int | None = None,
 ) -> Posterior:
-    """The Laplace approximation at a trained model's weights: N(theta, (H + diag(prior_precision))^-1).
+    """The Laplace approximation at a trained model's weights: N(theta, (H / noise_variance + Lambda)^-1).
 
-    H is the GGN of the *summed* negative log-likelihood of the data, whatever `reduction` says.
+    H is the GGN of the *summed* negative log-likelihood of the data, whatever `reduction` says (class weights and
+    ignored targets inside), and Lambda the diagonal of the prior's precisions.
+
+    loss_fn          CrossEntropyLoss (categorical), BCEWithLogitsLoss (Bernoulli), MSELoss (read as
+                     N(f, noise_variance I)), GaussianNLL (heteroscedastic), PoissonNLLLoss, or a `pb.Loss` of your own
+    data             a batch or an iterable of batches; the fit does not depend on how it is batched
+    structure        "kron" (KFAC's blocks, damped in their eigenbasis), "ekfac" (the exact eigenvalues along KFAC's
+                     eigenvectors), "diag", "full", "lowrank" (the `rank` largest eigenpairs), or "functional" (the
+                     exact GGN in its dual form, of all samples or of `subset` of them, scaled)
+    weights          "all", "last_layer", a list of names of parameters or modules (a subnetwork), or a predicate
+    prior_precision  a number, [D], [number of parameters] or a dict by name; one number for each parameter with "kron"
+                     and "ekfac"
+    debias           for "kron" and "ekfac": eigenvectors from one half of every batch and eigenvalues from the other,
+                     in both roles (`CrossFitted`); for posteriors fitted on few samples
+    fisher           "exact" (the loss's own Hessian), "mc" (`samples` labels drawn from the model) or "empirical"
+    temperature      divides the log-likelihood
+    output           picks the output tensor from a structured result, e.g. ``lambda o: o.logits``
+    max_memory       bytes, an upper aim for temporary memory
+
+    The model is used in the mode it is in (call eval() for batch norm and dropout) and left as it was.
+
+    Raises ValueError for arguments that do not fit, weights that are not finite, and matrices that would not fit into
+    memory (saying how large they are, and what would); TypeError for an unknown loss.
+    Sources: MacKay 1992; Ritter et al. 2018 (Kronecker); Immer et al. 2021, arXiv:2008.08216 (GGN, linearised outputs).
     """
     if structure not in fit.STRUCTURES:
         raise ValueError(f"structure is {structure!r}; expected one of {fit.STRUCTURES}.")
