@@ -143,6 +143,23 @@ def test_a_changed_order_is_an_error_where_labels_are_drawn_again():
     pb.Fisher(make_model("mlp"), CE, loader, max_memory=0) @ random(57)
 
 
+@pytest.mark.parametrize("Operator", [pb.Fisher, pb.EmpiricalFisher, pb.GGN])
+@pytest.mark.parametrize("name", ["mlp", "residual"])
+def test_a_loader_that_shuffles_anew_does_not_change_what_was_kept(name, Operator):
+    """Diagonal and root read the data again; a Fisher's labels then belong to other samples."""
+    own = torch.Generator().manual_seed(3)
+    loader = DataLoader(
+        TensorDataset(make_inputs(name, 7, 0), classes(7, 0)), batch_size=4, shuffle=True, generator=own
+    )
+    A = Operator(make_model(name), CE, loader)
+    columns, A.root.columns = A.root.columns, 0
+    expected = A.to_dense()
+    close(A.diagonal(), expected.diagonal())
+    A.root.columns = columns
+    close(A.to_dense(), expected)
+    close(A.diagonal(), expected.diagonal())
+
+
 @pytest.mark.parametrize("Operator", [pb.Fisher, pb.EmpiricalFisher])
 def test_blocks_and_a_mask(Operator):
     model, batches = make_model("partly"), two_batches()

@@ -61,9 +61,10 @@ def eigsh(
 ) -> tuple[Tensor, Tensor]:
     """The k algebraically largest eigenvalues [k], descending, and their eigenvectors [D, k], orthonormal.
 
-    Thick-restart Lanczos with full re-orthogonalisation; the dense matrix where k is a large part of D.  Every pair
-    satisfies ||A u - lambda u|| <= tol * (largest |Ritz value|); tol defaults to eps^(2/3) of the dtype.  One start
-    vector sees one copy of a repeated eigenvalue, so a second start in the complement of what was found looks for more.
+    Thick-restart Lanczos with full re-orthogonalisation (for k = 1 against two vectors up to the first restart); the
+    dense matrix where k is a large part of D.  Every pair satisfies ||A u - lambda u|| <= tol * (largest |Ritz value|),
+    so the eigenvalue is off by much less; tol defaults to eps^(2/3) of the dtype.  One start vector sees one copy of a
+    repeated eigenvalue, so for k > 1 a second start in the complement of what was found looks for more.
     More than `max_products` products (default 100 k + 1000) raise `torch.linalg.LinAlgError`.
     Source: Wu and Simon 2000, Thick-restart Lanczos method for large symmetric eigenvalue problems.
     """

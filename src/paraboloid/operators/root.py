@@ -79,7 +79,10 @@ def of_roots(replay: Replay, quantity: Quantity, most: int, take: Callable[[list
             for index, (tape, f, y) in enumerate(tapes):
                 with suppress(NoTargets):  # a batch without targets has no curvature
                     replay.loss.normalizer(f, y)
-                    graph: Any = replay.graph(f, y, replay.loss, parameters, index)
+                    if replay.order is not None and replay.kept is not None:
+                        graph: Any = replay.kept[index]  # whose labels were drawn at the first pass
+                    else:
+                        graph = replay.graph(f, y, replay.loss, parameters, index)
                     if graph.root_columns() > most:
                         return False
                     take(list(tape.of_vectors(f, graph.root(), quantity, replay.max_memory).values()))
