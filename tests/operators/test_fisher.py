@@ -139,6 +139,9 @@ def test_a_changed_order_is_an_error_where_labels_are_drawn_again():
     with pytest.raises(RuntimeError, match="batch 0 does not hold the samples of the first pass in their order"):
         A @ random(57)
     pb.Fisher(make_model("mlp"), CE, loader) @ random(57)
+    loader = DataLoader(TensorDataset(x[:5], y[:5]), batch_size=1, shuffle=True, generator=own)
+    with pytest.raises(RuntimeError, match="does not hold the samples of the first pass"):
+        pb.Fisher(make_model("mlp"), CE, loader, max_memory=0) @ random(57)
     loader = DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True)  # follows the operator's own seed
     pb.Fisher(make_model("mlp"), CE, loader, max_memory=0) @ random(57)
 
