@@ -203,7 +203,7 @@ def test_losses_that_have_none():
     model, batch = make_model("mlp"), two_batches()[0]
     with pytest.raises(ValueError, match=r"plain callable that gives .*; expected a sum or a mean over samples"):
         pb.EmpiricalFisher(model, lambda f, y: f.square().sum().sqrt(), batch)
-    with pytest.raises(NotImplementedError, match="does not say how to draw labels"):
+    with pytest.raises(NotImplementedError, match="a plain callable, which does not say how to draw labels"):
         pb.Fisher(model, lambda f, y: CE(f, y), batch)
     for wrong in (0, 1.5, True):
         with pytest.raises(ValueError, match=f"samples is {wrong!r}; expected an integer of at least 1"):

@@ -44,6 +44,12 @@ class FisherGraph(OutputGraph):
 
 def sampled(f: Tensor, y: Any, loss: Loss, parameters: list[Tensor], index: int, *, samples: int, seed: int):
     """The graph of a batch with the output gradients at drawn labels, the same for the same seed and index."""
+    if isinstance(loss, Opaque):
+        raise NotImplementedError(
+            "the loss is a plain callable, which does not say how to draw labels from the model's predictive "
+            "distribution; expected a torch loss module that paraboloid knows, or a pb.Loss with a `sample_targets` "
+            "method. pb.GGN and pb.EmpiricalFisher need no drawn labels."
+        )
     generator = torch.Generator(f.device).manual_seed((seed + (index + 1) * STRIDE) % 2**63)
     vectors = list(loss.sampled_gradients(f.detach(), y, samples, generator))
     return FisherGraph(f, y, loss, parameters, index, vectors=vectors)
