@@ -46,6 +46,7 @@ FLOORS = [
         "operators",
         "quadratic",
         "bias",
+        "measured_bias",
     },
     {"posteriors", "gp", "optim", "noise", "logging", "report", "inspection", "cli", "__main__"},
 ]

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from paraboloid import problems
 from paraboloid.bias import Bias, bias
-from paraboloid.operators import GGN, Hessian
+from paraboloid.operators import GGN, Fisher, Hessian
 from paraboloid.quadratic import quadratic
 
 CE = nn.CrossEntropyLoss()
@@ -157,28 +157,54 @@ def test_slopes_along_cg_directions_of_digits_are_overstated(digits):
 # --- what is measured --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["eigen", "cg"])
-@pytest.mark.parametrize("curvature, Operator", [("ggn", GGN), ("hessian", Hessian)])
+def chosen(q, kind):
+    if kind in ("kfac", "ekfac"):
+        return q.kron_directions(3, corrected=kind == "ekfac")
+    return q.eigen_directions(3) if kind == "eigen" else q.conjugate_directions(3, 0.1)
+
+
+@pytest.mark.parametrize("kind", ["eigen", "cg", "kfac", "ekfac"])
+@pytest.mark.parametrize("curvature, Operator", [("ggn", GGN), ("hessian", Hessian), ("fisher", Fisher)])
 def test_the_numbers_are_those_of_the_three_quadratics(kind, curvature, Operator):
     model, (x, y) = make_model("mlp"), data(20)
     found = bias(
         model, CE, (x, y), batch_size=6, k=3, repeats=2, directions=kind, curvature=curvature,
-        weight_decay=BETA, seed=4, damping=0.1,
+        weight_decay=BETA, seed=4, damping=0.1, overlap=True,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(4)
     eye = torch.eye(57, dtype=torch.float64)
     for repeat in range(2):
         order = torch.randperm(20, generator=generator)
-        sets = {"same": order[:6], "other": order[6:12], "full": order}
-        fits = {w: fit(model, x, y, i, curvature=curvature) for w, i in sets.items()}
-        C = {w: Operator(model, CE, (x[i], y[i])).to_dense() + BETA * eye for w, i in sets.items()}
-        D = fits["same"].eigen_directions(3) if kind == "eigen" else fits["same"].conjugate_directions(3, 0.1)
+        sets = {"same": order[:6], "other": order[6:12], "full": torch.arange(20)}
+        fits = {w: fit(model, x, y, i, curvature=curvature, seed=4) for w, i in sets.items()}
+        options = {"seed": 4} if curvature == "fisher" else {}
+        C = {w: Operator(model, CE, (x[i], y[i]), **options).to_dense() + BETA * eye for w, i in sets.items()}
+        D = chosen(fits["same"], kind)
+        Q, V = (torch.linalg.qr(chosen(fits[w], kind).T).Q for w in ("same", "full"))
+        torch.testing.assert_close(found.overlap[repeat], (Q.T @ V).square().sum() / 3, rtol=1e-3, atol=1e-6)
         g = {w: torch.cat([t.reshape(-1) for t in q.gradient.values()]) for w, q in fits.items()}
         D = torch.where(D @ g["same"] > 0, -1.0, 1.0).unsqueeze(1) * D
         for which in sets:
             curvatures = torch.stack([d @ C[which] @ d for d in D])
             torch.testing.assert_close(found.curvature[which][repeat], curvatures, rtol=1e-5, atol=1e-8)
             torch.testing.assert_close(found.slope[which][repeat], D @ g[which], rtol=1e-3, atol=1e-6)
+
+
+def test_a_subset_stands_for_all_data_with_its_standard_error():
+    """Over seeds, the subset's curvature is off by as much as it says; all samples have no error and no difference."""
+    model, options = make_model("mlp"), {"batch_size": 10, "k": 2, "repeats": 1}
+    z = []
+    for seed in range(40):
+        part, whole = (bias(model, CE, data(120), seed=seed, full_samples=n, **options) for n in (48, None))
+        assert torch.equal(part.curvature["same"], whole.curvature["same"])
+        for of in ("curvature", "slope"):
+            z.append((getattr(part, of)["full"] - getattr(whole, of)["full"]) / part.full_error[of])
+    z = torch.stack(z)
+    assert z.square().mean().sqrt().item() == pytest.approx(1.1, abs=0.25)  # Student's t with 15 degrees: 1.07
+    assert part.full_samples == part.to_json()["full_samples"] == 48
+    every = bias(model, CE, data(120), seed=39, full_samples=120, **options)
+    torch.testing.assert_close(every.curvature["full"], whole.curvature["full"])
+    assert every.full_error["curvature"].abs().max() == 0
 
 
 def test_datasets_of_every_kind_give_the_same_numbers():
@@ -282,6 +308,9 @@ def test_the_table_and_the_record():
     record = found.to_json()
     text = json.dumps(record, allow_nan=False)  # slopes over zero are null
     assert json.loads(text)["ratio"]["slope"]["same"]["value"] == [None, None]
+    assert found.step("same").tolist() == [[0.5, 0.5]] * 3
+    assert record["step"]["same"] == [[0.5, 0.5]] * 3
+    assert (record["overlap"], record["full_error"], record["full_samples"]) == (None, None, 100)
     assert record["curvature"]["full"] == [[2.0, 1.0], [4.0, 2.0], [6.0, 3.0]]
     assert {record[key] for key in ("batch_size", "samples", "k", "repeats")} == {8, 100, 2, 3}
 
@@ -310,8 +339,9 @@ def test_the_figure_is_drawn_without_pyplot():
         ({"batch_size": 0}, "batch_size is 0; expected an integer of at least 1"),
         ({"repeats": 0}, "repeats is 0; expected an integer of at least 1"),
         ({"k": 58}, r"k is 58; expected an integer in 1\.\.57"),
-        ({"directions": "kron"}, r"directions is 'kron'; expected one of \['eigen', 'cg'\]"),
-        ({"curvature": "fisher"}, r"curvature is 'fisher'; expected one of \['ggn', 'hessian'\]"),
+        ({"directions": "kron"}, r"directions is 'kron'; expected one of \['eigen', 'cg', 'kfac', 'ekfac'\]"),
+        ({"curvature": "kfac"}, r"curvature is 'kfac'; expected one of \['ggn', 'hessian', 'fisher'\]"),
+        ({"full_samples": 21}, r"full_samples is 21; expected an integer in 16\.\.20, the number of samples"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0; expected a number of at least 0"),
     ],
 )
@@ -323,7 +353,7 @@ def test_bad_arguments(options, message):
 def test_bad_questions():
     with pytest.raises(ValueError, match=r"which is 'all'; expected one of \('same', 'other', 'full'\)"):
         result().ratio("all")
-    with pytest.raises(ValueError, match="of is 'length'; expected 'curvature' or 'slope'"):
+    with pytest.raises(ValueError, match=r"of is 'length'; expected one of \('curvature', 'slope', 'step'\)"):
         result().ratio("same", "length")
     with pytest.raises(ValueError, match=r"k is 3; expected an integer in 1\.\.2"):
         result().total_ratio("same", 3)

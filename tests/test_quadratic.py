@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from paraboloid import linalg
-from paraboloid.operators import GGN, Hessian, Identity
+from paraboloid.operators import EKFAC, GGN, KFAC, Hessian, Identity
 from paraboloid.quadratic import quadratic
 
 CE = nn.CrossEntropyLoss()
@@ -219,7 +219,7 @@ def test_numbers_of_directions(k):
 def test_bad_arguments():
     model, data = make_model("mlp"), batch(4, 0)
     with pytest.raises(
-        ValueError, match=r"curvature is 'newton'; expected one of \['ggn', 'hessian', 'fisher'\] or a linear"
+        ValueError, match=r"curvature is 'newton'; expected one of \['ggn', 'hessian', 'fisher', 'kfac', 'ekfac'\] or a"
     ):
         quadratic(model, CE, data, curvature="newton")
     with pytest.raises(ValueError, match="weight_decay is -1; expected a number of at least 0"):
@@ -250,3 +250,45 @@ def test_graphs_are_shared_by_gradient_and_curvature():
     q.along(q.eigen_directions(2))
     assert reads == [1]
     assert isinstance(q.curvature, GGN)
+
+
+# --- Kronecker directions ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("curvature", ["ggn", "hessian", "fisher", "kfac", "ekfac"])
+def test_kron_directions_are_rank_one_within_a_parameter_and_ordered(curvature, corrected):
+    model, data = make_model("mlp"), batch(7, 3)
+    q = quadratic(model, CE, data, curvature=curvature, weight_decay=BETA)
+    rows = q.kron_directions(57, corrected)
+    torch.testing.assert_close(rows @ rows.T, torch.eye(57, dtype=torch.float64), rtol=0, atol=1e-12)
+    fisher = "exact" if curvature in ("ggn", "hessian") else "mc"
+    expected = (EKFAC if corrected else KFAC)(model, CE, data, fisher=fisher).to_dense()
+    values = torch.stack([d @ expected @ d for d in rows])
+    torch.testing.assert_close(values, torch.linalg.eigvalsh(expected).flip(0), rtol=1e-9, atol=1e-12)
+    sizes = [p.numel() for p in model.parameters()]
+    for d in rows:
+        parts = [(part, p) for part, p in zip(d.split(sizes), model.parameters(), strict=True) if part.norm() > 1e-9]
+        assert len(parts) == 1
+        part, p = parts[0]
+        if p.dim() == 2:
+            assert torch.linalg.svdvals(part.view(p.shape))[1:].max() < 1e-9
+
+
+@pytest.mark.parametrize("name, Operator", [("kfac", KFAC), ("ekfac", EKFAC)])
+def test_structured_curvatures_are_those_operators_with_weight_decay(name, Operator):
+    model, data = make_model("mlp"), batch(7, 3)
+    q = quadratic(model, CE, data, curvature=name, weight_decay=BETA, seed=5)
+    C = Operator(model, CE, data, seed=5).to_dense() + BETA * torch.eye(57, dtype=torch.float64)
+    torch.testing.assert_close(q.curvature.to_dense(), C, rtol=1e-10, atol=1e-14)
+    curvatures = q.along(random(4, 57))[1]
+    torch.testing.assert_close(curvatures, torch.stack([d @ C @ d for d in random(4, 57)]), rtol=1e-10, atol=1e-12)
+    given = quadratic(model, CE, data, curvature=Operator(model, CE, data))
+    assert given.kron_directions(3).shape == (3, 57)
+
+
+def test_an_operator_without_factors_has_no_kron_directions():
+    model, data = make_model("mlp"), batch(7, 3)
+    q = quadratic(model, CE, data, curvature=GGN(model, CE, data))
+    with pytest.raises(ValueError, match="the curvature is a GGN given as an operator, which has no Kronecker factors"):
+        q.kron_directions(2)

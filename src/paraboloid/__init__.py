@@ -1,9 +1,10 @@
 """Local quadratic models of deep-learning losses from mini-batches: statistics, curvature, debiasing."""
 
 from paraboloid import linalg, logging, losses, noise, operators, posteriors, quantities
-from paraboloid.bias import Bias, bias
+from paraboloid.bias import bias
 from paraboloid.kron import Kron
 from paraboloid.losses import Loss
+from paraboloid.measured_bias import Bias
 from paraboloid.operators import EKFAC, GGN, KFAC, KFLR, PCH, DiagonalGGN, EmpiricalFisher, Fisher, Hessian, LowRank
 from paraboloid.posteriors import Posterior, laplace, load_posterior
 from paraboloid.problems import Problem

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,12 +14,14 @@ from paraboloid.data import Output
 from paraboloid.linalg.krylov import orthogonalise, random_unit
 from paraboloid.linalg.operand import check_count
 from paraboloid.linalg.probes import Seed, generator_of
-from paraboloid.operators import GGN, Fisher, Hessian, Identity, LinearOperator
+from paraboloid.operators import EKFAC, GGN, KFAC, Diagonalised, Fisher, Hessian, Identity, LinearOperator
+from paraboloid.operators.kronecker import KroneckerFactored
 from paraboloid.operators.output_graph import OutputGraph
 from paraboloid.operators.replay import Replay
 from paraboloid.operators.vectors import join
 
 CURVATURES: dict[str, type[GGN | Hessian | Fisher]] = {"ggn": GGN, "hessian": Hessian, "fisher": Fisher}
+KRONECKER: dict[str, Callable[..., KroneckerFactored | Diagonalised]] = {"kfac": KFAC, "ekfac": EKFAC}
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,11 +31,13 @@ class Quadratic:
     value      the loss as reduced + weight_decay / 2 ||theta||^2, a 0-dimensional tensor
     gradient   by parameter name
     curvature  C, a linear operator [D, D]
+    kronecker  makes the batch's KFAC, or with True its EKFAC, for `kron_directions`; None where there is none
     """
 
     value: Tensor
     gradient: dict[str, Tensor]
     curvature: LinearOperator
+    kronecker: Callable[[bool], KroneckerFactored | Diagonalised] | None = field(default=None, repr=False)
 
     def __call__(self, step: Tensor | Mapping[str, Tensor]) -> Tensor:
         """q(step), for a flat [D] or a dict: 0-dimensional."""
@@ -57,6 +61,21 @@ class Quadratic:
     def eigen_directions(self, k: int, tol: float | None = None, seed: Seed = 0) -> Tensor:
         """The top k eigenvectors of C, algebraically largest first: orthonormal rows [k, D]."""
         return self.curvature.eigsh(k, tol=tol, seed=seed)[1].T.contiguous()
+
+    def kron_directions(self, k: int, corrected: bool = False) -> Tensor:
+        """The top k eigenvectors u_l (x) u_r of the batch's Kronecker factors: orthonormal rows [k, D].
+
+        Each lies within one parameter.  They are ordered by eigenvalue, largest first: that of KFAC or, `corrected`,
+        that of EKFAC, which is the mean square along the vector.  The factors are exact (`pb.KFLR`), but those of a
+        "fisher", "kfac" or "ekfac" come from labels drawn by its seed.
+
+        Raises ValueError for a quadratic whose curvature was given as an operator without Kronecker factors.
+        """
+        if self.kronecker is None:
+            raise ValueError(f"the curvature is a {type(self.curvature).__name__} given as an operator, which has no "
+                             "Kronecker factors; expected a quadratic made with curvature='ggn', 'hessian', 'fisher', "
+                             "'kfac' or 'ekfac', or with a pb.KFAC.")  # fmt: skip
+        return self.kronecker(corrected).eigsh(k)[1].T.contiguous()
 
     def conjugate_directions(self, k: int, damping: float = 0.0, seed: Seed = 0) -> Tensor:
         """The first k search directions of conjugate gradients on (C + damping I) p = -g from 0, normalised: [k, D].
@@ -122,8 +141,8 @@ def quadratic(
 ) -> Quadratic:
     """The quadratic model of the loss on a batch (or on an iterable of batches, which counts as one).
 
-    curvature     "ggn", "hessian", "fisher" (one label drawn for each sample, by `seed`), or an operator of
-                  `paraboloid.operators`, taken as the curvature of the loss
+    curvature     "ggn", "hessian", "fisher" (one label drawn for each sample, by `seed`), "kfac", "ekfac" (likewise),
+                  or an operator of `paraboloid.operators`, taken as the curvature of the loss
     weight_decay  beta of beta / 2 ||theta||^2, over every trainable parameter
 
     The other arguments are those of the operators.
@@ -131,8 +150,15 @@ def quadratic(
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay is {weight_decay}; expected a number of at least 0.")
     options = {"output": output, "seed": seed, "max_memory": max_memory}
-    if isinstance(curvature, LinearOperator):
-        operator: LinearOperator = curvature
+    fisher = "exact" if curvature in ("ggn", "hessian") else "mc"
+    kronecker = lambda corrected: (EKFAC if corrected else KFAC)(model, loss_fn, batch, fisher=fisher, **options)  # noqa: E731
+    if isinstance(curvature, LinearOperator) or curvature in KRONECKER:
+        if isinstance(curvature, LinearOperator):
+            operator = curvature
+            structured = operator if isinstance(operator, KroneckerFactored | Diagonalised) else None
+            kronecker = None if structured is None else lambda corrected: structured
+        else:
+            operator = KRONECKER[curvature](model, loss_fn, batch, **options)
         replay = Replay(model, loss_fn, batch, OutputGraph, **{**options, "max_memory": 0})
         expected = {k: tuple(p.shape) for k, p in replay.parameters.items()}
         found = {k: tuple(p.shape) for k, p in operator.parameters.items()}
@@ -142,7 +168,8 @@ def quadratic(
         operator = fitted = CURVATURES[curvature](model, loss_fn, batch, **options)
         replay = fitted.replay
     else:
-        raise ValueError(f"curvature is {curvature!r}; expected one of {list(CURVATURES)} or a linear operator.")
+        raise ValueError(f"curvature is {curvature!r}; expected one of {[*CURVATURES, *KRONECKER]} or a linear "
+                         "operator.")  # fmt: skip
     values = list(replay.parameters.values())
     with torch.no_grad():
         value = torch.tensor(replay.value, dtype=operator.dtype, device=operator.device)
@@ -151,6 +178,5 @@ def quadratic(
             name: g + weight_decay * p if weight_decay else g
             for (name, p), g in zip(replay.parameters.items(), replay.gradient(), strict=True)
         }
-    return Quadratic(
-        value, gradient, operator + weight_decay * Identity(operator.parameters) if weight_decay else operator
-    )
+    decayed = operator + weight_decay * Identity(operator.parameters) if weight_decay else operator
+    return Quadratic(value, gradient, decayed, kronecker)

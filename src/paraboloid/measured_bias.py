@@ -1,0 +1,185 @@
+"""Slopes and curvatures on the batch that chose the directions, on another and on all data: ratios, table, figure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from paraboloid.linalg.operand import check_count
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WHICH = ("same", "other", "full")
+OF = ("curvature", "slope", "step")
+LABELS = {
+    "eigen": "direction (top first)", "cg": "direction (CG iteration)",
+    "kfac": "direction (KFAC's eigenvalues, top first)", "ekfac": "direction (EKFAC's eigenvalues, top first)",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Bias:
+    """Slopes and curvatures along directions from a batch, on that batch ("same"), another one, and all data.
+
+    `curvature[which]` and `slope[which]` are [repeats, k] in float64.  Every direction is turned downhill on its own
+    batch, so that slopes can be added over repeats.
+
+    full_samples  of how many samples "full" is the mean; `samples` unless a subset stood for all data
+    full_error    then the standard error of "full" that comes from the subset: {"curvature", "slope"}, [repeats, k]
+    overlap       [repeats] tr(U^T V V^T U) / k of the batch's directions U and those of all data V, where measured: 1
+                  for equal spaces, k / D on average for a random one
+    """
+
+    curvature: dict[str, Tensor]
+    slope: dict[str, Tensor]
+    batch_size: int
+    samples: int
+    directions: str
+    curvature_kind: str
+    weight_decay: float
+    seed: int
+    full_samples: int | None = None
+    full_error: dict[str, Tensor] | None = None
+    overlap: Tensor | None = None
+
+    @property
+    def repeats(self) -> int:
+        return len(self.curvature["full"])
+
+    @property
+    def k(self) -> int:
+        return self.curvature["full"].shape[1]
+
+    def step(self, which: str) -> Tensor:
+        """Lengths of the Newton steps, -slope / curvature along each direction: [repeats, k]; NaN for 0 / 0."""
+        self._check(which)
+        return -self.slope[which] / self.curvature[which]
+
+    def ratio(self, which: str, of: str = "curvature") -> Tensor:
+        """Sum over repeats divided by the same sum for "full", for each direction: [k].
+
+        of  "curvature", "slope" or "step", the length of the Newton step
+        """
+        part, full = self._pair(which, of)
+        return part.sum(0) / full.sum(0)
+
+    def standard_error(self, which: str, of: str = "curvature") -> Tensor:
+        """Standard error of `ratio` over the repeats, [k]; NaN for a single repeat."""
+        return _ratio_error(*self._pair(which, of))
+
+    def total_ratio(self, which: str, k: int | None = None, of: str = "curvature") -> float:
+        """Sum over repeats and the first k directions (default: all), divided by the same sum for "full"."""
+        part, full = (values[:, : self._first(k)].sum() for values in self._pair(which, of))
+        return (part / full).item()
+
+    def total_standard_error(self, which: str, k: int | None = None, of: str = "curvature") -> float:
+        """Standard error of `total_ratio` over the repeats; NaN for a single repeat."""
+        part, full = (values[:, : self._first(k)].sum(1, keepdim=True) for values in self._pair(which, of))
+        return _ratio_error(part, full).item()
+
+    def table(self) -> str:
+        """Ratios to the full data with their standard errors, a row for each direction, as Markdown."""
+        kinds = [(which, of) for of in ("curvature", "slope") for which in ("same", "other")]
+        names = " | ".join(f"{of} {which}/full" for which, of in kinds)
+        lines = [f"| direction | {names} |", "|---|" + "---|" * len(kinds)]
+        columns = [(self.ratio(which, of), self.standard_error(which, of)) for which, of in kinds]
+        for i in range(self.k):
+            cells = " | ".join(f"{ratio[i]:.3f} ± {error[i]:.3f}" for ratio, error in columns)
+            lines.append(f"| {i + 1} | {cells} |")
+        totals = " | ".join(
+            f"{self.total_ratio(which, of=of):.3f} ± {self.total_standard_error(which, of=of):.3f}"
+            for which, of in kinds
+        )
+        return "\n".join([*lines, f"| all | {totals} |"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain data for strict JSON: undefined numbers are None."""
+        return {
+            "batch_size": self.batch_size,
+            "samples": self.samples,
+            "k": self.k,
+            "repeats": self.repeats,
+            "directions": self.directions,
+            "curvature_kind": self.curvature_kind,
+            "weight_decay": self.weight_decay,
+            "seed": self.seed,
+            "full_samples": self.samples if self.full_samples is None else self.full_samples,
+            "full_error": None if self.full_error is None else {k: _plain(v) for k, v in self.full_error.items()},
+            "overlap": None if self.overlap is None else _plain(self.overlap),
+            "step": {which: _plain(self.step(which)) for which in WHICH},
+            "curvature": {which: _plain(self.curvature[which]) for which in WHICH},
+            "slope": {which: _plain(self.slope[which]) for which in WHICH},
+            "ratio": {
+                of: {
+                    which: {
+                        "value": _plain(self.ratio(which, of)),
+                        "standard_error": _plain(self.standard_error(which, of)),
+                    }
+                    for which in ("same", "other")
+                }
+                for of in OF
+            },
+        }
+
+    def plot(self) -> Figure:
+        """A figure: curvature and slope along each direction, mean over repeats with its standard error."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        labels = {"same": "the same batch", "other": "another batch", "full": "all data"}
+        styles = {"same": ("C3", "o"), "other": ("C0", "s"), "full": ("0.35", "D")}
+        index = range(1, self.k + 1)
+        for axes, (name, values) in zip(
+            figure.subplots(1, 2), {"curvature": self.curvature, "slope": self.slope}.items(), strict=True
+        ):
+            for shift, which in zip((-0.1, 0.1, 0.0), WHICH, strict=True):
+                mean = values[which].mean(0)
+                error = values[which].std(0) / self.repeats**0.5 if self.repeats > 1 else torch.zeros_like(mean)
+                color, marker = styles[which]
+                axes.errorbar(
+                    [i + shift for i in index], mean.tolist(), error.tolist(),
+                    color=color, marker=marker, markersize=4, linewidth=1, label=labels[which],
+                )  # fmt: skip
+            axes.set_xlabel(LABELS[self.directions])
+            axes.set_ylabel(f"directional {name}")
+            axes.set_xticks(list(index) if self.k <= 12 else [1, *range(5, self.k + 1, 5)])
+        axes.legend(frameon=False)
+        figure.suptitle(f"Directions from batches of {self.batch_size}, measured on")
+        return figure
+
+    def _pair(self, which: str, of: str) -> tuple[Tensor, Tensor]:
+        self._check(which)
+        if of not in OF:
+            raise ValueError(f"of is {of!r}; expected one of {OF}.")
+        if of == "step":
+            return self.step(which), self.step("full")
+        values = self.curvature if of == "curvature" else self.slope
+        return values[which], values["full"]
+
+    def _check(self, which: str) -> None:
+        if which not in WHICH:
+            raise ValueError(f"which is {which!r}; expected one of {WHICH}.")
+
+    def _first(self, k: int | None) -> int:
+        return self.k if k is None else check_count("k", k, most=self.k)
+
+
+def _ratio_error(part: Tensor, full: Tensor) -> Tensor:
+    """Standard error of sum(part) / sum(full) over axis 0, by linearisation."""
+    n = len(part)
+    ratio = part.sum(0) / full.sum(0)
+    if n < 2:
+        return torch.full_like(ratio, math.nan)
+    return (part - ratio * full).square().sum(0).mul(n / (n - 1)).sqrt() / full.sum(0).abs()
+
+
+def _plain(values: Tensor) -> Any:
+    """Nested lists, with None for what is not finite."""
+    if values.dim() > 0:
+        return [_plain(v) for v in values]
+    return values.item() if math.isfinite(values.item()) else None
