@@ -332,3 +332,18 @@ def test_the_record_is_strict_json(here):
 
     record = json.loads((here / "out" / "report.json").read_text(encoding="utf-8"), parse_constant=refuse)
     assert list(record) == ["problem", "training", "noise", "curvature", "bias"]
+
+
+def test_the_noise_alone(here):
+    result = run("noise", "nets:good", "--out", "out", "--quick", "--draws", "2")
+    assert result.exit_code == 0
+    assert "times as much noise as signal" in result.stdout
+    record = json.loads((here / "out" / "report.json").read_text(encoding="utf-8"))
+    assert list(record) == ["problem", "training", "noise"]
+    assert record["problem"]["command"].startswith("paraboloid noise nets:good")
+    assert "<h1>" in (here / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_errors_of_noise_are_one_line(here):
+    result = run("noise", "nets:nothing", "--out", "out")
+    assert result.exit_code == 1 and result.stderr.strip().count("\n") == 0

@@ -1,4 +1,4 @@
-"""The command line: `paraboloid inspect`, `paraboloid problems`."""
+"""The command line: `paraboloid inspect`, `paraboloid noise`, `paraboloid problems`."""
 
 from __future__ import annotations
 
@@ -117,6 +117,47 @@ def inspect(
     if not quiet:
         click.echo()
         for sentence in record["bias"]["reading"]:
+            click.echo(sentence)
+        for note in record["problem"]["notes"]:
+            click.echo(f"Note: {note}", err=True)
+        click.echo()
+    click.echo(str((out / "report.html").resolve()))
+
+
+@main.command()
+@click.argument("problem", default="digits-cnn")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("report"), show_default=True,
+              help="Directory of the report; made if missing, an older report in it is replaced.")  # fmt: skip
+@click.option("--quick", is_flag=True, help="Train and measure less.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of every random choice.")
+@click.option("--samples", type=click.IntRange(min=2), help="Training samples to measure on, at most.")
+@click.option("--draws", type=click.IntRange(min=2), help="Of each estimator at each checkpoint  [default: 20, or 10].")
+@click.option("--quiet", is_flag=True, help="No progress bars, and only the path of the report at the end.")
+@click.option("--debug", is_flag=True, envvar=DEBUG, help=f"Show the traceback of an error (or set {DEBUG}=1).")
+def noise(
+    problem: str, out: Path, quick: bool, seed: int, samples: int | None, draws: int | None, quiet: bool, debug: bool
+) -> None:
+    """Train PROBLEM and measure its gradient noise alone.
+
+    Noise against signal by layer, estimators of the gradient by their variance, and gradient clusters with their most
+    and least typical samples, in report.html and report.json.
+    """
+    with _one_line_errors(debug):
+        from paraboloid import inspection, problems, report
+
+        report.check_writable(out)
+        changes: dict[str, Any] = {} if draws is None else {"draws": draws}
+        if samples is not None:
+            changes |= {"samples": samples, "budget": None}
+        plan = inspection.Plan.quick(**changes) if quick else inspection.Plan(**changes)
+        loaded = problems.load(problem, seed=seed, short=quick)
+        _choose_threads(loaded.model)
+        with _bars(quiet) as progress:
+            record = inspection.inspect(loaded, plan, seed=seed, progress=progress, stages=inspection.NOISE_ONLY)
+        report.write({"report.json": report.to_json(record), "report.html": report.render(record)}, out)
+    if not quiet:
+        click.echo()
+        for sentence in record["noise"]["reading"]:
             click.echo(sentence)
         for note in record["problem"]["notes"]:
             click.echo(f"Note: {note}", err=True)

@@ -28,7 +28,7 @@ def test_scores():
     torch.testing.assert_close(noise.suspicion(clusters, (x, y), "loss"), losses)
     torch.testing.assert_close(sample_losses(model, CE, (x, y), batch_size=7), losses)
     torch.testing.assert_close(noise.suspicion(clusters, score="norm"), gradients(model, x, y).square().sum(1))
-    assert torch.equal(noise.suspicion(clusters), clusters.distances)
+    assert torch.equal(noise.suspicion(clusters, score="distance"), clusters.distances)
     assert noise.precision_at(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([True, False, False]), 2) == 0.5
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,12 +15,14 @@ from torch import nn
 import paraboloid
 from paraboloid import problems, trees
 from paraboloid.inspection.bias import bias
+from paraboloid.inspection.clusters import PASSES, clustered, estimators_over
 from paraboloid.inspection.curvature import curvature, products
 from paraboloid.inspection.matrices import NAMES
 from paraboloid.inspection.noise import gradient_noise
 from paraboloid.inspection.plan import PROBE, Plan, batch_sizes, fitted
 from paraboloid.inspection.subject import Layer, Subject, subject
 from paraboloid.losses import Loss
+from paraboloid.noise import Snapshots
 from paraboloid.problems import Problem
 from paraboloid.report import Record, reading
 from paraboloid.statistics import statistics
@@ -28,12 +30,17 @@ from paraboloid.statistics import statistics
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
 STAGES = ("training", "noise", "curvature", "bias")
+NOISE_ONLY = ("training", "noise")
 
 
-def inspect(problem: Problem, plan: Plan | None = None, *, seed: int = 0, progress: Progress | None = None) -> Record:
+def inspect(
+    problem: Problem, plan: Plan | None = None, *, seed: int = 0, progress: Progress | None = None,
+    stages: Sequence[str] = STAGES,
+) -> Record:  # fmt: skip
     """Train the problem's model in place and measure it; returns the record that `paraboloid.report` draws.
 
-    The record is plain data with the keys problem, training, noise, curvature and bias; undefined numbers are None. The
+    The record is plain data with the keys problem, training, noise, curvature and bias; undefined numbers are None.
+    With ``stages=NOISE_ONLY`` the last two are left out, and estimators of the gradient are compared as well. The
     same problem, plan and seed give the same record on the same machine, except for the seconds. What does not fit (no
     data, targets out of range, a layer that couples the samples) raises ValueError before the training where it can be
     known, a loss that is not finite FloatingPointError.
@@ -52,25 +59,39 @@ def inspect(problem: Problem, plan: Plan | None = None, *, seed: int = 0, progre
         with _timed(seconds, "training"):
             curve, states = _train(problem, plan, steps, seed, report)
         measured = subject(problem, plan.samples, seed)
+        only_noise = tuple(stages) == NOISE_ONLY
+        batch_size = min(problem.training.batch_size, measured.size)
         with _timed(seconds, "noise"):
-            checkpoints = _noise(measured, curve, states, report)
-        with _timed(seconds, "curvature"):
-            density = plan.density_samples, plan.density_steps
-            tick = _ticker(report, "curvature", products(measured, *density, plan.curvature))
-            curved = curvature(measured, plan.directions, *density, seed, tick, plan.curvature)
-        with _timed(seconds, "bias"):
-            tick = _ticker(report, "bias", len(sizes) * plan.repeats)
-            biased = bias(measured, sizes, plan.directions, plan.repeats, seed, tick)
+            compare = _estimators(measured, batch_size, plan, seed) if only_noise else None
+            checkpoints, clusters = _noise(measured, curve, states, report, seed, compare)
+        noise = {"batch_size": batch_size, "checkpoints": checkpoints, "clusters": clusters}
+        measurements = (
+            {} if only_noise else _curvature_and_bias(measured, plan, (sizes, dropped), seed, seconds, report)
+        )
     record = {
-        "problem": _describe(measured, asked, seed, seconds, notes),
+        "problem": _describe(measured, asked, seed, seconds, notes, "noise" if only_noise else "inspect"),
         "training": {**_settings(problem, curve), "curve": curve},
-        "noise": {"batch_size": min(problem.training.batch_size, measured.size), "checkpoints": checkpoints},
-        "curvature": curved,
-        "bias": {**biased, "dropped": dropped},
+        "noise": noise,
+        **measurements,
     }
-    for name in STAGES:
+    for name in stages:
         record[name]["reading"] = getattr(reading, name)(record[name])
     return record
+
+
+def _curvature_and_bias(
+    measured: Subject, plan: Plan, batches: tuple[list[int], list[int]], seed: int, seconds: dict[str, float],
+    report: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    sizes, dropped = batches
+    with _timed(seconds, "curvature"):
+        density = plan.density_samples, plan.density_steps
+        tick = _ticker(report, "curvature", products(measured, *density, plan.curvature))
+        curved = curvature(measured, plan.directions, *density, seed, tick, plan.curvature)
+    with _timed(seconds, "bias"):
+        tick = _ticker(report, "bias", len(sizes) * plan.repeats)
+        biased = bias(measured, sizes, plan.directions, plan.repeats, seed, tick)
+    return {"curvature": curved, "bias": {**biased, "dropped": dropped}}
 
 
 def checkpoint_steps(evaluated: list[int], count: int) -> set[int]:
@@ -100,18 +121,28 @@ def _train(
     return curve, states
 
 
+def _estimators(measured: Subject, batch_size: int, plan: Plan, seed: int) -> Snapshots | None:
+    """What compares the estimators; None where the data does not hold two batches."""
+    if 2 * batch_size > measured.size:
+        return None
+    return estimators_over(measured, batch_size, plan.draws, seed)
+
+
 def _noise(
-    measured: Subject, curve: list[dict[str, Any]], states: dict[int, Any], progress: Progress
-) -> list[dict[str, Any]]:
-    """Gradient noise at each checkpoint; the model is left in the last one's state, that of the end of training."""
-    tick = _ticker(progress, "noise", len(states) * len(measured.batches))
+    measured: Subject, curve: list[dict[str, Any]], states: dict[int, Any], progress: Progress, seed: int,
+    compare: Snapshots | None,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # fmt: skip
+    """Gradient noise at each checkpoint, and the last one's clusters; the model is left in that state."""
+    tick = _ticker(progress, "noise", len(states) * len(measured.batches) + PASSES + 1)
     epochs = {point["step"]: point["epoch"] for point in curve}
     found = []
     for step, state in states.items():
         measured.model.load_state_dict(state)
         noise = gradient_noise(measured, measured.problem.training.batch_size, tick)
+        if compare is not None:
+            noise["estimators"] = compare().to_json()["estimators"]
         found.append({"step": step, "epoch": epochs[step], **noise})
-    return found
+    return found, clustered(measured, seed, tick)
 
 
 def _try_out(problem: Problem) -> None:
@@ -142,7 +173,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _describe(measured: Subject, plan: Plan, seed: int, seconds: dict[str, float], notes: list[str]) -> dict[str, Any]:
+def _describe(
+    measured: Subject, plan: Plan, seed: int, seconds: dict[str, float], notes: list[str], verb: str
+) -> dict[str, Any]:
     problem = measured.problem
     parameters = list(measured.parameters.values())
     return {
@@ -161,7 +194,7 @@ def _describe(measured: Subject, plan: Plan, seed: int, seconds: dict[str, float
         "threads": torch.get_num_threads(),
         "seed": seed,
         "quick": plan.is_quick,
-        "command": _command(problem, plan, seed),
+        "command": _command(problem, plan, seed, verb),
         "versions": {
             "paraboloid": paraboloid.__version__,
             "torch": torch.__version__,
@@ -190,14 +223,16 @@ def _settings(problem: Problem, curve: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _command(problem: Problem, plan: Plan, seed: int) -> str:
+def _command(problem: Problem, plan: Plan, seed: int, verb: str) -> str:
     """The command line that gives this record again."""
     usual = Plan.quick() if plan.is_quick else Plan()
-    parts = ["paraboloid", "inspect", problem.name, "--seed", str(seed)]
+    parts = ["paraboloid", verb, problem.name, "--seed", str(seed)]
     if plan.is_quick:
         parts.append("--quick")
     if plan.curvature != usual.curvature:
         parts += ["--curvature", plan.curvature]
+    if plan.draws != usual.draws:
+        parts += ["--draws", str(plan.draws)]
     if plan.batch_sizes != usual.batch_sizes:
         parts += ["--batch-sizes", ",".join(map(str, plan.batch_sizes))]
     if plan.samples != usual.samples:

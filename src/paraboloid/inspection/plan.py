@@ -37,6 +37,7 @@ class Plan:
     budget: float | None = 6e12  # for the measurements; fewer samples and repeats are taken where it would be exceeded
     training_budget: float | None = None  # the training is cut short where it would be exceeded
     curvature: str = "ggn"  # or "hessian", "kfac", "ekfac": the matrix of the curvature section
+    draws: int = 20  # of each estimator of the gradient at each checkpoint, where they are compared
     is_quick: bool = False
 
     @classmethod
@@ -50,6 +51,7 @@ class Plan:
             "density_steps": 40,
             "batch_sizes": (32, 256),
             "repeats": 5,
+            "draws": 10,
             "samples": 1024,
             "budget": 3e11,
             "training_budget": 2e11,

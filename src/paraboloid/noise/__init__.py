@@ -13,7 +13,7 @@ from paraboloid.noise.estimators import GC, SGB, SVRG, Estimator, Sampled, Strat
 from paraboloid.noise.expectation import Strata, strata
 from paraboloid.noise.gradients import Gradients
 from paraboloid.noise.measures import Measures, Noise, measures
-from paraboloid.noise.monitor import Monitor, Reclustering
+from paraboloid.noise.monitor import Monitor, Reclustering, Snapshots
 from paraboloid.noise.sampler import StratifiedBatchSampler
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "NoiseMeasure",
     "Reclustering",
     "Sampled",
+    "Snapshots",
     "Strata",
     "Stratified",
     "StratifiedBatchSampler",

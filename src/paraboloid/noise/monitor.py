@@ -14,7 +14,7 @@ from paraboloid.data import Output
 from paraboloid.linalg.operand import check_count
 from paraboloid.noise.clustering import GradientClustering
 from paraboloid.noise.compare import ESTIMATORS, Comparison, measure, refresh
-from paraboloid.noise.estimators import resolve
+from paraboloid.noise.estimators import SVRG, resolve
 from paraboloid.noise.gradients import Gradients
 from paraboloid.noise.sampler import StratifiedBatchSampler
 
@@ -74,6 +74,39 @@ class Monitor:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+class Snapshots:
+    """Compare the estimators at one snapshot of the parameters after the other: call it at each of them.
+
+    SVRG's reference is the snapshot before (at the first one, it itself); clusters are fitted at each.  Arguments as in
+    `compare`.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss_fn: Any, dataset: Any, batch_size: int = 10, estimators: Any = ESTIMATORS,
+        draws: int = 10, seed: int = 0, *, output: Output | None = None,
+    ):  # fmt: skip
+        for name, value in (("batch_size", batch_size), ("draws", draws)):
+            check_count(name, value)
+        self.data = Gradients(model, loss_fn, dataset, seed, output)
+        self.batch_size, self.draws, self.seed, self.count = batch_size, draws, seed, 0
+        self.estimators = resolve(estimators, seed)
+        for estimator in self.estimators:
+            estimator.prepare(self.data, batch_size)
+
+    def __call__(self) -> Comparison:
+        full, found = self.data.full(), {}
+        for i, estimator in enumerate(self.estimators):
+            behind = isinstance(estimator, SVRG)
+            if not behind or self.count == 0:
+                estimator.refresh(self.data)
+            generator = torch.Generator().manual_seed(self.seed + 7919 * (i + 1) + 104729 * self.count)
+            found[estimator.name] = measure(estimator, self.data, self.draws, generator, full)
+            if behind:
+                estimator.refresh(self.data)
+        self.count += 1
+        return Comparison(found, self.batch_size, self.seed, "full")
 
 
 class Reclustering:

@@ -11,6 +11,8 @@ from paraboloid.report.record import Record, check, plain
 from paraboloid.report.section import Table
 from paraboloid.report.sections import bias, curvature, noise, training
 
+SECTIONS = {"training": training, "noise": noise, "curvature": curvature, "bias": bias}
+
 
 def render(record: Record) -> str:
     """The HTML page of a record: styles, script and figures inline, nothing fetched from anywhere.
@@ -19,6 +21,7 @@ def render(record: Record) -> str:
     """
     check(record)
     record = plain(record)
+    whole = record["bias" if "bias" in record else "noise"]
     environment = Environment(
         loader=PackageLoader("paraboloid.report"),
         autoescape=select_autoescape(default=True, default_for_string=True),
@@ -28,11 +31,11 @@ def render(record: Record) -> str:
     )
     return environment.get_template("page.html").render(
         record=record,
-        finding=record["bias"]["reading"][0],
-        advice=record["bias"]["reading"][1],
-        figures=_key_numbers(record),
+        finding=whole["reading"][0],
+        advice=whole["reading"][1] if len(whole["reading"]) > 1 else "",
+        figures=_key_numbers(record) if "bias" in record else noise.key_numbers(record),
         layers=_layer_table(record["problem"]),
-        sections=[module.section(record) for module in (training, noise, curvature, bias)],
+        sections=[module.section(record) for name, module in SECTIONS.items() if name in record],
         count=numbers.count,
         number=numbers.number,
         percent=numbers.percent,

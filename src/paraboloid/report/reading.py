@@ -51,6 +51,11 @@ def noise(section: Section) -> list[str]:
             f"By layer it runs from {number(low['noise_to_signal'])} in {low['name']} to "
             f"{number(top['noise_to_signal'])} in {top['name']}."
         )
+    if (clusters := section.get("clusters")) is not None and clusters["variance_ratio"] is not None:
+        sentences.append(
+            f"A batch of {count(clusters['batch_size'])} with one sample from each gradient cluster has "
+            f"{number(clusters['variance_ratio'], 2)} times the variance of as many drawn at random."
+        )
     return sentences
 
 

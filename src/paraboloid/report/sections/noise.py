@@ -10,9 +10,11 @@ from matplotlib.figure import Figure
 
 from paraboloid.report.numbers import count, number, short
 from paraboloid.report.section import Panel, Section, Table
+from paraboloid.report.sections import clusters
 from paraboloid.report.sections.layers import colours, left_out, shown
 from paraboloid.report.theme import INK, MUTED, fixed_ticks, gaps, inline_svg, log_axis, plain_axis
 
+LABELS = {"sg2b": "SG-2B", "svrg": "SVRG", "gc": "GC"}
 _PANELS = (
     ("average_variance", "Average variance", "variance per parameter"),
     ("normalized_variance", "Normalised variance", "variance / second moment"),
@@ -29,8 +31,47 @@ def section(record: dict[str, Any]) -> Section:
         f"the dashed line.{left_out(layers)}"
     )
     figure = inline_svg("noise", what, (7.4, 7.0), lambda figure: _draw(figure, record))
-    panel = Panel(figure, caption, [_by_layer(record), _over_time(noise)])
-    return Section("noise", "Gradient noise", noise["reading"], [panel])
+    tables = [_by_layer(record), _over_time(noise)]
+    if any("estimators" in point for point in noise["checkpoints"]):
+        tables.append(_estimators(noise))
+    panels = [Panel(figure, caption, tables), *clusters.panels(noise.get("clusters"))]
+    return Section("noise", "Gradient noise", noise["reading"], panels)
+
+
+def key_numbers(record: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The few numbers under the headline of a page of the noise alone: (label, value, unit or remark)."""
+    noise = record["noise"]
+    last = noise["checkpoints"][-1]["total"]
+    size = count(noise["batch_size"])
+    found = [
+        (f"noise of a batch of {size}", number(last["noise_to_signal"]), "times the signal"),
+        ("normalised variance", number(last["normalized_variance"], 2), "1 is pure noise"),
+        ("critical batch size", number(last["noise_scale"], 2), "noise equals signal"),
+    ]
+    if (clustered := noise.get("clusters")) is not None:
+        found.append(("by gradient clusters", f"{number(clustered['variance_ratio'], 2)}×", "the variance"))
+    return [
+        *found,
+        ("parameters", count(record["problem"]["parameters"]), f"{len(record['problem']['layers'])} layers"),
+    ]
+
+
+def _estimators(noise: dict[str, Any]) -> Table:
+    """Average variances over that of SG-B, at each checkpoint."""
+    points = [point for point in noise["checkpoints"] if "estimators" in point]
+    names = list(points[0]["estimators"])
+    rows = []
+    for point in points:
+        base = point["estimators"]["sgb"]["average_variance"]
+        others = [point["estimators"][name]["average_variance"] for name in names if name != "sgb"]
+        rows.append([short(point["epoch"]), number(base), *(f"{number(v / base, 2)}×" if base else "" for v in others)])
+    draws = points[0]["estimators"]["sgb"]["draws"]
+    columns = ["epoch", "SG-B", *(str(LABELS.get(n, n)) for n in names if n != "sgb")]
+    return Table(
+        "Estimators of the gradient", columns, rows,
+        note=f"Average variance of SG-B, and that of others over it; {draws} draws each. SG-2B takes twice the batch, "
+        "SVRG refers to the checkpoint before, GC draws from as many gradient clusters.",
+    )  # fmt: skip
 
 
 def _by_layer(record: dict[str, Any]) -> Table:
