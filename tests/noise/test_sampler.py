@@ -118,6 +118,16 @@ def test_resuming_goes_on_with_the_next_batch():
     assert part + list(second) + list(second) == batches
 
 
+def test_resuming_with_an_allocation():
+    options = {"batch_size": 9, "allocation": "neyman", "deviations": torch.rand(5)}
+    whole, first, second = (StratifiedBatchSampler(ASSIGNMENTS, seed=2, **options) for _ in range(3))
+    batches = list(itertools.chain(*epochs(whole, 2)))
+    part = list(first)
+    second.load_state_dict(first.state_dict())
+    assert part + list(second) == batches
+    assert torch.equal(second.weights(batches[0]), whole.weights(batches[0]))
+
+
 def test_other_clusters_from_the_next_batch_on():
     sampler = StratifiedBatchSampler(ASSIGNMENTS)
     batches = iter(sampler)

@@ -156,11 +156,12 @@ class StratifiedBatchSampler(Sampler[list[int]]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the batch after the last one that was drawn when the state was taken."""
-        allocation, self.allocation = self.allocation, "one"
+        kept = self.allocation, self.batch_size
+        self.allocation, self.batch_size = "one", None  # the draws are those of the state
         try:
             self._place(state["assignments"], None)
         finally:
-            self.allocation = allocation
+            self.allocation, self.batch_size = kept
         self._draws = state["draws"].clone()
         self.seed, self.epoch = state["seed"], state["epoch"]
         self._orders, self._at = [list(o) for o in state["orders"]], list(state["at"])
