@@ -24,6 +24,12 @@ def net(seed=0):
         return models.mlp().double()
 
 
+def layer(outputs):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Linear(4, outputs).double()
+
+
 def data(n, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, 4, generator=generator, dtype=torch.float64), torch.randint(3, (n,), generator=generator)
@@ -88,7 +94,7 @@ def test_singular_updates_tend_to_the_truncated_mean_gradient(rank):
 
 
 def test_mean_updates_are_the_means_of_inputs_and_output_gradients():
-    model, (x, y) = nn.Linear(4, 3).double(), data(20)
+    model, (x, y) = layer(3), data(20)
     clusters = GradientClustering(model, CE, 1, update="mean").fit((x, y), batch_size=6, passes=1)
     delta = torch.softmax(model(x).detach(), 1) - nn.functional.one_hot(y, 3)
     torch.testing.assert_close(clusters.centres["weight"].dense()[0], torch.outer(delta.mean(0), x.mean(0)))
@@ -195,7 +201,7 @@ def test_online_mode_forgets():
 
 
 def test_online_means_are_decayed_means():
-    model, (x, y) = nn.Linear(4, 3).double(), data(20)
+    model, (x, y) = layer(3), data(20)
     clusters = GradientClustering(model, CE, 1, update="mean", decay=0.5).fit((x, y), batch_size=10, passes=1)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     first, second = x[order[:10]].mean(0), x[order[10:]].mean(0)
@@ -203,7 +209,7 @@ def test_online_means_are_decayed_means():
 
 
 def test_online_singular_updates_tend_to_the_mean_gradient():
-    model, (x, y) = nn.Linear(4, 2).double(), data(20)
+    model, (x, y) = layer(2), data(20)
     y = y.clamp(max=1)  # two classes: the mean gradient has rank 1
     clusters = GradientClustering(model, CE, 1, decay=0.5).fit((x, y), batch_size=20, passes=80)
     mean = oracle.grads(CE(model(x), y), dict(model.named_parameters()))
