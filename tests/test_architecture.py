@@ -47,6 +47,8 @@ FLOORS = [
         "quadratic",
         "bias",
         "measured_bias",
+        "predicted_bias",
+        "cross_fit",
     },
     {"posteriors", "gp", "optim", "noise", "logging", "report", "inspection", "cli", "__main__"},
 ]

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -348,6 +349,12 @@ def test_the_figure_is_drawn_without_pyplot():
 def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         bias(make_model("mlp"), CE, data(20), **{"batch_size": 5, "k": 2, "repeats": 2} | options)
+
+
+def test_there_is_no_prediction_for_other_directions():
+    found = replace(result(), directions="cg")
+    with pytest.raises(ValueError, match="the directions are 'cg'; the prediction is for 'eigen' directions"):
+        found.predicted(torch.ones(3))
 
 
 def test_bad_questions():

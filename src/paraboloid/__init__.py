@@ -2,11 +2,13 @@
 
 from paraboloid import linalg, logging, losses, noise, operators, posteriors, quantities
 from paraboloid.bias import bias
+from paraboloid.cross_fit import CrossFit, cross_fit
 from paraboloid.kron import Kron
 from paraboloid.losses import Loss
 from paraboloid.measured_bias import Bias
 from paraboloid.operators import EKFAC, GGN, KFAC, KFLR, PCH, DiagonalGGN, EmpiricalFisher, Fisher, Hessian, LowRank
 from paraboloid.posteriors import Posterior, laplace, load_posterior
+from paraboloid.predicted_bias import predicted_bias
 from paraboloid.problems import Problem
 from paraboloid.quadratic import Quadratic, quadratic
 from paraboloid.statistics import Statistics, record, statistics
@@ -19,6 +21,7 @@ __all__ = [
     "KFLR",
     "PCH",
     "Bias",
+    "CrossFit",
     "DiagonalGGN",
     "EmpiricalFisher",
     "Fisher",
@@ -31,6 +34,7 @@ __all__ = [
     "Quadratic",
     "Statistics",
     "bias",
+    "cross_fit",
     "laplace",
     "linalg",
     "load_posterior",
@@ -39,6 +43,7 @@ __all__ = [
     "noise",
     "operators",
     "posteriors",
+    "predicted_bias",
     "quadratic",
     "quantities",
     "record",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from paraboloid.linalg.operand import check_count
+from paraboloid.predicted_bias import predicted_bias
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,6 +60,17 @@ class Bias:
         """Lengths of the Newton steps, -slope / curvature along each direction: [repeats, k]; NaN for 0 / 0."""
         self._check(which)
         return -self.slope[which] / self.curvature[which]
+
+    def predicted(self, spectrum: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
+        """The ratios "same" and "other" [k] that `predicted_bias` expects of random samples with that full spectrum.
+
+        For batches' eigenvectors alone: ValueError for other directions.
+        """
+        if self.directions != "eigen":
+            raise ValueError(f"the directions are {self.directions!r}; the prediction is for 'eigen' directions.")
+        return predicted_bias(
+            spectrum, self.batch_size, self.samples, self.k, weights=weights, weight_decay=self.weight_decay
+        )
 
     def ratio(self, which: str, of: str = "curvature") -> Tensor:
         """Sum over repeats divided by the same sum for "full", for each direction: [k].

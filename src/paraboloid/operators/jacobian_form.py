@@ -52,6 +52,29 @@ class JacobianForm(Recorded, LinearOperator):
                     forms[i] += (jv * graph.hessian(jv)).sum()
         return forms / self.replay.normalizer
 
+    def sample_quadratic_forms(self, directions: Tensor) -> Tensor:
+        """d.C_n d of every sample n for each row d of `directions` [k, D]: [k, N]; the mean over n is d.C d.
+
+        C_n = N a J_n^T H_n J_n with the reduction's factor a.  The cost is that of `quadratic_forms`: about one
+        gradient for each direction.  Samples count as single ones, even where batch norm in training mode couples them.
+
+        Raises NotImplementedError for a loss that does not say how it divides, and for a matrix restricted to blocks.
+        """
+        if self.replay.loss.reduction == "whole" or self.blocks is not None:
+            raise NotImplementedError("the quadratic forms of single samples need a torch loss module or a pb.Loss and "
+                                      "the whole matrix (blocks='all'); found "
+                                      f"{type(self.replay.loss).__name__} and blocks {self.blocks}.")  # fmt: skip
+        rows, found = self.rows(directions), []
+        with self.replay.graphs() as graphs:
+            for graph in graphs:
+                self.replay.certify(graph)
+                V = split(rows, graph.parameters)
+                together = self.replay.together(graph, V, lambda v, g=graph: [g.push(v)])
+                jv = together[0] if together else torch.stack([graph.push([v[i] for v in V]) for i in range(len(rows))])
+                found.append((jv * graph.hessian(jv)).flatten(2).sum(2))
+        forms = torch.cat(found, 1)
+        return forms * (forms.shape[1] / self.replay.normalizer)
+
     def diagonal(self, samples: int | None = None, seed: Seed = 0) -> Tensor:
         if samples is not None:
             return super().diagonal(samples, seed)
