@@ -8,7 +8,8 @@ STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help report test lint types format docs figures bench-statistics bench-floors bench-operators bench-resnet bench-noise peers install clean
+.PHONY: help report test lint types format docs figures bench-statistics bench-floors bench-operators bench-resnet \
+	bench-noise bench-posteriors peers install clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -54,11 +55,15 @@ bench-resnet: $(STAMP) ## time KFAC and EKFAC of ResNet-18, with their memory
 bench-noise: $(STAMP) ## time gradient clustering against an epoch of plain gradients
 	$(BIN)/python -m benchmarks.noise
 
-# --no-deps: BackPACK asks for torchvision, which nothing here uses and which would bring its own torch.
+bench-posteriors: $(STAMP) ## time fitting and predicting Laplace posteriors, with their memory (peers too: make peers)
+	$(BIN)/python -m benchmarks.posteriors
+
+# --no-deps: BackPACK and laplace-torch ask for torchvision, which nothing here uses and which would bring its own torch.
 peers: $(STAMP) ## install the packages that the benchmarks compare with
-	$(BIN)/python -m pip install --quiet -c constraints.txt einconv einops linear_operator opt_einsum tqdm unfoldNd
+	$(BIN)/python -m pip install --quiet -c constraints.txt einconv einops linear_operator opt_einsum tqdm unfoldNd scipy \
+		torchmetrics
 	$(BIN)/python -m pip install --quiet --no-deps backpack-for-pytorch==1.7.1 curvlinops-for-pytorch==3.0.1 opacus==1.6.0 \
-		PyHessian==0.1
+		PyHessian==0.1 laplace-torch==0.3
 
 install: $(STAMP) ## only set up the environment in .venv
 

@@ -83,4 +83,28 @@ def functorch(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], 
     return {"sample_grads": lambda: grads(params, x, y)}
 
 
+def laplace_torch(model: nn.Module, batches: list[tuple[Tensor, Tensor]], kind: str, backend: str) -> Callable:
+    """A posterior of laplace-torch, fitted, and ready to predict; `backend` is curvlinops or backpack."""
+    from laplace import Laplace
+    from laplace.curvature.backpack import BackPackGGN
+    from laplace.curvature.curvlinops import CurvlinopsGGN
+    from torch.utils.data import DataLoader, TensorDataset
+
+    structure, _, last = kind.partition(", ")
+    structure, options = structure.split()[0], {}
+    if structure == "functional":
+        structure, options = "gp", {"n_subset": int(last.split()[0])}
+    data = TensorDataset(*(torch.cat(part) for part in zip(*batches, strict=True)))
+    posterior = Laplace(
+        copy.deepcopy(model),
+        "classification",
+        subset_of_weights="last_layer" if last == "last layer" else "all",
+        hessian_structure=structure,
+        backend={"curvlinops": CurvlinopsGGN, "backpack": BackPackGGN}[backend],
+        **options,
+    )
+    posterior.fit(DataLoader(data, batch_size=len(batches[0][0])))
+    return posterior
+
+
 PEERS = {"BackPACK": backpack, "opacus": opacus, "torch.func": functorch}
