@@ -1,6 +1,6 @@
 """Local quadratic models of deep-learning losses from mini-batches: statistics, curvature, debiasing."""
 
-from paraboloid import linalg, logging, losses, noise, operators, posteriors, quantities
+from paraboloid import linalg, logging, losses, noise, operators, optim, posteriors, quantities
 from paraboloid.bias import bias
 from paraboloid.cross_fit import CrossFit, cross_fit
 from paraboloid.kron import Kron
@@ -42,6 +42,7 @@ __all__ = [
     "losses",
     "noise",
     "operators",
+    "optim",
     "posteriors",
     "predicted_bias",
     "quadratic",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 REDUCTIONS = ("mean", "sum", "batchmean")
 FROM_TORCH: dict[type[nn.Module], Callable[[Any], Loss]] = {}  # torch class -> the Loss of such a module
@@ -51,7 +53,24 @@ class Loss:
     exact_root: bool = False  # whether `hessian_root` is known to be a root of the exact Hessian, whatever f and y are
 
     def __call__(self, f: Tensor, y: Tensor) -> Tensor:
-        return self.value(f, y)
+        value = self.value(f, y)
+        for hook in tuple(self._hooks.values()):
+            hook(f, y, value)
+        return value
+
+    @property
+    def _hooks(self) -> dict[int, Callable[[Tensor, Tensor, Tensor], None]]:
+        return self.__dict__.get("_called", {})
+
+    def register_hook(self, hook: Callable[[Tensor, Tensor, Tensor], None]) -> RemovableHandle:
+        """``hook(f, y, value)`` after every call ``loss(f, y)``; the handle's `remove()` takes it off."""
+        self.__dict__.setdefault("_called", OrderedDict())
+        handle = RemovableHandle(self.__dict__["_called"])
+        self.__dict__["_called"][handle.id] = hook
+        return handle
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_called"}
 
     def value(self, f: Tensor, y: Tensor) -> Tensor:
         """The loss as reduced, a differentiable scalar."""

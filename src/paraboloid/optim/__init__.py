@@ -1,0 +1,7 @@
+"""Second-order optimisers for the usual training loop: subclasses of `torch.optim.Optimizer`."""
+
+from paraboloid.optim.ekfac import EKFAC
+from paraboloid.optim.kfac import KFAC
+from paraboloid.optim.preconditioned import Preconditioned
+
+__all__ = ["EKFAC", "KFAC", "Preconditioned"]

@@ -1,0 +1,185 @@
+"""What the optimisers measure in a training pass: a Kronecker block for every parameter, whatever its structure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paraboloid import factors
+from paraboloid.eigenform import Eigenform
+from paraboloid.kron import Kron
+from paraboloid.outer import Outer, Right, general
+from paraboloid.quantities import check_sharing, fisher_source
+from paraboloid.quantity import Group, Quantity, Scale
+from paraboloid.reductions import reduce, samples
+from paraboloid.rotation import eigen_scale
+
+Halves = tuple[Any, Any]
+
+
+class FisherFactors(Quantity):
+    """Kronecker factors of each parameter in `names`, `Kron`, of the loss as reduced; see `pb.quantities.KFAC`.
+
+    A parameter without Kronecker structure (weight_norm's, one that a fallback pulls) has the diagonal of its block
+    instead, as the one-dimensional left factor of a `Kron` whose right factor is one.
+
+    halves: the batch in two, samples [0, N/2) and [N/2, N), each with factors of its own as if it were the batch.
+    """
+
+    name, per_sample = "fisher_factors", False
+    over_ranks = "running"
+
+    def __init__(self, names: set[str], fisher: str, samples: int, sharing: str, halves: bool = False):
+        self.source = fisher_source(fisher, samples)
+        self.names, self.sharing, self.halves = names, check_sharing(sharing), halves
+        self.least_samples = 2 if halves else 1
+
+    def add(self, value: Any, group: Group) -> Any:
+        if group.name not in self.names:
+            return None
+        if not self.halves:
+            return self._add(value, group.outers, group.memory, group.recent)
+        parts = value or (None, None)
+        return tuple(
+            self._add(part, outers, group.memory) for part, outers in zip(parts, in_halves(group.outers), strict=True)
+        )
+
+    def _add(self, value: Any, outers: list[Outer], memory: int | None, recent: Any = None) -> Any:
+        if isinstance(value, Tensor):
+            return value.add_(reduce(outers, {"squares"}, memory)["squares"])
+        try:
+            return factors.add_factors(value, outers, self.sharing, memory, recent=recent)
+        except NotImplementedError:
+            return reduce(outers, {"squares"}, memory)["squares"]
+
+    def finish(self, value: Any, scale: Scale) -> Any:
+        if value is None:
+            return None
+        if not self.halves:
+            return block(value, scale.a)
+        first = scale.N // 2
+        return block(value[0], scale.a * scale.N / first), block(value[1], scale.a * scale.N / (scale.N - first))
+
+
+class Held(Quantity):
+    """The pulled-back vectors of each parameter in `names` themselves, for eigenvalues in a basis that comes later; the
+    sum of their squares where the basis will be that of single entries.  `half`: of the second half of the batch."""
+
+    name, per_sample = "held", False
+    over_ranks = "local"
+
+    def __init__(self, names: set[str], fisher: str, samples: int, half: bool = False):
+        self.source, self.names, self.half = fisher_source(fisher, samples), names, half
+        self.least_samples = 2 if half else 1
+
+    def add(self, value: Any, group: Group) -> Any:
+        if group.name not in self.names:
+            return None
+        outers = in_halves(group.outers)[1] if self.half else group.outers
+        found: Any = outers
+        if any(o.via is not None for o in outers):  # these need the graph, which goes: look at them now
+            if all(o.kind == "vector" for o in outers):
+                J = samples(outers)
+                found = [general(J, J.shape[2:])]
+            else:
+                found = reduce(outers, {"squares"}, group.memory)["squares"]
+        return [*(value or []), found]
+
+    def finish(self, value: Any, scale: Scale) -> Any:
+        return None if value is None else HeldVectors(value, scale.a * _of_half(scale.N, self.half))
+
+
+class HeldVectors:
+    """One parameter's pulled-back vectors of one pass, with the factor of its batch."""
+
+    def __init__(self, groups: list[list[Outer] | Tensor], factor: float):
+        self.groups, self.factor = groups, factor
+
+    def eigenvalues(self, form: Eigenform) -> Tensor:
+        """What `Eigenvalues` measures, in a basis that was not known yet."""
+        found = [
+            _eigenvalues(group, form, None) if isinstance(group, list) else group.reshape(form.values.shape)
+            for group in self.groups
+        ]
+        return torch.stack(found).sum(0).mul_(self.factor)
+
+
+class Eigenvalues(Quantity):
+    """EKFAC's eigenvalues in the bases of `forms`, [G, r_left, r_right], of the loss as reduced; `half`: those of the
+    second half of the batch, as if it were the batch.  See `pb.quantities.EigenScale`."""
+
+    name, per_sample = "eigenvalues", False
+    over_ranks = "running"
+
+    def __init__(self, forms: Mapping[str, Eigenform], fisher: str, samples: int, half: bool = False):
+        self.source, self.forms, self.half = fisher_source(fisher, samples), forms, half
+        self.least_samples = 2 if half else 1
+
+    def add(self, value: Any, group: Group) -> Any:
+        if group.name not in self.forms:
+            return None
+        outers = in_halves(group.outers)[1] if self.half else group.outers
+        found = _eigenvalues(outers, self.forms[group.name], group.memory)
+        return found if value is None else value.add_(found)
+
+    def finish(self, value: Any, scale: Scale) -> Any:
+        return None if value is None else value.mul_(scale.a * _of_half(scale.N, self.half))
+
+
+def _of_half(N: int, half: bool) -> float:
+    return N / (N - N // 2) if half else 1.0
+
+
+def _eigenvalues(outers: list[Outer], form: Eigenform, memory: int | None) -> Tensor:
+    if form.left.vectors is None and form.right.size == 1:  # a diagonal
+        return reduce(outers, {"squares"}, memory)["squares"].reshape(form.values.shape)
+    return eigen_scale(outers, form.left, form.right, memory)
+
+
+def block(value: Any, a: float) -> Kron:
+    """The finished block of a running value: of factors, or of the sum of squares."""
+    if isinstance(value, Tensor):
+        return Kron(value.mul_(a).flatten(), value.new_ones(1, 1))
+    return factors.scale_factors(value, a)
+
+
+def in_halves(outers: list[Outer]) -> tuple[list[Outer], list[Outer]]:
+    """The uses of one parameter for the first and the second half of the samples."""
+    N = outers[0].left.shape[1]
+    return [of_samples(o, 0, N // 2) for o in outers], [of_samples(o, N // 2, N) for o in outers]
+
+
+def of_samples(o: Outer, start: int, stop: int) -> Outer:
+    """One use for the samples [start, stop)."""
+    left, inner = o.left[:, start:stop], o.right
+    if inner is None:
+        return replace(o, left=left)
+
+    def rows(n: slice) -> Tensor:
+        low, high, _ = n.indices(stop - start)
+        return inner(slice(start + low, start + high))
+
+    return replace(o, left=left, right=Right(rows, (1, stop - start, 1), lookup=inner.lookup, dtype=o.left.dtype))
+
+
+def finite(tree: Any) -> bool:
+    """Whether all tensors in Kronecker blocks (or mappings of them) are free of NaN and infinities."""
+    found: list[Tensor] = []
+    _collect(tree, found)
+    return not found or bool(torch.stack([t.isfinite().all() for t in found]).all())
+
+
+def _collect(tree: Any, found: list[Tensor]) -> None:
+    if isinstance(tree, Kron):
+        found += [tree.left, tree.right]
+    elif isinstance(tree, Tensor):
+        found.append(tree)
+    elif isinstance(tree, Mapping):
+        _collect(tuple(tree.values()), found)
+    elif isinstance(tree, tuple | list):
+        for item in tree:
+            _collect(item, found)
