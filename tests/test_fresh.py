@@ -38,3 +38,32 @@ def test_products(inner):
     assert fresh.product(left, right).requires_grad
     with torch.no_grad():
         assert torch.equal(fresh.product(left, right), fresh.product(left.detach(), right))
+
+
+def test_used_memory_is_used_again_and_never_while_in_use():
+    pool = fresh.Pool(most=100)
+    first, second = pool.take(40), pool.take(40)
+    where = first.ctypes.data
+    view = torch.from_numpy(first)[3:]
+    del first
+    assert not pool.free  # a view still needs it
+    del view
+    assert [b.nbytes for b in pool.free] == [40]
+    again = pool.take(30)  # what is less than twice as large fits
+    assert again.ctypes.data == where and again.nbytes == 30 and not pool.free
+    assert pool.take(15).nbytes == 15
+    del again, second
+    pool.take(90)
+    assert sum(b.nbytes for b in pool.free) <= 100
+    pool.clear()
+    assert not pool.free
+
+
+def test_a_tensor_that_goes_while_the_pool_is_busy():
+    pool = fresh.Pool(most=100)
+    lent = pool.take(40)
+    with pool.lock:
+        del lent  # as the garbage collector might do in the middle of `take`
+        assert not pool.free and len(pool.returned) == 1
+    assert pool.take(40).nbytes == 40
+    assert not pool.returned
