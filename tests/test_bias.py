@@ -191,6 +191,14 @@ def test_the_numbers_are_those_of_the_three_quadratics(kind, curvature, Operator
             torch.testing.assert_close(found.slope[which][repeat], D @ g[which], rtol=1e-3, atol=1e-6)
 
 
+def test_directions_of_all_data_that_are_known_need_not_be_found():
+    model, options = make_model("mlp"), {"batch_size": 6, "k": 3, "repeats": 2}
+    x, y = data(20)
+    known = quadratic(model, CE, (x, y)).eigen_directions(3)
+    one, two = (bias(model, CE, (x, y), overlap=o, **options) for o in (True, 2 * known))
+    torch.testing.assert_close(one.overlap, two.overlap, rtol=1e-3, atol=0)
+
+
 def test_a_subset_stands_for_all_data_with_its_standard_error():
     """Over seeds, the subset's curvature is off by as much as it says; all samples have no error and no difference."""
     model, options = make_model("mlp"), {"batch_size": 10, "k": 2, "repeats": 1}
@@ -305,15 +313,37 @@ def test_the_table_and_the_record():
     found = result()
     lines = found.table().splitlines()
     assert len(lines) == 2 + 2 + 1
+    assert lines[0].endswith("| step same/full | step other/full |")
     assert lines[2].startswith("| 1 | 2.000 ± 0.000 | 1.250 ±")
+    assert lines[2].count("– ± –") == 4  # slopes and steps over zero
     record = found.to_json()
     text = json.dumps(record, allow_nan=False)  # slopes over zero are null
     assert json.loads(text)["ratio"]["slope"]["same"]["value"] == [None, None]
     assert found.step("same").tolist() == [[0.5, 0.5]] * 3
     assert record["step"]["same"] == [[0.5, 0.5]] * 3
-    assert (record["overlap"], record["full_error"], record["full_samples"]) == (None, None, 100)
+    assert [record[key] for key in ("overlap", "full_error", "full_samples", "predicted")] == [None, None, 100, None]
     assert record["curvature"]["full"] == [[2.0, 1.0], [4.0, 2.0], [6.0, 3.0]]
     assert {record[key] for key in ("batch_size", "samples", "k", "repeats")} == {8, 100, 2, 3}
+
+
+def test_the_prediction_and_the_overlap_stand_beside_what_was_measured():
+    found = replace(result(), overlap=torch.tensor([0.5, 0.75, 1.0]))
+    predicted = found.predicted(torch.tensor([3.0, 2.0, 1.0, 0.5]))
+    lines = found.table(predicted).splitlines()
+    assert lines[0].endswith("| curvature same/full, predicted | curvature other/full, predicted |")
+    same = predicted["same"]
+    assert lines[3].split(" | ")[-2] == f"{same[1]:.3f}"
+    assert lines[4].split(" | ")[-2] == f"{(2 * same[0] + same[1]) / 3:.3f}"  # full curvatures are 2 to 1
+    assert lines[-1] == "Overlap with the directions of all data: 0.750 ± 0.144."
+    assert found.to_json(predicted)["predicted"]["same"] == same.tolist()
+    figure = found.plot(predicted)
+    curvature, _, step = figure.axes
+    assert [line.get_linestyle() for line in curvature.lines].count("--") == 2
+    assert len(step.lines) == 3
+    assert "overlap with those of all data 0.750 ± 0.144" in figure.get_suptitle()
+    for wrong in ({"same": same}, {"same": same[:1], "other": same[:1]}):
+        with pytest.raises(ValueError, match=r"the prediction has the shapes \{'same': .*expected 'same' and 'other'"):
+            found.table(wrong)
 
 
 def test_the_figure_is_drawn_without_pyplot():
@@ -323,10 +353,11 @@ def test_the_figure_is_drawn_without_pyplot():
     figure = result().plot()
     assert isinstance(figure, matplotlib.figure.Figure)
     assert "matplotlib.pyplot" not in set(sys.modules) - before
-    left, right = figure.axes
-    assert left.get_xlabel() == right.get_xlabel() == "direction (top first)"
-    assert (left.get_ylabel(), right.get_ylabel()) == ("directional curvature", "directional slope")
-    assert [t.get_text() for t in right.get_legend().get_texts()] == ["the same batch", "another batch", "all data"]
+    assert {axes.get_xlabel() for axes in figure.axes} == {"direction (top first)"}
+    names = ["directional curvature", "directional slope", "length of the Newton step"]
+    assert [axes.get_ylabel() for axes in figure.axes] == names
+    (legend,) = figure.legends
+    assert [t.get_text() for t in legend.get_texts()] == ["the same batch", "another batch", "all data"]
     figure.canvas.draw()
 
 
@@ -343,6 +374,10 @@ def test_the_figure_is_drawn_without_pyplot():
         ({"directions": "kron"}, r"directions is 'kron'; expected one of \['eigen', 'cg', 'kfac', 'ekfac'\]"),
         ({"curvature": "kfac"}, r"curvature is 'kfac'; expected one of \['ggn', 'hessian', 'fisher'\]"),
         ({"full_samples": 21}, r"full_samples is 21; expected an integer in 16\.\.20, the number of samples"),
+        (
+            {"overlap": torch.ones(2, 56)},
+            r"overlap has shape \(2, 56\); expected the directions of all data, \[2, 57\]",
+        ),
         ({"weight_decay": -1.0}, "weight_decay is -1.0; expected a number of at least 0"),
     ],
 )

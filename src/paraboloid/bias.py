@@ -35,7 +35,7 @@ def bias(
     *,
     damping: float = 0.0,
     full_samples: int | None = None,
-    overlap: bool = False,
+    overlap: bool | Tensor = False,
     output: Output | None = None,
     max_memory: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -53,7 +53,8 @@ def bias(
     curvature     "ggn", "hessian" or "fisher" (one label drawn for each sample, once)
     weight_decay  part of all three quadratics
     full_samples  so many samples, drawn once, stand for all data; the result carries the standard error of that
-    overlap       measure the overlap with the directions of all data too, which are then computed once
+    overlap       measure the overlap with the directions of all data too, which are then computed once; or those
+                  directions themselves, [k, D], where they are known
     max_memory    bytes of recorded graphs kept for the full data, see `paraboloid.operators`
     progress      called as progress(done, repeats) after each repeat
 
@@ -74,7 +75,11 @@ def bias(
         raise ValueError(f"full_samples is {full_samples}; expected an integer in {PARTS}..{samples}, the number of "
                          "samples, or None for all.")  # fmt: skip
     parameters = trees.parameters(model)
-    check_count("k", k, most=sum(p.numel() for p in parameters.values()))
+    size = sum(p.numel() for p in parameters.values())
+    check_count("k", k, most=size)
+    if isinstance(overlap, Tensor) and overlap.shape != (k, size):
+        raise ValueError(f"overlap has shape {tuple(overlap.shape)}; expected the directions of all data, [{k}, "
+                         f"{size}], or True.")  # fmt: skip
     device = next(iter(parameters.values())).device
 
     def fit(data: Any) -> Quadratic:
@@ -87,15 +92,15 @@ def bias(
             return q.conjugate_directions(k, damping, seed=seed)
         return q.kron_directions(k, corrected=directions == "ekfac")
 
-    size = max(CHUNK, batch_size)
-    everything = Chunks(dataset, size, device)
+    chunk = max(CHUNK, batch_size)
+    everything = Chunks(dataset, chunk, device)
     if full_samples is None:
         full = AllData([fit(everything)])
     else:
         chosen = torch.randperm(samples, generator=torch.Generator().manual_seed(seed + 1))[:full_samples]
-        parts = [Selected(dataset, part, size, device) for part in chosen.tensor_split(PARTS)]
+        parts = [Selected(dataset, part, chunk, device) for part in chosen.tensor_split(PARTS)]
         full = AllData([fit(part) for part in parts], [len(p.indices) for p in parts], samples)
-        everything = Selected(dataset, chosen, size, device)
+        everything = Selected(dataset, chosen, chunk, device)
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, list[tuple[Tensor, ...]]] = {which: [] for which in WHICH}
     waiting: list[Tensor] = []  # directions not yet measured on the full data, which may have to be read for it
@@ -105,7 +110,12 @@ def bias(
         waiting.clear()
 
     overlaps: list[Tensor] = []
-    basis = orthonormal(choose(full.parts[0] if len(full.parts) == 1 else fit(everything))) if overlap else None
+    if overlap is False:
+        basis = None
+    elif isinstance(overlap, Tensor):
+        basis = orthonormal(overlap)
+    else:
+        basis = orthonormal(choose(full.parts[0] if len(full.parts) == 1 else fit(everything)))
     for repeat in range(repeats):
         first, second = torch.randperm(samples, generator=generator)[: 2 * batch_size].split(batch_size)
         same, other = (fit(take(dataset, indices, device)) for indices in (first, second))
@@ -133,7 +143,7 @@ def bias(
         {which: stacked(which, 0) for which in WHICH},
         batch_size, samples, directions, curvature, weight_decay, seed, full_samples,
         None if full_samples is None else {"slope": stacked("full", 2), "curvature": stacked("full", 3)},
-        torch.stack(overlaps).double().cpu() if overlap else None,
+        torch.stack(overlaps).double().cpu() if overlaps else None,
     )  # fmt: skip
 
 

@@ -94,23 +94,38 @@ class Bias:
         part, full = (values[:, : self._first(k)].sum(1, keepdim=True) for values in self._pair(which, of))
         return _ratio_error(part, full).item()
 
-    def table(self) -> str:
-        """Ratios to the full data with their standard errors, a row for each direction, as Markdown."""
-        kinds = [(which, of) for of in ("curvature", "slope") for which in ("same", "other")]
-        names = " | ".join(f"{of} {which}/full" for which, of in kinds)
-        lines = [f"| direction | {names} |", "|---|" + "---|" * len(kinds)]
+    def table(self, predicted: dict[str, Tensor] | None = None) -> str:
+        """Ratios to the full data with their standard errors, a row for each direction, as Markdown.
+
+        Of curvatures, slopes and the lengths of Newton steps; what `predicted` returned stands beside them, and the
+        overlap below where it was measured.  A dash is undefined: a ratio to 0, an error of a single repeat.
+        """
+        kinds = [(which, of) for of in OF for which in ("same", "other")]
+        expected = {} if predicted is None else self._expected(predicted)
+        names = [f"{of} {which}/full" for which, of in kinds] + [
+            f"curvature {which}/full, predicted" for which in expected
+        ]
+        lines = ["| direction | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
         columns = [(self.ratio(which, of), self.standard_error(which, of)) for which, of in kinds]
         for i in range(self.k):
-            cells = " | ".join(f"{ratio[i]:.3f} ± {error[i]:.3f}" for ratio, error in columns)
-            lines.append(f"| {i + 1} | {cells} |")
-        totals = " | ".join(
-            f"{self.total_ratio(which, of=of):.3f} ± {self.total_standard_error(which, of=of):.3f}"
-            for which, of in kinds
-        )
-        return "\n".join([*lines, f"| all | {totals} |"])
+            cells = [_with_error(ratio[i].item(), error[i].item()) for ratio, error in columns]
+            cells += [_three_decimals(values[i].item()) for values in expected.values()]
+            lines.append(f"| {i + 1} | " + " | ".join(cells) + " |")
+        totals = [
+            _with_error(self.total_ratio(which, of=of), self.total_standard_error(which, of=of)) for which, of in kinds
+        ]
+        full = self.curvature["full"].mean(0)
+        totals += [_three_decimals((values @ full / full.sum()).item()) for values in expected.values()]
+        lines.append("| all | " + " | ".join(totals) + " |")
+        if self.overlap is not None:
+            lines += ["", f"Overlap with the directions of all data: {_with_error(*_mean(self.overlap))}."]
+        return "\n".join(lines)
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything as plain data for strict JSON: undefined numbers are None."""
+    def to_json(self, predicted: dict[str, Tensor] | None = None) -> dict[str, Any]:
+        """Everything as plain data for strict JSON: undefined numbers are None.
+
+        "predicted" holds what `predicted` returned, where it is given.
+        """
         return {
             "batch_size": self.batch_size,
             "samples": self.samples,
@@ -136,32 +151,45 @@ class Bias:
                 }
                 for of in OF
             },
+            "predicted": None if predicted is None else {w: _plain(v) for w, v in self._expected(predicted).items()},
         }
 
-    def plot(self) -> Figure:
-        """A figure: curvature and slope along each direction, mean over repeats with its standard error."""
+    def plot(self, predicted: dict[str, Tensor] | None = None) -> Figure:
+        """A figure: curvature, slope and length of the Newton step along each direction, mean ± standard error.
+
+        What `predicted` returned is drawn dashed, as those ratios times the mean curvature on all data.
+        """
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        figure = Figure(figsize=(12, 3.8), layout="constrained")
         labels = {"same": "the same batch", "other": "another batch", "full": "all data"}
         styles = {"same": ("C3", "o"), "other": ("C0", "s"), "full": ("0.35", "D")}
-        index = range(1, self.k + 1)
-        for axes, (name, values) in zip(
-            figure.subplots(1, 2), {"curvature": self.curvature, "slope": self.slope}.items(), strict=True
-        ):
+        index = list(range(1, self.k + 1))
+        panels = {
+            "directional curvature": self.curvature, "directional slope": self.slope,
+            "length of the Newton step": {which: self.step(which) for which in WHICH},
+        }  # fmt: skip
+        every = figure.subplots(1, 3)
+        for axes, (name, values) in zip(every, panels.items(), strict=True):
             for shift, which in zip((-0.1, 0.1, 0.0), WHICH, strict=True):
-                mean = values[which].mean(0)
-                error = values[which].std(0) / self.repeats**0.5 if self.repeats > 1 else torch.zeros_like(mean)
+                mean, error = _mean(values[which])
                 color, marker = styles[which]
                 axes.errorbar(
-                    [i + shift for i in index], mean.tolist(), error.tolist(),
+                    [i + shift for i in index], mean.tolist(), error.nan_to_num().tolist(),
                     color=color, marker=marker, markersize=4, linewidth=1, label=labels[which],
                 )  # fmt: skip
             axes.set_xlabel(LABELS[self.directions])
-            axes.set_ylabel(f"directional {name}")
-            axes.set_xticks(list(index) if self.k <= 12 else [1, *range(5, self.k + 1, 5)])
-        axes.legend(frameon=False)
-        figure.suptitle(f"Directions from batches of {self.batch_size}, measured on")
+            axes.set_ylabel(name)
+            axes.set_xticks(index if self.k <= 12 else [1, *range(5, self.k + 1, 5)])
+        for which, ratio in {} if predicted is None else self._expected(predicted).items():
+            expected = (ratio * self.curvature["full"].mean(0)).tolist()
+            label = f"{labels[which]}, predicted"
+            every[0].plot(index, expected, color=styles[which][0], linestyle="--", linewidth=1.2, label=label)
+        figure.legend(*every[0].get_legend_handles_labels(), frameon=False, ncols=5, loc="outside lower center")
+        title = f"Directions from batches of {self.batch_size}, measured on the same batch, another one and all data"
+        if self.overlap is not None:
+            title += f"; overlap with those of all data {_with_error(*_mean(self.overlap))}"
+        figure.suptitle(title, fontsize="medium")
         return figure
 
     def _pair(self, which: str, of: str) -> tuple[Tensor, Tensor]:
@@ -172,6 +200,13 @@ class Bias:
             return self.step(which), self.step("full")
         values = self.curvature if of == "curvature" else self.slope
         return values[which], values["full"]
+
+    def _expected(self, predicted: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = {which: tuple(v.shape) for which, v in predicted.items()}
+        if found != {"same": (self.k,), "other": (self.k,)}:
+            raise ValueError(f"the prediction has the shapes {found}; expected 'same' and 'other' of shape [{self.k}], "
+                             "as `predicted` gives them.")  # fmt: skip
+        return {which: predicted[which].double().cpu() for which in ("same", "other")}
 
     def _check(self, which: str) -> None:
         if which not in WHICH:
@@ -188,6 +223,20 @@ def _ratio_error(part: Tensor, full: Tensor) -> Tensor:
     if n < 2:
         return torch.full_like(ratio, math.nan)
     return (part - ratio * full).square().sum(0).mul(n / (n - 1)).sqrt() / full.sum(0).abs()
+
+
+def _mean(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over repeats and its standard error, NaN for a single repeat."""
+    n = len(values)
+    return values.mean(0), values.std(0) / n**0.5 if n > 1 else torch.full_like(values[0], math.nan)
+
+
+def _with_error(value: float | Tensor, error: float | Tensor) -> str:
+    return f"{_three_decimals(float(value))} ± {_three_decimals(float(error))}"
+
+
+def _three_decimals(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "–"
 
 
 def _plain(values: Tensor) -> Any:

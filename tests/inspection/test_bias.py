@@ -5,7 +5,11 @@ import math
 import pytest
 import torch
 
-from paraboloid.inspection.bias import summary
+from paraboloid import problems
+from paraboloid.inspection.bias import expected, summary, top_of_all_data
+from paraboloid.inspection.subject import subject
+from paraboloid.operators import GGN
+from paraboloid.predicted_bias import predicted_bias
 
 F64 = torch.float64
 
@@ -61,3 +65,33 @@ def test_a_flat_direction_has_no_ratio_and_no_step():
     found = summary(flat, slope)
     assert found["ratios"][0]["curvature"]["same"] == {"value": None, "standard_error": None}
     assert found["decrease"]["same"]["promised"] == {"value": None, "standard_error": None}
+
+
+def test_the_spectrum_of_all_data_has_its_top_and_its_trace():
+    problem = problems.load("digits-tanh")
+    measured = subject(problem, 256, 0)
+    spectrum, directions = top_of_all_data(measured, 4, 0)
+    dense = GGN(problem.model, problem.loss_fn, measured.batches).to_dense().double()
+    values, vectors = torch.linalg.eigh(dense)
+    torch.testing.assert_close(spectrum[:4].double(), values.flip(0)[:4], rtol=1e-3, atol=0)
+    assert spectrum.sum().item() == pytest.approx(dense.trace().item(), rel=0.1)
+    assert spectrum.tolist() == sorted(spectrum.tolist(), reverse=True)
+    torch.testing.assert_close(
+        (directions.double() @ vectors.flip(1)[:, :4]).square().sum(), torch.tensor(4.0).double()
+    )
+
+
+def test_what_is_expected_of_a_batch():
+    spectrum, full = torch.tensor([4.0, 2.0, 1.0]), torch.tensor([3.0, 1.0])
+    found, ratios = expected(spectrum, full, 10, 100, 0.1), predicted_bias(spectrum, 10, 100, 2, weight_decay=0.1)
+    assert found["same"] == pytest.approx((ratios["same"] @ full.double() / 4).item())
+    nothing = {"same": None, "other": None}
+    assert expected(spectrum, full, 1, 100, 0.1) == nothing  # two directions of a single sample
+    assert expected(torch.zeros(3), full, 10, 100, 0.1) == nothing
+
+
+def test_the_length_of_the_step():
+    curvature, slope = arrays()
+    found = summary(curvature, slope)["step"]
+    assert found["same"]["mean"][0] == pytest.approx(2 / 1.5, rel=0.05)
+    assert found["full"]["mean"][0] == pytest.approx(1, rel=0.05)

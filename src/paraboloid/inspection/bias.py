@@ -11,8 +11,12 @@ from torch import Tensor
 
 from paraboloid.bias import bias as measure
 from paraboloid.inspection.subject import Subject
+from paraboloid.operators import GGN
+from paraboloid.predicted_bias import predicted_bias
 
 TOLERANCE = 0.1  # an overstatement below it is small enough to trust the batch
+PROBES = 8  # random vectors that estimate the trace beyond the top eigenvalues
+TAIL = 60  # eigenvalues beyond them, falling geometrically, that stand for the others in the prediction
 SUMS = (1, 5)  # ratios are given for the top direction and for the sum over the top five
 
 
@@ -22,6 +26,7 @@ def bias(
     """The section "bias" of the record, without its reading; `tick` is called after every repeat."""
     training = subject.problem.training
     k = min(k, sum(p.numel() for p in subject.parameters.values()))
+    spectrum, directions = top_of_all_data(subject, k, seed)
     table = []
     for batch_size in batch_sizes:
         found = measure(
@@ -35,9 +40,17 @@ def bias(
             curvature="ggn",
             weight_decay=training.weight_decay,
             seed=seed,
+            overlap=directions,
             progress=lambda done, repeats: tick(),
         )
-        table.append({"batch_size": batch_size, **summary(found.curvature, found.slope)})
+        assert found.overlap is not None
+        row = {"batch_size": batch_size, **summary(found.curvature, found.slope), "overlap": _mean(found.overlap)}
+        full = found.curvature["full"].mean(0)
+        for ratio in row["ratios"]:
+            ratio["predicted"] = expected(
+                spectrum, full[: ratio["directions"]], batch_size, subject.size, training.weight_decay
+            )
+        table.append(row)
     return {
         "curvature": "ggn",
         "directions": "eigen",
@@ -50,15 +63,45 @@ def bias(
     }
 
 
+def top_of_all_data(subject: Subject, k: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The spectrum of the GGN of all data without weight decay, and its top k eigenvectors [k, D].
+
+    The k top eigenvalues, then a geometric tail with the trace of the rest, which a few random vectors estimate.
+    """
+    G = GGN(subject.model, subject.problem.loss_fn, subject.batches)
+    values, vectors = G.eigsh(k, tol=1e-3, seed=seed)
+    generator = torch.Generator(values.device).manual_seed(seed)
+    signs = torch.randint(2, (PROBES, G.shape[0]), generator=generator, device=values.device).to(values) * 2 - 1
+    rest = G.quadratic_forms(signs - (signs @ vectors) @ vectors.T).mean().clamp(min=0)
+    last = values[-1].clamp(min=0)
+    tail = last * (rest / (last + rest).clamp(min=1e-30)) ** torch.arange(1, TAIL + 1).to(values)
+    tail = (tail * rest / tail.sum().clamp(min=1e-30)).clamp(max=last)
+    return torch.cat([values.clamp(min=0), tail]), vectors.T
+
+
+def expected(
+    spectrum: Tensor, full: Tensor, batch_size: int, samples: int, weight_decay: float
+) -> dict[str, float | None]:
+    """What `predicted_bias` says of the sum over the top directions, whose curvatures on all data are `full`."""
+    k = len(full)
+    if not spectrum[0] > 0 or not full.sum() > 0 or k > min(batch_size, samples // 2, len(spectrum)):
+        return {"same": None, "other": None}
+    found = predicted_bias(spectrum, batch_size, samples, k, weight_decay=weight_decay)
+    share = (full / full.sum()).double()
+    return {which: (ratio @ share).item() for which, ratio in found.items()}
+
+
 def summary(curvature: dict[str, Tensor], slope: dict[str, Tensor]) -> dict[str, Any]:
     """Means over repeats, ratios of sums and the decrease along the top direction, from arrays [repeats, k].
 
     Slopes are those of directions turned downhill on their own batch, so that they can be averaged.
     """
     k = curvature["same"].shape[1]
+    step = {w: torch.where(curvature[w] > 0, -slope[w] / curvature[w], torch.nan) for w in curvature}
     return {
         "curvature": {which: _means(values) for which, values in curvature.items()},
         "slope": {which: _means(values) for which, values in slope.items()},
+        "step": {which: _means(values) for which, values in step.items()},
         "ratios": [
             {
                 "directions": top,

@@ -121,7 +121,7 @@ def _work(plan: Plan, problem: Problem) -> float:
     eigen = 2 * (20 + 3 * plan.directions)
     density = 2 * plan.density_samples * plan.density_steps
     pairs = plan.repeats * (eigen * sum(sizes) + plan.directions * len(sizes) * plan.samples)
-    return (eigen + density) * plan.samples + pairs
+    return (2 * eigen + density) * plan.samples + pairs  # all data's eigenvectors: shown, and compared with batches'
 
 
 def _fitting(sizes: Sequence[int] | set[int], samples: int) -> list[int]:

@@ -45,6 +45,9 @@ def _ratios(bias: dict[str, Any]) -> Panel:
             _reference(top[i], bias["tolerance"])
             for which, label, style in _WHICH[1:]:
                 _points(top[i], rows, [row["ratios"][i]["curvature"][which] for row in rows], label, style)
+            predicted = gaps([row["ratios"][i]["predicted"]["same"] for row in rows])
+            sizes = [row["batch_size"] for row in rows]
+            top[i].plot(sizes, predicted, color=SAME, linestyle=(0, (2, 2)), label="same batch, predicted")
             for which, label, style in _WHICH:
                 _points(bottom[i], rows, [row["ratios"][i]["slope_sum"][which] for row in rows], label, style)
             top[i].set(title=f"Curvature, {where}", xlabel="")
@@ -55,17 +58,20 @@ def _ratios(bias: dict[str, Any]) -> Panel:
         bottom[0].set_ylabel("slope (loss per unit)")
         for axis in (top[0], bottom[0]):
             plain_axis(axis.yaxis)
-        _legend(figure, bottom[0])
+        _legend(figure, top[0], bottom[0])
 
     what = (
         "Curvature and slope along a batch's own top directions, measured on that batch, on another one and on all data"
     )
     caption = (
         f"{what}, by batch size; bars are one standard error over {count(bias['repeats'])} pairs of batches. The band "
-        f"is ± {percent(bias['tolerance'])}. Directions are turned downhill on their own batch."
+        f"is ± {percent(bias['tolerance'])}; dotted, what Gaussian samples with the spectrum of all data would give. "
+        "Directions are turned downhill on their own batch."
     )
     return Panel(
-        inline_svg("ratios", what, (7.4, 5.8), draw), caption, [_curvature_table(bias, sums), _slope_table(bias)]
+        inline_svg("ratios", what, (7.4, 5.8), draw),
+        caption,
+        [_curvature_table(bias, sums), _predicted_table(bias, sums), _slope_table(bias)],
     )
 
 
@@ -77,6 +83,16 @@ def _curvature_table(bias: dict[str, Any], sums: list[int]) -> Table:
     ]
     note = "Ratios of sums over the repeats, ± one standard error."
     return Table("Curvature on the batch / on all data", ["batch", *columns], _named(bias, rows), note)
+
+
+def _predicted_table(bias: dict[str, Any], sums: list[int]) -> Table:
+    columns = [f"{'top' if k == 1 else f'top {k}'}, {which}" for k in sums for which in ("same", "other")]
+    rows = [
+        [fixed(ratio["predicted"][which], None) for ratio in row["ratios"] for which in ("same", "other")]
+        for row in bias["table"]
+    ]
+    note = "For Gaussian samples; too low where few samples carry the curvature."
+    return Table("The same, predicted from the spectrum of all data", ["batch", *columns], _named(bias, rows), note)
 
 
 def _slope_table(bias: dict[str, Any]) -> Table:
@@ -123,7 +139,14 @@ def _directions(bias: dict[str, Any]) -> Panel:
     )
     caption = f"{what}. Means over {count(bias['repeats'])} repeats; bands are one standard error."
     size = (2.0 + 2.1 * len(rows), 4.8)
-    return Panel(inline_svg("directions", what, size, draw), caption, [table], wide=True)
+    return Panel(inline_svg("directions", what, size, draw), caption, [_overlap_table(bias), table], wide=True)
+
+
+def _overlap_table(bias: dict[str, Any]) -> Table:
+    k = bias["k"]
+    caption = f"Overlap of a batch's top {k} directions with those of all data"
+    note = "1 for the same space; a random space has k over the number of parameters."
+    return Table(caption, ["batch", "overlap"], _named(bias, [[_fixed(row["overlap"])] for row in bias["table"]]), note)
 
 
 def _decrease(bias: dict[str, Any]) -> Panel:
@@ -153,7 +176,17 @@ def _decrease(bias: dict[str, Any]) -> Panel:
         f"{what}; bars are one standard error. Left, slope and curvature are those of the batch that found the "
         "direction; right, those of a second batch."
     )
-    return Panel(inline_svg("decrease", what, (7.4, 3.4), draw), caption, [table])
+    return Panel(inline_svg("decrease", what, (7.4, 3.4), draw), caption, [table, _step_table(bias)])
+
+
+def _step_table(bias: dict[str, Any]) -> Table:
+    wanted = ("same", "other", "full")
+    entries = [
+        [{"value": s["mean"][0], "standard_error": s["standard_error"][0]} for s in map(row["step"].get, wanted)]
+        for row in bias["table"]
+    ]
+    caption, cells = _in_units("Length of that Newton step", entries)
+    return Table(caption, ["batch", "same batch", "another batch", "all data"], _named(bias, cells))
 
 
 def _named(bias: dict[str, Any], rows: list[list[str]]) -> list[list[str]]:
@@ -212,6 +245,7 @@ def _reference(axis: Axes, tolerance: float) -> None:
     axis.axhspan(1 - tolerance, 1 + tolerance, color=MUTED, alpha=0.12, linewidth=0)
 
 
-def _legend(figure: Figure, axis: Axes) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels))
+def _legend(figure: Figure, *axes: Axes) -> None:
+    """What the axes show, each label once."""
+    found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(found.values(), found.keys(), loc="outside upper left", ncols=len(found))
