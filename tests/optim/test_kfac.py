@@ -393,3 +393,18 @@ def test_a_vector_behind_another_tensor_keeps_its_dense_block():
     want = pb.EKFAC(model, LOSS, (x, y), fisher="exact").inverse(1e-2) @ g
     train_step(model, pb.optim.EKFAC(model, LOSS, lr=1.0, damping=1e-2, fisher="exact"), x, y)
     torch.testing.assert_close(before - flat(model), want, rtol=1e-9, atol=1e-12)
+
+
+def test_a_warm_start_is_the_mean_over_the_loader():
+    model, batches = cnn(), [batch(8, seed) for seed in range(3)]
+    opt = pb.optim.KFAC(model, LOSS, fisher="exact", factor_decay=0.5, factor_interval=1)
+    opt.warm_start(batches)
+    krons = [pb.statistics(model, LOSS, b, ["kflr"])["kflr"]["3.weight"] for b in batches]
+    mean = torch.stack([k.left for k in krons]).mean(0)
+    torch.testing.assert_close(opt._blocks["3.weight"].kron.left, mean)
+    after = pb.statistics(model, LOSS, batches[0], ["kflr"])["kflr"]["3.weight"].right
+    before = opt._blocks["3.weight"].kron.right.clone()
+    train_step(model, opt, *batches[0])
+    torch.testing.assert_close(opt._blocks["3.weight"].kron.right, before.lerp(after, 0.5))
+    with pytest.raises(ValueError, match="the data is empty"):
+        opt.warm_start([])

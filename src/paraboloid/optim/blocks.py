@@ -105,7 +105,7 @@ class Block:
             return g
         if isinstance(self.inverse, Kron):
             return _times(self.inverse, g)
-        return (self.inverse @ g.to(self.inverse.values.dtype)).to(g.dtype)
+        return _filtered(self.inverse, g)
 
     def quadratic(self, d: Tensor) -> Tensor:
         """d . (block d), undamped."""
@@ -150,6 +150,22 @@ def _times(kron: Kron, g: Tensor) -> Tensor:
         G = G * right.reshape(())
     G = left @ G if left.dim() == 2 else left.unsqueeze(1) * G
     return G.view(g.shape).to(g.dtype)
+
+
+def _filtered(form: Eigenform, g: Tensor) -> Tensor:
+    """form @ g; for one group, which all but grouped convolutions have, without the bookkeeping of `Eigenform`."""
+    values = form.values
+    if len(values) > 1 or not form.full:
+        return (form @ g.to(values.dtype)).to(g.dtype)
+    U, W = form.left.vectors, form.right.vectors
+    c = g.to(values.dtype).view(form.left.size, form.right.size)
+    if form.right.size == 1:
+        W = None  # one vector of length one: its sign is there twice
+    c = c if U is None else U[0].T @ c
+    c = (c if W is None else c @ W[0]) * values[0]
+    c = c if W is None else c @ W[0].T
+    c = c if U is None else U[0] @ c
+    return c.view(g.shape).to(g.dtype)
 
 
 def _eigenform(kron: Kron, name: str) -> Eigenform:

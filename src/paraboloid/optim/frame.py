@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from paraboloid import trees
 from paraboloid.optim import foreach
+from paraboloid.optim.blocks import Block
 from paraboloid.randomness import copied_buffers
 
 Closure = Callable[[], Any]
@@ -23,8 +24,8 @@ class Frame(torch.optim.Optimizer):
     params     parameters of the model, or torch's groups (dicts with "params" and options); default: all trainable ones
     seed       of the optimiser's own generator; torch's global random state is never drawn from
 
-    Subclasses give `_state()` and `_load(state)` for what is not kept by parameter in `self.state`: tensors there are
-    saved as they are, whereas torch casts its own to the parameter's dtype.
+    `_state()` and `_load(state)` are about what is not kept by parameter in `self.state`: its tensors are saved as they
+    are, whereas torch casts its own to the parameter's dtype.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Frame(torch.optim.Optimizer):
         device = next(iter(self.names)).device
         self.generator = torch.Generator(device=device).manual_seed(seed)
         self.counters = {"steps": 0, "skipped": 0, "rejected": 0}
+        self._blocks: dict[str, Block] = {}  # by name, for those that keep a curvature for each parameter
 
     # --- parameters ----------------------------------------------------------------------------------------------
 
@@ -147,10 +149,20 @@ class Frame(torch.optim.Optimizer):
     # --- state ---------------------------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Any]:
-        return {}
+        return {"blocks": {name: block.state() for name, block in self._blocks.items()}}
 
     def _load(self, state: dict[str, Any]) -> None:
         """Take over what `_state` gave."""
+        for name, block in self._blocks.items():
+            block.load(state["blocks"][name])
+
+    def _layers(self) -> dict[str, dict[str, Any]]:
+        """What diagnostics say of each parameter's block."""
+        sizes = {name: p.numel() for p, name in self.names.items()}
+        return {
+            name: {"structure": b.structure, "damping": b.damping, "curvature": b.trace() / sizes[name],
+                   "failures": b.failures} for name, b in self._blocks.items()
+        }  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, with the curvature, the counters and the generator's state under "paraboloid"."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid import distributed
-from paraboloid.data import Output
+from paraboloid.data import Output, batches
 from paraboloid.losses import Loss
 from paraboloid.operators import GGN
 from paraboloid.optim import foreach
@@ -150,6 +150,17 @@ class KFAC(Frame):
     def remove(self) -> None:
         """Take the optimiser's hooks off the model and the loss."""
         self._capture.remove()
+
+    def warm_start(self, loader: Any) -> None:
+        """Measure the factors on every batch of a loader at the present parameters, before the first step: their plain
+        mean over the batches is what the averages begin with.  Raises ValueError for an empty loader."""
+        for batch in batches(loader):
+            found = self._measured_elsewhere(batch, [self._factors])["fisher_factors"]
+            for name, block in self._blocks.items():
+                first, second = found[name] if self.half else (found[name], None)
+                block.average(first, decay=1.0)
+                if second is not None:
+                    block.average(second, decay=1.0, other=True)
 
     def _due_factors(self) -> bool:
         return due(self.counters["steps"], self.factor_interval)
@@ -369,30 +380,18 @@ class KFAC(Frame):
             total += float(block.quadratic(delta)) / 2 if block.kron is not None else 0.0
         return total
 
-    # --- state ---------------------------------------------------------------------------------------------------
-
-    def _state(self) -> dict[str, Any]:
-        return {"blocks": {name: block.state() for name, block in self._blocks.items()}}
-
-    def _load(self, state: dict[str, Any]) -> None:
-        for name, block in self._blocks.items():
-            block.load(state["blocks"][name])
-
     def diagnostics(self) -> dict[str, Any]:
         """Counters; the last reduction ratio; and for each parameter its structure, damping, curvature (the mean
         eigenvalue of its block), failed inversions, and trust ratio (norm of momentum's step over the parameter's)."""
-        layers = {}
+        found = self._layers()
         for group in self.param_groups:
             for p in group["params"]:
-                block = self._blocks[self.names[p]]
                 moved = self.state[p].get("momentum_buffer") if p in self.state else None
-                layers[block.name] = {
-                    "structure": block.structure, "damping": block.damping, "curvature": block.trace() / p.numel(),
-                    "failures": block.failures,
-                    "trust_ratio": None if moved is None else float(group["lr"] * moved.norm() / p.detach().norm()),
-                }  # fmt: skip
+                found[self.names[p]]["trust_ratio"] = (
+                    None if moved is None else float(group["lr"] * moved.norm() / p.detach().norm())
+                )
         return {"skipped_curvature": 0, **self.counters, "reduction_ratio": self._ratio,
-                "damping": [group["damping"] for group in self.param_groups], "layers": layers}  # fmt: skip
+                "damping": [group["damping"] for group in self.param_groups], "layers": found}  # fmt: skip
 
 
 def _total_damping(group: Mapping[str, Any]) -> float:

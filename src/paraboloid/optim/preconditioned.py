@@ -143,20 +143,9 @@ class Preconditioned(Frame):
             if ps:
                 foreach.add_(ps, self._with_momentum(group, ps, d), alpha=-group["lr"])
 
-    def _state(self) -> dict[str, Any]:
-        return {"blocks": {name: block.state() for name, block in self._blocks.items()}}
-
-    def _load(self, state: dict[str, Any]) -> None:
-        for name, block in self._blocks.items():
-            block.load(state["blocks"][name])
-
     def diagnostics(self) -> dict[str, Any]:
         """Counters, and for each parameter its structure, damping, mean curvature and failed inversions."""
-        sizes = {self.names[p]: p.numel() for p in self.names}
-        return {"skipped_curvature": 0, **self.counters, "layers": {
-            name: {"structure": b.structure, "damping": b.damping, "curvature": b.trace() / sizes[name],
-                   "failures": b.failures} for name, b in self._blocks.items()
-        }}  # fmt: skip
+        return {"skipped_curvature": 0, **self.counters, "layers": self._layers()}
 
 
 def as_kron(value: Any) -> Any:

@@ -1,0 +1,61 @@
+"""Two processes (gloo) with a DistributedDataParallel model take the steps of one process with the whole batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import optimiser_rank
+import pytest
+import torch
+
+import paraboloid as pb
+
+WORLD, TIMEOUT = 2, 200
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="torch was built without gloo",
+)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("optimiser_ranks")
+    paths = [str(Path(__file__).parent), str(Path(pb.__file__).parents[1])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(optimiser_rank.__file__))]
+    started = [
+        subprocess.Popen(
+            [*command, str(r), str(WORLD), str(folder)], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for r in range(WORLD)
+    ]
+    try:
+        for process in started:
+            _, said = process.communicate(timeout=TIMEOUT)
+            assert process.returncode == 0, said
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(WORLD)]
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("name", optimiser_rank.OPTIMISERS)
+def test_ranks_together_take_the_step_of_the_whole_batch(ranks, name, accumulate):
+    model = optimiser_rank.model()
+    opt = optimiser_rank.OPTIMISERS[name](model)
+    for t in range(optimiser_rank.STEPS):
+        x, y = optimiser_rank.batch(t)
+        opt.zero_grad()
+        optimiser_rank.LOSS(model(x), y).backward()
+        opt.step()
+    expected = torch.cat([p.detach().flatten() for p in model.parameters()])
+    for found in ranks:
+        torch.testing.assert_close(found[name, accumulate], expected, rtol=1e-9, atol=1e-12)
+    assert torch.equal(ranks[0][name, accumulate], ranks[1][name, accumulate])
+
+
+def test_a_loss_that_is_nan_on_one_rank_skips_the_step_on_all(ranks):
+    assert [found["skipped"] for found in ranks] == [(1, True), (1, True)]
