@@ -57,6 +57,17 @@ def skipped(rank, wrapped, mine):
     return opt.counters["skipped"], all(torch.equal(p, b) for p, b in zip(wrapped.parameters(), before, strict=True))
 
 
+def bare(wrapped, mine):
+    """What an optimiser of the bare model says inside the wrapper."""
+    opt = OPTIMISERS["kfac"](wrapped.module)
+    try:
+        wrapped(batch(0)[0][mine])
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        opt.remove()
+
+
 def main():
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
@@ -70,6 +81,7 @@ def main():
             wrapped = nn.parallel.DistributedDataParallel(model())
             found[name, accumulate] = train(wrapped, make, mine, accumulate)
     found["skipped"] = skipped(rank, nn.parallel.DistributedDataParallel(model()), mine)
+    found["bare"] = bare(nn.parallel.DistributedDataParallel(model()), mine)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -70,8 +70,8 @@ class _Eager:
                 except RuntimeError as e:
                     raise RuntimeError(
                         "a recording began inside a function that torch.compile compiles; expected it outside. Compile "
-                        "the model instead of the training step, or call this from a function that is decorated with "
-                        "torch.compiler.disable."
+                        "the model instead of the training step (an optimiser is given the compiled model), or call "
+                        "this from a function that is decorated with torch.compiler.disable."
                     ) from e
             self.depth += 1
 

@@ -279,6 +279,44 @@ def test_a_changed_model_and_an_empty_layer(make):
 
 
 @ALL
+def test_compiled_models(make):
+    model, twin, (x, y) = mlp(), mlp(), batch()
+    compiled = torch.compile(model, backend="eager")
+    opt, rival = make(compiled), make(twin)
+    for _ in range(3):
+        train_step(compiled, opt, x, y)
+        train_step(twin, rival, x, y)
+    assert torch.equal(flat(model), flat(twin))
+    inner = mlp()
+    opt = make(inner)
+    with pytest.raises(RuntimeError, match=r"torch.compile"):
+        LOSS(torch.compile(inner, backend="eager")(x), y).backward()
+        opt.step()
+    opt.remove()
+    inner.compile(backend="eager")
+    with pytest.raises(ValueError, match=r"compiled in place by model.compile\(\)"):
+        make(inner)
+
+
+@ALL
+def test_activation_checkpoints(make):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+
+    model, twin, (x, y) = Checkpointed(), mlp(), batch()
+    opt, rival = make(model), make(twin)
+    for _ in range(3):
+        train_step(model, opt, x, y)
+        train_step(twin, rival, x, y)
+    torch.testing.assert_close(flat(model), flat(twin), rtol=1e-5, atol=1e-6)
+
+
+@ALL
 def test_hooks_go_with_the_optimiser(make):
     model, loss = mlp(), nn.CrossEntropyLoss()
     opt = make(model, loss)

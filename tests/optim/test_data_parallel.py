@@ -59,3 +59,7 @@ def test_ranks_together_take_the_step_of_the_whole_batch(ranks, name, accumulate
 
 def test_a_loss_that_is_nan_on_one_rank_skips_the_step_on_all(ranks):
     assert [found["skipped"] for found in ranks] == [(1, True), (1, True)]
+
+
+def test_an_optimiser_of_the_bare_model_is_refused_inside_the_wrapper(ranks):
+    assert all("Give it the wrapped model, or all_reduce=True" in found["bare"] for found in ranks)

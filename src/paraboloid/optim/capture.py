@@ -25,6 +25,13 @@ from paraboloid.losses import CrossEntropy, Loss
 from paraboloid.statistics import Recording
 from paraboloid.twice_differentiable import twice_differentiable
 
+NOTHING_SEEN = (
+    "saw no training pass since the last step: expected calls of the model and then of the loss, the very objects"
+    " that it was given, with gradients enabled. Where the loop calls a wrapper (torch.compile, "
+    "DistributedDataParallel), give the optimiser that; where the loss is computed by a function, call "
+    "opt.observe(output, target) before backward()."
+)
+
 
 class Observed(NamedTuple):
     """One forward pass with its loss: what was recorded, the output and target that the loss saw, and the inputs."""
@@ -54,6 +61,11 @@ class Capture:
         twice: bool = False,
         group: Any = None,
     ):
+        if getattr(model, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                "the model was compiled in place by model.compile(), which compiles its hooks too; expected "
+                "compiled = torch.compile(model), given to the optimiser and called in the loop."
+            )
         self.model, self.loss = model, Loss.from_torch(loss_fn)
         self.wanted, self.measure, self.verify, self.twice, self.group = wanted, measure, verify, twice, group
         self.passes = 0  # measured since the last `forget`
@@ -99,11 +111,20 @@ class Capture:
         if self._open is not None:
             self._depth += 1
         elif not self._muted and torch.is_grad_enabled() and self.wanted():
+            self._check_wrapper()
             self._last = self._seen = None
             stack, tape = ExitStack(), Recording(self.model, self.verify)
             stack.enter_context(tape.recording())
             stack.enter_context(twice_differentiable() if self.twice else nullcontext())
             self._open, self._depth = (stack, tape, sys._getframe(2)), 1
+
+    def _check_wrapper(self) -> None:
+        """A bare model inside a data-parallel wrapper would use each rank's own curvature, and ranks drift."""
+        active = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+        if active is not None and self.group is None and active is not self.model:
+            raise RuntimeError("the model runs inside DistributedDataParallel, but the optimiser was given the bare "
+                               "model, so it would use the curvature of this rank's samples alone. Give it the wrapped "
+                               "model, or all_reduce=True.")  # fmt: skip
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if self._open is None:

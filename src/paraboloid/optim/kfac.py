@@ -14,7 +14,7 @@ from paraboloid.losses import Loss
 from paraboloid.operators import GGN
 from paraboloid.optim import foreach
 from paraboloid.optim.blocks import Block
-from paraboloid.optim.capture import Capture, Observed, distributed_group
+from paraboloid.optim.capture import NOTHING_SEEN, Capture, Observed, distributed_group
 from paraboloid.optim.checks import (
     check_choices,
     check_count,
@@ -191,11 +191,7 @@ class KFAC(Frame):
     def _update_curvature(self, measure_on: Any) -> None:
         if self._due_factors():
             if self._capture.passes == 0:
-                raise RuntimeError(
-                    f"{type(self).__name__} saw no training pass since the last step: expected calls of the model and "
-                    "then of the loss object that were given to it, with gradients enabled. Where the loss is computed "
-                    "by a function, call opt.observe(output, target) before backward()."
-                )
+                raise RuntimeError(f"{type(self).__name__} {NOTHING_SEEN}")
             if finite(self._pooled.values):
                 self._average(measure_on)
             else:

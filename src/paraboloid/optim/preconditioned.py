@@ -12,7 +12,7 @@ from paraboloid.kron import Kron
 from paraboloid.losses import Loss
 from paraboloid.optim import foreach
 from paraboloid.optim.blocks import Block
-from paraboloid.optim.capture import Capture, Observed, distributed_group
+from paraboloid.optim.capture import NOTHING_SEEN, Capture, Observed, distributed_group
 from paraboloid.optim.checks import check_number, check_samplable, check_share
 from paraboloid.optim.fisher_factors import FisherFactors, finite
 from paraboloid.optim.frame import Closure, Frame, gradient_of
@@ -115,11 +115,7 @@ class Preconditioned(Frame):
 
     def _update(self) -> None:
         if self._capture.passes == 0:
-            raise RuntimeError(
-                "Preconditioned saw no training pass since the last step: expected calls of the model and then of the "
-                "loss object that were given to it, with gradients enabled. Where the loss is computed by a function, "
-                "call opt.observe(output, target) before backward()."
-            )
+            raise RuntimeError(f"Preconditioned {NOTHING_SEEN}")
         (found,) = self._pooled.values.values()
         if not finite(found):
             self.counters["skipped_curvature"] = self.counters.get("skipped_curvature", 0) + 1
