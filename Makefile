@@ -37,8 +37,9 @@ docs: $(STAMP) ## build the documentation into site/; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "The documentation: $(abspath site)/index.html"
 
-figures: $(STAMP) ## draw the figures of the documentation's gallery
+figures: $(STAMP) ## draw the figures of the documentation
 	$(BIN)/python docs/gallery/make.py
+	$(BIN)/python docs/figures/bias.py
 
 bench-statistics: $(STAMP) ## time the statistics against a plain gradient (peers too: make peers)
 	$(BIN)/python -m benchmarks.statistics

@@ -287,6 +287,26 @@ def test_structured_curvatures_are_those_operators_with_weight_decay(name, Opera
     assert given.kron_directions(3).shape == (3, 57)
 
 
+@pytest.mark.parametrize("make", [KFAC, EKFAC])
+def test_kron_directions_of_one_batch_with_the_eigenvalues_of_another(make):
+    """KFAC's on batch 2 is (u.L2 u)(w.R2 w); EKFAC's, of all positions, mean_n (u.g_n w)^2 = u (x) w . GGN2 u (x) w."""
+    model, first, second = make_model("mlp"), batch(7, 1), batch(9, 2)
+    rows = quadratic(model, CE, first).kron_directions(57)
+    C = make(model, CE, first, fisher="exact", measure_on=second)
+    found = quadratic(model, CE, second, C).along(rows)[1]
+    if make is EKFAC:
+        expected = quadratic(model, CE, second).along(rows)[1]
+    else:
+        other = KFAC(model, CE, second, fisher="exact")
+        expected = other.quadratic_forms(rows)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(C @ rows.T, rows.T * found, rtol=1e-9, atol=1e-10)  # they are its eigenvectors
+    same = make(model, CE, first, fisher="exact", measure_on=first)
+    torch.testing.assert_close(
+        same.to_dense(), make(model, CE, first, fisher="exact").to_dense(), rtol=1e-9, atol=1e-12
+    )
+
+
 def test_an_operator_without_factors_has_no_kron_directions():
     model, data = make_model("mlp"), batch(7, 3)
     q = quadratic(model, CE, data, curvature=GGN(model, CE, data))

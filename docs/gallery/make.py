@@ -43,12 +43,15 @@ def main(names: list[str]) -> None:
     if unknown := [name for name in names if name not in known]:
         raise SystemExit(f"no drawing for {unknown}; expected some of {sorted(known)}")
     for name in names or known:
-        figure = draw(name, known[name])
-        path = FIGURES / f"{name}.svg"
-        with rc_context(STYLE):
-            figure.savefig(path, dpi=200, metadata={"Date": None, "Creator": None})
-        path.write_text("".join(line.rstrip() + "\n" for line in path.read_text(encoding="utf-8").splitlines()))
-        print(f"{path.relative_to(HERE.parents[1])}: {path.stat().st_size // 1024} KiB")
+        save(draw(name, known[name]), FIGURES / f"{name}.svg")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write an SVG that is the same for the same figure."""
+    with rc_context(STYLE):
+        figure.savefig(path, dpi=200, metadata={"Date": None, "Creator": None})
+    path.write_text("".join(line.rstrip() + "\n" for line in path.read_text(encoding="utf-8").splitlines()))
+    print(f"{path.relative_to(HERE.parents[1])}: {path.stat().st_size // 1024} KiB")
 
 
 def drawings() -> dict[str, Callable[..., Figure]]:
