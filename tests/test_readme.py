@@ -1,5 +1,6 @@
 """The code of the README and of the documentation runs as it stands, and the gallery shows every quantity."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -44,3 +45,20 @@ def test_every_figure_is_drawn_from_a_page():
     }
     assert drawn == {path.stem for path in (GALLERY / "figures").iterdir()}
     assert drawn == {path.stem for path in GALLERY.glob("*.md")} - {"index"}
+
+
+def test_the_reference_names_what_the_builder_of_the_documentation_finds():
+    """It reads the code without running it: a name that a module makes when asked for is not there for it."""
+    names = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "reference.md").read_text(encoding="utf-8"), flags=re.M)
+    assert len(names) > 50
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        path = ROOT / "src" / module.replace(".", "/")
+        source = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
+        found = {child.stem for child in path.glob("*") if path.is_dir()}
+        for node in ast.parse(source.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                found.add(node.name)
+            elif isinstance(node, ast.ImportFrom):
+                found |= {alias.asname or alias.name for alias in node.names}
+        assert attribute in found, name
