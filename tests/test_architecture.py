@@ -50,7 +50,7 @@ FLOORS = [
         "predicted_bias",
         "cross_fit",
     },
-    {"posteriors", "gp", "optim", "noise", "logging", "report", "inspection", "cli", "__main__"},
+    {"posteriors", "gp", "optim", "noise", "logging", "report", "inspection", "studies", "cli", "__main__"},
 ]
 KNOWN = set().union(*FLOORS, {"problems"})
 FLOOR_NAMES = ["ground", "engine", "middle", "roof"]

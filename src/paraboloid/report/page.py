@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from paraboloid.report import numbers, reading
 from paraboloid.report.record import Record, check, plain
-from paraboloid.report.section import Table
+from paraboloid.report.section import Section, Table
 from paraboloid.report.sections import bias, curvature, noise, training
 
 SECTIONS = {"training": training, "noise": noise, "curvature": curvature, "bias": bias}
@@ -22,24 +23,40 @@ def render(record: Record) -> str:
     check(record)
     record = plain(record)
     whole = record["bias" if "bias" in record else "noise"]
-    environment = Environment(
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            record=record,
+            finding=whole["reading"][0],
+            advice=whole["reading"][1] if len(whole["reading"]) > 1 else "",
+            figures=_key_numbers(record) if "bias" in record else noise.key_numbers(record),
+            layers=_layer_table(record["problem"]),
+            sections=[module.section(record) for name, module in SECTIONS.items() if name in record],
+            count=numbers.count,
+            number=numbers.number,
+            percent=numbers.percent,
+            seconds=numbers.seconds,
+        )
+    )
+
+
+def render_study(title: str, about: str, record: dict[str, Any], sections: Sequence[Section]) -> str:
+    """The HTML page of a study's record (`paraboloid.studies`): its findings first, then its sections."""
+    return (
+        _environment()
+        .get_template("study.html")
+        .render(title=title, about=about, record=plain(record), sections=sections, seconds=numbers.seconds)
+    )
+
+
+def _environment() -> Environment:
+    return Environment(
         loader=PackageLoader("paraboloid.report"),
         autoescape=select_autoescape(default=True, default_for_string=True),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    )
-    return environment.get_template("page.html").render(
-        record=record,
-        finding=whole["reading"][0],
-        advice=whole["reading"][1] if len(whole["reading"]) > 1 else "",
-        figures=_key_numbers(record) if "bias" in record else noise.key_numbers(record),
-        layers=_layer_table(record["problem"]),
-        sections=[module.section(record) for name, module in SECTIONS.items() if name in record],
-        count=numbers.count,
-        number=numbers.number,
-        percent=numbers.percent,
-        seconds=numbers.seconds,
     )
 
 
