@@ -104,6 +104,7 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.names = names
         self.calls: list[Call] = []
+        self.noted: Callable[[Call, Tensor], None] | None = None  # told of every call with its output
         self.candidates: list[Call] = []  # operations on weights alone, of which some may turn out to be calls
         self.clean: dict[int, tuple[Tensor, int]] = {}
         self.alias: dict[int, Alias] = {}
@@ -152,6 +153,9 @@ class Recorder(TorchFunctionMode):
             still = [(t, b) for t, b in zip(inputs, before, strict=True) if version(t) == b]
             if len(still) == len(inputs) or op in HARMLESS:  # the completeness walk finds what other calls hide
                 self.calls.append(_call(op, args, kwargs, z, weights, below, still))
+                if self.noted is not None:
+                    with torch._C.DisableTorchFunction():
+                        self.noted(self.calls[-1], z)
         return z
 
     @contextmanager

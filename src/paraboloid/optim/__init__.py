@@ -1,7 +1,8 @@
 """Second-order optimisers for the usual training loop: subclasses of `torch.optim.Optimizer`."""
 
 from paraboloid.optim.ekfac import EKFAC
+from paraboloid.optim.kbfgs import KBFGS, KBFGSL
 from paraboloid.optim.kfac import KFAC
 from paraboloid.optim.preconditioned import Preconditioned
 
-__all__ = ["EKFAC", "KFAC", "Preconditioned"]
+__all__ = ["EKFAC", "KBFGS", "KBFGSL", "KFAC", "Preconditioned"]

@@ -1,0 +1,340 @@
+"""K-BFGS and K-BFGS(L): Kronecker-factored quasi-Newton descent for deep networks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paraboloid import data, distributed, trees
+from paraboloid.losses import Loss
+from paraboloid.optim import foreach
+from paraboloid.optim.capture import distributed_group
+from paraboloid.optim.checks import check_count, check_number, check_share
+from paraboloid.optim.frame import Closure, Frame, gradient_of, value_of
+from paraboloid.optim.quasi_newton import (
+    DenseInverse,
+    LimitedMemoryInverse,
+    damped_change,
+    damped_step,
+    is_safe,
+    update_inverse,
+)
+from paraboloid.optim.readings import Layer, Readings
+from paraboloid.randomness import isolated
+
+WARM_UP = 10  # batches whose plain mean A is without warm_start
+
+
+class LayerState:
+    """What is kept for one layer W = [weight, bias], p x q."""
+
+    def __init__(self, layer: Layer, Hg: DenseInverse | LimitedMemoryInverse, p: int, like: Tensor):
+        self.layer, self.Hg = layer, Hg
+        self.A: Tensor | None = None
+        self.Ha: Tensor | None = None
+        self.positions = 1.0
+        self.s, self.y = like.new_zeros(p), like.new_zeros(p)
+        self.counts = {"updates": 0, "skipped_g": 0, "skipped_a": 0}
+
+    def start(self, A: Tensor, positions: float, damping: float) -> None:
+        """Ha = (A + sqrt(damping T) I)^-1."""
+        self.A, self.positions = A, positions
+        shifted = A.clone()
+        shifted.diagonal().add_((damping * positions) ** 0.5)
+        self.Ha = torch.cholesky_inverse(torch.linalg.cholesky(shifted.double())).to(A.dtype)
+
+    def direction(self, M: Tensor) -> Tensor:
+        """Hg M Ha."""
+        return self.Hg.times(M) if self.Ha is None else self.Hg.times(M @ self.Ha)
+
+    def update_output_side(self, before: dict[str, Tensor], after: dict[str, Tensor], damping: float, decay: float):
+        """s and y averages, double damping, and BFGS on Hg."""
+        self.s.lerp_(after["h"] - before["h"], 1 - decay)
+        self.y.lerp_(after["g"] - before["g"], 1 - decay)
+        if not (self.s.any() and self.y.any()):
+            return
+        Hy = self.Hg.times(self.y)
+        s = damped_step(self.s, self.y, Hy)
+        y = damped_change(s, self.y, (damping / self.positions) ** 0.5)
+        if is_safe(s, y, before["g"].norm()):
+            self.Hg.update(s, y, Hy if torch.equal(y, self.y) else None)
+            self.counts["updates"] += 1
+        else:
+            self.counts["skipped_g"] += 1
+
+    def update_input_side(self, a: Tensor, damping: float) -> None:
+        """The Hessian action of A + sqrt(damping T) I on s = Ha a, and BFGS on Ha."""
+        assert self.A is not None and self.Ha is not None
+        s = self.Ha @ a
+        y = self.A @ s + (damping * self.positions) ** 0.5 * s
+        if is_safe(s, y, a.norm()):
+            update_inverse(self.Ha, s, y)
+        else:
+            self.counts["skipped_a"] += 1
+
+
+class KBFGS(Frame):
+    """W <- W - lr Hg M Ha for each layer, with BFGS inverses Hg of the outputs' curvature and Ha of A = E[abar abar^T].
+
+        opt = pb.optim.KBFGS(model, loss_fn, lr=0.3, damping=0.3)
+        opt.warm_start(loader)
+        for x, y in loader:
+            def closure():
+                opt.zero_grad()
+                loss = loss_fn(model(x), y)
+                loss.backward()
+                return loss
+            opt.step(closure)
+
+    W = [weight, bias] has the bias as its last column, abar = [a; 1] are the layer's inputs, M <- momentum M +
+    (1 - momentum) (gradient + weight_decay W), without bias correction.  Every step evaluates the closure twice on its
+    batch: the change of the mean pre-activations, s, and of their mean gradients, y, is averaged with `decay`, doubly
+    damped, and updates Hg; A is averaged with `decay`, and its action on the mean input updates Ha.  Everything is read
+    from the closure, so it may return any multiple or sum of losses; its second call replays the first one's random
+    state, and leaves gradients and running statistics as the first one did.
+
+    model         its linear layers and convolutions without groups are such layers, at one position or many
+    loss_fn       of `warm_start` and other optimisers' interface; not evaluated
+    damping       lambda: sqrt(lambda T) is added to A, and mu_2 = sqrt(lambda / T) in the second damping of (s, y), for
+                  T positions
+    params        parameters of the model, or torch's groups (options lr, damping, weight_decay); default: all
+    all_reduce    "auto": over the ranks of a DistributedDataParallel model; or as in `pb.statistics`
+
+    Other parameters (norms, embeddings, grouped convolutions, weights used in several ways) take the step -lr M, with
+    the identity for both inverses; `diagnostics` says which.  Without `warm_start` the first 10 batches make A, with a
+    warning.  A step with NaN or infinite gradients is skipped, see `KFAC`; one whose second evaluation is not finite
+    leaves Hg as it was.
+
+    Raises ValueError without a closure and for options out of range, RuntimeError for a closure that leaves no
+    gradient or a changed model.
+    Sources: Goldfarb, Ren & Bahamou 2020, arXiv:2006.08877, algorithm 2; Ren, Bahamou & Goldfarb 2021,
+    arXiv:2102.06737.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: nn.Module | Loss,
+        *,
+        lr: float = 0.3,
+        damping: float = 0.3,
+        momentum: float = 0.9,
+        decay: float = 0.9,
+        weight_decay: float = 1e-5,
+        params: Iterable[Any] | None = None,
+        all_reduce: Any = "auto",
+    ):
+        defaults = {"lr": check_number("lr", lr, 0), "damping": check_number("damping", damping, 0, above=True),
+                    "momentum": check_share("momentum", momentum), "decay": check_share("decay", decay),
+                    "weight_decay": check_number("weight_decay", weight_decay, 0)}  # fmt: skip
+        super().__init__(model, defaults, params, seed=0)
+        self.loss_fn, self._group = loss_fn, distributed_group(model, all_reduce)
+        self._by_name = {name: p for p, name in self.names.items()}
+        self._group_of = {self.names[p]: group for group in self.param_groups for p in group["params"]}
+        self._layers_found: dict[str, LayerState] = {}
+        self._warm = 0  # batches that made A so far; -1 after warm_start
+        self.counters["second_not_finite"] = 0
+
+    def _inverse(self, p: int, like: Tensor) -> DenseInverse | LimitedMemoryInverse:
+        return DenseInverse(p, like)
+
+    # --- reading -------------------------------------------------------------------------------------------------
+
+    def _read(self, moments: bool) -> Readings:
+        return Readings(self.model, self._by_name, moments)
+
+    def _state_of(self, layer: Layer, mean: dict[str, Tensor]) -> LayerState | None:
+        """The layer's state; made when it is first seen.  None for one whose bias lies in another group."""
+        if layer.weight not in self._layers_found:
+            if layer.bias is not None and self._group_of[layer.bias] is not self._group_of[layer.weight]:
+                return None
+            p = len(mean["h"])
+            self._layers_found[layer.weight] = LayerState(layer, self._inverse(p, mean["h"]), p, mean["h"])
+        return self._layers_found[layer.weight]
+
+    @torch.no_grad()
+    def warm_start(self, loader: Any) -> None:
+        """A of every layer as the unweighted mean over a loader's batches at the present parameters, one forward pass
+        each, and Ha its damped inverse.  Call it before the first step.  Raises ValueError for an empty loader."""
+        sums: dict[str, Any] = {}
+        count = 0
+        for inputs, _ in data.batches(loader):
+            readings = self._read(moments=True)
+            with isolated(self.model, self.generator.device, count), torch.enable_grad(), readings.of(self.model):
+                result = self.model(**inputs) if isinstance(inputs, dict) else self.model(
+                    *inputs if isinstance(inputs, tuple | list) else (inputs,)
+                )  # fmt: skip
+                del result
+            count += 1
+            for name, mean in readings.means(self._group).items():
+                state = self._state_of(readings.layers[name], mean)
+                if state is not None:
+                    total = sums.setdefault(name, [torch.zeros_like(mean["A"]), float(mean["positions"])])
+                    total[0] += mean["A"]
+        for name, (A, positions) in sums.items():
+            self._layers_found[name].start(A / count, positions, self._group_of[name]["damping"])
+        self._warm = -1
+
+    # --- the step ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step; returns the closure's loss at the parameters before it."""
+        if closure is None:
+            raise ValueError(
+                f"{type(self).__name__} evaluates the loss twice on one batch; expected step(closure) with a "
+                "closure that clears the gradients, evaluates the loss, calls backward() and returns it."
+            )
+        readings = self._read(moments=True)
+        with readings.of(self.model):
+            loss = self._first(closure)
+        self._check_model(trees.parameters(self.model))
+        if not (torch.isfinite(torch.as_tensor(value_of(loss))) or self._group):
+            self._skip("the loss is NaN or infinite")
+            return loss
+        if not self._finite():
+            return loss
+        before = readings.means(self._group)
+        self._check_backward(readings, before)
+        self._learn_inputs(readings, before)
+        self._move(before)
+        after = self._evaluate_again(closure)
+        for name, state in self._layers_found.items():
+            if name in before and state.Ha is not None:
+                group = self._group_of[name]
+                if after is not None and name in after:
+                    state.update_output_side(before[name], after[name], group["damping"], group["decay"])
+                state.update_input_side(before[name]["a"], group["damping"])
+        self.counters["steps"] += 1
+        return loss
+
+    def _check_backward(self, readings: Readings, means: dict[str, Any]) -> None:
+        if means and all(readings.found[name].gradients is None for name in means):
+            raise RuntimeError("the closure's backward pass reached none of the model's layers; expected it to "
+                               "evaluate the model and call backward() on the loss.")  # fmt: skip
+
+    def _learn_inputs(self, readings: Readings, means: dict[str, dict[str, Tensor]]) -> None:
+        """A, and Ha anew as long as there was no warm start."""
+        if self._warm == 0:
+            warnings.warn(
+                f"{type(self).__name__} was not warmed up; its first {WARM_UP} batches make A. Call "
+                "warm_start(loader) before the first step to use all of the data.", stacklevel=5,
+            )  # fmt: skip
+        warming = 0 <= self._warm < WARM_UP
+        for name, mean in means.items():
+            state = self._state_of(readings.layers[name], mean)
+            if state is None:
+                continue
+            group = self._group_of[name]
+            if state.A is None or warming:
+                share = 1 / (self._warm + 1) if state.A is not None else 1.0
+                A = mean["A"] if state.A is None else state.A.lerp(mean["A"], share)
+                state.start(A, float(mean["positions"]), group["damping"])
+            elif self.counters["steps"]:
+                state.A.lerp_(mean["A"], 1 - group["decay"])
+        if warming:
+            self._warm += 1
+
+    def _move(self, means: dict[str, Any]) -> None:
+        """The momentum gradients, and W <- W - lr Hg M Ha."""
+        for group in self.param_groups:
+            ps = self._with_gradient(group)
+            if not ps:
+                continue
+            for p in ps:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in ps]
+            foreach.scale_(buffers, group["momentum"])
+            gradients = [gradient_of(p, group["weight_decay"]) for p in ps]
+            foreach.add_(buffers, gradients, alpha=1 - group["momentum"])
+        moved = set()
+        for name, state in self._layers_found.items():
+            if name in means and self._by_name[name].grad is not None and state.Ha is not None:
+                self._move_layer(state)
+                moved |= {name, state.layer.bias}
+        for group in self.param_groups:
+            for p in self._with_gradient(group):
+                if self.names[p] not in moved:
+                    p.add_(self.state[p]["momentum_buffer"], alpha=-group["lr"])
+
+    def _move_layer(self, state: LayerState) -> None:
+        weight = self._by_name[state.layer.weight]
+        bias = None if state.layer.bias is None else self._by_name[state.layer.bias]
+        M = self.state[weight]["momentum_buffer"]
+        M = M.T if state.layer.flip else M.flatten(1)
+        if bias is not None:
+            M = torch.cat([M, self.state[bias]["momentum_buffer"].unsqueeze(1)], 1)
+        D = state.direction(M.to(state.s.dtype)).to(weight.dtype)
+        lr = self._group_of[state.layer.weight]["lr"]
+        if bias is not None:
+            bias.add_(D[:, -1], alpha=-lr)
+            D = D[:, :-1]
+        weight.add_(D.T if state.layer.flip else D.reshape(weight.shape), alpha=-lr)
+
+    def _evaluate_again(self, closure: Closure) -> dict[str, dict[str, Tensor]] | None:
+        """The means at the new parameters, on the same batch; None where they are not finite."""
+        readings = self._read(moments=False)
+        with self._again(), readings.of(self.model):
+            loss = value_of(closure())
+        after = readings.means(self._group)
+        finite = loss == loss and abs(loss) != float("inf")
+        finite = finite and all(bool(t["h"].isfinite().all() & t["g"].isfinite().all()) for t in after.values())
+        if self._group is not None:
+            flag = torch.tensor(int(finite), device=self.generator.device)
+            finite = int(distributed.summed(flag, self._group, flag.device)) == torch.distributed.get_world_size(
+                self._group
+            )
+        self.counters["second_not_finite"] += not finite
+        return after if finite else None
+
+    # --- state ---------------------------------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, Any]:
+        return {"warm": self._warm, "layers": {
+            name: {"bias": s.layer.bias, "flip": s.layer.flip, "A": s.A, "Ha": s.Ha, "s": s.s, "y": s.y,
+                   "Hg": dict(s.Hg.state), "positions": s.positions, "counts": dict(s.counts)}
+            for name, s in self._layers_found.items()
+        }}  # fmt: skip
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self._warm, self._layers_found = state["warm"], {}
+        for name, kept in state["layers"].items():
+            p = len(kept["s"])
+            layer = LayerState(Layer(name, kept["bias"], kept["flip"]), self._inverse(p, kept["s"]), p, kept["s"])
+            layer.A, layer.Ha, layer.s, layer.y = kept["A"], kept["Ha"], kept["s"], kept["y"]
+            layer.positions, layer.counts = kept["positions"], dict(kept["counts"])
+            layer.Hg.load(kept["Hg"])
+            self._layers_found[name] = layer
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Counters, and for each parameter its structure ("quasi-newton", or "identity" for other parameters); for
+        layers also the damping, the last curvature s . y / s . s, updates of Hg and updates that a gate skipped."""
+        found: dict[str, Any] = {name: {"structure": "identity"} for name in self._by_name}
+        for name, state in self._layers_found.items():
+            ss = float(state.s @ state.s)
+            layer = {"structure": "quasi-newton", "damping": self._group_of[name]["damping"],
+                     "positions": state.positions,
+                     "curvature": float(state.s @ state.y) / ss if ss else None, **state.counts}  # fmt: skip
+            found[name] = layer
+            if state.layer.bias is not None:
+                found[state.layer.bias] = layer
+        return {**self.counters, "layers": found}
+
+
+class KBFGSL(KBFGS):
+    """`KBFGS` with Hg by its last `memory` pairs in compact form, never as a matrix; Ha stays a matrix.
+
+    Everything else is as in `KBFGS`.  Source: arXiv:2006.08877, section 4.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: nn.Module | Loss, *, memory: int = 100, **options: Any):
+        self.memory = check_count("memory", memory)
+        super().__init__(model, loss_fn, **options)
+
+    def _inverse(self, p: int, like: Tensor) -> LimitedMemoryInverse:
+        return LimitedMemoryInverse(p, self.memory, like)
