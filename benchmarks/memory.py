@@ -7,6 +7,7 @@ the network and batch made.  Results that are returned (individual gradients) co
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import resource
 import subprocess
@@ -30,6 +31,7 @@ def measure(package: str, net: str, batch: int, quantity: str, max_memory: int |
     from benchmarks.peers import PEERS
 
     torch.set_num_threads(1)
+    importlib.import_module("torch.fx.experimental.symbolic_shapes")  # 40 MB that torch loads at the first pull
     model, x, y = nets.make(net, batch)
     loss_fn = nn.CrossEntropyLoss()
     if package == "gradient":
