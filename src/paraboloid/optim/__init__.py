@@ -1,8 +1,9 @@
 """Second-order optimisers for the usual training loop: subclasses of `torch.optim.Optimizer`."""
 
 from paraboloid.optim.ekfac import EKFAC
+from paraboloid.optim.hessian_free import HessianFree
 from paraboloid.optim.kbfgs import KBFGS, KBFGSL
 from paraboloid.optim.kfac import KFAC
 from paraboloid.optim.preconditioned import Preconditioned
 
-__all__ = ["EKFAC", "KBFGS", "KBFGSL", "KFAC", "Preconditioned"]
+__all__ = ["EKFAC", "KBFGS", "KBFGSL", "KFAC", "HessianFree", "Preconditioned"]
