@@ -20,7 +20,7 @@ from torch import Tensor
 import paraboloid as pb
 from benchmarks.harness import machine
 from paraboloid import problems
-from paraboloid.cross_fit import CrossFit, bare, curvature_error
+from paraboloid.cross_fit import CrossFit, curvature_error
 from paraboloid.data import take
 from paraboloid.quadratic import Quadratic
 
@@ -44,7 +44,7 @@ def fit(problem: problems.Problem, batch: Batch) -> Quadratic:
 
 def less_predicted(problem: problems.Problem, batch: Batch, p: Proposal) -> Proposal:
     """The same directions and slopes, with the curvatures less their predicted bias."""
-    return Proposal(p.directions, p.slope, without_bias(fit(problem, batch), p.directions[0], p.curvature[0])[None])
+    return Proposal(p.directions, p.slope, pb.shrunk_curvature(fit(problem, batch), p.directions[0])[None])
 
 
 def folded(problem: problems.Problem, batch: Batch, seed: int, folds: int, chosen_by: str = "fold") -> CrossFit:
@@ -79,31 +79,12 @@ def combined(problem: problems.Problem, batch: Batch, f: CrossFit, seed: int) ->
     found = []
     for i, part in enumerate(parts):
         q = fit(problem, (batch[0][part], batch[1][part]))
-        corrected = without_bias(q, f.directions[i], f.same_curvature[i])
+        corrected = pb.shrunk_curvature(q, f.directions[i])
         v_same, v_other = curvature_error(q, f.directions[i]).square(), f.standard_error[i].square()
         gap = ((corrected - f.curvature[i]).square() - v_same - v_other).mean().clamp(min=0)
         w = v_other / (v_other + v_same + gap)
         found.append(f.curvature[i] + w * (corrected - f.curvature[i]))
     return Proposal(f.directions, f.slope, torch.stack(found))
-
-
-def without_bias(q: Quadratic, directions: Tensor, same: Tensor) -> Tensor:
-    """Same-batch eigenvalues less their predicted bias, from the batch's own spectrum: Ledoit and Peche 2011.
-
-    l / (1 + kappa / m sum_j l_j / (l - l_j))^2, with the kurtosis kappa (1 for Gaussian samples) of the samples'
-    quadratic forms; the eigenvalues beyond the directions enter by their trace.
-    """
-    forms = bare(q).sample_quadratic_forms(directions)
-    kappa = forms.square().mean(1) / forms.mean(1).square() / 3
-    values, trace = (same - BETA).clamp(min=0), float(bare(q).trace())
-    rest = max(0.0, trace - values.sum().item())
-    found = []
-    for i, value in enumerate(values):
-        others = torch.cat([values[:i], values[i + 1 :]])
-        terms = others / (value - others)
-        spread = max(0.0, terms[terms.abs() < 3].sum().item() + rest / value.item())
-        found.append(value / (1 + kappa[i] * spread / forms.shape[1]) ** 2 + BETA)
-    return torch.stack(found)
 
 
 def rules(problem: problems.Problem, batch: Batch, seed: int) -> dict[str, Proposal]:

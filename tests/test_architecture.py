@@ -49,6 +49,7 @@ FLOORS = [
         "measured_bias",
         "predicted_bias",
         "cross_fit",
+        "shrunk_curvature",
     },
     {"posteriors", "gp", "optim", "noise", "logging", "report", "inspection", "studies", "cli", "__main__"},
 ]

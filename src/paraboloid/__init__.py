@@ -11,6 +11,7 @@ from paraboloid.posteriors import Posterior, laplace, load_posterior
 from paraboloid.predicted_bias import predicted_bias
 from paraboloid.problems import Problem
 from paraboloid.quadratic import Quadratic, quadratic
+from paraboloid.shrunk_curvature import shrunk_curvature
 from paraboloid.statistics import Statistics, record, statistics
 
 __version__ = "0.1.0.dev0"
@@ -48,5 +49,6 @@ __all__ = [
     "quadratic",
     "quantities",
     "record",
+    "shrunk_curvature",
     "statistics",
 ]

@@ -186,6 +186,8 @@ def reproduce(study: str | None, full: bool, out: Path, seed: int, quiet: bool, 
             return
         studies.load(study)
         report.check_writable(out)
+        if not full:
+            _one_thread()  # the default is made of small networks
         with _bars(quiet) as progress:
             record = studies.reproduce(study, full, seed, progress)
         report.write({"report.json": studies.to_json(record), "report.html": studies.page(record)}, out)
@@ -218,13 +220,16 @@ def _list(described: dict[str, Any]) -> None:
 
 
 def _choose_threads(model: Any) -> None:
-    """One thread for a small model, unless OMP_NUM_THREADS says how many.
+    """One thread for a small model, unless OMP_NUM_THREADS says how many."""
+    if sum(p.numel() for p in model.parameters()) <= SMALL:
+        _one_thread()
 
-    Its operations are so short that threads spend their time waiting for each other, above all on a busy machine.
-    """
+
+def _one_thread() -> None:
+    """Unless OMP_NUM_THREADS says how many: short operations spend the others' time waiting, above all when busy."""
     import torch
 
-    if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in model.parameters()) <= SMALL:
+    if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
 

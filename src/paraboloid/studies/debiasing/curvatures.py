@@ -96,7 +96,7 @@ def factors(plan: Plan, seed: int, tick: Tick) -> dict[str, Any]:
         for m in plan.sizes:
             kron: dict[str, list[Tensor]] = {"same": [], "other": [], "full": []}
             exact: dict[str, list[Tensor]] = {"same": [], "other": [], "full": []}
-            for batch, other in pairs(problem, m, plan.repeats, 1000 * seed + m):
+            for batch, other in pairs(problem, m, plan.factor_repeats, 1000 * seed + m):
                 q, q2 = (quadratic(model, loss_fn, b) for b in (batch, other))
                 D = q.kron_directions(plan.factor_directions)
                 places = (("same", batch, q.curvature), ("other", other, q2.curvature))
@@ -111,7 +111,7 @@ def factors(plan: Plan, seed: int, tick: Tick) -> dict[str, Any]:
                 rows.append({"problem": name, "batch_size": m, "eigenvalue": kind,
                              **summary(result, plan.factor_directions)})  # fmt: skip
             tick()
-    return {"k": plan.factor_directions, "repeats": plan.repeats, "rows": rows}
+    return {"k": plan.factor_directions, "repeats": plan.factor_repeats, "rows": rows}
 
 
 def grid(plan: Plan, seed: int, tick: Tick) -> dict[str, Any]:

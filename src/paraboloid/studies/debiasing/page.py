@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from paraboloid.report.numbers import count, fixed, number, percent
+from paraboloid.report.numbers import count, fixed, number, percent, power_of_ten, short
 from paraboloid.report.section import Panel, Section, Table
 from paraboloid.report.theme import (
     FULL,
@@ -23,7 +23,7 @@ from paraboloid.report.theme import (
     plain_axis,
 )
 from paraboloid.studies.debiasing import reading
-from paraboloid.studies.debiasing.reading import AT, at_iteration, cell
+from paraboloid.studies.debiasing.reading import at_iteration, cell
 
 Rows = list[dict[str, Any]]
 RULES = {"single": (SAME, "o"), "debiased": (OTHER, "s"), "folds": (SERIES[2], "^"), "double": (FULL, "D")}
@@ -147,18 +147,18 @@ def _grid(part: dict[str, Any]) -> list[Panel]:
             ax.set(title=f"batches of {count(m)}", xlabel="parameters")
         _from_zero(axes[:1])
         axes[0].set_ylabel("top curvature / that on all data")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
 
     columns = ["width × depth", "parameters", "loss", "batch", "top, same", "top, other"]
     rows = [
-        [f"{number(row['width'])} × {row['depth']}", count(row["parameters"]), number(row["train_loss"]),
+        [f"{short(row['width'])} × {row['depth']}", count(row["parameters"]), number(row["train_loss"]),
          count(row["batch_size"]), cell(row["same"]["top"]), cell(row["other"]["top"])]
         for row in part["rows"]
     ]  # fmt: skip
     what = "The bias of shapes-cnn's top curvature by number of parameters"
     caption = (
         f"{what}. Width multiplies 3c3d's channels; each network is measured when its training loss on "
-        f"{count(part['samples'])} images first falls to {number(part['loss'])}, or at the end of the training. "
+        f"{count(part['samples'])} images first falls to {short(part['loss'])}, or at the end of the training. "
         f"{count(part['repeats'])} repeats; bars are one standard error."
     )
     return [Panel(inline_svg("grid", what, (7.4, 3.8), draw), caption, [Table("The networks", columns, rows)])]
@@ -173,31 +173,35 @@ def _factors(part: dict[str, Any]) -> list[Panel]:
             for kind, line in (("kronecker", "-"), ("exact", ":")):
                 rows = _where(part["rows"], problem=name, eigenvalue=kind)
                 for which, color, label in (("same", SAME, "same batch"), ("other", OTHER, "another batch")):
-                    _against(ax, rows, "batch_size", [r[which]["sum"] for r in rows], color, f"{label}, {kind}", line)
+                    _against(ax, rows, "batch_size", [r[which]["top"] for r in rows], color, f"{label}, {kind}", line)
             ax.axhline(1, color=MUTED, linewidth=1)
             _sizes(ax, part["rows"])
             ax.set_title(name)
         _from_zero(axes[:1])
-        axes[0].set_ylabel(f"sum of the top {part['k']} / all data")
+        axes[0].set_ylabel("largest eigenvalue / all data")
         axes[0].legend()
 
-    columns = ["", "batch", "eigenvalues", "same batch", "another batch"]
+    columns = [
+        "",
+        "batch",
+        "eigenvalues",
+        "top, same",
+        "top, other",
+        f"top {part['k']}, same",
+        f"top {part['k']}, other",
+    ]
     rows = [
-        [
-            row["problem"],
-            count(row["batch_size"]),
-            row["eigenvalue"],
-            cell(row["same"]["sum"]),
-            cell(row["other"]["sum"]),
-        ]
+        [row["problem"], count(row["batch_size"]), row["eigenvalue"]]
+        + [cell(row[which][of]) for of in ("top", "sum") for which in ("same", "other")]
         for row in part["rows"]
     ]
     what = "Eigenvalues along a batch's Kronecker eigenvectors, over those of all data"
     caption = (
-        f"{what}: KFAC's (Kronecker) and EKFAC's (exact), the sum of the top {part['k']}. {count(part['repeats'])} "
+        f"{what}: KFAC's (Kronecker) and EKFAC's (exact), the largest. {count(part['repeats'])} "
         "repeats; bars are one standard error."
     )
-    return [Panel(inline_svg("factors", what, (7.4, 3.6), draw), caption, [Table("Over all data", columns, rows)])]
+    table = Table(f"Over all data: all {len(rows)} rows", columns, rows, folded=True)
+    return [Panel(inline_svg("factors", what, (10.5, 3.6), draw), caption, [table], wide=True)]
 
 
 def _steps(part: dict[str, Any]) -> list[Panel]:
@@ -205,7 +209,7 @@ def _steps(part: dict[str, Any]) -> list[Panel]:
     shown = _where(part["rows"], moment=last)
     names = list(dict.fromkeys(row["problem"] for row in shown))
     sizes = list(dict.fromkeys(row["batch_size"] for row in shown))
-    iterations = np.arange(1, part["iterations"] + 1)
+    iterations = part["iterations"]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(len(names), len(sizes), sharex=True, squeeze=False)
@@ -222,13 +226,13 @@ def _steps(part: dict[str, Any]) -> list[Panel]:
                 ax.axhline(0, color=MUTED, linewidth=1)
                 ax.set_title(f"{name}, m = {count(m)}")
                 plain_axis(ax.yaxis)
-                fixed_ticks(ax.xaxis, [1, *range(5, part["iterations"] + 1, 5)])
+                fixed_ticks(ax.xaxis, [1, *range(5, iterations[-1] + 1, 5)])
             line[0].set_ylabel("decrease of the loss")
         for ax in axes[-1]:
             ax.set_xlabel("iteration")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
 
-    at = min(AT, part["iterations"]) - 1
+    at = reading.place(iterations)
     columns = ["", "training", "m", *part["rules"], "debiased − single", "debiased − double", "folds − double"]
     rows = [
         [row["problem"], percent(row["moment"]), count(row["batch_size"])]
@@ -241,11 +245,16 @@ def _steps(part: dict[str, Any]) -> list[Panel]:
     ]
     what = "By how much conjugate-gradient steps of mini-batches lower the loss on all data"
     caption = (
-        f"{what}, trained; above 0 is better. Damping {number(part['damping'], 1)}; {count(part['repeats'])} repeats, "
+        f"{what}, trained; above 0 is better. Damping {short(part['damping'])}; {count(part['repeats'])} repeats, "
         "bars are one standard error."
     )
     note = "; ".join(f"{rule}: {words}" for rule, words in part["rules"].items()) + ". Differences are paired."
-    table = Table(f"Decrease at iteration {at + 1}, ± one standard error", columns, rows, note)
+    table = Table(
+        f"Decrease at iteration {iterations[at]} in units of {power_of_ten(-3)}, ± one standard error",
+        columns,
+        rows,
+        note,
+    )
     return [Panel(inline_svg("steps", what, (10.5, 0.9 + 2.5 * len(names)), draw), caption, [table], wide=True)]
 
 
@@ -262,7 +271,7 @@ def _posteriors(part: dict[str, Any]) -> list[Panel]:
                     _against(ax, rows, "batch_size", [row[kind] for row in rows], color, label)
                 ax.axhline(rows[0]["full"], color=FULL, linewidth=3, alpha=0.3, label="all data")
                 ax.axhline(rows[0]["map"], color=MUTED, linewidth=1, linestyle=":", label="no posterior")
-                ax.set_title(f"{name}, prior {number(prior)}")
+                ax.set_title(f"{name}, prior {short(prior)}")
                 plain_axis(ax.yaxis)
                 _sizes(ax, rows, "m" if name == names[-1] else "")
             line[0].set_ylabel("test NLL")
@@ -278,7 +287,7 @@ def _posteriors(part: dict[str, Any]) -> list[Panel]:
         "debiased − plain",
     ]
     rows = [
-        [row["problem"], number(row["prior_precision"]), count(row["batch_size"])]
+        [row["problem"], short(row["prior_precision"]), count(row["batch_size"])]
         + [cell(row[kind], 3) for kind in KINDS]
         + [fixed(row["full"], None, 3), fixed(row["map"], None, 3), cell(row["debiased_minus_single"], 3)]
         for row in part["rows"]

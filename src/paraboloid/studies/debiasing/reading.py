@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from paraboloid.report.numbers import count, fixed, number, percent
+from paraboloid.report.numbers import count, fixed, percent
 
 Rows = list[dict[str, Any]]
 AT = 5  # the iteration of conjugate gradients that sentences speak of
@@ -44,9 +44,13 @@ def training(results: dict[str, Any]) -> list[str]:
         mine = [row for row in rows if row["problem"] == name]
         smallest = min(row["batch_size"] for row in mine)
         path = [row for row in mine if row["batch_size"] == smallest]
-        values = ", ".join(f"{fixed(row['same']['top']['value'], None)} after {percent(row['moment'])}" for row in path)
+        values, moments = (
+            ", ".join(fixed(row["same"]["top"]["value"], None) for row in path),
+            ", ".join(percent(row["moment"]) for row in path),
+        )
         sentences.append(
-            f"{name}: with batches of {count(smallest)} the top curvature is overstated {values} of the training."
+            f"{name}: with batches of {count(smallest)} the top curvature is overstated {values} times after {moments} "
+            "of the training."
         )
     off = [row for row in rows if abs(deviations(row["other"]["sum"], 1)) > 2]
     sentences.append(
@@ -81,28 +85,33 @@ def factors(results: dict[str, Any]) -> list[str]:
     for row in (row for row in rows if row["batch_size"] == smallest):
         kind = "Kronecker eigenvalues" if row["eigenvalue"] == "kronecker" else "exact eigenvalues (EKFAC's)"
         sentences.append(
-            f"{row['problem']}, batches of {count(smallest)}: the top {kind} along a batch's own Kronecker "
-            f"eigenvectors are {times(row['same']['sum'])} those of all data, on a second batch "
-            f"{times(row['other']['sum'])}."
+            f"{row['problem']}, batches of {count(smallest)}: the largest of the {kind} of a batch's own Kronecker "
+            f"eigenvectors is {times(row['same']['top'])} that of all data, on a second batch "
+            f"{times(row['other']['top'])}."
         )
     return sentences
 
 
 def steps(results: dict[str, Any]) -> list[str]:
     """How often debiased steps lower the loss more than those of one batch of m, and of 2m."""
-    rows, at = results["steps"]["rows"], min(AT, results["steps"]["iterations"]) - 1
+    rows, iterations = results["steps"]["rows"], results["steps"]["iterations"]
+    at = place(iterations)
     sentences = []
     for key, rule, other in (
-        ("debiased_minus_single", "m directions with lengths from another m", "one batch of m"),
-        ("debiased_minus_double", "the same, at equal budget", "one batch of 2m"),
-        ("folds_minus_double", "both roles averaged", "one batch of 2m"),
+        ("debiased_minus_single", "steps with lengths from a second batch", "those of the first batch alone"),
+        (
+            "debiased_minus_double",
+            "steps with lengths from a second batch",
+            "those of one batch of 2m, the same budget,",
+        ),
+        ("folds_minus_double", "steps averaged over both roles", "those of one batch of 2m"),
     ):
         scores = [score(row[key], at) for row in rows]
         better, worse = sum(s > 2 for s in scores), sum(s < -2 for s in scores)
         sentences.append(
-            f"Conjugate gradients, iteration {at + 1}: {rule}: lowers the loss on all data more than {other} in "
-            f"{better} of {len(rows)} cases, less in {worse}; in {len(rows) - better - worse} two standard errors do "
-            "not tell."
+            f"Conjugate gradients, iteration {iterations[at]}: {rule} lower the loss on all data more than {other} "
+            f"in {better} of {len(rows)} cases, less in {worse}; in {len(rows) - better - worse} two standard errors "
+            "do not tell."
         )
     return sentences
 
@@ -127,6 +136,11 @@ def posteriors(results: dict[str, Any]) -> list[str]:
     ]
 
 
+def place(iterations: list[int]) -> int:
+    """Where iteration `AT` stands, or the last one."""
+    return iterations.index(AT) if AT in iterations else len(iterations) - 1
+
+
 def times(entry: dict[str, Any]) -> str:
     return f"{fixed(entry['value'], entry['standard_error'])} times"
 
@@ -146,5 +160,5 @@ def cell(entry: dict[str, Any], decimals: int = 2) -> str:
 
 
 def at_iteration(entry: dict[str, Any], at: int) -> str:
-    mean, error = entry["mean"][at], entry["standard_error"][at]
-    return f"{number(mean, 2)} ± {number(error, 1)}"
+    """In units of 1/1000."""
+    return fixed(1e3 * entry["mean"][at], 1e3 * entry["standard_error"][at], 1)

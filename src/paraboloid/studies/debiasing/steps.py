@@ -42,26 +42,28 @@ def steps(plan: Plan, seed: int, tick: Callable[[], None]) -> dict[str, Any]:
                     "folds_minus_double": mean(stacked["folds"] - stacked["double"]),
                 })  # fmt: skip
                 tick()
-    return {"iterations": plan.iterations, "damping": plan.damping, "repeats": plan.step_repeats, "rules": RULES,
+    return {"iterations": list(plan.iterations), "damping": plan.damping, "repeats": plan.step_repeats, "rules": RULES,
             "rows": rows}  # fmt: skip
 
 
 def proposals(problem: Problem, first: Batch, second: Batch, plan: Plan) -> dict[str, Tensor]:
-    """Each rule's iterates, [iterations, D]."""
+    """Each rule's iterates after the plan's iterations, [points, D]."""
+    count, at = max(plan.iterations), [i - 1 for i in plan.iterations]
 
     def fit(batch: Batch) -> Quadratic:
         return quadratic(problem.model, problem.loss_fn, batch, weight_decay=plan.weight_decay)
 
     both = tuple(torch.cat(t) for t in zip(first, second, strict=True))
     one, two, double = fit(first), fit(second), fit(both)  # pyright: ignore[reportArgumentType] - two tensors
-    mine, theirs = (q.conjugate_directions(plan.iterations, plan.damping) for q in (one, two))
+    mine, theirs = (q.conjugate_directions(count, plan.damping) for q in (one, two))
     debiased = iterates(two, mine, plan.damping)
-    return {
+    found = {
         "single": iterates(one, mine, plan.damping),
         "debiased": debiased,
         "folds": (debiased + iterates(one, theirs, plan.damping)) / 2,
-        "double": iterates(double, double.conjugate_directions(plan.iterations, plan.damping), plan.damping),
+        "double": iterates(double, double.conjugate_directions(count, plan.damping), plan.damping),
     }
+    return {rule: steps[at] for rule, steps in found.items()}
 
 
 def iterates(q: Quadratic, directions: Tensor, damping: float) -> Tensor:
