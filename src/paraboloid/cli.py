@@ -167,7 +167,7 @@ def noise(
 
 @main.command()
 @click.argument("study", metavar="NAME", required=False)
-@click.option("--full", is_flag=True, help="Run the long form: an hour or more.")
+@click.option("--full", is_flag=True, help="Run the long form, which may take hours.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("report"), show_default=True,
               help="Directory of the report; made if missing, an older report in it is replaced.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of every random choice.")

@@ -3,13 +3,14 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from paraboloid import problems, studies
 from paraboloid.studies.debiasing import PARTS, Plan, pieces, reading
-from paraboloid.studies.debiasing.steps import decreases, iterates, proposals
+from paraboloid.studies.debiasing.steps import decreases, iterates, proposals, steps
 from paraboloid.studies.debiasing.trained import evaluations, pairs, states
 
 CALLS: dict[str, tuple[int, int]] = {}
@@ -87,6 +88,14 @@ def test_the_decrease_is_that_of_the_loss_on_all_data():
     after = problems.evaluate(problem, problem.train)[0]
     decay = 0.25 * (start.square().sum() - (start + step[0]).square().sum())
     assert found.item() == pytest.approx(before - after + decay.item(), abs=1e-5)
+
+
+def test_on_trained_digits_debiased_steps_beat_those_of_the_same_batch():
+    """Not those of the doubled batch: nothing is asserted about them."""
+    plan = replace(Plan.tiny(), step_sizes=(128, 512), step_repeats=15)
+    for row in steps(plan, 0, lambda: None)["rows"]:
+        difference = row["debiased_minus_single"]
+        assert difference["mean"][1] > 2 * difference["standard_error"][1]
 
 
 def test_iterates_are_partial_sums():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Plan:
-    """The default takes minutes on two cores; `Plan.full()` an hour or more; `Plan.tiny()` is for tests.
+    """The default takes minutes on two cores; `Plan.full()` a few hours; `Plan.tiny()` is for tests.
 
     Weight decay is part of every loss here, 1e-3, so that the curvature is positive definite.
     """
@@ -54,8 +54,8 @@ class Plan:
             step_sizes=(32, 64, 128, 256, 512), step_repeats=60, iterations=tuple(range(1, 21)),
             factor_problems=("digits-tanh", "digits-mlp", "digits-cnn"), factor_repeats=60,
             posterior_problems=("digits-tanh", "digits-mlp", "digits-cnn"), posterior_repeats=40, draws=1000,
-            widths=(0.0625, 0.125, 0.25, 0.5, 1.0), depths=(3, 4, 5, 7), grid_samples=4096, grid_repeats=15,
-            grid_sizes=(32, 64, 128, 256, 512), grid_k=5,
+            widths=(0.0625, 0.125, 0.25, 0.5, 1.0), depths=(3, 5), grid_samples=4096, grid_repeats=12,
+            grid_sizes=(32, 128, 512),
         )  # fmt: skip
 
     @classmethod
