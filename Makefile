@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help report test lint types format docs figures bench-statistics bench-floors bench-operators bench-resnet \
-	bench-noise bench-posteriors bench-bias peers install clean
+	bench-noise bench-optimisers bench-posteriors bench-bias peers install clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -58,6 +58,9 @@ bench-noise: $(STAMP) ## time gradient clustering against an epoch of plain grad
 
 bench-bias: $(STAMP) ## time pb.bias on digits-cnn, and two-batch curvature in gradients
 	$(BIN)/python -m benchmarks.bias
+
+bench-optimisers: $(STAMP) ## time steps of the optimisers against Adam's, with the state they keep
+	$(BIN)/python -m benchmarks.optimisers
 
 bench-posteriors: $(STAMP) ## time fitting and predicting Laplace posteriors, with their memory (peers too: make peers)
 	$(BIN)/python -m benchmarks.posteriors

@@ -54,18 +54,18 @@ def test_zero_steps_stay_zero():
     zero = torch.zeros(7, dtype=F64)
     assert torch.equal(damped_change(zero, zero, 0.3), zero)
     assert torch.equal(damped_step(zero, zero, zero), zero)
-    assert not is_safe(zero, zero, torch.tensor(0.0))
+    assert not is_safe(zero, zero, zero)
 
 
 def test_the_gate():
-    s, one = torch.tensor([1.0, 0.0], dtype=F64), torch.tensor(1.0)
+    s, one = torch.tensor([1.0, 0.0], dtype=F64), torch.tensor([0.0, 1.0], dtype=F64)
     assert is_safe(s, s, one)
     assert not is_safe(s, -s, one)
     assert not is_safe(s, 1e-5 * s, one)
-    assert is_safe(s, 1e-5 * s, torch.tensor(0.01))
+    assert is_safe(s, 1e-5 * s, 0.01 * one)
     for bad in (float("nan"), float("inf")):
         assert not is_safe(s, bad * s, one)
-        assert not is_safe(s, s, torch.tensor(bad))
+        assert not is_safe(s, s, bad * one)
 
 
 def test_an_update_satisfies_the_secant_equation_and_is_the_product_form():

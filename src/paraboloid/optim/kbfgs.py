@@ -51,17 +51,17 @@ class LayerState:
         """Hg M Ha."""
         return self.Hg.times(M) if self.Ha is None else self.Hg.times(M @ self.Ha)
 
-    def update_output_side(self, before: dict[str, Tensor], after: dict[str, Tensor], damping: float, decay: float):
+    def update_output_side(self, before: dict[str, Any], after: dict[str, Any], damping: float, decay: float):
         """s and y averages, double damping, and BFGS on Hg."""
         self.s.lerp_(after["h"] - before["h"], 1 - decay)
         self.y.lerp_(after["g"] - before["g"], 1 - decay)
-        if not (self.s.any() and self.y.any()):
+        if not float(self.s @ self.s) * float(self.y @ self.y):
             return
         Hy = self.Hg.times(self.y)
         s = damped_step(self.s, self.y, Hy)
         y = damped_change(s, self.y, (damping / self.positions) ** 0.5)
-        if is_safe(s, y, before["g"].norm()):
-            self.Hg.update(s, y, Hy if torch.equal(y, self.y) else None)
+        if is_safe(s, y, before["g"]):
+            self.Hg.update(s, y, Hy if y is self.y else None)
             self.counts["updates"] += 1
         else:
             self.counts["skipped_g"] += 1
@@ -71,7 +71,7 @@ class LayerState:
         assert self.A is not None and self.Ha is not None
         s = self.Ha @ a
         y = self.A @ s + (damping * self.positions) ** 0.5 * s
-        if is_safe(s, y, a.norm()):
+        if is_safe(s, y, a):
             update_inverse(self.Ha, s, y)
         else:
             self.counts["skipped_a"] += 1
@@ -144,10 +144,10 @@ class KBFGS(Frame):
 
     # --- reading -------------------------------------------------------------------------------------------------
 
-    def _read(self, moments: bool) -> Readings:
-        return Readings(self.model, self._by_name, moments)
+    def _read(self) -> Readings:
+        return Readings(self.model, self._by_name)
 
-    def _state_of(self, layer: Layer, mean: dict[str, Tensor]) -> LayerState | None:
+    def _state_of(self, layer: Layer, mean: dict[str, Any]) -> LayerState | None:
         """The layer's state; made when it is first seen.  None for one whose bias lies in another group."""
         if layer.weight not in self._layers_found:
             if layer.bias is not None and self._group_of[layer.bias] is not self._group_of[layer.weight]:
@@ -163,8 +163,8 @@ class KBFGS(Frame):
         sums: dict[str, Any] = {}
         count = 0
         for inputs, _ in data.batches(loader):
-            readings = self._read(moments=True)
-            with isolated(self.model, self.generator.device, count), torch.enable_grad(), readings.of(self.model):
+            readings = self._read()
+            with isolated(self.model, self.generator.device, count), torch.enable_grad(), readings.evaluation(True):
                 result = self.model(**inputs) if isinstance(inputs, dict) else self.model(
                     *inputs if isinstance(inputs, tuple | list) else (inputs,)
                 )  # fmt: skip
@@ -189,8 +189,8 @@ class KBFGS(Frame):
                 f"{type(self).__name__} evaluates the loss twice on one batch; expected step(closure) with a "
                 "closure that clears the gradients, evaluates the loss, calls backward() and returns it."
             )
-        readings = self._read(moments=True)
-        with readings.of(self.model):
+        readings = self._read()
+        with readings.evaluation(moments=True):
             loss = self._first(closure)
         self._check_model(trees.parameters(self.model))
         if not (torch.isfinite(torch.as_tensor(value_of(loss))) or self._group):
@@ -202,7 +202,7 @@ class KBFGS(Frame):
         self._check_backward(readings, before)
         self._learn_inputs(readings, before)
         self._move(before)
-        after = self._evaluate_again(closure)
+        after = self._evaluate_again(closure, readings)
         for name, state in self._layers_found.items():
             if name in before and state.Ha is not None:
                 group = self._group_of[name]
@@ -217,7 +217,7 @@ class KBFGS(Frame):
             raise RuntimeError("the closure's backward pass reached none of the model's layers; expected it to "
                                "evaluate the model and call backward() on the loss.")  # fmt: skip
 
-    def _learn_inputs(self, readings: Readings, means: dict[str, dict[str, Tensor]]) -> None:
+    def _learn_inputs(self, readings: Readings, means: dict[str, dict[str, Any]]) -> None:
         """A, and Ha anew as long as there was no warm start."""
         if self._warm == 0:
             warnings.warn(
@@ -276,14 +276,14 @@ class KBFGS(Frame):
             D = D[:, :-1]
         weight.add_(D.T if state.layer.flip else D.reshape(weight.shape), alpha=-lr)
 
-    def _evaluate_again(self, closure: Closure) -> dict[str, dict[str, Tensor]] | None:
+    def _evaluate_again(self, closure: Closure, readings: Readings) -> dict[str, dict[str, Any]] | None:
         """The means at the new parameters, on the same batch; None where they are not finite."""
-        readings = self._read(moments=False)
-        with self._again(), readings.of(self.model):
+        with self._again(), readings.evaluation(moments=False):
             loss = value_of(closure())
         after = readings.means(self._group)
         finite = loss == loss and abs(loss) != float("inf")
-        finite = finite and all(bool(t["h"].isfinite().all() & t["g"].isfinite().all()) for t in after.values())
+        found = [mean[key] for mean in after.values() for key in ("h", "g")]
+        finite = finite and (not found or bool(foreach.norm(found).isfinite()))
         if self._group is not None:
             flag = torch.tensor(int(finite), device=self.generator.device)
             finite = int(distributed.summed(flag, self._group, flag.device)) == torch.distributed.get_world_size(

@@ -5,11 +5,14 @@ Source: Goldfarb, Ren & Bahamou 2020, arXiv:2006.08877 (K-BFGS); Ren, Bahamou & 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 FIRST = 0.2  # mu_1 of the first damping
 GATE = 1e-4
+LEAST = torch.finfo(torch.float32).tiny  # of s . y: below it the numbers of an update leave the range of float32
 
 
 def damped_step(s: Tensor, y: Tensor, Hy: Tensor, mu: float = FIRST) -> Tensor:
@@ -18,9 +21,8 @@ def damped_step(s: Tensor, y: Tensor, Hy: Tensor, mu: float = FIRST) -> Tensor:
     Where s . y <= mu y . H y: theta s + (1 - theta) H y with theta = (1 - mu) y . H y / (y . H y - s . y), after which
     s . y = mu y . H y.
     """
-    sy, yHy = s @ y, y @ Hy
-    theta = ((1 - mu) * yHy / (yHy - sy)).where((sy <= mu * yHy) & (yHy > 0), 1.0)
-    return torch.lerp(Hy, s, theta)
+    sy, yHy = _numbers(s @ y, y @ Hy)
+    return s if sy > mu * yHy or not yHy > 0 else torch.lerp(Hy, s, (1 - mu) * yHy / (yHy - sy))
 
 
 def damped_change(s: Tensor, y: Tensor, mu: float) -> Tensor:
@@ -29,28 +31,36 @@ def damped_change(s: Tensor, y: Tensor, mu: float) -> Tensor:
     Where s . y <= mu s . s: theta y + (1 - theta) s with theta = (1 - mu) s . s / (s . s - s . y), after which
     s . y = mu s . s.  With mu > 1 that theta would leave [0, 1], and is clipped: y becomes s.
     """
-    sy, ss = s @ y, s @ s
-    theta = ((1 - mu) * ss / (ss - sy)).clamp(0, 1).nan_to_num(0.0)
-    return torch.lerp(s, y, theta.where((sy <= mu * ss) & (ss > 0), 1.0))
+    sy, ss = _numbers(s @ y, s @ s)
+    if sy > mu * ss or not ss > 0:
+        return y
+    theta = (1 - mu) * ss / (ss - sy) if ss != sy else 0.0
+    return torch.lerp(s, y, min(1.0, max(0.0, theta)))
 
 
-def is_safe(s: Tensor, y: Tensor, size: Tensor) -> bool:
-    """The gate of an update: s . y > 0, s . y > 1e-4 s . s size, and all of it finite.
+def is_safe(s: Tensor, y: Tensor, mean: Tensor) -> bool:
+    """The gate of an update: s . y > 0, s . y > 1e-4 s . s ||mean||, and all of it finite.
 
-    size: the norm of the mean gradient at the layer's outputs, or of the layer's mean input.
+    mean: the mean gradient at the layer's outputs, or the layer's mean input.
     """
-    sy, ss = s @ y, s @ s
-    return bool((sy > 0) & (sy > GATE * ss * size) & torch.isfinite(sy) & torch.isfinite(1 / sy) & torch.isfinite(size))
+    sy, ss, yy, squares = _numbers(s @ y, s @ s, y @ y, mean @ mean)
+    finite = all(math.isfinite(number) for number in (sy, ss, yy, squares))
+    return finite and sy > LEAST and sy > GATE * ss * squares**0.5
+
+
+def _numbers(*scalars: Tensor) -> list[float]:
+    """As Python floats, with one wait for the device."""
+    return torch.stack(scalars).tolist()
 
 
 def update_inverse(H: Tensor, s: Tensor, y: Tensor, Hy: Tensor | None = None) -> None:
     """BFGS, in place: H + (rho^2 y . H y + rho) s s^T - rho (s (H y)^T + (H y) s^T), rho = 1 / s . y."""
     Hy = H @ y if Hy is None else Hy
-    rho = 1 / (s @ y)
-    # s (c s - rho Hy)^T + (-rho Hy) s^T as one product of two columns
-    left = torch.stack([s, -rho * Hy], 1)
-    right = torch.stack([(rho.square() * (y @ Hy) + rho) * s - rho * Hy, s])
-    H.addmm_(left, right)
+    sy = s @ y
+    root = sy.sqrt()  # both vectors are scaled by it: rho^2 of small steps would leave the range of float32
+    s, v = s / root, Hy / root
+    # s (c s - v)^T - v s^T with c = 1 + y . H y / s . y, as one product of two columns
+    H.addmm_(torch.stack([s, -v], 1), torch.stack([torch.lerp(-v, s - v, 1 + (y @ Hy) / sy), s]))
 
 
 class DenseInverse:
@@ -79,38 +89,46 @@ class LimitedMemoryInverse:
     """H by its last `memory` pairs (s, y) in compact form: BFGS from gamma I with gamma = 1; never a matrix [p, p].
 
     H = I + S (R^-T (D + Y^T Y) R^-1 S^T - R^-T Y^T) - Y R^-1 S^T with S, Y [p, k] the pairs, R the upper triangle of
-    S^T Y and D its diagonal (Byrd, Nocedal & Schnabel 1994, theorem 2.2).
+    S^T Y and D its diagonal (Byrd, Nocedal & Schnabel 1994, theorem 2.2).  Pairs are scaled to s . y = 1, which changes
+    nothing but the range of the numbers.
     """
 
     def __init__(self, size: int, memory: int, like: Tensor):
         self.memory = memory
         self.S, self.Y = like.new_zeros(size, 0), like.new_zeros(size, 0)
-        self._prepare()
-
-    def _prepare(self) -> None:
-        SY = self.S.T @ self.Y
-        self.R, self.middle = SY.triu(), SY.diagonal().diag_embed() + self.Y.T @ self.Y
+        self.inverse, self.middle = like.new_zeros(0, 0), like.new_zeros(0, 0)  # R^-1, and D + Y^T Y
 
     def times(self, v: Tensor) -> Tensor:
         """H v, for v [p] or [p, k]."""
         if self.S.shape[1] == 0:
             return v.clone()
-        V = v if v.dim() == 2 else v.unsqueeze(1)
-        a = torch.linalg.solve_triangular(self.R, self.S.T @ V, upper=True)  # R^-1 S^T v
-        b = torch.linalg.solve_triangular(self.R.T, self.middle @ a - self.Y.T @ V, upper=False)
-        return (V + self.S @ b - self.Y @ a).view(v.shape)
+        a = self.inverse @ (self.S.T @ v)
+        b = self.inverse.T @ (self.middle @ a - self.Y.T @ v)
+        return v + self.S @ b - self.Y @ a
 
     def update(self, s: Tensor, y: Tensor, Hy: Tensor | None = None) -> None:
-        """One more pair; the oldest goes when the memory is full."""
-        keep = slice(max(0, self.S.shape[1] + 1 - self.memory), None)
-        self.S = torch.cat([self.S[:, keep], s.unsqueeze(1)], 1)
-        self.Y = torch.cat([self.Y[:, keep], y.unsqueeze(1)], 1)
-        self._prepare()
+        """One more pair; the oldest goes when the memory is full.
+
+        R^-1 grows by a column, -R^-1 S^T y / s . y above 1 / s . y; without the oldest pair it is its own lower part.
+        """
+        first = max(0, self.S.shape[1] + 1 - self.memory)
+        root = (s @ y).sqrt()
+        s, y = s / root, y / root
+        sy, k = s @ y, self.S.shape[1] - first
+        S, Y = self.S[:, first:], self.Y[:, first:]
+        inverse, middle = s.new_zeros(k + 1, k + 1), s.new_empty(k + 1, k + 1)
+        inverse[:k, :k] = self.inverse[first:, first:]
+        inverse[:k, k] = self.inverse[first:, first:] @ (S.T @ y) / -sy
+        inverse[k, k] = 1 / sy
+        middle[:k, :k] = self.middle[first:, first:]
+        middle[k, :k] = middle[:k, k] = Y.T @ y
+        middle[k, k] = y @ y + sy
+        self.S, self.Y = torch.cat([S, s.unsqueeze(1)], 1), torch.cat([Y, y.unsqueeze(1)], 1)
+        self.inverse, self.middle = inverse, middle
 
     @property
     def state(self) -> dict[str, Tensor]:
-        return {"S": self.S, "Y": self.Y}
+        return {"S": self.S, "Y": self.Y, "inverse": self.inverse, "middle": self.middle}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        self.S, self.Y = state["S"], state["Y"]
-        self._prepare()
+        self.S, self.Y, self.inverse, self.middle = (state[key] for key in ("S", "Y", "inverse", "middle"))

@@ -8,7 +8,7 @@ as it is backpropagated, a mean) and averaged over positions.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paraboloid import distributed, trees
-from paraboloid.ambient import eager_code, own_arithmetic
-from paraboloid.factors import add_gram, mirror
+from paraboloid.ambient import autocast_dtype, eager_code, own_arithmetic
+from paraboloid.factors import LARGE, add_gram, mirror
 from paraboloid.layers import RULES, Use
 from paraboloid.outer import CHUNK_BYTES, Right
 from paraboloid.recording import Call, Recorder
@@ -33,8 +33,7 @@ class Reading:
     rows: int = 0  # samples times positions
     outputs: Tensor | None = None  # sum of z, [p]
     gradients: Tensor | None = None  # sum of dL/dz, [p]
-    inputs: Tensor | None = None  # sum of abar, [q]
-    products: Tensor | None = None  # sum of abar abar^T, [q, q]
+    products: Tensor | None = None  # sum of [a; 1] [a; 1]^T
     samples: dict[int, int] = field(default_factory=dict)  # of each forward pass, axis 0 of the layer's input
 
     @property
@@ -53,111 +52,102 @@ class Layer:
 
 
 class Readings:
-    """What one evaluation of the closure shows of the layers whose parameters are in `names`."""
+    """What evaluations of the closure show of the layers whose parameters are in `parameters`, one after the other.
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor], moments: bool):
+    Only the model's forward pass is recorded; gradients arrive by hooks on the graph that it leaves.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]):
+        self.root = trees.unwrapped(model)
         self.names = {id(p): name for name, p in parameters.items()}
-        self.moments = moments
-        self.found: dict[str, Reading] = {}
         self.layers: dict[str, Layer] = {}
         self.irregular: set[str] = set()  # weights that are also used in another way
-        self.passes = 0
-        tracked = {id(p): name for name, p in trees.parameters(model).items()}
-        self.recorder = Recorder(trees.unwrapped(model), tracked)
-        self.recorder.noted = self._note
+        self.recorder = Recorder(self.root, {id(p): name for name, p in trees.parameters(model).items()})
 
     @contextmanager
-    def of(self, model: nn.Module) -> Iterator[None]:
-        """Read what runs inside."""
+    def evaluation(self, moments: bool) -> Iterator[None]:
+        """Read what the model does inside; `moments`: of the layers' inputs too."""
+        self.moments, self.found, self.passes = moments, dict[str, Reading](), 0
+        stack = ExitStack()
+        self.recorder.noted = self._note
 
-        def counted(*_: Any) -> None:
+        def before(module: nn.Module, args: Any) -> None:
             self.passes += 1
+            stack.enter_context(eager_code())
+            stack.enter_context(self.recorder)
 
-        handle = trees.unwrapped(model).register_forward_pre_hook(counted)
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            stack.close()
+
+        handles = [
+            self.root.register_forward_pre_hook(before), self.root.register_forward_hook(after, always_call=True)
+        ]  # fmt: skip
         try:
-            with eager_code(), self.recorder:
-                yield
+            yield
         finally:
-            handle.remove()
+            stack.close()  # after an interrupt
+            for handle in handles:
+                handle.remove()
             self.recorder.calls.clear()
+            self.recorder.noted = None  # no cycle that the garbage collector would have to find
 
     def _note(self, call: Call, z: Tensor) -> None:
-        if torch._C._current_autograd_node() is not None:
-            return  # a checkpoint runs its part again for the backward pass
-        mine = [self.names[id(w)] for w in call.weights if id(w) in self.names]
         use, bias = _layer_of(call, self.names)
         if use is None:
-            self.irregular.update(mine)
+            self.irregular.update(self.names[id(w)] for w in call.weights if id(w) in self.names)
             return
         name = self.names[id(use.weight)]
         layer = Layer(name, None if bias is None else self.names.get(id(bias)), use.flip)
         if self.layers.setdefault(name, layer) != layer:
             self.irregular.add(name)
             return
-        with own_arithmetic(z.device), torch.no_grad():
-            reading = self.found.setdefault(name, Reading())
+        reading = self.found.setdefault(name, Reading())
+        with _in_full(z):
             h = _arranged(use, z)
             reading.rows += h.shape[0]
             reading.outputs = _plus(reading.outputs, h.sum(0))
             reading.samples[self.passes] = max(reading.samples.get(self.passes, 0), len(call.args[0]))
             if self.moments:
-                self._add_moments(reading, use, layer, h)
+                products = _moments(use, call.args[0], h)
+                reading.products = products if reading.products is None else reading.products.add_(products)
+
+        place = call.edge.output_nr  # a hook that held the call would hold its own node
 
         def arrived(gradients: tuple[Tensor | None, ...]) -> None:
-            g = gradients[call.edge.output_nr]
+            g = gradients[place]
             if g is not None:
-                with own_arithmetic(g.device), torch.no_grad():
+                with _in_full(g):
                     reading.gradients = _plus(reading.gradients, _arranged(use, g).sum(0))
 
         call.edge.node.register_prehook(arrived)
 
-    def _add_moments(self, reading: Reading, use: Use, layer: Layer, h: Tensor) -> None:
-        assert use.right is not None
-        size = use.q + (layer.bias is not None)
-        if reading.products is None:
-            reading.inputs, reading.products = h.new_zeros(size), h.new_zeros(size, size)
-        inputs, A = reading.inputs, h.new_empty(1, use.q, use.q)
-        assert inputs is not None
-        samples = _samples(use, h)
-        right = Right(use.right, (1, samples, 1), dtype=h.dtype, q_axes=use.q_axes)
-        step = max(1, max(CHUNK_BYTES, 4 * A.nbytes) // max(1, h.shape[0] // samples * use.q * h.element_size()))
-        total = h.new_zeros(use.q)
-        for start in range(0, samples, step):
-            columns = right.columns(slice(start, min(start + step, samples)))  # [1 q nT]
-            add_gram(A, columns, start > 0)
-            total += columns[0].sum(1)
-        mirror(A)
-        reading.products[: use.q, : use.q] += A[0]
-        inputs[: use.q] += total
-        if layer.bias is not None:
-            reading.products[use.q, : use.q] += total
-            reading.products[: use.q, use.q] += total
-            reading.products[use.q, use.q] += h.shape[0]
-            inputs[use.q] += h.shape[0]
-
-    def means(self, group: Any = None) -> dict[str, dict[str, Tensor]]:
+    def means(self, group: Any = None) -> dict[str, dict[str, Any]]:
         """By weight's name: "h" mean z [p], "g" the mean gradient [p], "positions" T []; and, with
         moments, "a" mean abar [q] and "A" mean abar abar^T [q, q].  Over all ranks of `group`."""
-        sums = {}
+        sums, counts = {}, {}
         for name, r in self.found.items():
             if name in self.irregular:
                 continue
             assert r.outputs is not None
-            like = r.outputs
-            sums[name] = {"rows": like.new_tensor(r.rows), "samples": like.new_tensor(sum(r.samples.values())),
-                          "h": like, "g": torch.zeros_like(like) if r.gradients is None else r.gradients}  # fmt: skip
-            if r.inputs is not None:
-                sums[name] |= {"a": r.inputs, "A": r.products}
+            counts[name] = float(r.rows), float(sum(r.samples.values()))
+            sums[name] = {"h": r.outputs, "g": torch.zeros_like(r.outputs) if r.gradients is None else r.gradients}
+            if r.products is not None:
+                sums[name]["A"] = r.products
         ranks = 1
         if group is not None:
-            sums = distributed.summed(sums, group, next(iter(sums.values()))["h"].device)
-            ranks = torch.distributed.get_world_size(group)
-        for found in sums.values():
-            rows, samples = found.pop("rows"), found.pop("samples")
+            ranks, device = torch.distributed.get_world_size(group), next(iter(sums.values()))["h"].device
+            each = torch.tensor(list(counts.values()), dtype=torch.float64)
+            counts = dict(zip(counts, distributed.summed(each, group, device).tolist(), strict=True))
+            sums = distributed.summed(sums, group, device)
+        for name, found in sums.items():
+            rows, samples = counts[name]
             found["positions"] = rows / samples
-            found["g"] = found["g"] / (found["positions"] * ranks)  # each rank backpropagates a mean of its own
-            for key in {"h", "a", "A"} & set(found):
-                found[key] = found[key] / rows
+            found["g"] = found["g"] * (samples / rows / ranks)  # each rank backpropagates a mean of its own
+            found["h"] = found["h"] / rows
+            if "A" in found:
+                products = found["A"] / rows  # of [a; 1]
+                inner = slice(None) if self.layers[name].bias is not None else slice(-1)
+                found["a"], found["A"] = products[inner, -1], products[inner, inner]
         return sums
 
 
@@ -184,16 +174,38 @@ def _arranged(use: Use, z: Tensor) -> Tensor:
     """Outputs, or gradients there, as [rows, p] in at least float32."""
     z = z.detach()
     z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+    if use.q_axes is None:  # p is the last axis of a product
+        return z.reshape(-1, z.shape[-1])
     left = use.left(z.unsqueeze(0))  # [1 R 1 T p]
     return left.reshape(-1, left.shape[-1])
 
 
-def _samples(use: Use, h: Tensor) -> int:
-    """How many rows the rule's `right` has."""
+def _moments(use: Use, x: Tensor, h: Tensor) -> Tensor:
+    """sum of [a; 1] [a; 1]^T over rows: its last column is the sum of [a; 1]."""
     assert use.right is not None
-    one = use.right(slice(0, 1))
-    positions = one[0].numel() // use.q
-    return h.shape[0] // positions
+    size = use.q + 1
+    if use.q_axes is None and size < LARGE:
+        rows = F.pad(x.detach().reshape(-1, use.q).to(h.dtype), (0, 1), value=1.0)
+        return rows.T @ rows
+    products = h.new_empty(1, size, size)
+    samples = h.shape[0] // (use.right(slice(0, 1))[0].numel() // use.q)  # rows of the rule's `right`
+    right = Right(use.right, (1, samples, 1), dtype=h.dtype, q_axes=use.q_axes)
+    step = max(1, max(CHUNK_BYTES, 4 * products.nbytes) * samples // max(1, h.shape[0] * size * h.element_size()))
+    for start in range(0, samples, step):
+        columns = right.columns(slice(start, min(start + step, samples))).detach()  # [1 q nT]
+        columns = torch.cat([columns, columns.new_ones(1, 1, columns.shape[2])], 1)
+        add_gram(products, columns, start > 0)
+    return mirror(products)[0]
+
+
+def _in_full(t: Tensor) -> Any:
+    """A context without gradients, and without autocast where that is on."""
+    if autocast_dtype(t.device) is None:
+        return torch.no_grad()
+    stack = ExitStack()
+    stack.enter_context(own_arithmetic(t.device))
+    stack.enter_context(torch.no_grad())
+    return stack
 
 
 def _plus(value: Tensor | None, more: Tensor) -> Tensor:
