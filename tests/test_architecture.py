@@ -51,7 +51,19 @@ FLOORS = [
         "cross_fit",
         "shrunk_curvature",
     },
-    {"posteriors", "gp", "optim", "noise", "logging", "report", "inspection", "studies", "cli", "__main__"},
+    {
+        "posteriors",
+        "gp",
+        "optim",
+        "noise",
+        "logging",
+        "report",
+        "inspection",
+        "training_run",
+        "studies",
+        "cli",
+        "__main__",
+    },
 ]
 KNOWN = set().union(*FLOORS, {"problems"})
 FLOOR_NAMES = ["ground", "engine", "middle", "roof"]

@@ -1,4 +1,4 @@
-"""The command line: `paraboloid inspect`, `noise`, `reproduce`, `problems`."""
+"""The command line: `paraboloid inspect`, `noise`, `train`, `reproduce`, `problems`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ import paraboloid
 DEBUG = "PARABOLOID_DEBUG"
 SMALL = 200_000  # parameters up to which more threads than one cost more than they bring
 INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
+
+
+DATA = click.option("--data", type=click.Path(exists=True, file_okay=False), metavar="DIR",
+                    help="Folder with the files of MNIST, CIFAR or ImageNet, for the problems on these.")  # fmt: skip
 
 
 class BatchSizes(click.ParamType):
@@ -79,6 +83,7 @@ def main() -> None:
     show_default=True,
     help="The matrix of the curvature section.",
 )
+@DATA
 @click.option("--quiet", is_flag=True, help="No progress bars, and only the path of the report at the end.")
 @click.option("--debug", is_flag=True, envvar=DEBUG, help=f"Show the traceback of an error (or set {DEBUG}=1).")
 def inspect(
@@ -89,6 +94,7 @@ def inspect(
     batch_sizes: tuple[int, ...] | None,
     samples: int | None,
     curvature: str,
+    data: str | None,
     quiet: bool,
     debug: bool,
 ) -> None:
@@ -108,7 +114,7 @@ def inspect(
         if samples is not None:
             changes |= {"samples": samples, "budget": None}
         plan = inspection.Plan.quick(**changes) if quick else inspection.Plan(**changes)
-        loaded = problems.load(problem, seed=seed, short=quick)
+        loaded = problems.load(problem, seed=seed, short=quick, **_folder(data))
         _choose_threads(loaded.model)
         with _bars(quiet) as progress:
             record = inspection.inspect(loaded, plan, seed=seed, progress=progress)
@@ -132,11 +138,13 @@ def inspect(
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of every random choice.")
 @click.option("--samples", type=click.IntRange(min=2), help="Training samples to measure on, at most.")
 @click.option("--draws", type=click.IntRange(min=2), help="Of each estimator at each checkpoint  [default: 20, or 10].")
+@DATA
 @click.option("--quiet", is_flag=True, help="No progress bars, and only the path of the report at the end.")
 @click.option("--debug", is_flag=True, envvar=DEBUG, help=f"Show the traceback of an error (or set {DEBUG}=1).")
 def noise(
-    problem: str, out: Path, quick: bool, seed: int, samples: int | None, draws: int | None, quiet: bool, debug: bool
-) -> None:
+    problem: str, out: Path, quick: bool, seed: int, samples: int | None, draws: int | None, data: str | None,
+    quiet: bool, debug: bool,
+) -> None:  # fmt: skip
     """Train PROBLEM and measure its gradient noise alone.
 
     Noise against signal by layer, estimators of the gradient by their variance, and gradient clusters with their most
@@ -150,7 +158,7 @@ def noise(
         if samples is not None:
             changes |= {"samples": samples, "budget": None}
         plan = inspection.Plan.quick(**changes) if quick else inspection.Plan(**changes)
-        loaded = problems.load(problem, seed=seed, short=quick)
+        loaded = problems.load(problem, seed=seed, short=quick, **_folder(data))
         _choose_threads(loaded.model)
         with _bars(quiet) as progress:
             record = inspection.inspect(loaded, plan, seed=seed, progress=progress, stages=inspection.NOISE_ONLY)
@@ -163,6 +171,51 @@ def noise(
             click.echo(f"Note: {note}", err=True)
         click.echo()
     click.echo(str((out / "report.html").resolve()))
+
+
+@main.command()
+@click.argument("problem", default="digits-mlp")
+@click.option("--optimizer", default="adam", show_default=True,
+              help="sgd, adam, adamw, kfac, ekfac, diag-ggn, kbfgs, kbfgsl or hessian-free.")  # fmt: skip
+@click.option("--sampler", default="uniform", show_default=True,
+              help="uniform, or gc: one sample of each gradient cluster, with loss weights.")  # fmt: skip
+@click.option("--lr", type=float, help="Learning rate  [default: the problem's, or the optimizer's].")
+@click.option("--damping", type=float, help="Of second-order optimizers.")
+@click.option("--momentum", type=float, help="Of sgd and second-order optimizers.")
+@click.option("--weight-decay", type=float, help="[default: the problem's]")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), help="Of gc: the number of clusters  [default: the problem's; 10]."
+)
+@click.option(
+    "--recluster", type=click.IntRange(min=1), default=200, show_default=True, help="Steps between clusterings."
+)
+@click.option("--epochs", type=click.IntRange(min=0), help="[default: the problem's]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of every random choice.")
+@click.option("--short", is_flag=True, help="The smaller size of a generated problem.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("run"), show_default=True,
+              help="Directory of checkpoint.pt and record.json.")  # fmt: skip
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out, exactly as if never interrupted.")
+@DATA
+@click.option("--quiet", is_flag=True, help="No progress bar, and only the path of the record at the end.")
+@click.option("--debug", is_flag=True, envvar=DEBUG, help=f"Show the traceback of an error (or set {DEBUG}=1).")
+def train(out: Path, resume: bool, quiet: bool, debug: bool, **settings: Any) -> None:
+    """Train PROBLEM, with metrics in record.json and a checkpoint after every epoch.
+
+    PROBLEM is a built-in name (see `paraboloid problems`) or module:factory.
+    """
+    with _one_line_errors(debug):
+        from paraboloid.training_run import RECORD, Run, Settings
+
+        with _bars(quiet) as progress:
+            run = Run(Settings(**settings), out, progress)
+            _choose_threads(run.model)
+            record = run.go(resume)
+    if not quiet:
+        last = record["metrics"][-1]
+        found = [f"{k.replace('_', ' ')} {last[k]:.4g}" for k in ("train_loss", "test_loss", "test_accuracy")
+                 if last[k] is not None]  # fmt: skip
+        click.echo(f"\nepoch {last['epoch']}: {', '.join(found)}\n")
+    click.echo(str((out / RECORD).resolve()))
 
 
 @main.command()
@@ -199,10 +252,10 @@ def reproduce(study: str | None, full: bool, out: Path, seed: int, quiet: bool, 
 @main.command()
 def problems() -> None:
     """List the built-in problems."""
-    from paraboloid.problems.registry import BUILT_IN
+    from paraboloid.problems.registry import BUILT_IN, WITH_DATA
 
     found = {}
-    for name, path in BUILT_IN.items():
+    for name, path in (BUILT_IN | WITH_DATA).items():
         module, _, factory = path.partition(":")
         found[name] = getattr(importlib.import_module(module), factory)
     _list(found)
@@ -217,6 +270,11 @@ def _list(described: dict[str, Any]) -> None:
         words = inspection_of_code.getdoc(thing) or ""
         table.add_row(name, words.partition("\n\n")[0].replace("\n", " "))
     Console().print(table)
+
+
+def _folder(data: str | None) -> dict[str, str]:
+    """The option of problems on data of the user's own."""
+    return {} if data is None else {"data": data}
 
 
 def _choose_threads(model: Any) -> None:

@@ -27,6 +27,20 @@ BUILT_IN = {
     "sequence-transformer": "paraboloid.problems.sequences:transformer",
 }
 
+# Those on data that is not shipped: they take `data`, the user's folder with it.
+WITH_DATA = {
+    "mnist-mlp": "paraboloid.problems.images:mnist_mlp",
+    "mnist-cnn": "paraboloid.problems.images:mnist_cnn",
+    "mnist-autoencoder": "paraboloid.problems.images:mnist_autoencoder",
+    "cifar10-resnet8": "paraboloid.problems.images:cifar10_resnet8",
+    "cifar10-resnet32": "paraboloid.problems.images:cifar10_resnet32",
+    "cifar10-allcnnc": "paraboloid.problems.images:cifar10_allcnnc",
+    "cifar100-resnet32": "paraboloid.problems.images:cifar100_resnet32",
+    "cifar100-allcnnc": "paraboloid.problems.images:cifar100_allcnnc",
+    "cifar100-wrn40-4": "paraboloid.problems.images:cifar100_wrn40_4",
+    "imagenet-resnet18": "paraboloid.problems.images:imagenet_resnet18",
+}
+
 # Options that make a short run of the generated problems; the digits are short as they are.
 SHORT: dict[str, dict[str, Any]] = {
     "curves-autoencoder": {"samples": 5_000},
@@ -37,7 +51,7 @@ SHORT: dict[str, dict[str, Any]] = {
 
 
 def names() -> list[str]:
-    """Names of the built-in problems."""
+    """Names of the built-in problems that need no data of the user's."""
     return list(BUILT_IN)
 
 
@@ -45,20 +59,22 @@ def load(name: str, seed: int = 0, *, short: bool = False, **options: Any) -> Pr
     """The built-in problem of this name, its model untrained, or what the factory `module:factory` returns.
 
     `seed` seeds the model's initial parameters and generated data, and is passed to a factory that takes `seed`;
-    `options` go to the factory. `short` picks the smaller size of the generated problems. The module is looked for in
-    the current directory first, which joins `sys.path`. Raises ValueError where there is no such problem, and where the
-    factory fails or returns something else.
+    `options` go to the factory: ``data=DIR`` is the folder of the problems on MNIST, CIFAR and ImageNet. `short` picks
+    the smaller size of the generated problems. The module is looked for in the current directory first, which joins
+    `sys.path`. Raises ValueError where there is no such problem, and where the factory fails or returns something else.
     """
-    if name in BUILT_IN:
-        path = BUILT_IN[name]
+    known = BUILT_IN | WITH_DATA
+    if name in known:
+        path = known[name]
         options = {**(SHORT.get(name, {}) if short else {}), **options}
     elif ":" in name:
         path = name
     else:
-        close = difflib.get_close_matches(name, BUILT_IN, n=2)
+        close = difflib.get_close_matches(name, known, n=2)
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise ValueError(
-            f"unknown problem {name!r}.{hint} Expected one of {', '.join(BUILT_IN)}, or module:factory for your own."
+            f"unknown problem {name!r}.{hint} Expected one of {', '.join(BUILT_IN)}, one on data of "
+            "your own (see `paraboloid problems`), or module:factory for your own."
         )
     factory = _resolve(name, path, seed)
     problem = factory if isinstance(factory, Problem) else _call(factory, name, seed, options)
@@ -72,7 +88,7 @@ def _resolve(name: str, path: str, seed: int) -> Callable[..., Any] | Problem:
         raise ValueError(
             f"the problem {name!r} is incomplete; expected module:factory, for example my_module:my_problem."
         )
-    if name not in BUILT_IN and (here := os.getcwd()) not in sys.path:
+    if name not in BUILT_IN | WITH_DATA and (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)
     try:
         with seeded(seed):  # a module may draw at its top level
