@@ -219,7 +219,7 @@ def train(out: Path, resume: bool, quiet: bool, debug: bool, **settings: Any) ->
 
 
 @main.command()
-@click.argument("study", metavar="NAME", required=False)
+@click.argument("study", metavar="[NAME]", required=False)
 @click.option("--full", is_flag=True, help="Run the long form, which may take hours.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("report"), show_default=True,
               help="Directory of the report; made if missing, an older report in it is replaced.")  # fmt: skip
