@@ -224,9 +224,10 @@ def train(out: Path, resume: bool, quiet: bool, debug: bool, **settings: Any) ->
 @click.option("--out", type=click.Path(path_type=Path), default=Path("report"), show_default=True,
               help="Directory of the report; made if missing, an older report in it is replaced.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of every random choice.")
+@DATA
 @click.option("--quiet", is_flag=True, help="No progress bars, and only the path of the report at the end.")
 @click.option("--debug", is_flag=True, envvar=DEBUG, help=f"Show the traceback of an error (or set {DEBUG}=1).")
-def reproduce(study: str | None, full: bool, out: Path, seed: int, quiet: bool, debug: bool) -> None:
+def reproduce(study: str | None, full: bool, out: Path, seed: int, data: str | None, quiet: bool, debug: bool) -> None:
     """Run the study NAME, and write report.html and report.json; without a name, list the studies.
 
     The default takes less than ten minutes on two cores.
@@ -242,7 +243,7 @@ def reproduce(study: str | None, full: bool, out: Path, seed: int, quiet: bool, 
         if not full:
             _one_thread()  # the default is made of small networks
         with _bars(quiet) as progress:
-            record = studies.reproduce(study, full, seed, progress)
+            record = studies.reproduce(study, full, seed, progress, data=data)
         report.write({"report.json": studies.to_json(record), "report.html": studies.page(record)}, out)
     if not quiet:
         click.echo("\n" + "\n".join(record["findings"]) + "\n")

@@ -1,36 +1,15 @@
 """Files of MNIST, CIFAR and ImageNet, written here in their own formats, are read as they are."""
 
-import gzip
 import pickle
-import struct
 
 import numpy as np
 import pytest
 import torch
+from idx_files import idx, pixels, write_mnist
 
 from paraboloid import problems
 from paraboloid.problems import networks
 from paraboloid.problems.folders import Pictures, cifar10, cifar100, mnist
-
-
-def pixels(N, channels=3, side=32, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (N, channels, side, side), dtype=np.uint8)
-
-
-def idx(array, magic):
-    return struct.pack(f">{1 + array.ndim}I", magic, *array.shape) + array.tobytes()
-
-
-def write_mnist(folder, zipped=True, N=6):
-    folder.mkdir(parents=True, exist_ok=True)
-    found = []
-    for part, seed in (("train", 0), ("t10k", 1)):
-        x, y = pixels(N, 1, 28, seed)[:, 0], np.arange(N, dtype=np.uint8) % 10
-        for name, data in (("images-idx3", idx(x, 2051)), ("labels-idx1", idx(y, 2049))):
-            path = folder / f"{part}-{name}-ubyte{'.gz' if zipped else ''}"
-            path.write_bytes(gzip.compress(data) if zipped else data)
-        found.append((x, y))
-    return found
 
 
 def write_cifar10(folder, N=4):

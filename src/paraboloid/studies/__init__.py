@@ -4,6 +4,7 @@ A study is a module or package here, named in `STUDIES`, with
 
     TITLE                                      of the page
     plan(full)                                 how much is run: any object
+    with_data(plan, folder)                    the plan on image data of the user's; only where there is such a thing
     measure(plan, seed, progress)              the results, as plain data; progress(part, done, total)
     findings(results)                          sentences, the most important first, negative ones as plainly as positive
     sections(results)                          of the page, `paraboloid.report.section.Section`
@@ -25,7 +26,10 @@ from paraboloid import __version__
 from paraboloid.report import record as records
 from paraboloid.report import render_study
 
-STUDIES = {"debiasing": "paraboloid.studies.debiasing"}
+STUDIES = {
+    "debiasing": "paraboloid.studies.debiasing",
+    "gradient-variance": "paraboloid.studies.gradient_variance",
+}
 
 
 def load(name: str) -> Any:
@@ -37,15 +41,28 @@ def load(name: str) -> Any:
     return importlib.import_module(STUDIES[name])
 
 
-def reproduce(name: str, full: bool = False, seed: int = 0, progress: Any = None, plan: Any = None) -> dict[str, Any]:
-    """Run a study: a record of plain data, with its findings in words."""
+def reproduce(
+    name: str, full: bool = False, seed: int = 0, progress: Any = None, plan: Any = None, data: str | None = None
+) -> dict[str, Any]:
+    """Run a study: a record of plain data, with its findings in words.
+
+    data   folder with files of MNIST, CIFAR or ImageNet, for a study that has a `with_data(plan, folder)`; ValueError
+           for others
+    """
     study, start = load(name), time.perf_counter()
-    results = study.measure(study.plan(full) if plan is None else plan, seed, progress)
+    plan = study.plan(full) if plan is None else plan
+    if data is not None:
+        if not hasattr(study, "with_data"):
+            raise ValueError(f"the study {name!r} takes no data of your own (--data {data}).")
+        plan = study.with_data(plan, data)
+    results = study.measure(plan, seed, progress)
     return records.plain({
         "study": name,
         "full": full,
         "seed": seed,
-        "command": f"paraboloid reproduce {name} --seed {seed}" + (" --full" if full else ""),
+        "command": " ".join(
+            [f"paraboloid reproduce {name} --seed {seed}", *["--full"] * full, *([f"--data {data}"] if data else [])]
+        ),
         "versions": {"paraboloid": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "threads": torch.get_num_threads(),
         "seconds": time.perf_counter() - start,
