@@ -124,6 +124,10 @@ class Eigenform:
     @precisely
     def rotated(self, rows: Tensor) -> Tensor:
         """Coefficients of rows [K, D] in the basis, [K, G, r_left, r_right]."""
+        if self.right.size == len(self.values) == 1:  # a vector's block: one product instead of K
+            c = rows if self.left.vectors is None else rows @ self.left.vectors[0]
+            c = c.view(len(rows), 1, -1, 1)
+            return c if self.right.vectors is None else c * self.right.vectors[0]
         V = rows.reshape(-1, len(self.values), self.left.size, self.right.size)
         if self._left_first:
             return self.right.rotated(self.left.rotated(V).mT).mT

@@ -19,6 +19,7 @@ from paraboloid.operators.kfac import measured, measured_scales, summed_factors
 from paraboloid.operators.pulls import Pulls
 from paraboloid.posteriors.diagonal import Diagonal
 from paraboloid.posteriors.full import Full
+from paraboloid.posteriors.joined import joined
 from paraboloid.posteriors.kronecker import CrossFitted, Kronecker
 from paraboloid.posteriors.likelihood import Likelihood
 from paraboloid.posteriors.rows import Rows
@@ -275,6 +276,8 @@ def curvature(
     before: Any = None,
 ) -> Any:
     """The fitted structure; `before` is what it will be added to."""
+    if not options["debias"]:  # whose halves are of each batch
+        data = joined(data, fitting.model, fitting.max_memory)
     if structure == "full":
         return full(fitting, parameters, data)
     if structure == "diag":

@@ -18,6 +18,8 @@ from paraboloid.randomness import isolated
 from paraboloid.reductions import pieces
 from paraboloid.tape import Tape, record
 
+PRODUCT_BYTES = 64 * 2**20  # of products that are held at a time
+
 
 @dataclass
 class Jacobian:
@@ -34,6 +36,33 @@ class Jacobian:
         """[N, K, D]."""
         parts = [torch.cat([J for _, J in pieces(uses, None)], 1).flatten(2) for uses in self.uses.values()]
         return torch.cat(parts, 2).transpose(0, 1)
+
+    def times(self, rows: Tensor) -> Tensor:
+        """J r for the rows r of a [R, D] tensor, [N, K, R], without forming J where a layer has a single position."""
+        found: Tensor | None = None
+        for uses, part in zip(
+            self.uses.values(), rows.split([p.numel() for p in self.parameters.values()], 1), strict=True
+        ):
+            added = _times(merge(uses), part)
+            found = added if found is None else found.add_(added)
+        assert found is not None
+        return found
+
+
+def _times(uses: list[Outer], rows: Tensor) -> Tensor:
+    """J r of one parameter, [N, K, R]."""
+    o, R = uses[0], len(rows)
+    if len(uses) > 1 or o.via is not None or o.kind != "matrix" or o.lookup or o.left.shape[2:4] != (1, 1):
+        return torch.cat([J.flatten(2).transpose(0, 1) @ rows.T for _, J in pieces(uses, None)])
+    assert o.right is not None
+    p, right = o.left.shape[4], o.right().flatten(1)  # [N q]
+    left = o.left.flatten(2).transpose(0, 1)  # [N V p]
+    blocks = rows.view(R, o.q, p).mT if o.flip else rows.view(R, p, o.q)
+    parts = []
+    for some in blocks.split(max(1, PRODUCT_BYTES // (len(right) * p * rows.element_size()))):
+        inner = (right @ some.reshape(-1, o.q).T).view(len(right), -1, p)  # [N R p]
+        parts.append(left @ inner.mT)
+    return torch.cat(parts, 2)
 
 
 @contextmanager
@@ -84,5 +113,7 @@ def gram(left: Tensor, weights: Tensor | float, diagonal: bool) -> Tensor:
     """sum_d left[n, v, d] weights[n, d] left[n, u, d], [n V V], for left [n V d] and weights [n or 1, 1, d]; or its
     diagonal [n V]."""
     if diagonal:
-        return (left.square() * weights).sum(2)
+        if isinstance(weights, Tensor):
+            return (left.square() @ weights.mT).squeeze(2)
+        return weights * left.square().sum(2)
     return (left * weights) @ left.mT

@@ -18,25 +18,29 @@ Covariance = Callable[[Jacobian], Tensor]
 
 def moments(
     model: nn.Module, names: list[str], inputs: Any, output: Any, covariance: Covariance, dense: bool,
-    max_memory: int | None,
+    max_memory: int | None, known: dict[Any, float] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(f [N, *shape], what `covariance` makes of each chunk's Jacobian, joined along N).
 
-    `dense` says that it forms J [n, K, D].  The smallest chunk is one sample.
+    `dense` says that it forms J [n, K, D].  The smallest chunk is one sample.  `known` remembers, for the caller, what
+    a sample of such inputs takes, which else a few samples have to tell.
     """
     N = length(inputs)
     limit = CHUNK_BYTES if max_memory is None else max_memory // 2
-    means, parts, start, step = [], [], 0, min(PROBE, N)
+    known = {} if known is None else known
+    like = (dense, tuple((t.shape[1:], t.dtype) for t in _tensors(inputs)))
+    means, parts, start = [], [], 0
+    step = max(1, int(limit / known[like])) if like in known else min(PROBE, N)
     while start < N:
         piece = mapped(lambda t, n=slice(start, start + step): t[n], inputs)
         with recorded(model, names, piece, output) as (tape, f):
             J = pull_outputs(tape, f)
-            if start == 0:
-                size = _bytes(J, dense) / len(f)
+            if like not in known:
+                known[like] = _bytes(J, dense) / len(f)
         with torch.no_grad():
             parts.append(covariance(J))
             means.append(J.outputs)
-        start, step = start + step, max(1, int(limit / size))
+        start, step = start + step, max(1, int(limit / known[like]))
     return torch.cat(means), torch.cat(parts)
 
 

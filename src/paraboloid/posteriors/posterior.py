@@ -13,7 +13,7 @@ from paraboloid import data as batch_data
 from paraboloid import trees
 from paraboloid.linalg.operand import check_count
 from paraboloid.linalg.probes import Seed, generator_of
-from paraboloid.posteriors import predictive, saving, tuning
+from paraboloid.posteriors import last_layer, predictive, saving, tuning
 from paraboloid.posteriors import prior as priors
 from paraboloid.posteriors.evidence import effective_dimension
 from paraboloid.posteriors.fit import Fitting, curvature
@@ -49,6 +49,7 @@ class Posterior:
     options: dict[str, Any] = field(default_factory=dict)  # of the fit
     data: Any = None  # what it was fitted on, for `tune_prior`; not saved
     _prior: Any = 1.0
+    _sizes: dict[Any, float] = field(default_factory=dict, repr=False)  # what a sample takes to predict
 
     @property
     def prior_precision(self) -> Any:
@@ -153,8 +154,10 @@ class Posterior:
         def covariance_of(J: Jacobian) -> Tensor:
             return self.curvature.covariance(J, prior, strength, diagonal, self.max_memory)
 
-        dense = self.structure in ("full", "lowrank", "functional")
-        mean, covariance = moments(self.model, names, x, self.output, covariance_of, dense, self.max_memory)
+        if diagonal and (found := last_layer.variances(self, x, prior, strength)) is not None:
+            return found
+        dense, known = self.structure == "full", self._sizes
+        mean, covariance = moments(self.model, names, x, self.output, covariance_of, dense, self.max_memory, known)
         return mean, covariance.view_as(mean) if diagonal else covariance
 
     def functional_samples(self, x: Any, samples: int, seed: int = 0) -> Tensor:
@@ -170,7 +173,9 @@ class Posterior:
         def draws_of(J: Jacobian) -> Tensor:
             return J.dense() @ deviations.T  # [n, K, samples]
 
-        mean, found = moments(self.model, list(self.weights), x, self.output, draws_of, True, self.max_memory)
+        mean, found = moments(
+            self.model, list(self.weights), x, self.output, draws_of, True, self.max_memory, self._sizes
+        )
         return mean + found.permute(2, 0, 1).reshape(samples, *mean.shape)
 
     def check_weights(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paraboloid.posteriors.jacobian import Jacobian
+from paraboloid.posteriors.jacobian import Jacobian, weighted_gram
 from paraboloid.posteriors.prior import Prior, flat
 
 
@@ -76,9 +76,12 @@ class Rows:
     ) -> Tensor:
         """J Sigma J^T of each sample, [N, K, K], or its diagonal [N, K]."""
         s, B, L = self._factor(prior, strength)
-        x = J.dense() * s  # [N K D]
-        N, K, D = x.shape
-        half = torch.linalg.solve_triangular(L, B @ x.reshape(N * K, D).T, upper=False).T.view(N, K, -1)
-        if diagonal:
-            return x.square().sum(2) - half.square().sum(2)
-        return x @ x.mT - half @ half.mT
+        half = torch.linalg.solve_triangular(L, B * s, upper=False)
+        half = J.times(half)  # [N, K, R]
+        parts = [weighted_gram(uses, self._variance(k, prior), diagonal, memory) for k, uses in J.uses.items()]
+        found = torch.stack(parts).sum(0)
+        return found - (half.square().sum(2) if diagonal else half @ half.mT)
+
+    def _variance(self, name: str, prior: Prior) -> Tensor:
+        """The prior's, of each element of a parameter."""
+        return (1 / prior[name]).expand(self.parameters[name].shape)
