@@ -11,14 +11,21 @@ from torch import nn
 
 
 @contextmanager
-def isolated(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
-    """Dropout masks follow `seed`; the global random state and buffers such as running statistics are restored."""
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Dropout masks follow `seed`; the global random state is restored, buffers may move."""
     devices = [device] if device.type == "cuda" else []
-    buffers = [(b, b.detach().clone()) for b in model.buffers()] if any(m.training for m in model.modules()) else []
     with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)
         if devices:
             torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+        yield
+
+
+@contextmanager
+def isolated(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
+    """Dropout masks follow `seed`; the global random state and buffers such as running statistics are restored."""
+    buffers = [(b, b.detach().clone()) for b in model.buffers()] if any(m.training for m in model.modules()) else []
+    with seeded(device, seed):
         try:
             yield
         finally:

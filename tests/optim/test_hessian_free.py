@@ -191,9 +191,13 @@ def test_batch_norm_dropout_and_global_randomness():
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3)).double()
     x, y = batch(64)
     opt = pb.optim.HessianFree(model, LOSS, damping=1.0)
+    before = torch.get_rng_state()
     for _ in range(3):
         opt.step((x, y))
+    assert torch.equal(torch.get_rng_state(), before)
     assert int(model[1].num_batches_tracked) == 3
+    with pytest.raises(ValueError, match=r"does not separate into the 64 samples.*BatchNorm in training mode"):
+        pb.optim.HessianFree(model, LOSS, preconditioner="second_moment").step((x, y))
     model.eval()
     assert LOSS(model(x), y).item() < 1.1
 
@@ -226,6 +230,13 @@ def test_nan_skips_the_step():
         assert opt.step((x * float("nan"), y)) is None
     assert torch.equal(flat(model), before)
     assert opt.diagnostics()["skipped"] == 1 and opt.diagnostics()["damping"] == 1.0
+
+
+def test_a_model_on_several_ranks_is_refused(monkeypatch):
+    monkeypatch.setattr("paraboloid.optim.hessian_free.distributed_group", lambda *_: "a group")
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+    with pytest.raises(ValueError, match="DistributedDataParallel one over 2 ranks; expected a model on one"):
+        pb.optim.HessianFree(mlp(), LOSS)
 
 
 def test_errors():

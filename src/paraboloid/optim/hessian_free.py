@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from paraboloid import data, trees
 from paraboloid.data import Output
 from paraboloid.losses import Loss
+from paraboloid.optim.capture import distributed_group
 from paraboloid.optim.checks import check_choices, check_count, check_number, check_share
 from paraboloid.optim.frame import Frame
 from paraboloid.optim.measured_cg import measured_iterates
 from paraboloid.quadratic import CURVATURES, Quadratic, quadratic
-from paraboloid.randomness import isolated
+from paraboloid.randomness import isolated, seeded
 from paraboloid.statistics import statistics
 
 RAISE, LOWER = 3 / 2, 2 / 3  # of the damping
@@ -49,9 +50,10 @@ class HessianFree(Frame):
 
     A step makes about 2 gradients for each iteration, one for the gradient, and a forward pass for each evaluation of
     the loss; measured on another batch, twice the iterations' cost.  Batch norm in training mode is accepted as
-    `pb.GGN` accepts it.  NaN and infinite losses or gradients skip the step, see `KFAC`.
+    `pb.GGN` accepts it, but not with the preconditioner, whose gradients are those of single samples.  NaN and infinite
+    losses or gradients skip the step, see `KFAC`.
 
-    Raises ValueError for options out of range and for something that is no batch.
+    Raises ValueError for options out of range, for something that is no batch, and for a model on several ranks.
     Sources: Martens 2010, Deep learning via Hessian-free optimization; Martens & Sutskever 2012; debiasing:
     Tatzel et al. 2024, arXiv:2410.14325.
     """
@@ -88,6 +90,11 @@ class HessianFree(Frame):
         self.backtrack, self.line_search, self.adapt_damping = backtrack, line_search, adapt_damping
         self.warm_start, self.preconditioner = check_share("warm_start", warm_start), preconditioner
         self.output, self.max_memory = output, max_memory
+        group = distributed_group(model, "auto")
+        if group is not None and (ranks := torch.distributed.get_world_size(group)) > 1:
+            raise ValueError(f"the model is a DistributedDataParallel one over {ranks} ranks; expected a model on one: "
+                             "HessianFree steps by its own rank's batch, and ranks would drift apart. Use KFAC, EKFAC "
+                             "or KBFGS there.")  # fmt: skip
         super().__init__(model, defaults, params, seed)
         self.loss = Loss.from_torch(loss_fn)
         self._last: dict[str, Any] = {"iterations": 0, "reduction_ratio": None, "rate": None, "iterate": None}
@@ -135,7 +142,7 @@ class HessianFree(Frame):
         if other is None and self.debias:
             pair, other = halves(pair)
         seed = self.seed + self.counters["steps"]
-        self._move_statistics(pair)
+        self._move_statistics(pair, seed)
         try:
             q = self._quadratic(pair, seed)
             measuring = q if other is None else self._quadratic(other, seed)
@@ -253,10 +260,11 @@ class HessianFree(Frame):
         images = torch.stack([system @ p for p in steps]) - damping * steps
         return (-(steps @ c) + (steps * images).sum(1) / 2).tolist()
 
-    def _move_statistics(self, batch: Any) -> None:
+    def _move_statistics(self, batch: Any, seed: int) -> None:
         """One pass that leaves running statistics as a training step does; all others leave no trace."""
         if any(m.training and getattr(m, "track_running_stats", False) for m in self.model.modules()):
-            data.call(trees.unwrapped(self.model), batch[0], self.output)
+            with seeded(self.generator.device, seed):
+                data.call(trees.unwrapped(self.model), batch[0], self.output)
 
     # --- state ---------------------------------------------------------------------------------------------------
 
