@@ -25,7 +25,7 @@ class Plan:
     duplicated: tuple[float, ...] = (0.0, 0.1, 0.5, 0.9)
     steps: int = 3000
     points: int = 6
-    draws: int = 10
+    draws: int = 25
     problems: tuple[str, ...] = ("digits-mlp", "digits-cnn")
     variants: tuple[str, ...] = ("plain", "duplicates", "corrupted labels", "smoothed labels", "learning-rate drop")
     epochs: int = 30
@@ -37,7 +37,7 @@ class Plan:
     def full(cls) -> Plan:
         """The paper's grid of random features, longer trainings and three seeds."""
         return cls(
-            widths=(50, 100, 200, 500, 1000, 2000, 5000), steps=5000, points=10, draws=20, epochs=100, seeds=3
+            widths=(50, 100, 200, 500, 1000, 2000, 5000), steps=5000, points=10, draws=40, epochs=100, seeds=3
         )  # fmt: skip
 
     @classmethod

@@ -58,7 +58,7 @@ def corrupted(dataset: Any, share: float, seed: int) -> Any:
 
 def trained(problem: Problem, variant: str, epochs: int, points: int, seed: int, callback: Any) -> None:
     """Train by SGD, calling back as `pb.problems.train` does; with a drop, in two halves of the points."""
-    lr = problem.training.lr if problem.training.optimizer == "sgd" else 0.1
+    lr = problem.training.lr if problem.training.optimizer == "sgd" else 0.02
     settings = dataclasses.replace(problem.training, optimizer="sgd", lr=lr, momentum=0.9, epochs=epochs, steps=None)
     first = dataclasses.replace(problem, training=settings)
     if variant != "learning-rate drop":
