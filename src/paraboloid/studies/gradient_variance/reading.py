@@ -36,7 +36,8 @@ def claims(results: dict[str, Any]) -> list[Finding]:
     found: list[Finding] = [
         ("Clustering lowers the variance of random-feature models without duplicates",
          _below(gc.get(0.0), 1), f"GC / SG-B {fixed(gc.get(0.0), None)}"),
-        ("It lowers it more where many samples are duplicates, and more so the more are", _falling([gc[s] for s in shares if s == 0 or s >= 0.5]),
+        ("It lowers it more where many samples are duplicates, and more so the more are",
+         _falling([gc[s] for s in shares if s == 0 or s >= 0.5]),
          ", ".join(f"{percent(s)}: {fixed(gc[s], None)}" for s in shares)),
         ("Twice the batch halves the variance", None if double is None else 0.4 < double < 0.6,
          f"SG-2B / SG-B {fixed(double, None)}"),
