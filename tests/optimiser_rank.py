@@ -20,6 +20,11 @@ OPTIMISERS = {
     "diagonal": lambda model: pb.optim.Preconditioned(model, LOSS, curvature="diag_ggn", damping=0.1),
 }
 
+QUASI_NEWTON = {
+    "kbfgs": lambda model: pb.optim.KBFGS(model, LOSS),
+    "kbfgsl": lambda model: pb.optim.KBFGSL(model, LOSS, memory=2),
+}
+
 
 def model():
     torch.manual_seed(0)
@@ -42,6 +47,23 @@ def train(wrapped, make, mine, accumulate):
             with wrapped.no_sync() if i + 1 < len(pieces) else nullcontext():
                 (len(ys) / len(y) * LOSS(wrapped(xs), ys)).backward()
         opt.step()
+    return torch.cat([p.detach().flatten() for p in wrapped.parameters()])
+
+
+def train_with_closures(wrapped, make, mine):
+    """Parameters after a warm start and some steps, which evaluate twice, on this rank's parts of the batches."""
+    opt = make(wrapped)
+    parts = [tuple(part[mine] for part in batch(t)) for t in range(STEPS)]
+    opt.warm_start(parts)
+    for x, y in parts:
+
+        def closure(x=x, y=y):
+            opt.zero_grad()
+            loss = LOSS(wrapped(x), y)
+            loss.backward()
+            return loss
+
+        opt.step(closure)
     return torch.cat([p.detach().flatten() for p in wrapped.parameters()])
 
 
@@ -80,6 +102,8 @@ def main():
         for accumulate in (False, True):
             wrapped = nn.parallel.DistributedDataParallel(model())
             found[name, accumulate] = train(wrapped, make, mine, accumulate)
+    for name, make in QUASI_NEWTON.items():
+        found[name] = train_with_closures(nn.parallel.DistributedDataParallel(model()), make, mine)
     found["skipped"] = skipped(rank, nn.parallel.DistributedDataParallel(model()), mine)
     found["bare"] = bare(nn.parallel.DistributedDataParallel(model()), mine)
     torch.save(found, folder / f"{rank}.pt")

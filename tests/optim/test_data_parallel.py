@@ -57,6 +57,15 @@ def test_ranks_together_take_the_step_of_the_whole_batch(ranks, name, accumulate
     assert torch.equal(ranks[0][name, accumulate], ranks[1][name, accumulate])
 
 
+@pytest.mark.parametrize("name", optimiser_rank.QUASI_NEWTON)
+def test_ranks_together_take_the_quasi_newton_step_of_the_whole_batch(ranks, name):
+    make = optimiser_rank.QUASI_NEWTON[name]
+    expected = optimiser_rank.train_with_closures(optimiser_rank.model(), make, slice(None))
+    for found in ranks:
+        torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-12)
+    assert torch.equal(ranks[0][name], ranks[1][name])
+
+
 def test_a_loss_that_is_nan_on_one_rank_skips_the_step_on_all(ranks):
     assert [found["skipped"] for found in ranks] == [(1, True), (1, True)]
 
