@@ -97,8 +97,7 @@ def compare(title: str, reference: Run, rows: dict[str, dict[str, Run]], budget:
                 warm += seconds(run) if first < 2 else first
                 working[label] = run
             except Exception as error:  # a peer's refusal is a result
-                line = (str(error).strip().splitlines() or [""])[0][:60]
-                table.rows[name][label] = Timing(label, note=f"{type(error).__name__}: {line}")
+                table.rows[name][label] = _refused(label, error)
         ratios: dict[str, list[float]] = {label: [] for label in working}
         rounds = max(3, min(41, int(budget / (warm + 1e-9))))
         gc.collect()
@@ -106,7 +105,13 @@ def compare(title: str, reference: Run, rows: dict[str, dict[str, Run]], budget:
         try:
             for _ in range(rounds):
                 before = seconds(reference)
-                times = {label: seconds(run) for label, run in working.items()}
+                times = {}
+                for label, run in list(working.items()):
+                    try:
+                        times[label] = seconds(run)
+                    except Exception as error:  # what another contender left behind may be one's end
+                        table.rows[name][label] = _refused(label, error)
+                        del working[label], ratios[label]
                 base = (before + seconds(reference)) / 2
                 all_references.append(base)
                 for label, elapsed in times.items():
@@ -119,6 +124,11 @@ def compare(title: str, reference: Run, rows: dict[str, dict[str, Run]], budget:
         _progress(title, name, table.rows[name])
     table.reference_seconds = statistics.median(all_references)
     return table
+
+
+def _refused(label: str, error: Exception) -> Timing:
+    line = (str(error).strip().splitlines() or [""])[0][:60]
+    return Timing(label, note=f"{type(error).__name__}: {line}")
 
 
 def _progress(title: str, name: str, row: dict[str, Timing]) -> None:

@@ -83,12 +83,20 @@ def functorch(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], 
     return {"sample_grads": lambda: grads(params, x, y)}
 
 
+class Collated(list):
+    """Batches as a loader that has nothing left to collate, which would cost more than the gradients do."""
+
+    def __init__(self, batches: list[tuple[Tensor, Tensor]], dataset: object):
+        super().__init__(batches)
+        self.dataset, self.batch_size = dataset, len(batches[0][0])
+
+
 def laplace_torch(model: nn.Module, batches: list[tuple[Tensor, Tensor]], kind: str, backend: str) -> Callable:
     """A posterior of laplace-torch, fitted, and ready to predict; `backend` is curvlinops or backpack."""
     from laplace import Laplace
     from laplace.curvature.backpack import BackPackGGN
     from laplace.curvature.curvlinops import CurvlinopsGGN
-    from torch.utils.data import DataLoader, TensorDataset
+    from torch.utils.data import TensorDataset
 
     structure, _, last = kind.partition(", ")
     structure, options = structure.split()[0], {}
@@ -103,7 +111,7 @@ def laplace_torch(model: nn.Module, batches: list[tuple[Tensor, Tensor]], kind: 
         backend={"curvlinops": CurvlinopsGGN, "backpack": BackPackGGN}[backend],
         **options,
     )
-    posterior.fit(DataLoader(data, batch_size=len(batches[0][0])))
+    posterior.fit(Collated(batches, data))
     return posterior
 
 

@@ -109,7 +109,10 @@ def measure(package: str, net: str, kind: str) -> float:
 def elsewhere(package: str, net: str, kind: str) -> float | None:
     """The same in a fresh process; None where the package does not offer it, or fails."""
     command = [sys.executable, "-m", "benchmarks.posteriors", "--one", package, net, kind]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    except subprocess.TimeoutExpired:
+        return None
     return float(done.stdout.split()[-1]) if done.returncode == 0 and done.stdout.strip() else None
 
 
