@@ -64,6 +64,7 @@ bench-optimisers: $(STAMP) ## time steps of the optimisers against Adam's, with 
 
 bench-posteriors: $(STAMP) ## time fitting and predicting Laplace posteriors, with their memory (peers too: make peers)
 	$(BIN)/python -m benchmarks.posteriors
+	$(BIN)/python -m benchmarks.posteriors --memory
 
 # --no-deps: BackPACK and laplace-torch ask for torchvision, which nothing here uses and which would bring its own torch.
 peers: $(STAMP) ## install the packages that the benchmarks compare with

@@ -130,14 +130,17 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=4.0, help="seconds for each row")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--one", nargs=3, metavar=("PACKAGE", "NET", "KIND"), help="peak memory in this process")
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of times")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     if options.one:
         print(measure(*options.one))
         return
     torch.set_num_threads(options.threads)
+    if options.memory:  # alone: a process starts with the peak of the one that started it
+        write_memory(options.nets, options.packages, options.out)
+        return
     write([t for net in options.nets for t in tables(net, options.packages, options.budget)], options.out, "posteriors")
-    write_memory(options.nets, options.packages, options.out)
 
 
 if __name__ == "__main__":
