@@ -108,7 +108,7 @@ def measure(title: str, rounds: int) -> dict[str, Any]:
             runs[name]()
         if isinstance(opts[name], pb.optim.KFAC):
             opts[name].counters["steps"] = SETTLED
-    for _ in range(100 if "digits" in title else 0):  # a full memory of K-BFGS(L)
+    for _ in range(100):  # a full memory of K-BFGS(L)
         runs["KBFGSL"]()
     times: dict[str, list[float]] = {name: [] for name in runs}
     gc.collect()
