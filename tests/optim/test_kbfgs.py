@@ -378,3 +378,25 @@ def test_hooks_are_gone_after_every_step():
     with pytest.raises(KeyError):
         opt.step(lambda: {}["nothing"])
     assert not model._forward_pre_hooks and not model._forward_hooks
+
+
+def test_layers_without_a_batch_axis_or_called_by_keyword_take_the_momentum_gradient():
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(6, 6).double()
+
+        def forward(self, x):
+            return F.linear(input=x, weight=self.inner.weight, bias=self.inner.bias)
+
+    x, y = batches()[0]
+    for model, inputs, targets in ((ByKeyword(), x, y), (nn.Linear(6, 6).double(), x[0], y[0])):
+        opt = pb.optim.KBFGS(model, nn.MSELoss(), lr=0.1, weight_decay=0.0)
+        parameters = list(model.parameters())
+        grads = torch.autograd.grad(F.mse_loss(model(inputs), targets), parameters)
+        before = [p.detach().clone() for p in parameters]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            opt.step(closure_of(model, opt, F.mse_loss, inputs, targets))
+        for p, b, g in zip(parameters, before, grads, strict=True):
+            torch.testing.assert_close(b - p.detach(), 0.1 * 0.1 * g)

@@ -105,3 +105,14 @@ def test_errors():
     LOSS(dead(x), y).backward()
     with pytest.raises(ValueError, match=r"are both 0 somewhere.*expected damping > 0"):
         opt.step()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_second_moments_of_several_passes_are_weighted_by_samples(reduction):
+    model, (x, y), loss = net(), batch(), nn.CrossEntropyLoss(reduction=reduction)
+    opt = pb.optim.Preconditioned(model, loss, curvature="second_moment")
+    for part in (slice(0, 4), slice(4, 12)):
+        loss(model(x[part]), y[part]).backward()
+    want = pb.statistics(model, loss, (x, y), ["second_moment"])["second_moment"]["3.weight"]
+    opt.step()
+    torch.testing.assert_close(opt._blocks["3.weight"].kron.left, want.flatten())

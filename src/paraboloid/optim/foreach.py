@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_torch: Any = torch  # the functions are torch's own, but not in its public type stubs
+_torch: Any = torch  # the functions are torch's own, but not among its typed names
 
 
 def scale_(xs: Sequence[Tensor], factor: float) -> None:

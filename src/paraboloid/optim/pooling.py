@@ -26,9 +26,9 @@ class Pooled:
         self.samples: list[int] = []
         self.sums = False
 
-    def add(self, stats: Statistics, sums: bool) -> None:
+    def add(self, stats: Statistics, sums: bool, by_samples: bool = False) -> None:
         self.sums = sums
-        self.normalizers.append(stats.normalizer)
+        self.normalizers.append(stats.samples if by_samples else stats.normalizer)
         self.samples.append(stats.samples)
         for quantity, values in stats.items():
             if quantity == "held":

@@ -22,6 +22,7 @@ from paraboloid.quantities import FISHERS, QUANTITIES
 FISHER_OF = {name: fisher for fisher, name in FISHERS.items()}
 DIAGONALS = ("diag_ggn", "diag_ggn_mc", "diag_hessian", "second_moment", "variance")
 CURVATURES = (*DIAGONALS, *FISHER_OF, "kfra")
+MOMENTS = ("second_moment", "variance")  # of the single samples' gradients, whatever the loss divides by
 LEAST = 0.1  # of the damping: what must be left of it where curvature is negative
 
 
@@ -34,6 +35,7 @@ class Preconditioned(Frame):
 
     curvature   a quantity of `pb.statistics`: "diag_ggn", "diag_ggn_mc", "diag_hessian", "second_moment", "variance",
                 "kfac", "kflr", "kfac_empirical" or "kfra"; measured in every step, of that step's batch alone
+                over several passes in a step: a variance is the mean of the passes' own, around the mean of each
     decay       of a running average of C over steps; 0: no average
     momentum    heavy ball on the preconditioned gradient
 
@@ -95,7 +97,8 @@ class Preconditioned(Frame):
             self._capture.loss, seen.output, seen.target, [self._quantity], generator=self.generator,
             max_memory=self.max_memory, all_reduce=self._group or False,
         )  # fmt: skip
-        self._pooled.add(stats, sums=self._capture.loss.reduction == "sum")
+        moment = self.curvature in MOMENTS
+        self._pooled.add(stats, self._capture.loss.reduction == "sum" and not moment, by_samples=moment)
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -153,8 +153,8 @@ class Readings:
 
 def _layer_of(call: Call, names: Mapping[int, str]) -> tuple[Use | None, Any]:
     """The call's use of a weight as a matrix, and its bias; None where it is no such layer."""
-    if call.op not in LAYERS or call.op not in RULES:
-        return None, None
+    if call.op not in LAYERS or call.op not in RULES or not call.args or call.args[0].dim() < 2:
+        return None, None  # by keyword, or a single sample without a batch axis
     uses = [u for u in RULES[call.op](*call.args, **call.kwargs) if u.weight is not None]
     matrices = [u for u in uses if u.right is not None and not u.lookup and u.groups == 1]
     if (
