@@ -11,7 +11,7 @@ from torch import Tensor
 from paraboloid.kron import Kron
 from paraboloid.kronecker_product import KroneckerProduct, Side
 from paraboloid.outer import CHUNK_BYTES, Outer, merge
-from paraboloid.reductions import pieces, reduce, samples
+from paraboloid.reductions import Recent, pieces, reduce, samples
 
 LARGE = 256  # rows from which halving by symmetry pays
 EXACT_VECTOR = 4096  # elements up to which a bias-like parameter's block is kept exactly
@@ -116,17 +116,6 @@ class Factors:
     exact: Any = None
 
 
-@dataclass
-class Recent:
-    """The gradient factor that was computed last, of a layer used at one position: its bias has the same block."""
-
-    left: Tensor | None = None  # [V N 1 1 p]
-    factor: Tensor | None = None  # [1 p p]
-
-    def matches(self, left: Tensor) -> bool:
-        return self.left is not None and self.left.shape == left.shape and torch.equal(self.left, left)
-
-
 def add_factors(
     value: Factors | None,
     outers: list[Outer],
@@ -167,7 +156,7 @@ def add_factors(
         gradients, inputs = (value.columns, value.rows) if o.flip else (value.rows, value.columns)
         part = gradient_factor(o, sharing, thin)
         if recent is not None and isinstance(part, Tensor) and o.left.shape[2:4] == (1, 1):
-            recent.left, recent.factor = o.left, part
+            recent.factor = o.left, part
         _increase(gradients, "gradient", part)
         if first:
             _increase(inputs, "input", input_factor(o, sharing, memory, thin))
@@ -254,9 +243,8 @@ def _block(outers: list[Outer], memory: int | None, thin: bool, recent: Recent |
         return reduce(outers, {"squares"}, memory)["squares"].reshape(1, p)
     if thin and p > V * N:
         return Rows(samples(outers).reshape(1, V * N, p))
-    if recent is not None and len(outers) == 1 and recent.matches(outers[0].left):
-        assert recent.factor is not None
-        return recent.factor.clone()
+    if recent is not None and len(outers) == 1 and (factor := recent.factor_of(outers[0].left)) is not None:
+        return factor.clone()
     block = outers[0].left.new_zeros(p, p)
     for _, J in pieces(outers, memory):
         J = J.reshape(-1, p)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LARGE_BYTES = 16 * 2**20
+LARGE_BYTES = 2 * 2**20
 POOL_BYTES = 2**30  # of memory without a user that is kept at most
 
 

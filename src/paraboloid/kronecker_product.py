@@ -71,6 +71,8 @@ class Side:
         """Eigenvectors and eigenvalues [G, r]; r < p for few rows.  What is negative by rounding becomes zero."""
         if self.kind == "diagonal":
             return Basis(None, self.size), self.data
+        if self.size == 1:
+            return Basis(None, 1), self.dense()[..., 0]
         if self.kind == "rows" and self.data.shape[1] < self.size:
             Q, R = torch.linalg.qr(self.data.mT)  # rows = R^T Q^T: an exactly orthonormal basis, whatever the rank
             values, vectors = decomposed(R @ R.mT, what)

@@ -46,8 +46,9 @@ class Right:
         _, G, T, q = first.shape
         kept = fresh.empty((N, G, q, T), first).mT  # T runs fastest, as it does in an unfolded image
         step = max(1, CHUNK_BYTES // first.nbytes)
-        for n in (slice(start, start + step) for start in range(0, N, step)):
-            kept[n] = self(n)
+        for n in (slice(start, min(start + step, N)) for start in range(0, N, step)):
+            rows = self._view(n)  # [n G *q-axes a b *T-axes], copied once
+            kept[n].mT.view(rows.shape).copy_(rows)
         self._kept = kept
 
     def forget(self) -> None:

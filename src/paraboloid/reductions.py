@@ -13,7 +13,7 @@ equal forms from the shapes alone, and shares what they have in common: unfolded
 from __future__ import annotations
 
 from collections.abc import Iterator, Set
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,33 @@ from paraboloid import fresh
 from paraboloid.outer import Outer, merge
 
 PARTS = frozenset({"total", "squares", "norms", "gram", "samples"})
+
+
+@dataclass
+class Recent:
+    """What was computed last of a layer used at one position, and what of: its bias has the same gradients."""
+
+    factor: tuple[Tensor, Tensor] | None = None  # left [V N 1 1 p], its Gram matrix [1 p p]
+    squares: tuple[Tensor, Tensor] | None = None  # left [V N G 1 p], its squares summed over V [N G 1 p]
+
+    def factor_of(self, left: Tensor) -> Tensor | None:
+        return _found(self.factor, left)
+
+    def squares_of(self, left: Tensor) -> Tensor:
+        found = _found(self.squares, left)
+        if found is None:
+            found = left[0].square()
+            for one in left[1:]:
+                found.addcmul_(one, one)
+            self.squares = left, found
+        return found
+
+
+def _found(kept: tuple[Tensor, Tensor] | None, left: Tensor) -> Tensor | None:
+    """What was kept of these very numbers: `left` is held, so that its memory is still its own."""
+    if kept is None or (of := kept[0]).data_ptr() != left.data_ptr():
+        return None
+    return kept[1] if (of.shape, of.stride()) == (left.shape, left.stride()) else None
 
 
 def samples(outers: list[Outer], n: slice = slice(None)) -> Tensor:
@@ -40,8 +67,11 @@ def pieces(outers: list[Outer], memory: int | None) -> Iterator[tuple[slice, Ten
         yield n, samples(outers, n)
 
 
-def reduce(outers: list[Outer], wanted: Set[str], memory: int | None = None) -> dict[str, Tensor]:
-    """The wanted parts of one parameter's uses, in pieces of at most `memory` bytes."""
+def reduce(
+    outers: list[Outer], wanted: Set[str], memory: int | None = None, recent: Recent | None = None
+) -> dict[str, Tensor]:
+    """The wanted parts of one parameter's uses, in pieces of at most `memory` bytes; `recent` is carried from parameter
+    to parameter of one group of vectors."""
     outers = merge(outers)
     o = outers[0]
     if len(outers) > 1 or o.via is not None:
@@ -49,11 +79,11 @@ def reduce(outers: list[Outer], wanted: Set[str], memory: int | None = None) -> 
     if o.lookup:
         return _of_lookup(o, wanted, memory)
     if o.right is None or o.left.shape[3] == 1:
-        return _one_position(o, wanted)
+        return _one_position(o, wanted, Recent() if recent is None else recent)
     return _many_positions(o, wanted, memory)
 
 
-def _one_position(o: Outer, wanted: Set[str]) -> dict[str, Tensor]:
+def _one_position(o: Outer, wanted: Set[str], recent: Recent) -> dict[str, Tensor]:
     """T = 1 (or a bias-like parameter, whose positions are summed): everything factorises.
 
     The square of an outer product is the outer product of squares; its norm the product of norms.
@@ -65,10 +95,7 @@ def _one_position(o: Outer, wanted: Set[str]) -> dict[str, Tensor]:
         found["total"] = replace(o, left=left.sum(0, keepdim=True) if len(left) > 1 else left).total()[0]
     if "squares" in wanted:
         squared = None if o.right is None else replace(o.right, rows=_squared(o.right.rows), _kept=None)
-        summed = left[0].square()
-        for one in left[1:]:
-            summed.addcmul_(one, one)
-        found["squares"] = replace(o, left=summed[None], right=squared).total()[0]
+        found["squares"] = replace(o, left=recent.squares_of(left)[None], right=squared).total()[0]
     if "norms" in wanted:
         inner = torch.linalg.vector_norm(left, dim=(0, 3, 4)).square()  # [N G]
         found["norms"] = (inner if right is None else inner * torch.linalg.vector_norm(right, dim=(2, 3)).square()).sum(

@@ -14,17 +14,16 @@ from paraboloid import data as batch_data
 from paraboloid import distributed, trees
 from paraboloid.ambient import own_arithmetic
 from paraboloid.data_parallel import Values, check_summable, combine
-from paraboloid.factors import Recent
 from paraboloid.losses import Loss
 from paraboloid.losses.loss import full
 from paraboloid.outer import keep_inputs
 from paraboloid.quantities import GRADIENT, Group, Quantity, Scale, Source, check_samples, resolve
 from paraboloid.randomness import isolated
-from paraboloid.reductions import reduce
+from paraboloid.reductions import Recent, reduce
 from paraboloid.tape import Tape
 from paraboloid.twice_differentiable import twice_differentiable
 
-GROUP_BYTES = 16 * 2**20  # default limit for the gradients at layer outputs that are held at a time
+GROUP_BYTES = 8 * 2**20  # default limit for the gradients at layer outputs that are held at a time
 KEEP_BYTES = 256 * 2**20  # default limit for unfolded inputs that are kept from pull to pull
 
 
@@ -154,7 +153,7 @@ class Recording(Tape):
             with torch.no_grad():
                 for name in self.parameters:
                     uses = outers.pop(name)
-                    group = Group(reduce(uses, needs, memory), uses, memory, name, recent)
+                    group = Group(reduce(uses, needs, memory, recent), uses, memory, name, recent)
                     held: set[int] = set()
                     for q in quantities:
                         try:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import resolve_name
 
-from paraboloid import trees
+from paraboloid import fresh, trees
 from paraboloid.ambient import eager_code, own_arithmetic
 from paraboloid.certify import Layout, certify
 from paraboloid.layers.normalization import uses_batch_statistics
@@ -280,23 +280,29 @@ class Tape:
     def _gradients(
         self, f: Tensor, calls: list[Call], v: Tensor, totals: dict[str, Tensor | None] | None
     ) -> list[Tensor | None]:
-        """Gradients at the calls' outputs, [V *z] each.  On a CPU a loop of single pulls beats the vmapped one."""
+        """Gradients at the calls' outputs, [V *z] each.  On a CPU a loop of single pulls beats the vmapped one, if each
+        is put into its place while it is in the cache."""
         edges = [c.edge for c in calls]
         leaves = [] if totals is None else list(self.parameters.values())
         if not edges and not leaves:
             return []
-        single = []
-        for u in v:
+        found: list[Tensor | None] = []
+        for i, u in enumerate(v):
             inputs: list[Any] = [*edges, *leaves]
             grads = torch.autograd.grad(f, inputs, u, retain_graph=True, allow_unused=True)
-            single.append(grads[: len(edges)])
+            if len(v) == 1:
+                found = [None if g is None else g[None] for g in grads[: len(edges)]]
+            elif i == 0:
+                found = [None if g is None else fresh.empty((len(v), *g.shape), g) for g in grads[: len(edges)]]
+            if len(v) > 1:
+                for place, g in zip(found, grads, strict=False):
+                    if place is not None:
+                        place[i].copy_(g)
             if totals is not None:
                 for name, g in zip(self.parameters, grads[len(edges) :], strict=True):
                     before = totals.get(name)
                     totals[name] = g if before is None or g is None else before + g
-        if len(single) == 1:
-            return [None if g is None else g[None] for g in single[0]]
-        return [None if gs[0] is None else torch.stack(gs) for gs in zip(*single, strict=True)]
+        return found
 
     def _net(self, f: Tensor, v: Tensor, name: str) -> Outer:
         """The net under everything: one backward pass per sample for a parameter that no recorded call covers."""

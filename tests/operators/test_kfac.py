@@ -132,7 +132,7 @@ def test_a_layer_at_one_position_is_decomposed_once_with_its_bias(fisher, monkey
     monkeypatch.setattr(eigenform, "eigh", lambda m: sizes.append(len(m)) or original(m))
     model, data = make_model("mlp"), batches("mlp", LOSSES["cross-entropy"][1], (4, 3))
     pb.KFAC(model, CE, data, fisher=fisher).inverse(0.1)
-    assert len(sizes) == 5  # left and right of both layers, and [[1]]; none for the biases
+    assert len(sizes) == 4  # left and right of both layers; none for the biases
     for make in (pb.KFAC, pb.EKFAC):
         plain = make(model, CE, data, fisher=fisher, seed=7)
         close(make(model, CE, data, fisher=fisher, seed=7, measure_on=data).to_dense(), plain.to_dense())

@@ -153,7 +153,7 @@ def test_the_decomposition_is_made_once_and_only_when_needed(monkeypatch):
     K.inverse(0.1)
     K.inverse(0.2)
     K.logdet(0.3)
-    assert len(calls) == 6  # two of groups twice; two of five are equal, and diagonals need none
+    assert len(calls) == 5  # two of groups twice; two of five are equal; diagonals and [[1]] need none
 
 
 def test_singular_operators_name_the_layer():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paraboloid.losses.elementwise import check_not_negative
 from paraboloid.losses.loss import FROM_TORCH, Loss, NoTargets, check_lengths, check_reduction, full
+
+ROOT_BYTES = 2**20  # of columns of the Hessian's root that are made at a time
 
 
 class CrossEntropy(Loss):
@@ -111,17 +115,7 @@ class CrossEntropy(Loss):
         f = full(f)
         p = f.softmax(1).reshape(len(f), f.shape[1], -1)  # [N C T]
         scale = self._mass(f, y).sqrt().reshape(len(f), 1, -1)
-        tail = p.flip(1).cumsum(1).flip(1)  # tail_j = p_j + r_j
-        for j in range(max(f.shape[1] - 1, 1)):
-            column = torch.zeros_like(p)
-            if f.shape[1] > 1:
-                rest = tail[:, j + 1]
-                column[:, j] = (p[:, j] * (rest / tail[:, j])).sqrt()
-                # Quotients of at most 1 only: rest * tail underflows long before its quotient with p is negligible.
-                down = (rest * (p[:, j] / tail[:, j])).sqrt().unsqueeze(1)
-                column[:, j + 1 :] = -(p[:, j + 1 :] / rest.unsqueeze(1)) * down
-                column = torch.nan_to_num(column, nan=0.0, posinf=0.0, neginf=0.0)  # 0/0 where all the tail underflowed
-            column *= scale
+        for column in _zero(p) if f.shape[1] == 1 else _cholesky_columns(p, scale):
             for t in range(p.shape[2]):
                 if p.shape[2] == 1:
                     yield column.view_as(f)
@@ -162,6 +156,31 @@ class CrossEntropy(Loss):
             raise ValueError(f"target {int(y[tuple(where)])} at index {where if len(where) > 1 else where[0]} is out "
                              f"of range; expected class indices 0..{f.shape[1] - 1} for {f.shape[1]} outputs"
                              f" (or ignore_index={self.ignore_index}).")  # fmt: skip
+
+
+def _zero(p: Tensor) -> Iterator[Tensor]:
+    yield torch.zeros_like(p)
+
+
+def _cholesky_columns(p: Tensor, scale: Tensor) -> Iterator[Tensor]:
+    """The C - 1 columns [N C T] of the Cholesky factor of diag(p) - p p^T over axis 1, times scale [N 1 T]; as many at
+    a time as fit into the cache."""
+    C = p.shape[1]
+    tail = p.flip(1).cumsum(1).flip(1)  # tail_j = p_j + r_j
+    below = tail.masked_fill(tail == 0, 1.0)  # for quotients: where all that is left underflowed, they are 0
+    rest = tail[:, 1:]
+    # Quotients of at most 1 only: rest * tail underflows long before its quotient with p is negligible.
+    down = (rest * (p[:, :-1] / below[:, :-1])).sqrt_().mul_(-scale)
+    diagonal = (p[:, :-1] * (rest / below[:, :-1])).sqrt_().mul_(scale)
+    step, classes = max(1, ROOT_BYTES // p.nbytes), torch.arange(C, device=p.device)
+    for start in range(0, C - 1, step):
+        j = slice(start, min(start + step, C - 1))
+        columns = p / below[:, 1:][:, j].transpose(0, 1).unsqueeze(2)
+        columns.mul_(down[:, j].transpose(0, 1).unsqueeze(2))  # [j N C T]
+        above = classes <= classes[j].unsqueeze(1)
+        columns.masked_fill_(above[:, None, :, None], 0.0)
+        columns.diagonal(start, 0, 2).copy_(diagonal[:, j].movedim(1, -1))
+        yield from columns
 
 
 FROM_TORCH[nn.CrossEntropyLoss] = lambda m: CrossEntropy(m.weight, m.ignore_index, m.label_smoothing, m.reduction)

@@ -22,13 +22,14 @@ from torch import Tensor, nn
 
 from paraboloid.data import Output
 from paraboloid.eigenform import Basis, Eigenform
-from paraboloid.factors import Factors, Recent, add_factors, merged, scale_product
+from paraboloid.factors import Factors, add_factors, merged, scale_product
 from paraboloid.kronecker_product import Decomposed, KroneckerProduct, Side
 from paraboloid.operators.diagonalised import Diagonalised, block_names
 from paraboloid.operators.kronecker import KroneckerFactored
 from paraboloid.operators.pulls import Pulls
 from paraboloid.outer import Outer
 from paraboloid.quantities import check_sharing, fisher_source
+from paraboloid.reductions import Recent
 from paraboloid.rotation import Turned, eigen_scale
 
 

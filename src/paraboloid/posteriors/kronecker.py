@@ -11,6 +11,7 @@ from torch import Tensor
 
 from paraboloid.eigenform import Eigenform
 from paraboloid.factors import Factors, merged, scale_product
+from paraboloid.kronecker_product import Decomposed
 from paraboloid.outer import Outer
 from paraboloid.posteriors.jacobian import Jacobian, gram, weighted_gram
 from paraboloid.posteriors.prior import Prior
@@ -35,7 +36,8 @@ class Kronecker:
     @staticmethod
     def of_factors(parameters: Mapping[str, Tensor], factors: dict[str, Factors]) -> Kronecker:
         copies = {k: mapped(torch.clone, v) for k, v in factors.items()}  # scaling is done in place
-        forms = {k: scale_product(v, 1.0).eigenform(f"parameter {k!r}") for k, v in copies.items()}
+        known: list[Decomposed] = []
+        forms = {k: scale_product(v, 1.0).eigenform(f"parameter {k!r}", known) for k, v in copies.items()}
         return Kronecker(parameters, forms, factors)
 
     def plus(self, other: Kronecker) -> Kronecker:

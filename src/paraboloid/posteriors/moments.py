@@ -30,17 +30,19 @@ def moments(
     known = {} if known is None else known
     like = (dense, tuple((t.shape[1:], t.dtype) for t in _tensors(inputs)))
     means, parts, start = [], [], 0
-    step = max(1, int(limit / known[like])) if like in known else min(PROBE, N)
     while start < N:
+        step = max(1, int(limit / known[like])) if like in known else min(PROBE, N)
         piece = mapped(lambda t, n=slice(start, start + step): t[n], inputs)
         with recorded(model, names, piece, output) as (tape, f):
             J = pull_outputs(tape, f)
             if like not in known:
                 known[like] = _bytes(J, dense) / len(f)
+                if min(step, N) != min(int(limit / known[like]), N):
+                    continue  # from the start: the chunks, and with them the rounding, are those of every later call
         with torch.no_grad():
             parts.append(covariance(J))
             means.append(J.outputs)
-        start, step = start + step, max(1, int(limit / known[like]))
+        start += step
     return torch.cat(means), torch.cat(parts)
 
 
