@@ -45,10 +45,12 @@ class Recent:
 
 
 def _found(kept: tuple[Tensor, Tensor] | None, left: Tensor) -> Tensor | None:
-    """What was kept of these very numbers: `left` is held, so that its memory is still its own."""
-    if kept is None or (of := kept[0]).data_ptr() != left.data_ptr():
-        return None
-    return kept[1] if (of.shape, of.stride()) == (left.shape, left.stride()) else None
+    return kept[1] if kept is not None and same_memory(kept[0], left) else None
+
+
+def same_memory(kept: Tensor, x: Tensor) -> bool:
+    """Whether two tensors that live, so that their memory is their own, are the same numbers in the same order."""
+    return kept.data_ptr() == x.data_ptr() and kept.shape == x.shape and kept.stride() == x.stride()
 
 
 def samples(outers: list[Outer], n: slice = slice(None)) -> Tensor:

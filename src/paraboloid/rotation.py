@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from paraboloid import fresh
 from paraboloid.eigenform import Basis
 from paraboloid.outer import Outer, Right, merge
-from paraboloid.reductions import pieces, reduce
+from paraboloid.reductions import pieces, reduce, same_memory
 
 KEEP_BYTES = 256 * 2**20  # default limit for the rotated inputs of all parameters that are kept
 
@@ -107,11 +108,40 @@ def _later(outers: list[Outer], left: Basis, right: Basis, V: int) -> list[Basis
     return later[::-1] if outers[0].flip else later
 
 
+@dataclass
+class Gradients:
+    """The gradients that were rotated last, and into which basis: a layer's bias has those of its weight."""
+
+    last: tuple[Tensor, Basis, Tensor] | None = None
+
+    def rotated(self, left: Tensor, basis: Basis) -> Tensor:
+        """left [V N G T p] in the basis."""
+        if basis.vectors is None:
+            return left
+        if self.last is not None and same_memory(self.last[0], left) and self.last[1].equals(basis):
+            return self.last[2]
+        if len(basis.vectors) == 1 and left.is_contiguous() and not torch.is_grad_enabled():
+            U = basis.vectors[0]
+            found = fresh.product(left.view(-1, len(U)), U).view(*left.shape[:-1], U.shape[1])
+        else:
+            found = left @ (basis.vectors[0] if len(basis.vectors) == 1 else basis.vectors)
+        self.last = left, basis, found
+        return found
+
+
 def rotate(
-    o: Outer, left: Basis, right: Basis, place: tuple[str, int] = ("", 0), turned: Turned | None = None
+    o: Outer,
+    left: Basis,
+    right: Basis,
+    place: tuple[str, int] = ("", 0),
+    turned: Turned | None = None,
+    gradients: Gradients | None = None,
 ) -> Outer:
-    """One use with its sides in the bases, U_left^T (sum_t left right^T) U_right, position by position."""
-    gradient, rows = (right, left) if o.flip else (left, right)
+    """One use with its sides in the bases, U_left^T (sum_t left right^T) U_right, position by position.
+
+    `turned` and `gradients` remember rotated inputs and gradients for what comes after.
+    """
+    basis, rows = (right, left) if o.flip else (left, right)
     inner, columns = o.right, o.q
     assert inner is not None
     if rows.vectors is not None:
@@ -125,9 +155,7 @@ def rotate(
         inner = Right(turn, (1, o.left.shape[1], 1), dtype=o.left.dtype)
         if turned is not None:
             inner = turned.keep(*place, inner, o.left[0, ..., 0].numel() * columns * o.left.element_size())
-    gradients = o.left
-    if gradient.vectors is not None:
-        gradients = gradients @ (gradient.vectors[0] if len(gradient.vectors) == 1 else gradient.vectors)
-    groups, height = gradients.shape[2], gradients.shape[4]
+    rotated = (gradients or Gradients()).rotated(o.left, basis)
+    groups, height = rotated.shape[2], rotated.shape[4]
     shape = torch.Size((groups * columns, height) if o.flip else (groups * height, columns))
-    return replace(o, left=gradients, right=inner, q=columns, shape=shape)
+    return replace(o, left=rotated, right=inner, q=columns, shape=shape)

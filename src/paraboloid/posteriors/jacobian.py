@@ -18,7 +18,7 @@ from paraboloid.randomness import isolated
 from paraboloid.reductions import pieces
 from paraboloid.tape import Tape, record
 
-PRODUCT_BYTES = 64 * 2**20  # of products that are held at a time
+PRODUCT_BYTES, SAMPLES = 2**20, 128  # of products that are made at a time, to stay in the cache; and samples of them
 
 
 @dataclass
@@ -53,16 +53,21 @@ def _times(uses: list[Outer], rows: Tensor) -> Tensor:
     """J r of one parameter, [N, K, R]."""
     o, R = uses[0], len(rows)
     if len(uses) > 1 or o.via is not None or o.kind != "matrix" or o.lookup or o.left.shape[2:4] != (1, 1):
-        return torch.cat([J.flatten(2).transpose(0, 1) @ rows.T for _, J in pieces(uses, None)])
+        return torch.cat([J @ rows.T for J in rows_of(uses, None)])
     assert o.right is not None
     p, right = o.left.shape[4], o.right().flatten(1)  # [N q]
     left = o.left.flatten(2).transpose(0, 1)  # [N V p]
     blocks = rows.view(R, o.q, p).mT if o.flip else rows.view(R, p, o.q)
-    parts = []
-    for some in blocks.split(max(1, PRODUCT_BYTES // (len(right) * p * rows.element_size()))):
-        inner = (right @ some.reshape(-1, o.q).T).view(len(right), -1, p)  # [N R p]
-        parts.append(left @ inner.mT)
-    return torch.cat(parts, 2)
+    N, step = len(right), min(len(right), SAMPLES)
+    rows_at_a_time = max(1, PRODUCT_BYTES // (step * p * rows.element_size()))
+    found = right.new_empty(N, len(o.left), R)
+    for start in range(0, R, rows_at_a_time):
+        some = blocks[start : start + rows_at_a_time]
+        flat = some.reshape(-1, o.q).T
+        for n in (slice(first, first + step) for first in range(0, N, step)):
+            inner = (right[n] @ flat).view(-1, len(some), p)  # [n r p]
+            found[n, :, start : start + len(some)] = left[n] @ inner.mT
+    return found
 
 
 @contextmanager
@@ -103,17 +108,38 @@ def weighted_gram(uses: list[Outer], W: Tensor, diagonal: bool = False, memory: 
         inner = (right @ weights.mT).transpose(0, 1).flatten(1)  # [N Gp]
         left = o.left.squeeze(3).flatten(2).transpose(0, 1)  # [N V Gp]
         return gram(left, inner.unsqueeze(1), diagonal)
-    found = [
-        gram(J.flatten(2).transpose(0, 1), W.reshape(1, 1, -1), diagonal) for _, J in pieces(uses, memory)
-    ]  # fmt: skip
-    return torch.cat(found)
+    return torch.cat([gram(J, W.reshape(1, 1, -1), diagonal) for J in rows_of(uses, memory)])
+
+
+def rows_of(uses: list[Outer], memory: int | None) -> Iterator[Tensor]:
+    """J of one parameter, [n V D], for consecutive ranges of samples."""
+    o = uses[0]
+    if len(uses) == 1 and o.right is None and o.via is None and o.left.shape[3] == 1:  # it is there already
+        yield o.left.flatten(2).transpose(0, 1)
+        return
+    for _, J in pieces(uses, memory):
+        yield J.flatten(2).transpose(0, 1)
 
 
 def gram(left: Tensor, weights: Tensor | float, diagonal: bool) -> Tensor:
     """sum_d left[n, v, d] weights[n, d] left[n, u, d], [n V V], for left [n V d] and weights [n or 1, 1, d]; or its
     diagonal [n V]."""
-    if diagonal:
-        if isinstance(weights, Tensor):
-            return (left.square() @ weights.mT).squeeze(2)
-        return weights * left.square().sum(2)
-    return (left * weights) @ left.mT
+    if not diagonal:
+        return (left * weights) @ left.mT
+    d = left.shape[2]
+    if not isinstance(weights, Tensor):
+        return weights * _squares(left, left.new_ones(d))
+    if len(weights) == 1:
+        return _squares(left, weights[0, 0])
+    V_first, ones, w = left.transpose(0, 1), left.new_ones(d), weights[:, 0]  # [V n d], [n d]
+    step = max(1, PRODUCT_BYTES // (w.shape.numel() * left.element_size()))
+    return torch.cat([piece.square().mul_(w) @ ones for piece in V_first.split(step)]).T
+
+
+def _squares(left: Tensor, w: Tensor) -> Tensor:
+    """sum_d left[n, v, d]^2 w[d], [n V], in pieces that stay in the cache, along the order in memory."""
+    swap = left.transpose(0, 1).is_contiguous()
+    rows = (left.transpose(0, 1) if swap else left).reshape(-1, len(w))
+    step = max(1, PRODUCT_BYTES // (len(w) * left.element_size()))
+    found = torch.cat([piece.square() @ w for piece in rows.split(step)])
+    return found.view(left.shape[1], -1).T if swap else found.view(left.shape[:2])

@@ -13,10 +13,9 @@ from paraboloid.eigenform import Eigenform
 from paraboloid.factors import Factors, merged, scale_product
 from paraboloid.kronecker_product import Decomposed
 from paraboloid.outer import Outer
-from paraboloid.posteriors.jacobian import Jacobian, gram, weighted_gram
+from paraboloid.posteriors.jacobian import Jacobian, gram, rows_of, weighted_gram
 from paraboloid.posteriors.prior import Prior
-from paraboloid.reductions import pieces
-from paraboloid.rotation import rotate
+from paraboloid.rotation import Gradients, rotate
 from paraboloid.trees import mapped
 
 
@@ -78,9 +77,10 @@ class Kronecker:
         self, J: Jacobian, prior: Prior, strength: Any, diagonal: bool = False, memory: int | None = None
     ) -> Tensor:
         """J Sigma J^T of each sample, [N, K, K], or its diagonal [N, K]."""
+        gradients = Gradients()
         parts = [
-            form_gram(uses, self._sigma(k, prior, strength), diagonal, memory) for k, uses in J.uses.items()
-        ]  # fmt: skip
+            form_gram(uses, self._sigma(k, prior, strength), diagonal, memory, gradients) for k, uses in J.uses.items()
+        ]
         return torch.stack(parts).sum(0)
 
 
@@ -134,7 +134,9 @@ class CrossFitted:
         return self._mean("covariance", J, prior, strength, diagonal, memory)
 
 
-def form_gram(uses: list[Outer], form: Eigenform, diagonal: bool, memory: int | None) -> Tensor:
+def form_gram(
+    uses: list[Outer], form: Eigenform, diagonal: bool, memory: int | None, gradients: Gradients | None = None
+) -> Tensor:
     """J A J^T of each sample for one parameter's block A, [N, K, K] or its diagonal [N, K].
 
     In A's eigenbasis it is a diagonal.  The sides of the outer products are rotated, position by position; where there
@@ -143,14 +145,18 @@ def form_gram(uses: list[Outer], form: Eigenform, diagonal: bool, memory: int | 
     V, _, _, T, p = uses[0].left.shape
     weights = form.values if form.full else form.values - form.rest
     if all(use.kind == "matrix" and use.via is None for use in uses) and (V * p >= T or len(uses) > 1):
-        rotated = [rotate(use, form.left, form.right) for use in uses]
+        rotated = [rotate(use, form.left, form.right, gradients=gradients) for use in uses]
         found = weighted_gram(rotated, weights, diagonal, memory)
         if form.full:
             return found
         return found + weighted_gram(uses, form.rest.expand(uses[0].shape), diagonal, memory)
+    if form.full and form.right.vectors is None and form.right.size == T == len(uses) and uses[0].right is None:
+        o, gradients = uses[0], Gradients() if gradients is None else gradients
+        if o.via is None and form.left.size == p:  # a vector: its rotated gradients are all
+            c = gradients.rotated(o.left, form.left).flatten(2).transpose(0, 1)
+            return gram(c, weights.reshape(1, 1, -1), diagonal)
     parts = []
-    for _, J in pieces(uses, memory):
-        flat = J.flatten(2).transpose(0, 1)  # [n V D]
+    for flat in rows_of(uses, memory):  # [n V D]
         c = form.rotated(flat.flatten(0, 1)).flatten(1).unflatten(0, flat.shape[:2])
         part = gram(c, weights.reshape(1, 1, -1), diagonal)
         parts.append(part if form.full else part + form.rest * gram(flat, 1.0, diagonal))

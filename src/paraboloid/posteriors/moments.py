@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from paraboloid.posteriors.jacobian import Jacobian, pull_outputs, recorded
 from paraboloid.trees import mapped
 
-CHUNK_BYTES = 256 * 2**20  # of Jacobians held at a time, unless max_memory says otherwise
+CHUNK_BYTES = 128 * 2**20  # of Jacobians held at a time, unless max_memory says otherwise
 PROBE = 8  # samples of the first chunk, which tells what a sample takes
 Covariance = Callable[[Jacobian], Tensor]
 
@@ -47,13 +47,11 @@ def moments(
 
 
 def _bytes(J: Jacobian, dense: bool) -> int:
-    """What a chunk's Jacobian takes: the gradients at the layers' outputs, and the largest piece that is formed."""
+    """What a chunk takes: the gradients at the layers' outputs and what is made of them, and J itself if `dense`."""
     uses = [o for found in J.uses.values() for o in found]
     left = sum(o.left.untyped_storage().nbytes() for o in uses)
-    K, n = J.outputs[0].numel(), len(J.outputs)
-    sizes = [p.numel() for p in J.parameters.values()]
-    formed = sum(sizes) if dense else max(sizes)
-    return 2 * left + 2 * K * n * formed * J.outputs.element_size()
+    formed = J.outputs.numel() * sum(p.numel() for p in J.parameters.values()) if dense else 0
+    return 4 * left + 2 * formed * J.outputs.element_size()
 
 
 def length(inputs: Any) -> int:
