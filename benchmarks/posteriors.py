@@ -24,7 +24,7 @@ from benchmarks.peers import installed, laplace_torch
 from paraboloid import problems
 
 NETS = ("digits-mlp", "digits-cnn")
-BATCH, POINTS = 256, 1000
+BATCH, POINTS = 64, 1000  # the batches with which these problems are trained
 KINDS: dict[str, dict[str, Any]] = {
     "diag": {"structure": "diag"},
     "kron": {"structure": "kron"},

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from paraboloid.posteriors.prior import Prior
+from paraboloid.posteriors.rows import Rows
 
 LOWEST, HIGHEST = 1e-8, 1e12  # limits of a tuned precision
 
 
 def effective_dimension(structure: Any, prior: Prior, strength: Any, groups: Sequence[Sequence[str]]) -> list[Tensor]:
     """gamma_g = sum over the weights of a group of 1 - Lambda_d Sigma_dd: how many of them the data determines."""
+    of_all = [set(names) for names in groups] == [set(structure.parameters)]
+    if of_all and isinstance(structure, Rows) and (total := structure.effective_dimension(prior, strength)) is not None:
+        return [total.clamp(min=torch.finfo(total.dtype).eps)]
     variances, sizes = structure.variances(prior, strength), [p.numel() for p in structure.parameters.values()]
     by_name = dict(zip(structure.parameters, variances.split(sizes), strict=True))
 

@@ -22,7 +22,7 @@ from paraboloid.posteriors.full import Full
 from paraboloid.posteriors.joined import joined
 from paraboloid.posteriors.kronecker import CrossFitted, Kronecker
 from paraboloid.posteriors.likelihood import Likelihood
-from paraboloid.posteriors.rows import Rows
+from paraboloid.posteriors.rows import Rows, compressed
 from paraboloid.quantities import DiagGGN, Grad, Quantity, SampleGrads, SecondMoment, SqrtGGN, fisher_source
 from paraboloid.statistics import Statistics, statistics
 
@@ -136,7 +136,7 @@ def diagonal(fitting: Fitting, parameters: Mapping[str, Tensor], data: Any) -> D
 def functional(fitting: Fitting, parameters: Mapping[str, Tensor], data: Any, subset: int | None) -> Rows:
     """All samples' rows, or those of `subset` samples drawn without replacement, scaled to stand for all."""
     if subset is None:
-        return Rows(parameters, torch.cat(list(_rows(fitting, data, "functional"))))
+        return Rows(parameters, _all_rows(fitting, data))
     for _ in fitting.batches(data, [Grad()]):  # for the likelihood of all samples, and their number
         pass
     N = fitting.count
@@ -144,8 +144,22 @@ def functional(fitting: Fitting, parameters: Mapping[str, Tensor], data: Any, su
     chosen = torch.zeros(N, dtype=torch.bool, device=fitting.generator.device)
     chosen[torch.randperm(N, generator=fitting.generator, device=chosen.device)[:subset]] = True
     part = replace(fitting)  # what it notes is counted already
-    rows = list(_rows(part, _Chosen(data, chosen.cpu()), "functional"))
-    return Rows(parameters, (N / subset) ** 0.5 * torch.cat(rows))
+    return Rows(parameters, (N / subset) ** 0.5 * _all_rows(part, _Chosen(data, chosen.cpu())))
+
+
+def _all_rows(fitting: Fitting, data: Any) -> Tensor:
+    """The rows of all samples, [R, D], where more than D are compressed to D on the way; the same A^T A."""
+    held: list[Tensor] = []
+    for rows in _rows(fitting, data):
+        R, D = sum(map(len, held)) + len(rows), rows.shape[1]
+        check_memory(
+            "structure='functional', with a row for each sample and output,", min(R, D) * D * rows.element_size(),
+            "Give subset=, a number of samples, or use structure='kron'.",
+        )  # fmt: skip
+        held.append(rows)
+        if R > 2 * D:
+            held = [compressed(torch.cat(held))]
+    return compressed(torch.cat(held))
 
 
 @dataclass(frozen=True)
@@ -249,21 +263,13 @@ def low_rank(fitting: Fitting, parameters: Mapping[str, Tensor], data: Any, rank
     return Rows(parameters, (values[kept].sqrt() * vectors[:, kept]).T.contiguous(), rank)
 
 
-def _rows(fitting: Fitting, data: Any, structure: str = "full") -> Iterator[Tensor]:
-    """S_n^T J_n of every sample and column of the root, [V N, D], batch by batch; in pieces of samples where large."""
+def _rows(fitting: Fitting, data: Any) -> Iterator[Tensor]:
+    """S_n^T J_n of every sample and column of the root, [V N, D], batch by batch."""
     quantity = fitting.root()
-    total = 0
     for stats, _ in fitting.batches(data, [quantity]):
         parts = stats[quantity.name].values()
         flat = [t.flatten(1) if fitting.fisher == "empirical" else t.flatten(2).flatten(0, 1) for t in parts]
-        rows = torch.cat(flat, 1)
-        total += rows.nbytes
-        if structure == "functional":
-            check_memory(
-                "structure='functional', with a row for each sample and output,", total,
-                "Give subset=, a number of samples, or use structure='kron'.",
-            )  # fmt: skip
-        yield rows
+        yield torch.cat(flat, 1)
 
 
 @torch.no_grad()

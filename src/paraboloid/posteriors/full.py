@@ -24,6 +24,11 @@ class Full:
     parameters: Mapping[str, Tensor]
     H: Tensor
 
+    @property
+    def formed(self) -> int:
+        """Numbers that `covariance` forms for each output."""
+        return len(self.H)
+
     def plus(self, other: Full) -> Full:
         return replace(self, H=self.H + other.H)
 

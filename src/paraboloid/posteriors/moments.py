@@ -17,18 +17,19 @@ Covariance = Callable[[Jacobian], Tensor]
 
 
 def moments(
-    model: nn.Module, names: list[str], inputs: Any, output: Any, covariance: Covariance, dense: bool,
+    model: nn.Module, names: list[str], inputs: Any, output: Any, covariance: Covariance, formed: int,
     max_memory: int | None, known: dict[Any, float] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(f [N, *shape], what `covariance` makes of each chunk's Jacobian, joined along N).
 
-    `dense` says that it forms J [n, K, D].  The smallest chunk is one sample.  `known` remembers, for the caller, what
-    a sample of such inputs takes, which else a few samples have to tell.
+    `formed` is how many numbers it forms for each of the n K outputs: D for J [n, K, D].  The smallest chunk is one
+    sample.  `known` remembers, for the caller, what a sample of such inputs takes, which else a few samples have to
+    tell.
     """
     N = length(inputs)
     limit = CHUNK_BYTES if max_memory is None else max_memory // 2
     known = {} if known is None else known
-    like = (dense, tuple((t.shape[1:], t.dtype) for t in _tensors(inputs)))
+    like = (formed, tuple((t.shape[1:], t.dtype) for t in _tensors(inputs)))
     means, parts, start = [], [], 0
     while start < N:
         step = max(1, int(limit / known[like])) if like in known else min(PROBE, N)
@@ -36,7 +37,7 @@ def moments(
         with recorded(model, names, piece, output) as (tape, f):
             J = pull_outputs(tape, f)
             if like not in known:
-                known[like] = _bytes(J, dense) / len(f)
+                known[like] = _bytes(J, formed) / len(f)
                 if min(step, N) != min(int(limit / known[like]), N):
                     continue  # from the start: the chunks, and with them the rounding, are those of every later call
         with torch.no_grad():
@@ -46,12 +47,10 @@ def moments(
     return torch.cat(means), torch.cat(parts)
 
 
-def _bytes(J: Jacobian, dense: bool) -> int:
-    """What a chunk takes: the gradients at the layers' outputs and what is made of them, and J itself if `dense`."""
-    uses = [o for found in J.uses.values() for o in found]
-    left = sum(o.left.untyped_storage().nbytes() for o in uses)
-    formed = J.outputs.numel() * sum(p.numel() for p in J.parameters.values()) if dense else 0
-    return 4 * left + 2 * formed * J.outputs.element_size()
+def _bytes(J: Jacobian, formed: int) -> int:
+    """What a chunk takes: the gradients at the layers' outputs, what is made of them, and what `covariance` forms."""
+    left = sum(o.left.untyped_storage().nbytes() for uses in J.uses.values() for o in uses)
+    return 4 * left + 2 * J.outputs.numel() * formed * J.outputs.element_size()
 
 
 def length(inputs: Any) -> int:

@@ -17,9 +17,11 @@ from paraboloid.posteriors import last_layer, predictive, saving, tuning
 from paraboloid.posteriors import prior as priors
 from paraboloid.posteriors.evidence import effective_dimension
 from paraboloid.posteriors.fit import Fitting, curvature
+from paraboloid.posteriors.full import Full
 from paraboloid.posteriors.jacobian import Jacobian, pull_outputs, recorded
 from paraboloid.posteriors.likelihood import Likelihood
 from paraboloid.posteriors.moments import moments
+from paraboloid.posteriors.rows import Rows
 from paraboloid.posteriors.weights import only
 
 
@@ -156,8 +158,10 @@ class Posterior:
 
         if diagonal and (found := last_layer.variances(self, x, prior, strength)) is not None:
             return found
-        dense, known = self.structure == "full", self._sizes
-        mean, covariance = moments(self.model, names, x, self.output, covariance_of, dense, self.max_memory, known)
+        formed = self.curvature.formed if isinstance(self.curvature, Full | Rows) else 0
+        mean, covariance = moments(
+            self.model, names, x, self.output, covariance_of, formed, self.max_memory, self._sizes
+        )
         return mean, covariance.view_as(mean) if diagonal else covariance
 
     def functional_samples(self, x: Any, samples: int, seed: int = 0) -> Tensor:
@@ -174,7 +178,7 @@ class Posterior:
             return J.dense() @ deviations.T  # [n, K, samples]
 
         mean, found = moments(
-            self.model, list(self.weights), x, self.output, draws_of, True, self.max_memory, self._sizes
+            self.model, list(self.weights), x, self.output, draws_of, deviations.shape[1], self.max_memory, self._sizes
         )
         return mean + found.permute(2, 0, 1).reshape(samples, *mean.shape)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,15 +23,20 @@ class Rows:
 
         Sigma = Lambda^-1 - Lambda^-1 A^T (I / strength + A Lambda^-1 A^T)^-1 A Lambda^-1,
 
-    and all that is solved has the size R.
+    and all that is solved has the size R <= D.
     """
 
     parameters: Mapping[str, Tensor]
     A: Tensor
     rank: int | None = None  # rows that are kept by `plus`; None: all
 
+    @property
+    def formed(self) -> int:
+        """Numbers that `covariance` forms for each output."""
+        return len(self.A)
+
     def plus(self, other: Rows) -> Rows:
-        A = torch.cat([self.A, other.A])
+        A = compressed(torch.cat([self.A, other.A]))
         if self.rank is not None and len(A) > self.rank:
             _, values, vectors = torch.linalg.svd(A, full_matrices=False)
             A = values[: self.rank, None] * vectors[: self.rank]
@@ -45,19 +51,52 @@ class Rows:
 
     def log_det(self, prior: Prior, strength: Any) -> Tensor:
         """log det(I + Lambda^-1 strength A^T A), from the R x R matrix."""
+        if (precision := _shared(prior)) is not None:
+            return torch.log1p(strength * self._eigenvalues / precision).sum()
         return 2 * self._factor(prior, strength)[2].diagonal().log().sum()
+
+    @cached_property
+    def _eigenvalues(self) -> Tensor:
+        """Of A A^T, [R]: with one precision for all weights every log determinant is a sum over them."""
+        return torch.linalg.eigvalsh(self.A @ self.A.T).clamp(min=0)
+
+    def effective_dimension(self, prior: Prior, strength: Any) -> Tensor | None:
+        """tr(strength A^T A Sigma), where all weights have one precision; else None."""
+        if (precision := _shared(prior)) is None:
+            return None
+        e = strength * self._eigenvalues / precision
+        return (e / (1 + e)).sum()
+
+    def _left_out(self, prior: Prior, strength: Any) -> tuple[Tensor, Tensor]:
+        """(s^2 [D], C [R, D]) with Sigma = diag(s^2) - C^T C; those asked for last are remembered."""
+        precision = flat(prior, self.parameters)
+        strength = torch.as_tensor(strength, dtype=precision.dtype, device=precision.device)
+        if precision.requires_grad or strength.requires_grad:
+            return self._made(prior, strength)
+        if "of" not in self._last or not all(
+            torch.equal(a, b) for a, b in zip(self._last["of"], (precision, strength), strict=True)
+        ):
+            self._last.clear()
+            self._last["of"], self._last["is"] = (precision, strength), self._made(prior, strength)
+        return self._last["is"]
+
+    @cached_property
+    def _last(self) -> dict[str, Any]:
+        return {}
+
+    def _made(self, prior: Prior, strength: Any) -> tuple[Tensor, Tensor]:
+        s, B, L = self._factor(prior, strength)
+        return s.square(), torch.linalg.solve_triangular(L, B * s, upper=False)
 
     def apply(self, rows: Tensor, prior: Prior, strength: Any) -> Tensor:
         """Sigma times the rows of a [K, D] tensor."""
-        s, B, L = self._factor(prior, strength)
-        x = rows * s
-        return (x - torch.cholesky_solve(B @ x.T, L).T @ B) * s
+        s2, C = self._left_out(prior, strength)
+        return rows * s2 - (rows @ C.T) @ C
 
     def variances(self, prior: Prior, strength: Any) -> Tensor:
         """The marginal variance of each weight, [D]."""
-        s, B, L = self._factor(prior, strength)
-        half = torch.linalg.solve_triangular(L, B, upper=False)
-        return (1 - half.square().sum(0)) * s.square()
+        s2, C = self._left_out(prior, strength)
+        return s2 - C.square().sum(0)
 
     def deviations(self, noise: Tensor, prior: Prior, strength: Any) -> Tensor:
         """Draws from N(0, Sigma), [S, D], from standard normal noise [S, D].
@@ -75,13 +114,22 @@ class Rows:
         self, J: Jacobian, prior: Prior, strength: Any, diagonal: bool = False, memory: int | None = None
     ) -> Tensor:
         """J Sigma J^T of each sample, [N, K, K], or its diagonal [N, K]."""
-        s, B, L = self._factor(prior, strength)
-        half = torch.linalg.solve_triangular(L, B * s, upper=False)
-        half = J.times(half)  # [N, K, R]
+        left_out = J.times(self._left_out(prior, strength)[1])  # [N, K, R]
         parts = [weighted_gram(uses, self._variance(k, prior), diagonal, memory) for k, uses in J.uses.items()]
         found = torch.stack(parts).sum(0)
-        return found - (half.square().sum(2) if diagonal else half @ half.mT)
+        return found - (left_out.square().sum(2) if diagonal else left_out @ left_out.mT)
 
     def _variance(self, name: str, prior: Prior) -> Tensor:
         """The prior's, of each element of a parameter."""
         return (1 / prior[name]).expand(self.parameters[name].shape)
+
+
+def _shared(prior: Prior) -> Tensor | None:
+    """The one precision of all weights, []; None where they are not one and the same tensor."""
+    first = next(iter(prior.values()))
+    return first if first.dim() == 0 and all(t is first for t in prior.values()) else None
+
+
+def compressed(A: Tensor) -> Tensor:
+    """Rows [min(R, D), D] with the same A^T A."""
+    return torch.linalg.qr(A, mode="r").R if len(A) > A.shape[1] else A

@@ -1,0 +1,54 @@
+"""The curvature by its rows: compressed where they are many, with what was solved last remembered."""
+
+import pytest
+import torch
+from posteriors.dense import close, curvature
+from posteriors.test_against_dense import problem
+
+from paraboloid.posteriors import evidence, laplace
+from paraboloid.posteriors.rows import compressed
+
+
+def test_rows_beyond_the_number_of_weights_are_compressed():
+    model, x, loss_fn, y = problem("mlp", n=40)
+    H = curvature(model, loss_fn, x, y)
+    for batch in (5, 40):  # compressed on the way, and at the end
+        posterior = laplace(model, loss_fn, list(zip(x.split(batch), y.split(batch), strict=True)), "functional")
+        assert posterior.curvature.A.shape == H.shape
+        close(posterior.curvature.A.T @ posterior.curvature.A, H)
+    first = laplace(model, loss_fn, (x[:20], y[:20]), "functional").update((x[20:], y[20:]))
+    assert len(first.curvature.A) == len(H)
+    close(first.curvature.A.T @ first.curvature.A, H)
+
+
+def test_few_rows_stay_as_they_are():
+    A = torch.randn(3, 5, dtype=torch.float64)
+    assert compressed(A) is A
+
+
+@pytest.mark.parametrize("structure", ["functional", "lowrank"])
+def test_one_precision_for_all_is_the_general_case(structure):
+    """The sums over eigenvalues are what the marginal variances and the Cholesky factor give."""
+    model, x, loss_fn, y = problem("mlp", n=8)
+    posterior = laplace(model, loss_fn, (x, y), structure, rank=7)
+    rows, shared = posterior.curvature, posterior.prior(0.3)
+    apart = {k: t.clone() for k, t in shared.items()}  # equal, but not one and the same
+    close(rows.log_det(shared, 1.7), rows.log_det(apart, 1.7))
+    groups = [list(shared)]
+    close(evidence.effective_dimension(rows, shared, 1.7, groups)[0],
+          evidence.effective_dimension(rows, apart, 1.7, groups)[0])  # fmt: skip
+
+
+def test_what_is_remembered_belongs_to_one_prior_and_strength():
+    model, x, loss_fn, y = problem("mlp", n=8)
+    posterior = laplace(model, loss_fn, (x, y), "functional", prior_precision=0.5)
+    once = posterior.functional(x)[1]
+    posterior.prior_precision = 2.0
+    close(
+        posterior.functional(x)[1], laplace(model, loss_fn, (x, y), "functional", prior_precision=2.0).functional(x)[1]
+    )
+    posterior.prior_precision, posterior.temperature = 0.5, 0.25
+    warm = laplace(model, loss_fn, (x, y), "functional", prior_precision=0.5, temperature=0.25)
+    close(posterior.functional(x)[1], warm.functional(x)[1])
+    posterior.temperature = 1.0
+    assert torch.equal(posterior.functional(x)[1], once)
