@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paraboloid import fresh
 from paraboloid.kron import Kron
 from paraboloid.kronecker_product import KroneckerProduct, Side
 from paraboloid.outer import CHUNK_BYTES, Outer, merge
@@ -48,7 +49,7 @@ def input_factor(o: Outer, sharing: str, memory: int | None = None, thin: bool =
         right = o.dense_right().mean(2, keepdim=True) if sharing == "reduce" else o.dense_right()
         return Rows(right.transpose(0, 1).flatten(1, 2).detach())  # it may be the layer's input itself
     A = o.left.new_empty(G, o.q, o.q)
-    size = max(CHUNK_BYTES, 4 * A.numel() * A.element_size()) if memory is None else memory // 2
+    size = max(fresh.roomy(CHUNK_BYTES, A.device), 4 * A.numel() * A.element_size()) if memory is None else memory // 2
     for n in o.chunks(G * T * o.q, size):
         if sharing == "reduce":
             right = o.dense_right(n)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 LARGE_BYTES = 2 * 2**20
 POOL_BYTES = 2**30  # of memory without a user that is kept at most
+DEVICE_FACTOR = 16
 
 
 class Pool:
@@ -60,6 +61,11 @@ class Pool:
 
 
 pool = Pool(POOL_BYTES)
+
+
+def roomy(size: int, device: torch.device) -> int:
+    """Bytes of a piece that is sized for a CPU's caches; elsewhere more, for there each piece costs launches."""
+    return size if device.type == "cpu" else DEVICE_FACTOR * size
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

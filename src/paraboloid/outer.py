@@ -45,7 +45,7 @@ class Right:
         N, first = self.layout[1], self(slice(0, 1))
         _, G, T, q = first.shape
         kept = fresh.empty((N, G, q, T), first).mT  # T runs fastest, as it does in an unfolded image
-        step = max(1, CHUNK_BYTES // first.nbytes)
+        step = max(1, fresh.roomy(CHUNK_BYTES, first.device) // first.nbytes)
         for n in (slice(start, min(start + step, N)) for start in range(0, N, step)):
             rows = self._view(n)  # [n G *q-axes a b *T-axes], copied once
             kept[n].mT.view(rows.shape).copy_(rows)
@@ -155,7 +155,8 @@ class Outer:
 
     def chunks(self, elements: int, memory: int | None = None) -> Iterator[slice]:
         """Ranges of samples whose pieces of `elements` numbers per sample stay within `memory` bytes."""
-        step = max(1, (memory or CHUNK_BYTES) // max(1, elements * self.left.element_size()))
+        memory = memory or fresh.roomy(CHUNK_BYTES, self.left.device)
+        step = max(1, memory // max(1, elements * self.left.element_size()))
         for start in range(0, self.left.shape[1], step):
             yield slice(start, min(start + step, self.left.shape[1]))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid import data as batch_data
-from paraboloid import distributed, trees
+from paraboloid import distributed, fresh, trees
 from paraboloid.ambient import own_arithmetic
 from paraboloid.data_parallel import Values, check_summable, combine
 from paraboloid.losses import Loss
@@ -140,7 +140,7 @@ class Recording(Tape):
         running: Values = {q.name: dict.fromkeys(self.parameters) for q in quantities}
         needs = frozenset[str]().union(*(q.needs for q in quantities))
         size = max(1, sum(c.shape.numel() for c in self.calls) * f.element_size())
-        count = max(1, (GROUP_BYTES if max_memory is None else max_memory // 2) // size)
+        count = max(1, (fresh.roomy(GROUP_BYTES, f.device) if max_memory is None else max_memory // 2) // size)
         memory = None if max_memory is None else max(1, max_memory // 4)
         vs, kept = list(islice(vectors, count)), []
         while vs:

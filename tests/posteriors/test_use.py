@@ -62,7 +62,7 @@ def test_loading_refuses_another_model(setting, tmp_path):
     with pytest.raises(ValueError, match="fitted with a categorical likelihood, but loss_fn is a gaussian one"):
         load_posterior(path, model, nn.MSELoss())
     torch.save({"a": 1}, path)
-    with pytest.raises(ValueError, match="holds no posterior of version 1"):
+    with pytest.raises(ValueError, match="holds no posterior of version 2"):
         load_posterior(path, model, nn.CrossEntropyLoss())
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid import data as batch_data
-from paraboloid import trees
+from paraboloid import fresh, trees
 from paraboloid.ambient import own_arithmetic
 from paraboloid.losses import Loss, NoTargets, Sum, settled
 from paraboloid.losses.loss import full
@@ -151,7 +151,8 @@ class Pulls:
             if self.source.kind == "gradient" and isinstance(self.loss, Sum):  # whose square has to be in its own unit
                 vectors = (self.loss.unit**0.5 * v for v in vectors)
         size = max(1, sum(c.shape.numel() for c in tape.calls) * f.element_size())
-        count = max(1, (GROUP_BYTES if self.max_memory is None else self.max_memory // 2) // size)
+        most = fresh.roomy(GROUP_BYTES, f.device) if self.max_memory is None else self.max_memory // 2
+        count = max(1, most // size)
         room = KEEP_BYTES if self.max_memory is None else self.max_memory
         keep = [] if self.single and self.repeated and self.passes == 1 else None
         self.kept = keep

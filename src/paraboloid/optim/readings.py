@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paraboloid import distributed, trees
+from paraboloid import distributed, fresh, trees
 from paraboloid.ambient import autocast_dtype, eager_code, own_arithmetic
 from paraboloid.factors import LARGE, add_gram, mirror
 from paraboloid.layers import RULES, Use
@@ -190,7 +190,8 @@ def _moments(use: Use, x: Tensor, h: Tensor) -> Tensor:
     products = h.new_empty(1, size, size)
     samples = h.shape[0] // (use.right(slice(0, 1))[0].numel() // use.q)  # rows of the rule's `right`
     right = Right(use.right, (1, samples, 1), dtype=h.dtype, q_axes=use.q_axes)
-    step = max(1, max(CHUNK_BYTES, 4 * products.nbytes) * samples // max(1, h.shape[0] * size * h.element_size()))
+    most = max(fresh.roomy(CHUNK_BYTES, h.device), 4 * products.nbytes)
+    step = max(1, most * samples // max(1, h.shape[0] * size * h.element_size()))
     for start in range(0, samples, step):
         columns = right.columns(slice(start, min(start + step, samples))).detach()  # [1 q nT]
         columns = torch.cat([columns, columns.new_ones(1, 1, columns.shape[2])], 1)

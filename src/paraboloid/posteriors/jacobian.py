@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid import data as batch_data
-from paraboloid import trees
+from paraboloid import fresh, trees
 from paraboloid.outer import Outer, merge
 from paraboloid.posteriors.weights import only
 from paraboloid.randomness import isolated
@@ -58,8 +58,9 @@ def _times(uses: list[Outer], rows: Tensor) -> Tensor:
     p, right = o.left.shape[4], o.right().flatten(1)  # [N q]
     left = o.left.flatten(2).transpose(0, 1)  # [N V p]
     blocks = rows.view(R, o.q, p).mT if o.flip else rows.view(R, p, o.q)
-    N, step = len(right), min(len(right), SAMPLES)
-    rows_at_a_time = max(1, PRODUCT_BYTES // (step * p * rows.element_size()))
+    N, on_cpu = len(right), right.device.type == "cpu"
+    step = min(N, SAMPLES) if on_cpu else N
+    rows_at_a_time = max(1, fresh.roomy(PRODUCT_BYTES, right.device) // (step * p * rows.element_size()))
     found = right.new_empty(N, len(o.left), R)
     for start in range(0, R, rows_at_a_time):
         some = blocks[start : start + rows_at_a_time]
@@ -132,7 +133,7 @@ def gram(left: Tensor, weights: Tensor | float, diagonal: bool) -> Tensor:
     if len(weights) == 1:
         return _squares(left, weights[0, 0])
     V_first, ones, w = left.transpose(0, 1), left.new_ones(d), weights[:, 0]  # [V n d], [n d]
-    step = max(1, PRODUCT_BYTES // (w.shape.numel() * left.element_size()))
+    step = max(1, fresh.roomy(PRODUCT_BYTES, w.device) // (w.shape.numel() * left.element_size()))
     return torch.cat([piece.square().mul_(w) @ ones for piece in V_first.split(step)]).T
 
 
@@ -140,6 +141,6 @@ def _squares(left: Tensor, w: Tensor) -> Tensor:
     """sum_d left[n, v, d]^2 w[d], [n V], in pieces that stay in the cache, along the order in memory."""
     swap = left.transpose(0, 1).is_contiguous()
     rows = (left.transpose(0, 1) if swap else left).reshape(-1, len(w))
-    step = max(1, PRODUCT_BYTES // (len(w) * left.element_size()))
+    step = max(1, fresh.roomy(PRODUCT_BYTES, w.device) // (len(w) * left.element_size()))
     found = torch.cat([piece.square() @ w for piece in rows.split(step)])
     return found.view(left.shape[1], -1).T if swap else found.view(left.shape[:2])

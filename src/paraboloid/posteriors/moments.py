@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paraboloid import fresh
 from paraboloid.posteriors.jacobian import Jacobian, pull_outputs, recorded
 from paraboloid.trees import mapped
 
@@ -27,7 +28,8 @@ def moments(
     tell.
     """
     N = length(inputs)
-    limit = CHUNK_BYTES if max_memory is None else max_memory // 2
+    device = next(_tensors(inputs)).device
+    limit = fresh.roomy(CHUNK_BYTES, device) if max_memory is None else max_memory // 2
     known = {} if known is None else known
     like = (formed, tuple((t.shape[1:], t.dtype) for t in _tensors(inputs)))
     means, parts, start = [], [], 0

@@ -13,7 +13,7 @@ from paraboloid import data as batch_data
 from paraboloid import trees
 from paraboloid.linalg.operand import check_count
 from paraboloid.linalg.probes import Seed, generator_of
-from paraboloid.posteriors import last_layer, predictive, saving, tuning
+from paraboloid.posteriors import last_layer, predictive, saving, sharpness, tuning
 from paraboloid.posteriors import prior as priors
 from paraboloid.posteriors.evidence import effective_dimension
 from paraboloid.posteriors.fit import Fitting, curvature
@@ -49,7 +49,8 @@ class Posterior:
     output: batch_data.Output | None = None
     max_memory: int | None = None
     options: dict[str, Any] = field(default_factory=dict)  # of the fit
-    data: Any = None  # what it was fitted on, for `tune_prior`; not saved
+    data: Any = None  # what it was fitted on, for `tune_prior` and `match_confidence`; not saved
+    sharpness: float = 1.0  # exponent of the predicted probabilities, see `match_confidence`
     _prior: Any = 1.0
     _sizes: dict[Any, float] = field(default_factory=dict, repr=False)  # what a sample takes to predict
 
@@ -125,6 +126,28 @@ class Posterior:
         tuning.tune(self, method, self.data if data is None else data, validation, per, noise, steps, grid)
         return self
 
+    def match_confidence(self, data: Any = None, *, validation: Any = None) -> Posterior:
+        """Choose `sharpness`, the exponent s of predicted class probabilities p^s / sum p^s, in place; returns self.
+
+        So that the mean entropy of the predictions is that of the network's own on `data` (default: what the posterior
+        was fitted on; at most the first 10,000 samples): as sure as the network where it was trained, less sure where
+        the posterior's variance is larger than there.  The most probable class stays what it was.  With `validation=`,
+        labelled data that was not trained on, the exponent of the lowest negative log-likelihood there instead.
+
+        For the prior precision at hand: tune that first.  Raises ValueError for a likelihood without classes, and where
+        there is no data.
+        """
+        if self.likelihood.kind not in ("categorical", "bernoulli"):
+            raise ValueError(f"match_confidence with a {self.likelihood.kind} likelihood; expected classes "
+                             "(nn.CrossEntropyLoss or nn.BCEWithLogitsLoss).")  # fmt: skip
+        data = self.data if data is None else data
+        if data is None and validation is None:
+            raise ValueError("match_confidence needs the training data, and this posterior has it no longer (it was "
+                             "loaded or updated); pass data=, or validation=.")  # fmt: skip
+        self.sharpness = 1.0
+        self.sharpness = sharpness.matched(self, data) if validation is None else sharpness.best(self, validation)
+        return self
+
     # --- samples and outputs ----------------------------------------------------------------------------------------
 
     def sample(self, samples: int, seed: Seed = 0) -> dict[str, Tensor]:
@@ -197,6 +220,7 @@ class Posterior:
         link  "probit" (default of a classification), "bridge" (categorical), "mc": the mean over `samples` draws of the
               linearised outputs, with the same random numbers for every input; or "weights": the mean over `samples`
               networks with weights drawn from the posterior
+        Class probabilities are raised to the power `sharpness` (1 unless `match_confidence` chose one) and normalised.
         A regression's moments and a Poisson rate's are in closed form (link=None).  A loss of your own is predicted
         by its method ``predictive(f)``, averaged over draws of f.
         """

@@ -13,6 +13,7 @@ from torch import Tensor
 from paraboloid import data as batch_data
 from paraboloid import trees
 from paraboloid.linalg.operand import check_count
+from paraboloid.posteriors.sharpness import sharpened
 from paraboloid.randomness import isolated
 
 LINKS = ("probit", "bridge", "mc", "weights")
@@ -37,6 +38,11 @@ class Prediction:
 
 def predict(posterior: Any, x: Any, link: str | None, samples: int, seed: int) -> Any:
     """See `Posterior.predict`."""
+    found, kind = _predict(posterior, x, link, samples, seed), posterior.likelihood.kind
+    return sharpened(found, posterior.sharpness, kind) if kind in ("categorical", "bernoulli") else found
+
+
+def _predict(posterior: Any, x: Any, link: str | None, samples: int, seed: int) -> Any:
     kind = posterior.likelihood.kind
     if link is not None and link not in LINKS:
         raise ValueError(f"link is {link!r}; expected one of {LINKS}.")

@@ -117,7 +117,7 @@ class Rows:
         left_out = J.times(self._left_out(prior, strength)[1])  # [N, K, R]
         parts = [weighted_gram(uses, self._variance(k, prior), diagonal, memory) for k, uses in J.uses.items()]
         found = torch.stack(parts).sum(0)
-        return found - (left_out.square().sum(2) if diagonal else left_out @ left_out.mT)
+        return found - (torch.linalg.vector_norm(left_out, dim=2).square() if diagonal else left_out @ left_out.mT)
 
     def _variance(self, name: str, prior: Prior) -> Tensor:
         """The prior's, of each element of a parameter."""

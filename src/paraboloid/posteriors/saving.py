@@ -18,10 +18,10 @@ from paraboloid.posteriors.kronecker import CrossFitted, Kronecker
 from paraboloid.posteriors.likelihood import Likelihood
 from paraboloid.posteriors.rows import Rows
 
-VERSION = 1
+VERSION = 2
 PLAIN = (
-    "structure", "loss", "constant", "count", "elements", "target", "noise_variance", "temperature", "max_memory",
-    "options",
+    "structure", "loss", "constant", "count", "elements", "target", "noise_variance", "temperature", "sharpness",
+    "max_memory", "options",
 )  # fmt: skip
 
 
