@@ -100,13 +100,12 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(2, "benchmarks.cuda needs a CUDA device; torch.cuda.is_available() is False.\n")
-    fitted = {f"{net}, batch {batch}": posteriors(net, batch) for net, batch in OPERATORS.items()}
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "cuda-posteriors.json").write_text(json.dumps({"machine": machine(), **fitted}, indent=1) + "\n")
-    print(json.dumps(fitted, indent=1))
     tables = [operators(net, batch, args.budget) for net, batch in OPERATORS.items()]
     tables += [statistics(net, batch, args.budget) for net, batches in STATISTICS.items() for batch in batches]
     write(tables, args.out, "cuda")
+    fitted = {f"{net}, batch {batch}": posteriors(net, batch) for net, batch in OPERATORS.items()}
+    (args.out / "cuda-posteriors.json").write_text(json.dumps({"machine": machine(), **fitted}, indent=1) + "\n")
+    print(json.dumps(fitted, indent=1))
 
 
 if __name__ == "__main__":

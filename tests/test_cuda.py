@@ -182,3 +182,22 @@ def test_autocast_and_the_global_random_state():
     pb.laplace(there, CE, (x, y)).sample(2)
     assert torch.equal(torch.cuda.get_rng_state(), before[0])
     assert torch.equal(torch.get_rng_state(), before[1])
+
+
+@pytest.mark.filterwarnings("ignore:diag_hessian")
+@pytest.mark.parametrize("name", ["residual cnn", "conv3d", "class token", "resnet"])
+def test_float32_with_the_devices_own_products(name):
+    """Convolutions take TF32 by default: no check of ours may mistake its rounding for a fault."""
+    (model, x, y), (there, x2, y2) = problem(name)
+    model, there, x, x2 = model.float(), there.float(), x.float(), x2.float()
+    wanted = ["grad", "variance", "diag_ggn", "diag_hessian"]
+    expected, found = pb.statistics(model, CE, (x, y), wanted), pb.statistics(there, CE, (x2, y2), wanted)
+    for quantity in wanted:
+        for k, t in expected[quantity].items():
+            close(found[quantity][k], t, 0.05)
+    v = torch.ones(pb.GGN(model, CE, (x, y)).shape[0])
+    for build in (pb.GGN, pb.Hessian, pb.KFAC):
+        A, B = build(model, CE, (x, y)), build(there, CE, (x2, y2))
+        if build is not pb.KFAC:
+            close(B @ v.cuda(), A @ v, 0.05)
+    assert torch.isfinite(pb.laplace(there, CE, (x2, y2)).predict(x2)).all()

@@ -15,6 +15,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+TF32 = 2.0**-11  # of the products that devices offer in the place of float32 ones
+
+
+def rounding(dtype: torch.dtype, device: torch.device) -> float:
+    """What a product of numbers of this type is rounded to, relative to its size: eps, or TF32's off the CPU, where
+    convolutions (on CUDA by default) and matrix products take it for float32."""
+    eps = torch.finfo(dtype).eps
+    return max(eps, TF32) if dtype == torch.float32 and device.type != "cpu" else eps
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast casts to on the device; None where it is off."""
     kind = device.type

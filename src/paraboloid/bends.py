@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from paraboloid.ambient import rounding
+
 # Elementwise with one active input, each output entry depending on the input entry at its place.
 PIECEWISE = {
     "Relu", "LeakyRelu", "Threshold", "Hardtanh", "Hardsigmoid", "Abs", "Clamp", "ClampMin", "ClampMax",
@@ -241,4 +243,4 @@ def _probe(node: Any, gs: list, active: Sequence[int], below: list[GradientEdge]
     except (RuntimeError, TypeError):  # a Python function's node is not callable
         return "unanswered"
     error = (found[0] - d * r[0]).abs().max()
-    return "diagonal" if error <= torch.finfo(d.dtype).eps ** 0.6 * found[0].abs().max() else "full"
+    return "diagonal" if error <= rounding(d.dtype, d.device) ** 0.6 * found[0].abs().max() else "full"

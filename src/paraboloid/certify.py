@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from paraboloid.ambient import rounding
+
 WIDE, NARROW = 12, 3  # largest k; the narrow spread is for float16, which ends at 2^16
 CHUNK_ELEMENTS = 2**20  # compared at a time
 
@@ -68,7 +70,7 @@ def certify(
             return
         gs[i] = g.detach()
         half = half or g.dtype == torch.float16
-        tolerance = torch.finfo(torch.float16 if half else g.dtype).eps ** 0.6 * g.abs().max()
+        tolerance = rounding(torch.float16 if half else g.dtype, g.device) ** 0.6 * g.abs().max()
         fitting = (layout for layout in layouts_of(calls[i].shape, N) if _fits(g, h, w, layout, tolerance))
         layouts[i] = next(fitting, None)
         if layouts[i] is None:

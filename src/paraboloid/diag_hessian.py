@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paraboloid.ambient import rounding
 from paraboloid.bends import Graph
 from paraboloid.hessian_columns import Gradients, add_columns, products_needed
 from paraboloid.losses import Loss
@@ -114,9 +115,9 @@ def certify(recorded: Recorded, names: list[str], found: Mapping[str, Tensor], s
         unit = torch.zeros(p.numel(), dtype=p.dtype, device=p.device)
         unit[at] = 1
         column, d = gradients.products(i, unit.view(1, *p.shape)).flatten(), found[name].flatten()
-        eps, g = torch.finfo(p.dtype).eps, gradients.g[i]
-        rounding = eps**0.75 * (largest + (0 if g is None else g.detach().abs().max()))  # where the entry is zero
-        if not abs(column[at] - d[at]) <= eps**0.5 * (column.abs().max() + d.abs().max()) + rounding:
+        eps, g = rounding(p.dtype, p.device), gradients.g[i]
+        absolute = eps**0.75 * (largest + (0 if g is None else g.detach().abs().max()))  # where the entry is zero
+        if not abs(column[at] - d[at]) <= eps**0.5 * (column.abs().max() + d.abs().max()) + absolute:
             raise RuntimeError(
                 f"diag_hessian of parameter {name!r} at element {at} is {float(d[at]):.6g}, but autograd's second "
                 f"derivative is {float(column[at]):.6g}. Please report it; pb.Hessian(...).diagonal() is slower and "

@@ -19,7 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import resolve_name
 
 from paraboloid import fresh, trees
-from paraboloid.ambient import eager_code, own_arithmetic
+from paraboloid.ambient import eager_code, own_arithmetic, rounding
 from paraboloid.certify import Layout, certify
 from paraboloid.layers.normalization import uses_batch_statistics
 from paraboloid.outer import Outer, general
@@ -207,7 +207,8 @@ class Tape:
             if name in plan.missed or g is None:
                 continue
             total = sum((o.total()[0] for o in outers[name]), torch.zeros_like(p))
-            eps = max(torch.finfo(dtype).eps for dtype in (g.dtype, f.dtype, *(h.dtype for h in gs if h is not None)))
+            dtypes = {g.dtype, f.dtype, *(h.dtype for h in gs if h is not None)}
+            eps = max(rounding(dtype, f.device) for dtype in dtypes)
             error, scale = float((total - g).abs().max()), float(g.abs().max())
             if not error <= eps**0.6 * scale + eps**0.9 * size[name]:
                 raise RuntimeError(
