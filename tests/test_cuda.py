@@ -192,9 +192,10 @@ def test_float32_with_the_devices_own_products(name):
     model, there, x, x2 = model.float(), there.float(), x.float(), x2.float()
     wanted = ["grad", "variance", "diag_ggn", "diag_hessian"]
     expected, found = pb.statistics(model, CE, (x, y), wanted), pb.statistics(there, CE, (x2, y2), wanted)
-    for quantity in wanted:
+    for quantity in wanted:  # a bias before batch norm has no gradient, but rounding
+        largest = max(float(t.abs().max()) for t in expected[quantity].values())
         for k, t in expected[quantity].items():
-            close(found[quantity][k], t, 0.05)
+            assert (found[quantity][k].cpu() - t).abs().max() < 0.05 * largest
     v = torch.ones(pb.GGN(model, CE, (x, y)).shape[0])
     for build in (pb.GGN, pb.Hessian, pb.KFAC):
         A, B = build(model, CE, (x, y)), build(there, CE, (x2, y2))

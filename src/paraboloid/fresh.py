@@ -13,7 +13,7 @@ from torch import Tensor
 
 LARGE_BYTES = 2 * 2**20
 POOL_BYTES = 2**30  # of memory without a user that is kept at most
-DEVICE_FACTOR = 16
+DEVICE_FACTOR = 64
 
 
 class Pool:

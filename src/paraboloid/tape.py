@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import resolve_name
 
-from paraboloid import fresh, trees
+from paraboloid import fresh, trees, vectorised
 from paraboloid.ambient import eager_code, own_arithmetic, rounding
 from paraboloid.certify import Layout, certify
 from paraboloid.layers.normalization import uses_batch_statistics
@@ -281,12 +281,14 @@ class Tape:
     def _gradients(
         self, f: Tensor, calls: list[Call], v: Tensor, totals: dict[str, Tensor | None] | None
     ) -> list[Tensor | None]:
-        """Gradients at the calls' outputs, [V *z] each.  On a CPU a loop of single pulls beats the vmapped one, if each
-        is put into its place while it is in the cache."""
+        """Gradients at the calls' outputs, [V *z] each.  On a CPU a loop of single pulls beats the vectorised one, if
+        each is put into its place while it is in the cache."""
         edges = [c.edge for c in calls]
         leaves = [] if totals is None else list(self.parameters.values())
         if not edges and not leaves:
             return []
+        if len(v) > 1 and not leaves and (together := vectorised.pull(self.model, f, edges, v)) is not None:
+            return together
         found: list[Tensor | None] = []
         for i, u in enumerate(v):
             inputs: list[Any] = [*edges, *leaves]

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paraboloid import fresh
 from paraboloid.posteriors.jacobian import Jacobian, pull_outputs, recorded
 from paraboloid.trees import mapped
 
-CHUNK_BYTES = 128 * 2**20  # of Jacobians held at a time, unless max_memory says otherwise
+CHUNK_BYTES, DEVICE_BYTES = 2**27, 2**31  # of Jacobians held at a time on a CPU and elsewhere, without max_memory
 PROBE = 8  # samples of the first chunk, which tells what a sample takes
 Covariance = Callable[[Jacobian], Tensor]
 
@@ -28,8 +27,8 @@ def moments(
     tell.
     """
     N = length(inputs)
-    device = next(_tensors(inputs)).device
-    limit = fresh.roomy(CHUNK_BYTES, device) if max_memory is None else max_memory // 2
+    most = CHUNK_BYTES if next(_tensors(inputs)).device.type == "cpu" else DEVICE_BYTES
+    limit = most if max_memory is None else max_memory // 2
     known = {} if known is None else known
     like = (formed, tuple((t.shape[1:], t.dtype) for t in _tensors(inputs)))
     means, parts, start = [], [], 0
