@@ -24,6 +24,7 @@ import paraboloid as pb
 from paraboloid import problems
 
 TRAIN, TEST, EPOCHS, BATCH, CLASSES = 400, 300, 100, 50, 10
+METHODS = ("evidence", "adapted")
 MEASURES = ("nll", "ece", "accuracy", "auroc")
 
 
@@ -65,7 +66,7 @@ def row(net: str, seed: int, structures: list[str]) -> dict[str, dict[str, float
     for structure in structures:
         name, weights = structure.split(", ") if ", " in structure else (structure, "all")
         posterior: Any = pb.laplace(model, nn.CrossEntropyLoss(), train, name, weights.replace(" ", "_"))
-        for method in ("evidence", "adapted"):
+        for method in METHODS if name != "functional" else METHODS[:1]:
             posterior.sharpness = 1.0
             posterior.tune_prior(method)
             found[f"{structure}, {method}"] = quality(posterior.predict, test, noise)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from paraboloid import linalg
+from paraboloid.losses import MSE
 from paraboloid.operators.ggn import OutputGraph
 from paraboloid.operators.replay import Replay
 from paraboloid.operators.vectors import join, split
@@ -31,6 +32,10 @@ class LinearisedModel:
     @staticmethod
     def of(model: Any, loss: Any, data: Any, output: Any, max_memory: int | None) -> LinearisedModel:
         return LinearisedModel(Replay(model, loss, data, OutputGraph, output=output, max_memory=max_memory))
+
+    @property
+    def is_quadratic(self) -> bool:
+        return all(isinstance(term, MSE) for term in self.loss.terms)
 
     def _passes(self, delta: Tensor, visit: Callable[[Any, Tensor], Tensor]) -> Tensor:
         total: Any = 0.0
@@ -112,8 +117,9 @@ def optimum(
         if g.norm() <= tol * max(of_data.norm(), (precision * theta).norm()):
             return delta
         A = _Precision(model, delta, precision, strength)
-        inner = min(0.1, 0.1 * (g.norm() / of_data.norm().clamp(min=1e-30)).item()) * 1e-2
-        step = linalg.cg(A, -g, max(inner, tol), max_iterations=len(theta), preconditioner=M)
+        # As exact as the quadratic model is: for a squared error, which is one, a single step is enough.
+        inner = tol if model.is_quadratic else max(tol, min(0.1, (g.norm() / of_data.norm().clamp(min=1e-30)).item()))
+        step = linalg.cg(A, -g, inner, max_iterations=len(theta), preconditioner=M)
         scale = 1.0
         for _ in range(HALVINGS):
             lower = objective(delta + scale * step)

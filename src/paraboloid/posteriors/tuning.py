@@ -18,7 +18,6 @@ from paraboloid.posteriors.predictive import Prediction
 from paraboloid.posteriors.weights import only
 
 METHODS = ("adapted", "evidence", "grid")
-TOLERANCE = 1e-6  # relative change of every precision that ends the updates
 
 
 def tune(posterior: Any, method: str, data: Any, validation: Any, per: str, noise: bool, steps: int, grid: Any) -> None:
@@ -52,11 +51,16 @@ def by_evidence(posterior: Any, data: Any, per: str, noise: bool, steps: int) ->
             linear = LinearisedModel.of(
                 posterior.model, posterior.likelihood.loss, data, posterior.output, posterior.max_memory
             )
+    # The relative change of every precision that ends the updates.
+    tolerance = 1e-6 if next(iter(theta.values())).dtype == torch.float64 else 1e-3
+    moved = [math.inf]
     for _ in range(steps):
         strength = posterior.strength()
         if linear is not None:
             approximate = _apply(posterior.curvature, prior, strength)
-            delta = optimum(linear, priors.flat(prior, theta), strength, delta, approximate)
+            # No more exact than the precisions are by now, which move on.
+            rough = max(tolerance / 100, min(1e-2, 0.1 * max(moved)))
+            delta = optimum(linear, priors.flat(prior, theta), strength, delta, approximate, rough)
             weights, loss = trees.unflatten(linear.theta + delta, theta), linear.value(delta).item()
         updated, gamma = mackay(posterior.curvature, prior, strength, groups, weights)
         moved = [abs(math.log(float(updated[names[0]] / prior[names[0]].mean()))) for names in groups]
@@ -65,7 +69,7 @@ def by_evidence(posterior: Any, data: Any, per: str, noise: bool, steps: int) ->
             moved.append(abs(math.log(variance / posterior.noise_variance)))
             posterior.noise_variance = variance
         prior = updated
-        if max(moved) < TOLERANCE:
+        if max(moved) < tolerance:
             break
     single = len(groups) == 1
     posterior.prior_precision = prior[groups[0][0]].item() if single else {k: t.item() for k, t in prior.items()}
