@@ -10,13 +10,14 @@ gradient at the layer's output, `right` is a function of the layer's input.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from paraboloid import fresh
+from paraboloid.unfolding import unfold
 
 CHUNK_BYTES = 4 * 2**20  # default size of a materialised piece: large enough for BLAS, small enough for caches
 
@@ -42,21 +43,17 @@ class Right:
         """Copy strided rows once, for the pulls that follow; nothing to do where the rows are the input itself."""
         if self.q_axes is None or self._kept is not None:
             return
-        N, first = self.layout[1], self(slice(0, 1))
-        _, G, T, q = first.shape
-        kept = fresh.empty((N, G, q, T), first).mT  # T runs fastest, as it does in an unfolded image
-        step = max(1, fresh.roomy(CHUNK_BYTES, first.device) // first.nbytes)
-        for n in (slice(start, min(start + step, N)) for start in range(0, N, step)):
-            rows = self._view(n)  # [n G *q-axes a b *T-axes], copied once
-            kept[n].mT.view(rows.shape).copy_(rows)
-        self._kept = kept
+        self._kept = self()
 
     def forget(self) -> None:
         self._kept = None
 
     def _view(self, n: slice) -> Tensor:
-        """[n G a b T q], or [n G *q-axes a b *T-axes], without a copy where the rows allow it."""
+        """[n G a b T q], or [n G *q-axes a b *T-axes], without a copy where the rows allow it; without a and b where
+        the latter are both one."""
         a, N, b = self.layout
+        if a == b == 1 and self.q_axes is not None:
+            return self.rows(n)
         if a == 1:
             start, stop, _ = n.indices(N)
             right = self.rows(slice(start * b, stop * b)).unflatten(0, (1, stop - start, b))
@@ -71,13 +68,22 @@ class Right:
         """[n G T q], or int64 [n G T]; for the samples in the slice."""
         if self._kept is not None:
             return self._kept[n]
-        right = self._view(n)
+        return self._matrices(self._view(n))
+
+    def pieces(self, ranges: Iterable[slice]) -> Iterator[Tensor]:
+        """The same for each of several slices; what the strided rows lie in (a padded input) is made once for all."""
+        if self.q_axes is None or self._kept is not None:
+            yield from map(self, ranges)
+            return
+        rows = self._view(slice(None))
+        for n in ranges:
+            yield self._matrices(rows[n])
+
+    def _matrices(self, rows: Tensor) -> Tensor:
         if self.lookup:
-            return right.flatten(2)
-        right = right.to(self.dtype)
-        if self.q_axes is None:
-            return right.flatten(2, 4)
-        return right.flatten(2 + self.q_axes).flatten(2, 1 + self.q_axes).mT
+            return rows.flatten(2)
+        rows = rows.to(self.dtype)
+        return rows.flatten(2, 4) if self.q_axes is None else unfold(rows, self.q_axes)
 
     def columns(self, n: slice = slice(None)) -> Tensor:
         """[G q nT]: all positions of the samples in the slice side by side, for one large product."""

@@ -24,13 +24,12 @@ def assign(distances: Tensor, sizes: np.ndarray, counts: str, gain: float = 1.0)
     D = distances.detach().double().cpu().numpy()
     if counts != "running":
         return torch.from_numpy(np.argmin(D if counts == "none" else sizes * D, 1))
-    found = []
+    found = np.empty(len(D), np.int64)
     weight, cost = sizes + gain, np.empty_like(sizes)
     multiply, smallest = np.multiply, cost.argmin  # a loop over all samples: looked up once
-    for row in D:
+    for n, row in enumerate(D):
         multiply(weight, row, cost)
-        k = smallest()
+        found[n] = k = smallest()
         weight[k] += gain
-        found.append(k)
     sizes[:] = weight - gain
-    return torch.tensor(found, dtype=torch.int64)
+    return torch.from_numpy(found)

@@ -53,6 +53,8 @@ class Centres:
 
     def blocks(self) -> Tensor:
         """The centres written out, [K G p q]."""
+        if self.left.shape[1] == 1:  # elementwise: a product over an axis of length one is slow
+            return self.left[:, 0].unsqueeze(3) * self.right[:, 0].unsqueeze(2)
         return self.left.permute(0, 2, 3, 1) @ self.right.transpose(1, 2)
 
     def dense(self) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,13 @@ from paraboloid.outer import Outer, keep_inputs, merge
 UPDATES = ("singular", "mean")
 KEEP_BYTES = 256 * 2**20  # default limit for unfolded inputs that are kept from the assignment to the update
 Layers = Iterable[str] | Callable[[str], bool] | None
+
+
+class Known(NamedTuple):
+    """What a batch needs of one parameter's centres: ||C_k||^2 [K], and the basis of the side that is kept."""
+
+    square_norms: Tensor
+    basis: Tensor
 
 
 class GradientClustering:
@@ -80,7 +87,7 @@ class GradientClustering:
         self.passes, self.updates, self.changed, self.converged = 0, 0, 0, False
         self.mass = np.zeros(num_clusters)  # decayed sizes, of the online mode
         self._fitted: dict[str, Tensor] = {}
-        self._bases: dict[str, Tensor] = {}  # of the sides that are kept while the centres stand still
+        self._known: dict[str, Known] = {}  # of the centres while they stand still
         self._generator = torch.Generator().manual_seed(seed)
 
     # --- results -------------------------------------------------------------------------------------------------
@@ -171,12 +178,12 @@ class GradientClustering:
         if self.counts == "fixed":
             weights[:] = self.sizes.numpy() if "assignments" in self._fitted else N / self.num_clusters
         running: dict[tuple[str, str], Tensor] = {}
-        seen = 0
+        parameters, seen = data.parameters, 0
         for indices, batch in data.batches(order, size):
             if self.decay is not None:
                 weights = self.decay * self.mass
             verify = self.verify if seen == 0 or self.verify == "always" else False
-            cluster, distances, norms = self._batch(data, batch, weights, running, verify)
+            cluster, distances, norms = self._batch(data, batch, parameters, weights, running, verify)
             found["assignments"][indices] = cluster
             found["distances"][indices] = distances[torch.arange(len(cluster)), cluster]
             found["square_norms"][indices] = norms
@@ -198,33 +205,33 @@ class GradientClustering:
         self,
         data: Gradients,
         batch: Batch,
+        parameters: dict[str, nn.Parameter],
         weights: np.ndarray,
         running: dict[tuple[str, str], Tensor],
         verify: str | bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Assign one batch and add to the sums from which the centres are refitted."""
-        parameters = data.parameters
         uses = {k: merge(u) for k, u in self._pulled(data, batch, parameters, verify).items()}
         keep = KEEP_BYTES if self.max_memory is None else self.max_memory // 2
         memory = None if self.max_memory is None else max(1, self.max_memory // 4)
-        known = {name: self._centres_of(name, u, parameters[name]) for name, u in uses.items()}
-        keep_inputs({k: u for k, u in uses.items() if self._reads_twice(u, known[k])}, keep)
+        centres = {name: self._centres_of(name, u, parameters[name]) for name, u in uses.items()}
+        keep_inputs({k: u for k, u in uses.items() if self._reads_twice(u, centres[k])}, keep)
         distances, norms = torch.zeros(()), torch.zeros(())
         gradients: dict[str, Tensor | None] = {}
         for name, u in uses.items():
-            found = products(u, known[name], memory, keep=keep)
+            found = products(u, centres[name], memory, keep=keep)
             if (J := found.gradients) is not None and self.update == "singular":
                 gradients[name] = J
                 keep -= J.nbytes
-            square = known[name].square_norms().double().cpu()
             norm = found.norms.double().cpu()
-            distances = distances + (square - 2 * found.cross.double().cpu() + norm[:, None]).clamp(min=0)
+            parts = torch.add(norm[:, None], found.cross.cpu(), alpha=-2)  # in double precision, as the norms are
+            distances = distances + parts.add_(self._known_of(name).square_norms).clamp_(min=0)
             norms = norms + norm
         gain = 1.0 if self.decay is None else 1 - self.decay
         cluster = assign(distances, weights, self.counts, gain)
-        device = data.device
         for name, u in uses.items():
-            found = self._sums(name, u, known[name], cluster.to(device), memory, gradients.get(name))
+            there = cluster.to(u[0].left.device)
+            found = self._sums(name, u, centres[name], there, memory, gradients.get(name))
             for side, value in found.items():
                 key = name, side
                 running[key] = value if key not in running else running[key].add_(value)
@@ -275,11 +282,12 @@ class GradientClustering:
             return False
         return self.update == "mean" or order_of(uses[0], centres) == "gram"
 
-    def _basis(self, name: str, kept: str) -> Tensor:
-        if name not in self._bases:
+    def _known_of(self, name: str) -> Known:
+        if name not in self._known:
             centres = self.centres[name]
-            self._bases[name] = centres.basis(kept) if centres.block[2] > 1 else centres.right.permute(0, 2, 3, 1)
-        return self._bases[name]
+            basis = centres.basis(self._kept(centres)) if centres.block[2] > 1 else centres.right.permute(0, 2, 3, 1)
+            self._known[name] = Known(centres.square_norms().double().cpu(), basis)
+        return self._known[name]
 
     def _sums(
         self, name: str, uses: list[Outer], centres: Centres, cluster: Tensor, memory: int | None, J: Tensor | None
@@ -288,8 +296,7 @@ class GradientClustering:
             left, right = mean_sides(uses, cluster, self.num_clusters, memory)
             return {"mean left": left, "mean right": right}
         kept = self._kept(centres)
-        basis = self._basis(name, kept)
-        return {f"kept {kept}": sums(uses, kept, basis, cluster, memory, J)}
+        return {f"kept {kept}": sums(uses, kept, self._known_of(name).basis, cluster, memory, J)}
 
     def _move(self, running: dict[tuple[str, str], Tensor], sizes: np.ndarray, before: np.ndarray | None) -> None:
         """Refit the centres; with `before`, sums of one batch are added to decayed ones, of which centres are means."""
@@ -298,9 +305,7 @@ class GradientClustering:
             centres = self.centres[name]
             side = "left" if what in ("mean left", "kept right") else "right"
             old: Tensor = getattr(centres, side)
-            basis = None
-            if what.startswith("kept"):
-                basis = self._basis(name, what.removeprefix("kept "))
+            basis = self._known_of(name).basis if what.startswith("kept") else None
             if before is not None:
                 assert self.decay is not None
                 past = old
@@ -317,7 +322,7 @@ class GradientClustering:
                 columns = basis.permute(0, 3, 1, 2)
                 setattr(centres, other, torch.where(full, columns, getattr(centres, other)))
         self.updates += 1
-        self._bases = {}
+        self._known = {}
 
     def _split(self) -> None:
         """The smallest cluster, if it has fewer than `min_size` samples, takes half of the most distorted one."""
@@ -369,7 +374,7 @@ class GradientClustering:
         }  # fmt: skip
         self._fitted = {k: v.clone() for k, v in state["fitted"].items()}
         self.mass = state["mass"].numpy().copy()
-        self._bases = {}
+        self._known = {}
         self._generator.set_state(state["generator"])
         self.passes, self.updates = state["passes"], state["updates"]
         self.changed, self.converged = state["changed"], state["converged"]

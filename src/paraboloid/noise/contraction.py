@@ -5,18 +5,20 @@ The orders of contraction are algebraically equal; the cheapest is chosen from t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from paraboloid.noise.centres import Centres, is_dense
+from paraboloid import fresh
+from paraboloid.noise.centres import Block, Centres, is_dense
 from paraboloid.outer import Outer
 from paraboloid.reductions import pieces, reduce
 
 ORDERS = ("gram", "matrix")
-PIECE = 2**20  # default bytes of unfolded inputs at a time: they are used at once, from the cache
+PIECE = 2 * 2**20  # default bytes of unfolded inputs at a time: they are used at once, from the cache
 
 
 def order(T: int, p: int, q: int, columns: int) -> str:
@@ -47,16 +49,14 @@ def products(
     Where the cheapest way forms the gradients of this parameter, those of a batch are returned too if they take no more
     than `keep` bytes.
     """
-    block = centres.block
     if is_dense(uses):
-        return _from_matrices((J[0].reshape(-1, *block) for _, J in pieces(uses, memory)), centres, uses[0], keep)
+        return _from_matrices(uses, centres, memory, keep)
     o = uses[0]
     left = o.left[0]  # [N G T p]
-    _, G, T, p = left.shape
+    _, G, T, _ = left.shape
     if o.right is None:
-        d = left.sum(2).flatten(1)
-        C = torch.einsum("krgp,krgq->kgp", centres.left, centres.right).flatten(1)  # q = 1
-        return Products(d @ C.T, d.square().sum(1))
+        d = _over_positions(left).flatten(1)
+        return Products(d @ centres.blocks().flatten(1).T, d.square().sum(1))  # q = 1
     if o.lookup:
         return Products(_looked_up(left, o.right(), centres), reduce(uses, {"norms"}, memory)["norms"])
     if T == 1:
@@ -64,9 +64,9 @@ def products(
         inner = _per_group(left[:, :, 0], centres.left) * _per_group(right[:, :, 0], centres.right)  # [N G K r]
         return Products(inner.sum((1, 3)), (left.square().sum((2, 3)) * right.square().sum((2, 3))).sum(1))
     by = by or order_of(o, centres)
-    ranges = o.chunks(G * max(T * o.q, p * o.q), memory or PIECE)
     if by == "matrix":
-        return _from_matrices((left[n].mT @ o.right(n) for n in ranges), centres, o, keep)
+        return _from_matrices(uses, centres, memory, keep)
+    ranges = o.chunks(G * T * o.q, memory or PIECE)
     crosses, norms = [], []
     for n in ranges:
         right = o.right(n)
@@ -75,25 +75,49 @@ def products(
     return Products(torch.cat(crosses), torch.cat(norms))
 
 
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, elementwise where the inner axis has length one: torch multiplies such matrices one by one."""
+    return left * right if left.shape[-1] == 1 else left @ right
+
+
 def order_of(o: Outer, centres: Centres) -> str:
     """The cheapest order of contraction for one use with many positions."""
     return order(o.left.shape[3], o.left.shape[4], o.q, len(centres.left) * centres.left.shape[1])
 
 
-def _from_matrices(matrices: Iterable[Tensor], centres: Centres, o: Outer, keep: int) -> Products:
-    """From the gradients of ranges of samples, [n G p q]; those that may be kept meet all centres in one product."""
-    if o.left.shape[1] * centres.shape.numel() * o.left.element_size() <= keep:
-        J = torch.cat(list(matrices))
+def _from_matrices(uses: list[Outer], centres: Centres, memory: int | None, keep: int) -> Products:
+    """By the gradients of ranges of samples, [n G p q]; those that may be kept meet all centres in one product."""
+    left = uses[0].left
+    whole = left.shape[1], *centres.block
+    if math.prod(whole) * left.element_size() <= keep:
+        J = fresh.empty(whole, left)
+        for _ in _matrices(uses, centres.block, memory, J):
+            pass
         flat = J.flatten(1)
         return Products(flat @ centres.blocks().flatten(1).T, torch.linalg.vector_norm(flat, dim=1).square(), J)
     K, r, G, q = centres.right.shape
     right = centres.right.permute(2, 3, 0, 1).reshape(G, q, K * r)
-    left = centres.left.permute(2, 3, 0, 1).reshape(G, -1, K * r)
+    rows = centres.left.permute(2, 3, 0, 1).reshape(G, -1, K * r)
     crosses, norms = [], []
-    for J in matrices:
-        crosses.append(((J @ right) * left).sum((1, 2)).unflatten(1, (K, r)).sum(2))
+    for J in _matrices(uses, centres.block, memory):
+        crosses.append(((J @ right) * rows).sum((1, 2)).unflatten(1, (K, r)).sum(2))
         norms.append(J.square().sum((1, 2, 3)))
     return Products(torch.cat(crosses), torch.cat(norms))
+
+
+def _matrices(uses: list[Outer], block: Block, memory: int | None, out: Tensor | None = None) -> Iterator[Tensor]:
+    """The gradients of ranges of samples, [n G p q]; put into `out` [N G p q] if it is given."""
+    if is_dense(uses):
+        for n, J in pieces(uses, memory):
+            J = J[0].reshape(-1, *block)
+            yield J if out is None else out[n].copy_(J)
+        return
+    o, (G, p, q) = uses[0], block
+    left = o.left[0].mT  # [N G p T]
+    assert o.right is not None
+    ranges = list(o.chunks(G * q * max(p, left.shape[3]), memory or PIECE))
+    for n, right in zip(ranges, o.right.pieces(ranges), strict=True):
+        yield torch.matmul(left[n], right.detach(), out=None if out is None else out[n])
 
 
 def _per_group(side: Tensor, vectors: Tensor) -> Tensor:
@@ -148,7 +172,7 @@ def sums(
     o = uses[0]
     left = o.left[0]  # [N G T p]
     if o.right is None:
-        d = _collect(left.sum(2)[..., None], cluster, K)  # [K G p 1]
+        d = _collect(_over_positions(left)[..., None], cluster, K)  # [K G p 1]
         return _through(d, kept, basis)
     if o.lookup:
         return _sums_of_lookup(o, left, kept, basis, cluster)
@@ -156,15 +180,16 @@ def sums(
     for n in o.chunks(G * left.shape[2] * o.q, memory):
         right, columns = o.right(n), basis[cluster[n]]
         if kept == "right":
-            parts.append(left[n].mT @ (right @ columns))
+            parts.append(_product(left[n].mT, right @ columns))
         else:
-            parts.append(right.mT @ (left[n] @ columns))
-    return _collect(torch.cat(parts), cluster, K).permute(0, 3, 1, 2)
+            parts.append(_product(right.mT, left[n] @ columns))
+    each = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return _collect(each, cluster, K).permute(0, 3, 1, 2)
 
 
 def _through(total: Tensor, kept: str, basis: Tensor) -> Tensor:
     """Sums of gradients [K G p q], seen through the columns that are kept."""
-    return ((total if kept == "right" else total.mT) @ basis).permute(0, 3, 1, 2)
+    return _product(total if kept == "right" else total.mT, basis).permute(0, 3, 1, 2)
 
 
 def _sums_of_lookup(o: Outer, left: Tensor, kept: str, basis: Tensor, cluster: Tensor) -> Tensor:
@@ -180,6 +205,11 @@ def _sums_of_lookup(o: Outer, left: Tensor, kept: str, basis: Tensor, cluster: T
     return total.view(K, 1, o.q, r).permute(0, 3, 1, 2)
 
 
+def _over_positions(left: Tensor) -> Tensor:
+    """The sum over positions of [N G T p], without a copy where there is one."""
+    return left[:, :, 0] if left.shape[2] == 1 else left.sum(2)
+
+
 def _collect(each: Tensor, cluster: Tensor, K: int) -> Tensor:
     """[N ..] summed over the samples of each cluster -> [K ..]."""
     return each.new_zeros(K, *each.shape[1:]).index_add_(0, cluster, each)
@@ -189,7 +219,7 @@ def mean_sides(uses: list[Outer], cluster: Tensor, K: int, memory: int | None = 
     """Sums over each cluster of the positions' summed left [K 1 G p], and of their mean right [K 1 G q]."""
     o = uses[0]
     left = o.left[0]
-    d = _collect(left.sum(2), cluster, K)[:, None]
+    d = _collect(_over_positions(left), cluster, K)[:, None]
     if o.right is None:
         ones = d.new_ones(len(cluster), d.shape[2], 1)
         return d, _collect(ones, cluster, K)[:, None]

@@ -88,8 +88,9 @@ class Gradients:
 
     def batches(self, indices: Tensor, size: int) -> Iterator[tuple[Tensor, Batch]]:
         """The samples `indices`, in nearly equal batches of at most `size`: (their indices, the batch)."""
+        device = self.device
         for part in indices.tensor_split(-(-len(indices) // size)):
-            yield part, take(self.dataset, part, self.device)
+            yield part, take(self.dataset, part, device)
 
     def _sum(self, indices: Tensor, weights: Tensor | None, at: dict[str, Tensor] | None) -> Tensor:
         inputs, y = take(self.dataset, indices, self.device)
