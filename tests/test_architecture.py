@@ -10,7 +10,7 @@ PACKAGE = ROOT / "src" / "paraboloid"
 
 # From the ground up. `problems` stands beside the house: it uses the ground only, and only the roof uses it.
 FLOORS = [
-    {"losses", "trees", "data", "distributed", "randomness", "ambient"},
+    {"losses", "trees", "data", "distributed", "randomness", "ambient", "fresh"},
     {
         "tape",
         "bends",
@@ -21,7 +21,8 @@ FLOORS = [
         "certify",
         "regroup",
         "outer",
-        "fresh",
+        "unfolding",
+        "vectorised",
         "layers",
     },
     {
