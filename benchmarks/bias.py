@@ -17,7 +17,7 @@ import paraboloid as pb
 from benchmarks import nets
 from benchmarks.harness import Run, Table, Timing, compare, seconds, write
 from paraboloid import problems
-from paraboloid.data import take
+from paraboloid.data.batches import take
 
 SIZES, K, REPEATS, BATCH = (32, 64, 128, 256, 512), 10, 15, 128
 LOSS = nn.CrossEntropyLoss()

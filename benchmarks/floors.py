@@ -27,8 +27,8 @@ from torch import Tensor, nn
 import paraboloid as pb
 from benchmarks import nets
 from benchmarks.harness import machine, seconds
-from paraboloid import fresh
-from paraboloid.factors import gram
+from paraboloid.passes.memory import pooled
+from paraboloid.reductions.kronecker_factors import gram
 
 SETTINGS = [("mlp", 128), ("3c3d", 64), ("allcnnc", 8), ("transformer", 32)]
 
@@ -57,7 +57,7 @@ def pieces(net: str, batch: int) -> dict[str, Callable[[], object]]:
         "P + M": lambda: torch.autograd.grad(plain, parameters, v, retain_graph=True),
         "A": lambda: factors(inputs),
         "B": lambda: factors(lefts),
-        "W": lambda: fresh.empty((batch, size), x).fill_(1.0),
+        "W": lambda: pooled((batch, size), x).fill_(1.0),
     }
 
 

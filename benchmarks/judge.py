@@ -20,9 +20,9 @@ from torch import Tensor
 import paraboloid as pb
 from benchmarks.harness import machine
 from paraboloid import problems
-from paraboloid.cross_fit import CrossFit, curvature_error
-from paraboloid.data import take
-from paraboloid.quadratic import Quadratic
+from paraboloid.data.batches import take
+from paraboloid.quadratics.cross_fitting import CrossFit, curvature_error
+from paraboloid.quadratics.local_model import Quadratic
 
 K, BETA, DAMPING = 5, 1e-3, 1e-2
 REPEATS = {"digits-tanh": 15, "digits-mlp": 8, "digits-cnn": 8}

@@ -13,7 +13,7 @@ import paraboloid as pb
 from benchmarks import nets
 from benchmarks.harness import Table, compare, write
 from paraboloid import problems
-from paraboloid.data import take
+from paraboloid.data.batches import take
 
 
 def digits_cnn() -> tuple[nn.Module, TensorDataset]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import paraboloid as pb
-from paraboloid.data import call
+from paraboloid.data.batches import call
 
 SUMS = ["grad", "second_moment", "variance", "diag_ggn", "kflr", "kfac_empirical"]
 LOCAL = ["sample_grads", "square_norms", "gram", "sample_diag_ggn"]

@@ -1,7 +1,10 @@
 """The truth, slowly and in plain view: loops of autograd in float64, one sample and one output at a time."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+from paraboloid.data.batches import call
 
 
 def unreduced(loss_fn, f, y):
@@ -74,3 +77,46 @@ class Times(nn.Module):
 
     def forward(self, f, y):
         return self.scale * self.module(f, y)
+
+
+def close(actual, expected, what=""):
+    """The bound of all tests against the oracle: relative 1e-10 in float64."""
+    scale = expected.abs().max() + 1e-3  # entries that cancel to zero keep rounding errors
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=float(1e-11 * scale), msg=lambda m: f"{what}: {m}")
+
+
+def positions(model, inputs, loss_fn, y, empirical=False):
+    """module name -> (layer inputs [N T q] per group, pulled-back exact roots [V N T p] per group), by hooks.
+
+    `empirical`: instead of the roots, the gradients of the unreduced losses at the given labels, V = 1.
+    """
+    seen = {}
+    hooks = [
+        m.register_forward_hook(lambda _, x, z, k=k: seen.update({k: (x[0].detach(), z)}))
+        for k, m in model.named_modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)
+    ]  # fmt: skip
+    f = call(model, inputs)
+    for h in hooks:
+        h.remove()
+    H = output_hessians(loss_fn, f, y)
+    values, vectors = torch.linalg.eigh(H)
+    roots = vectors * values.clamp(min=0).sqrt().unsqueeze(1)  # [N O V]
+    if empirical:
+        (g,) = torch.autograd.grad(sum(unreduced(loss_fn, f, y)), f, retain_graph=True)
+        roots = g.flatten(1).unsqueeze(2)
+    found = {}
+    for k, m in model.named_modules():
+        if k not in seen:
+            continue
+        x, z = seen[k]
+        left = torch.stack([torch.autograd.grad(f, z, s.view_as(f), retain_graph=True)[0] for s in roots.unbind(2)])
+        if isinstance(m, nn.Linear):
+            right = x.reshape(len(x), 1, -1, x.shape[-1])
+            left = left.reshape(len(left), len(x), 1, -1, left.shape[-1])
+        else:
+            assert m.padding_mode == "zeros"
+            assert m.padding != "same"
+            right = F.unfold(x, m.kernel_size, m.dilation, m.padding, m.stride).unflatten(1, (m.groups, -1)).mT
+            left = left.flatten(3).unflatten(2, (m.groups, -1)).mT
+        found[k] = right, left
+    return found

@@ -249,7 +249,7 @@ def test_debug_shows_the_traceback(here, how, monkeypatch):
     assert isinstance(result.exception.__cause__, KeyError)
 
 
-@pytest.mark.parametrize("stage", ["paraboloid.inspection.inspect", "paraboloid.report.render", "os.fsync"])
+@pytest.mark.parametrize("stage", ["paraboloid.jobs.inspection.inspect", "paraboloid.report.render", "os.fsync"])
 def test_ctrl_c_in_any_stage_leaves_no_partial_report(here, stage, monkeypatch):
     (here / "out").mkdir()
     (here / "out" / "report.json").write_text("old")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from layers.cases import Around, attention
 from layers.test_kronecker import double, draw
-from test_statistics import close
+from oracle import close
 from torch import nn
 
 import paraboloid as pb

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from paraboloid.quantities import QUANTITIES
+from paraboloid.quantities.named import QUANTITIES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -8,13 +8,13 @@ import models
 import oracle
 import pytest
 import torch
-from test_statistics import close
+from oracle import close
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import paraboloid as pb
-from paraboloid.data import call
-from paraboloid.kron import Kron
+from paraboloid.data.batches import call
+from paraboloid.linalg.kron import Kron
 
 FIRST = ["grad", "sample_grads", "square_norms", "gram", "second_moment", "variance"]
 SUMS = ["grad", "second_moment", "variance", "diag_ggn", "kfac_empirical", "kflr"]

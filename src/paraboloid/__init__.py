@@ -1,18 +1,18 @@
 """Local quadratic models of deep-learning losses from mini-batches: statistics, curvature, debiasing."""
 
 from paraboloid import linalg, logging, losses, noise, operators, optim, posteriors, quantities
-from paraboloid.bias import bias
-from paraboloid.cross_fit import CrossFit, cross_fit
-from paraboloid.kron import Kron
+from paraboloid.linalg.kron import Kron
 from paraboloid.losses import Loss
-from paraboloid.measured_bias import Bias
 from paraboloid.operators import EKFAC, GGN, KFAC, KFLR, PCH, DiagonalGGN, EmpiricalFisher, Fisher, Hessian, LowRank
 from paraboloid.posteriors import Posterior, laplace, load_posterior
-from paraboloid.predicted_bias import predicted_bias
 from paraboloid.problems import Problem
-from paraboloid.quadratic import Quadratic, quadratic
-from paraboloid.shrunk_curvature import shrunk_curvature
-from paraboloid.statistics import Statistics, record, statistics
+from paraboloid.quadratics.bias_prediction import predicted_bias
+from paraboloid.quadratics.bias_result import Bias
+from paraboloid.quadratics.cross_fitting import CrossFit, cross_fit
+from paraboloid.quadratics.local_model import Quadratic, quadratic
+from paraboloid.quadratics.measure_bias import bias
+from paraboloid.quadratics.shrinkage import shrunk_curvature
+from paraboloid.quantities.door import Statistics, record, statistics
 
 __version__ = "0.1.0.dev0"
 __all__ = [

@@ -105,7 +105,8 @@ def inspect(
     """
     with _one_line_errors(debug):
         # Imported here, so that --help and --version do not wait for Matplotlib and scikit-learn.
-        from paraboloid import inspection, problems, report
+        from paraboloid import problems, report
+        from paraboloid.jobs import inspection
 
         report.check_writable(out)
         changes: dict[str, Any] = {"curvature": curvature}
@@ -151,7 +152,8 @@ def noise(
     and least typical samples, in report.html and report.json.
     """
     with _one_line_errors(debug):
-        from paraboloid import inspection, problems, report
+        from paraboloid import problems, report
+        from paraboloid.jobs import inspection
 
         report.check_writable(out)
         changes: dict[str, Any] = {} if draws is None else {"draws": draws}
@@ -204,7 +206,7 @@ def train(out: Path, resume: bool, quiet: bool, debug: bool, **settings: Any) ->
     PROBLEM is a built-in name (see `paraboloid problems`) or module:factory.
     """
     with _one_line_errors(debug):
-        from paraboloid.training_run import RECORD, Run, Settings
+        from paraboloid.jobs.training_run import RECORD, Run, Settings
 
         with _bars(quiet) as progress:
             run = Run(Settings(**settings), out, progress)
@@ -233,7 +235,8 @@ def reproduce(study: str | None, full: bool, out: Path, seed: int, data: str | N
     The default takes less than ten minutes on two cores.
     """
     with _one_line_errors(debug):
-        from paraboloid import report, studies
+        from paraboloid import report
+        from paraboloid.jobs import studies
 
         if study is None:
             _list({name: importlib.import_module(path) for name, path in studies.STUDIES.items()})

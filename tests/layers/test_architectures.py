@@ -9,12 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layers.test_kronecker import double, draw
-from test_quantities import positions
-from test_statistics import close
+from oracle import close, positions
 from torch import nn
 
 import paraboloid as pb
-from paraboloid.data import call
+from paraboloid.data.batches import call
 
 CE = nn.CrossEntropyLoss()
 DERIVED = {"reparametrised", "old style", "low rank"}  # weights that are computed: no factors

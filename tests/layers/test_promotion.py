@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from layers.cases import Around
 from layers.test_kronecker import double, draw
 from layers.test_rules import SUM
-from test_statistics import close
+from oracle import close
 from torch import nn
 
 import paraboloid as pb
-from paraboloid.promotion import promote, replay
+from paraboloid.engine.derived_weights import promote, replay
 
 
 def body(function):

@@ -6,11 +6,11 @@ import oracle
 import pytest
 import torch
 from layers.cases import CASES, make
-from test_statistics import close
+from oracle import close
 from torch import nn
 
 import paraboloid as pb
-from paraboloid.data import call
+from paraboloid.data.batches import call
 
 SUM = nn.MSELoss(reduction="sum")
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, RandomSampler, WeightedRandomSampler
 
 from paraboloid import noise
-from paraboloid.noise.compare import measure
+from paraboloid.noise.comparison import measure
 from paraboloid.noise.gradients import Gradients
 
 E = 1000  # draws of the statistical tests

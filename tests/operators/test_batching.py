@@ -7,7 +7,7 @@ from torch import nn
 
 import paraboloid as pb
 from paraboloid.operators import GGN, Hessian
-from paraboloid.operators.batching import Batching
+from paraboloid.operators.matrix_free.batching import Batching
 
 CE = nn.CrossEntropyLoss()
 OPERATORS = [GGN, Hessian, pb.Fisher, pb.EmpiricalFisher]

@@ -7,7 +7,7 @@ from operators.oracle import LOSSES, classes, dense_ggn, dense_hessian, make_inp
 from torch import nn
 
 from paraboloid.operators import GGN, Estimate, Hessian, Identity, LinearOperator, TensorEstimate
-from paraboloid.operators.batching import Batching
+from paraboloid.operators.matrix_free.batching import Batching
 
 N = 6
 

@@ -126,7 +126,7 @@ def test_monte_carlo_is_unbiased_whatever_the_number_of_samples(make):
 
 @pytest.mark.parametrize("fisher", ["exact", "mc"])
 def test_a_layer_at_one_position_is_decomposed_once_with_its_bias(fisher, monkeypatch):
-    from paraboloid import eigenform
+    from paraboloid.linalg import eigenform
 
     sizes, original = [], eigenform.eigh
     monkeypatch.setattr(eigenform, "eigh", lambda m: sizes.append(len(m)) or original(m))

@@ -5,12 +5,12 @@ import warnings
 import losses_table
 import pytest
 import torch
+from architectures import images, mixes, sequences
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_random_architectures import images, mixes, sequences
 
 import paraboloid as pb
-from paraboloid.data import call
+from paraboloid.data.batches import call
 
 LOSSES = sorted(name for name in losses_table.LOSSES if "soft" not in name)
 

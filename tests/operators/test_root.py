@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from paraboloid.operators import GGN
-from paraboloid.quadratic import quadratic
+from paraboloid.quadratics.local_model import quadratic
 
 CE = nn.CrossEntropyLoss()
 

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 import paraboloid as pb
-from paraboloid import eigenform
+from paraboloid.linalg import eigenform
 from paraboloid.operators import BlockDiagonal, Diagonalised, Identity, KroneckerFactored, LowRank, load
+from paraboloid.passes import trees
 
 
 def close(actual, expected):
@@ -129,7 +130,7 @@ def test_layers_of_traces_and_eigenvalues(name):
     (value, label), (second, _) = A.top_eigenvalues(2)
     assert [value, second] == pytest.approx(A.eigsh(2)[0].tolist())
     vector = A.eigsh(1)[1][:, 0]
-    found = {k: t.abs().max() for k, t in pb.trees.unflatten(vector, A.parameters).items() if t.abs().max() > 1e-9}
+    found = {k: t.abs().max() for k, t in trees.unflatten(vector, A.parameters).items() if t.abs().max() > 1e-9}
     assert set(found) <= set(label.split(" + "))
 
 

@@ -8,8 +8,8 @@ from torch import nn
 
 import paraboloid as pb
 from paraboloid.linalg import cg_iterates
+from paraboloid.linalg.measured_cg import measured_iterates
 from paraboloid.optim.hessian_free import ARMIJO, halves
-from paraboloid.optim.measured_cg import measured_iterates
 
 LOSS = nn.CrossEntropyLoss()
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import paraboloid as pb
 from paraboloid.linalg.operand import LinAlgError
-from paraboloid.optim.frame import due
+from paraboloid.optim.base import due
 from paraboloid.optim.step_size import adapted
 
 LOSS = nn.CrossEntropyLoss()
@@ -281,7 +281,7 @@ def test_a_step_that_raises_the_loss_is_taken_back():
 
 
 def test_a_failing_decomposition_is_retried_and_never_loses_the_run(monkeypatch):
-    import paraboloid.eigenform as eigenform
+    from paraboloid.linalg import eigenform
 
     (x, y), original = batch(), eigenform.eigh
     model = cnn().float()
@@ -319,12 +319,12 @@ def test_a_failing_decomposition_is_retried_and_never_loses_the_run(monkeypatch)
 def test_a_factor_that_is_not_positive_keeps_the_plain_gradient_at_first(monkeypatch):
     model, (x, y) = cnn(), batch()
     opt = pb.optim.KFAC(model, LOSS, lr=1.0, momentum=0.0)
-    from paraboloid.optim import blocks
+    from paraboloid.optim import preconditioner
 
     def fails(kron, damping, name):
         raise LinAlgError("singular.")
 
-    monkeypatch.setattr(blocks, "_split", fails)
+    monkeypatch.setattr(preconditioner, "_split", fails)
     before, g = flat(model), gradient(model, x, y)
     with pytest.warns(UserWarning, match="plain gradient is used"):
         train_step(model, opt, x, y)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from paraboloid.optim.quasi_newton import (
+from paraboloid.optim.bfgs import (
     DenseInverse,
     LimitedMemoryInverse,
     damped_change,

@@ -105,7 +105,7 @@ def test_effective_dimension(regression):
 
 def test_ridge(regression):
     """The optimum of the linearised model is ridge regression, wherever the network was left."""
-    from paraboloid.posteriors.linearised import LinearisedModel, optimum
+    from paraboloid.posteriors.prior_tuning.linearised import LinearisedModel, optimum
 
     trained, X, Y, _ = regression
     model = nn.Linear(D, C, bias=False).double()

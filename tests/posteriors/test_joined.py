@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import paraboloid as pb
-from paraboloid.posteriors.joined import BYTES, joined
+from paraboloid.data.joined import BYTES, joined
 
 
 def mlp():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import paraboloid as pb
-from paraboloid.posteriors import last_layer
+from paraboloid.posteriors.prediction import last_layer
 
 BIG = """
 import resource, torch

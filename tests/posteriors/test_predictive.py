@@ -9,7 +9,7 @@ from torch import nn
 
 import paraboloid as pb
 from paraboloid.posteriors import Prediction, laplace
-from paraboloid.posteriors.predictive import bridge, gaussian_draws, probit
+from paraboloid.posteriors.prediction.predictive import bridge, gaussian_draws, probit
 
 F64 = torch.float64
 

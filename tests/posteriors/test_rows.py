@@ -5,8 +5,9 @@ import torch
 from posteriors.dense import close, curvature
 from posteriors.test_against_dense import problem
 
-from paraboloid.posteriors import evidence, laplace
-from paraboloid.posteriors.rows import compressed
+from paraboloid.posteriors import laplace
+from paraboloid.posteriors.prior_tuning import evidence
+from paraboloid.posteriors.structures.rows import compressed
 
 
 def test_rows_beyond_the_number_of_weights_are_compressed():

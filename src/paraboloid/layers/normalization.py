@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from paraboloid.layers import channel, rule, spread
+from paraboloid.layers.registry import channel, rule, spread
 
 
 @rule(F.layer_norm)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paraboloid.layers import lowering
+from paraboloid.layers.registry import lowering
 
 State = tuple[Tensor, ...]
 Cell = Callable[[Tensor, Tensor, State], State]  # (from the input, from the hidden state, state) -> next state

@@ -1,4 +1,4 @@
-"""Quantities as numbers for a logger: `scalars`, a TensorBoard writer, and a callback for Lightning.
+"""Quantities as numbers for a logger (`scalars`, TensorBoard, Lightning); imports from `quantities` and below.
 
 `TensorBoard` and `LightningCallback` need the extras `paraboloid[tensorboard]` and `paraboloid[lightning]`; neither
 package is imported before it is used.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from paraboloid.logging.scalars import scalars
+from paraboloid.logging.layer_scalars import scalars
 from paraboloid.logging.tensorboard import TensorBoard
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from paraboloid.data import Output
-from paraboloid.logging.scalars import scalars
+from paraboloid.data.batches import Output
+from paraboloid.logging.layer_scalars import scalars
 from paraboloid.losses import Loss
-from paraboloid.quantities import Quantity
-from paraboloid.statistics import statistics
+from paraboloid.quantities.door import statistics
+from paraboloid.quantities.named import Quantity
 
 try:
     from lightning.pytorch import Callback  # type: ignore[reportMissingImports]

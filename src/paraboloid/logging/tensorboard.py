@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from paraboloid.logging.scalars import scalars
-from paraboloid.statistics import Statistics
+from paraboloid.logging.layer_scalars import scalars
+from paraboloid.quantities.door import Statistics
 
 
 class TensorBoard:

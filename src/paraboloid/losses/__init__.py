@@ -1,4 +1,4 @@
-"""Losses: value, gradient and curvature in the model's output, for the loss per sample and as the user reduces it.
+"""Losses: value, gradient and curvature in the output, per sample and as the user reduces it; imports from `passes`.
 
 Every loss is a sum over samples of an *unreduced* loss l_n(f_n, y_n), divided by a normalizer:
 
@@ -8,11 +8,10 @@ Every loss is a sum over samples of an *unreduced* loss l_n(f_n, y_n), divided b
 sum: multiply by ``1 / normalizer`` (the factor a) for the loss as reduced.
 """
 
-from paraboloid.losses.algebra import Scaled, Sum, settled
 from paraboloid.losses.cross_entropy import CrossEntropy
 from paraboloid.losses.elementwise import MSE, BCEWithLogits, Elementwise
 from paraboloid.losses.gaussian import GaussianNLL
-from paraboloid.losses.loss import Loss, NoTargets
+from paraboloid.losses.loss import Loss, NoTargets, Scaled, Sum, settled
 from paraboloid.losses.opaque import Opaque
 from paraboloid.losses.poisson import PoissonNLL
 

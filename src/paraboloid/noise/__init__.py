@@ -1,4 +1,4 @@
-"""Gradient noise: estimators and their variance, gradient clustering, stratified batches.
+"""Gradient noise: estimators, clustering, stratified batches; imports from `quantities` and below.
 
 clusters = pb.noise.GradientClustering(model, loss_fn, num_clusters=10).fit(dataset)
 sampler = pb.noise.StratifiedBatchSampler(clusters.assignments)
@@ -7,13 +7,13 @@ noise = pb.noise.compare(model, loss_fn, dataset, batch_size=10)
 
 from paraboloid.noise.centres import Centres
 from paraboloid.noise.clustering import GradientClustering
-from paraboloid.noise.compare import Comparison, NoiseMeasure, compare
+from paraboloid.noise.comparison import Comparison, NoiseMeasure, compare
 from paraboloid.noise.detection import Members, duplicates, members, precision_at, suspicion
 from paraboloid.noise.estimators import GC, SGB, SVRG, Estimator, Sampled, Stratified
 from paraboloid.noise.expectation import Strata, strata
 from paraboloid.noise.gradients import Gradients
-from paraboloid.noise.measures import Measures, Noise, measures
 from paraboloid.noise.monitor import Monitor, Reclustering, Snapshots
+from paraboloid.noise.noise_scale import Measures, Noise, measures
 from paraboloid.noise.sampler import StratifiedBatchSampler
 
 __all__ = [

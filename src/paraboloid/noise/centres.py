@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from paraboloid.outer import Outer
+from paraboloid.engine.outer_products import Outer
 
 # One parameter's gradient of a sample is [G, p, q]: groups, output side, input side.
 Block = tuple[int, int, int]

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from paraboloid import trees
-from paraboloid.data import Batch, Output
+from paraboloid.data.batches import Batch, Output
+from paraboloid.engine.outer_products import Outer, keep_inputs, merge
 from paraboloid.noise.assignment import COUNTS, assign
+from paraboloid.noise.centre_products import mean_sides, order_of, products, sums
 from paraboloid.noise.centres import Centres, block_of, is_dense, start
-from paraboloid.noise.contraction import mean_sides, order_of, products, sums
 from paraboloid.noise.gradients import Gradients, pull
-from paraboloid.outer import Outer, keep_inputs, merge
+from paraboloid.passes import trees
 
 UPDATES = ("singular", "mean")
 KEEP_BYTES = 256 * 2**20  # default limit for unfolded inputs that are kept from the assignment to the update

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paraboloid import data as batch_data
-from paraboloid import trees
-from paraboloid.data import Output
+from paraboloid.data import batches as batch_data
+from paraboloid.data.batches import Output
+from paraboloid.engine.outer_products import merge
 from paraboloid.linalg.operand import check_count
 from paraboloid.losses import Loss
 from paraboloid.losses.loss import full
+from paraboloid.noise.centre_products import products
 from paraboloid.noise.centres import Centres, block_of, is_dense, start
 from paraboloid.noise.clustering import GradientClustering
-from paraboloid.noise.contraction import products
 from paraboloid.noise.gradients import Gradients, pull
-from paraboloid.outer import merge
-from paraboloid.randomness import isolated
+from paraboloid.passes import trees
+from paraboloid.passes.random_state import isolated
 
 SCORES = ("distance", "norm", "loss")
 

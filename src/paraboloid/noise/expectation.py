@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paraboloid.data import Output
+from paraboloid.data.batches import Output
 from paraboloid.noise.gradients import Gradients
 from paraboloid.noise.moments import moments
 

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paraboloid import trees
-from paraboloid.ambient import own_arithmetic
-from paraboloid.data import Batch, Output, call, check_finite, sample_count, take
+from paraboloid.data.batches import Batch, Output, call, check_finite, sample_count, take
+from paraboloid.engine.outer_products import Outer
+from paraboloid.engine.tape import record
 from paraboloid.losses import Loss
 from paraboloid.losses.loss import full
-from paraboloid.outer import Outer
-from paraboloid.randomness import isolated
-from paraboloid.tape import record
+from paraboloid.passes import trees
+from paraboloid.passes.modes import own_arithmetic
+from paraboloid.passes.random_state import isolated
 
 CHUNK = 512  # samples whose gradients are summed in one backward pass
 

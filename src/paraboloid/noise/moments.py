@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from paraboloid import trees
-from paraboloid.data import Batch, Output
+from paraboloid.data.batches import Batch, Output
 from paraboloid.losses import Loss
-from paraboloid.statistics import statistics
+from paraboloid.passes import trees
+from paraboloid.quantities.door import statistics
 
 
 class Moments(NamedTuple):

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from paraboloid.data import Output
+from paraboloid.data.batches import Output
 from paraboloid.linalg.operand import check_count
 from paraboloid.noise.clustering import GradientClustering
-from paraboloid.noise.compare import ESTIMATORS, Comparison, measure, refresh
+from paraboloid.noise.comparison import ESTIMATORS, Comparison, measure, refresh
 from paraboloid.noise.estimators import SVRG, resolve
 from paraboloid.noise.gradients import Gradients
 from paraboloid.noise.sampler import StratifiedBatchSampler

@@ -1,4 +1,4 @@
-"""Curvature as linear operators: a matrix [D, D] over the parameters, known by its products.
+"""Curvature as linear operators, matrices [D, D] over the parameters; imports from `quantities` and below.
 
 Arguments that all of them take:
 
@@ -6,7 +6,7 @@ model       any nn.Module, in the mode it is in; only parameters with requires_g
 loss_fn     a torch loss module, a `pb.Loss`, or any callable (f, y) -> scalar
 data        a batch or an iterable of batches; an iterable is read on each product unless its graphs are kept, must give
             the same samples each time, and counts as one big batch (but for layers that couple a batch's samples)
-blocks      which parameters are coupled: see `paraboloid.operators.blocks`
+blocks      which parameters are coupled: see `paraboloid.operators.structured.block_diagonal`
 output      picks the output tensor from a structured result, e.g. ``lambda o: o.logits``
 seed        of dropout masks and the like, drawn once: the operator is the same on every product
 max_memory  bytes of recorded graphs (and of a GGN's root) that are kept between products (default 1 GiB).  With all
@@ -15,18 +15,18 @@ max_memory  bytes of recorded graphs (and of a GGN's root) that are kept between
 
 from paraboloid.linalg.estimate import Estimate, TensorEstimate
 from paraboloid.operators.algebra import Identity, Scaled, Sum
-from paraboloid.operators.base import LinearOperator
-from paraboloid.operators.blocks import BlockDiagonal
-from paraboloid.operators.diagonal_ggn import DiagonalGGN
-from paraboloid.operators.diagonalised import Diagonalised
-from paraboloid.operators.fisher import EmpiricalFisher, Fisher
-from paraboloid.operators.ggn import GGN
-from paraboloid.operators.hessian import Hessian
-from paraboloid.operators.kfac import EKFAC, KFAC, KFLR
-from paraboloid.operators.kronecker import KroneckerFactored
-from paraboloid.operators.low_rank import LowRank
-from paraboloid.operators.pch import PCH
+from paraboloid.operators.linear_operator import LinearOperator
+from paraboloid.operators.matrix_free.fisher import EmpiricalFisher, Fisher
+from paraboloid.operators.matrix_free.ggn import GGN
+from paraboloid.operators.matrix_free.hessian import Hessian
+from paraboloid.operators.matrix_free.pch import PCH
 from paraboloid.operators.saving import load
+from paraboloid.operators.structured.block_diagonal import BlockDiagonal
+from paraboloid.operators.structured.diagonal_ggn import DiagonalGGN
+from paraboloid.operators.structured.diagonalised import Diagonalised
+from paraboloid.operators.structured.kfac import EKFAC, KFAC, KFLR
+from paraboloid.operators.structured.kronecker_factored import KroneckerFactored
+from paraboloid.operators.structured.low_rank import LowRank
 
 __all__ = [
     "EKFAC", "GGN", "KFAC", "KFLR", "PCH", "BlockDiagonal", "DiagonalGGN", "Diagonalised", "EmpiricalFisher",

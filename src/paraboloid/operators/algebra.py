@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from paraboloid.eigenform import multiple_of_identity
-from paraboloid.operators.base import LinearOperator
-from paraboloid.operators.diagonalised import Diagonalised
+from paraboloid.linalg.eigenform import multiple_of_identity
+from paraboloid.operators.linear_operator import LinearOperator
+from paraboloid.operators.structured.diagonalised import Diagonalised
 
 
 class Identity(LinearOperator):

@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from paraboloid import trees
-from paraboloid.eigenform import Basis, Eigenform
-from paraboloid.kronecker_product import KroneckerProduct, Side
+from paraboloid.linalg.eigenform import Basis, Eigenform
+from paraboloid.linalg.kronecker_product import KroneckerProduct, Side
 from paraboloid.operators.algebra import Identity, Scaled, Sum
-from paraboloid.operators.base import LinearOperator
-from paraboloid.operators.blocks import BlockDiagonal
-from paraboloid.operators.diagonalised import Diagonalised
-from paraboloid.operators.kronecker import KroneckerFactored
-from paraboloid.operators.low_rank import LowRank
+from paraboloid.operators.linear_operator import LinearOperator
+from paraboloid.operators.structured.block_diagonal import BlockDiagonal
+from paraboloid.operators.structured.diagonalised import Diagonalised
+from paraboloid.operators.structured.kronecker_factored import KroneckerFactored
+from paraboloid.operators.structured.low_rank import LowRank
+from paraboloid.passes import trees
 
 State = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""Second-order optimisers for the usual training loop: subclasses of `torch.optim.Optimizer`."""
+"""Second-order optimisers, subclasses of `torch.optim.Optimizer`; imports from `quadratics`, `operators` and below."""
 
 from paraboloid.optim.ekfac import EKFAC
 from paraboloid.optim.hessian_free import HessianFree

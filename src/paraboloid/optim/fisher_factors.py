@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paraboloid import factors
-from paraboloid.eigenform import Eigenform
-from paraboloid.kron import Kron
-from paraboloid.outer import Outer, Right, general
-from paraboloid.quantities import check_sharing, fisher_source
-from paraboloid.quantity import Group, Quantity, Scale
-from paraboloid.reductions import reduce, samples
-from paraboloid.rotation import eigen_scale
+from paraboloid.engine.outer_products import Outer, Right, general
+from paraboloid.linalg.eigenform import Eigenform
+from paraboloid.linalg.kron import Kron
+from paraboloid.quantities.named import check_sharing, fisher_source
+from paraboloid.quantities.quantity import Group, Quantity, Scale
+from paraboloid.reductions import kronecker_factors
+from paraboloid.reductions.eigenbasis import eigen_scale
+from paraboloid.reductions.sums import reduce, samples
 
 Halves = tuple[Any, Any]
 
@@ -52,7 +52,7 @@ class FisherFactors(Quantity):
         if isinstance(value, Tensor):
             return value.add_(reduce(outers, {"squares"}, memory)["squares"])
         try:
-            return factors.add_factors(value, outers, self.sharing, memory, recent=recent)
+            return kronecker_factors.add_factors(value, outers, self.sharing, memory, recent=recent)
         except NotImplementedError:
             return reduce(outers, {"squares"}, memory)["squares"]
 
@@ -144,7 +144,7 @@ def block(value: Any, a: float) -> Kron:
     """The finished block of a running value: of factors, or of the sum of squares."""
     if isinstance(value, Tensor):
         return Kron(value.mul_(a).flatten(), value.new_ones(1, 1))
-    return factors.scale_factors(value, a)
+    return kronecker_factors.scale_factors(value, a)
 
 
 def in_halves(outers: list[Outer]) -> tuple[list[Outer], list[Outer]]:

@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paraboloid import data, trees
-from paraboloid.data import Output
+from paraboloid.data import batches
+from paraboloid.data.batches import Output
+from paraboloid.linalg.measured_cg import measured_iterates
 from paraboloid.losses import Loss
-from paraboloid.optim.capture import distributed_group
-from paraboloid.optim.checks import check_choices, check_count, check_number, check_share
-from paraboloid.optim.frame import Frame
-from paraboloid.optim.measured_cg import measured_iterates
-from paraboloid.quadratic import CURVATURES, Quadratic, quadratic
-from paraboloid.randomness import isolated, seeded
-from paraboloid.statistics import statistics
+from paraboloid.optim.base import Frame
+from paraboloid.optim.hooks import distributed_group
+from paraboloid.optim.options import check_choices, check_count, check_number, check_share
+from paraboloid.passes import trees
+from paraboloid.passes.random_state import isolated, seeded
+from paraboloid.quadratics.local_model import CURVATURES, Quadratic, quadratic
+from paraboloid.quantities.door import statistics
 
 RAISE, LOWER = 3 / 2, 2 / 3  # of the damping
 ARMIJO, SHRINK, TRIES = 1e-2, 0.8, 60
@@ -133,8 +134,8 @@ class HessianFree(Frame):
         batch       (inputs, targets), or a dict with "labels"
         measure_on  another batch: directions from `batch`, step lengths, line search and damping from this one
         """
-        pair = None if callable(batch) else data.as_batch(batch)
-        other = None if measure_on is None else data.as_batch(measure_on)
+        pair = None if callable(batch) else batches.as_batch(batch)
+        other = None if measure_on is None else batches.as_batch(measure_on)
         if pair is None or (measure_on is not None and other is None):
             wrong = batch if pair is None else measure_on
             raise ValueError(f"step got a {type(wrong).__name__}; expected a batch (inputs, targets), or a dict with "
@@ -221,7 +222,7 @@ class HessianFree(Frame):
             self._write(theta)
             try:
                 with isolated(self.model, self.generator.device, seed), torch.no_grad():
-                    loss = self.loss.value(data.call(trees.unwrapped(self.model), batch[0], self.output), batch[1])
+                    loss = self.loss.value(batches.call(trees.unwrapped(self.model), batch[0], self.output), batch[1])
             finally:
                 for p, value in before:
                     p.copy_(value)
@@ -264,7 +265,7 @@ class HessianFree(Frame):
         """One pass that leaves running statistics as a training step does; all others leave no trace."""
         if any(m.training and getattr(m, "track_running_stats", False) for m in self.model.modules()):
             with seeded(self.generator.device, seed):
-                data.call(trees.unwrapped(self.model), batch[0], self.output)
+                batches.call(trees.unwrapped(self.model), batch[0], self.output)
 
     # --- state ---------------------------------------------------------------------------------------------------
 

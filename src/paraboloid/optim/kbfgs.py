@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paraboloid import data, distributed, trees
+from paraboloid.data import batches
+from paraboloid.distributed import collectives
 from paraboloid.losses import Loss
 from paraboloid.optim import foreach
-from paraboloid.optim.capture import distributed_group
-from paraboloid.optim.checks import check_count, check_number, check_share
-from paraboloid.optim.frame import Closure, Frame, gradient_of, value_of
-from paraboloid.optim.quasi_newton import (
+from paraboloid.optim.base import Closure, Frame, gradient_of, value_of
+from paraboloid.optim.bfgs import (
     DenseInverse,
     LimitedMemoryInverse,
     damped_change,
@@ -23,8 +22,11 @@ from paraboloid.optim.quasi_newton import (
     is_safe,
     update_inverse,
 )
-from paraboloid.optim.readings import Layer, Readings
-from paraboloid.randomness import isolated
+from paraboloid.optim.hooks import distributed_group
+from paraboloid.optim.layer_means import Layer, Readings
+from paraboloid.optim.options import check_count, check_number, check_share
+from paraboloid.passes import trees
+from paraboloid.passes.random_state import isolated
 
 WARM_UP = 10  # batches whose plain mean A is without warm_start
 
@@ -162,7 +164,7 @@ class KBFGS(Frame):
         each, and Ha its damped inverse.  Call it before the first step.  Raises ValueError for an empty loader."""
         sums: dict[str, Any] = {}
         count = 0
-        for inputs, _ in data.batches(loader):
+        for inputs, _ in batches.batches(loader):
             readings = self._read()
             with isolated(self.model, self.generator.device, count), torch.enable_grad(), readings.evaluation(True):
                 result = self.model(**inputs) if isinstance(inputs, dict) else self.model(
@@ -286,7 +288,7 @@ class KBFGS(Frame):
         finite = finite and (not found or bool(foreach.norm(found).isfinite()))
         if self._group is not None:
             flag = torch.tensor(int(finite), device=self.generator.device)
-            finite = int(distributed.summed(flag, self._group, flag.device)) == torch.distributed.get_world_size(
+            finite = int(collectives.summed(flag, self._group, flag.device)) == torch.distributed.get_world_size(
                 self._group
             )
         self.counters["second_not_finite"] += not finite

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paraboloid import distributed
-from paraboloid.data import Output, batches
+from paraboloid.data.batches import Output, batches
+from paraboloid.distributed import collectives
 from paraboloid.losses import Loss
 from paraboloid.operators import GGN
 from paraboloid.optim import foreach
-from paraboloid.optim.blocks import Block
-from paraboloid.optim.capture import NOTHING_SEEN, Capture, Observed, distributed_group
-from paraboloid.optim.checks import (
+from paraboloid.optim.accumulation import Pooled
+from paraboloid.optim.base import Closure, Frame, due, gradient_of, value_of
+from paraboloid.optim.fisher_factors import Eigenvalues, FisherFactors, Held, HeldVectors, finite
+from paraboloid.optim.hooks import NOTHING_SEEN, Capture, Observed, distributed_group
+from paraboloid.optim.options import (
     check_choices,
     check_count,
     check_number,
@@ -23,12 +25,10 @@ from paraboloid.optim.checks import (
     check_share,
     group_defaults,
 )
-from paraboloid.optim.fisher_factors import Eigenvalues, FisherFactors, Held, HeldVectors, finite
-from paraboloid.optim.frame import Closure, Frame, due, gradient_of, value_of
-from paraboloid.optim.pooling import Pooled
+from paraboloid.optim.preconditioner import Block
 from paraboloid.optim.step_size import GRAFTS, adapted, clip, grafted, quadratic_step
-from paraboloid.quantities import FISHERS
-from paraboloid.statistics import statistics
+from paraboloid.quantities.door import statistics
+from paraboloid.quantities.named import FISHERS
 
 
 class KFAC(Frame):
@@ -132,7 +132,7 @@ class KFAC(Frame):
         super().__init__(model, group_defaults(lr, momentum, nesterov, weight_decay, decoupled, damping), params, seed)
         self._group = distributed_group(model, all_reduce)
         if self._group is not None:
-            self.generator.manual_seed(distributed.rank_seed(seed, self._group))
+            self.generator.manual_seed(collectives.rank_seed(seed, self._group))
         self._blocks = {name: Block(name) for name in self.names.values()}
         self._factors = FisherFactors(set(self._blocks), **self._options, sharing=sharing, halves=self.half)
         self._pooled = Pooled()
@@ -231,7 +231,7 @@ class KFAC(Frame):
             held: list[HeldVectors] = self._pooled.held.get(name, []) if measure_on is None else []
             found = self._pooled.pool([h.eigenvalues(forms[name]) for h in held]) if held else values.get(name)
             if held and self._group is not None:
-                found = distributed.summed(found, self._group, self.generator.device)
+                found = collectives.summed(found, self._group, self.generator.device)
             if found is not None:
                 self._blocks[name].average_values(found, self.factor_decay)
 

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paraboloid.kron import Kron
+from paraboloid.linalg.kron import Kron
 from paraboloid.losses import Loss
 from paraboloid.optim import foreach
-from paraboloid.optim.blocks import Block
-from paraboloid.optim.capture import NOTHING_SEEN, Capture, Observed, distributed_group
-from paraboloid.optim.checks import check_number, check_samplable, check_share
+from paraboloid.optim.accumulation import Pooled
+from paraboloid.optim.base import Closure, Frame, gradient_of
 from paraboloid.optim.fisher_factors import FisherFactors, finite
-from paraboloid.optim.frame import Closure, Frame, gradient_of
-from paraboloid.optim.pooling import Pooled
-from paraboloid.quantities import FISHERS, QUANTITIES
+from paraboloid.optim.hooks import NOTHING_SEEN, Capture, Observed, distributed_group
+from paraboloid.optim.options import check_number, check_samplable, check_share
+from paraboloid.optim.preconditioner import Block
+from paraboloid.quantities.named import FISHERS, QUANTITIES
 
 FISHER_OF = {name: fisher for fisher, name in FISHERS.items()}
 DIAGONALS = ("diag_ggn", "diag_ggn_mc", "diag_hessian", "second_moment", "variance")

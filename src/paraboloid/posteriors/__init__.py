@@ -1,4 +1,4 @@
-"""Gaussian posteriors over weights.
+"""Gaussian posteriors over weights; imports from `operators` and below.
 
 A posterior is the curvature of the data's negative log-likelihood in one of six structures, plus a diagonal prior.  A
 structure is a file: `full`, `diagonal`, `kronecker`, `rows` (low rank and functional), each with the same methods:
@@ -8,12 +8,11 @@ structure is a file: `full`, `diagonal`, `kronecker`, `rows` (low rank and funct
 from typing import Any
 
 from paraboloid.posteriors.candidates import Candidates
-from paraboloid.posteriors.laplace import laplace
+from paraboloid.posteriors.fit_laplace import laplace
 from paraboloid.posteriors.laplace_torch import Laplace
 from paraboloid.posteriors.online import train_by_evidence
-from paraboloid.posteriors.posterior import Posterior
-from paraboloid.posteriors.predictive import Prediction
-from paraboloid.posteriors.saving import load_posterior
+from paraboloid.posteriors.posterior import Posterior, load_posterior
+from paraboloid.posteriors.prediction.predictive import Prediction
 
 __all__ = [
     "Candidates", "Laplace", "Posterior", "Prediction", "laplace", "load_posterior", "train_by_evidence",

@@ -9,22 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paraboloid import data as batch_data
-from paraboloid import trees
-from paraboloid.eigenform import Eigenform
-from paraboloid.factors import scale_product
+from paraboloid.data import batches as batch_data
+from paraboloid.data.joined import joined
+from paraboloid.linalg.eigenform import Eigenform
 from paraboloid.linalg.operand import check_count
 from paraboloid.operators import GGN
-from paraboloid.operators.kfac import measured, measured_scales, summed_factors
-from paraboloid.operators.pulls import Pulls
-from paraboloid.posteriors.diagonal import Diagonal
-from paraboloid.posteriors.full import Full
-from paraboloid.posteriors.joined import joined
-from paraboloid.posteriors.kronecker import CrossFitted, Kronecker
+from paraboloid.operators.matrix_free.pulls import Pulls
+from paraboloid.operators.structured.kfac import measured, measured_scales, summed_factors
+from paraboloid.passes import trees
 from paraboloid.posteriors.likelihood import Likelihood
-from paraboloid.posteriors.rows import Rows, compressed
-from paraboloid.quantities import DiagGGN, Grad, Quantity, SampleGrads, SecondMoment, SqrtGGN, fisher_source
-from paraboloid.statistics import Statistics, statistics
+from paraboloid.posteriors.structures.diagonal import Diagonal
+from paraboloid.posteriors.structures.full import Full
+from paraboloid.posteriors.structures.kronecker import CrossFitted, Kronecker
+from paraboloid.posteriors.structures.rows import Rows, compressed
+from paraboloid.quantities.door import Statistics, statistics
+from paraboloid.quantities.named import DiagGGN, Grad, Quantity, SampleGrads, SecondMoment, SqrtGGN, fisher_source
+from paraboloid.reductions.kronecker_factors import scale_product
 
 STRUCTURES = ("full", "diag", "kron", "ekfac", "lowrank", "functional")
 FISHERS = ("exact", "mc", "empirical")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paraboloid.posteriors.laplace import laplace
+from paraboloid.posteriors.fit_laplace import laplace
 from paraboloid.posteriors.posterior import Posterior
 
 LIKELIHOODS = {"classification": nn.CrossEntropyLoss, "regression": nn.MSELoss}

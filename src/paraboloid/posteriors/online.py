@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paraboloid import data as batch_data
-from paraboloid import trees
+from paraboloid.data import batches as batch_data
 from paraboloid.linalg.operand import check_count
+from paraboloid.passes import trees
 from paraboloid.posteriors import prior as priors
-from paraboloid.posteriors.evidence import groups_of
-from paraboloid.posteriors.laplace import laplace
+from paraboloid.posteriors.fit_laplace import laplace
 from paraboloid.posteriors.likelihood import Likelihood
 from paraboloid.posteriors.posterior import Posterior
+from paraboloid.posteriors.prior_tuning.evidence import groups_of
 
 
 def train_by_evidence(

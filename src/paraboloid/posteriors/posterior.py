@@ -9,19 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paraboloid import data as batch_data
-from paraboloid import trees
+from paraboloid.data import batches as batch_data
 from paraboloid.linalg.operand import check_count
 from paraboloid.linalg.probes import Seed, generator_of
-from paraboloid.posteriors import last_layer, predictive, saving, sharpness, tuning
+from paraboloid.passes import trees
 from paraboloid.posteriors import prior as priors
-from paraboloid.posteriors.evidence import effective_dimension
+from paraboloid.posteriors import saving
 from paraboloid.posteriors.fit import Fitting, curvature
-from paraboloid.posteriors.full import Full
-from paraboloid.posteriors.jacobian import Jacobian, pull_outputs, recorded
 from paraboloid.posteriors.likelihood import Likelihood
-from paraboloid.posteriors.moments import moments
-from paraboloid.posteriors.rows import Rows
+from paraboloid.posteriors.prediction import last_layer, predictive, sharpness
+from paraboloid.posteriors.prediction.jacobian import Jacobian, pull_outputs, recorded
+from paraboloid.posteriors.prediction.moments import moments
+from paraboloid.posteriors.prior_tuning import tuning
+from paraboloid.posteriors.prior_tuning.evidence import effective_dimension
+from paraboloid.posteriors.structures.full import Full
+from paraboloid.posteriors.structures.rows import Rows
 from paraboloid.posteriors.weights import only
 
 
@@ -258,3 +260,15 @@ class Posterior:
     def save(self, path: str | Path) -> None:
         """Write everything but the model, the data and `output` to a file that `paraboloid.load_posterior` reads."""
         saving.save(self, path)
+
+
+def load_posterior(
+    path: str | Path, model: nn.Module, loss_fn: Any, *, output: batch_data.Output | None = None
+) -> Posterior:
+    """A posterior that `Posterior.save` wrote, bit for bit, for the same model at the same weights.
+
+    Raises ValueError where the model's parameters have other names, shapes or values than those that the posterior was
+    fitted at, where the loss is of another kind, and for a file of another origin.
+    """
+    likelihood = Likelihood.of(loss_fn)
+    return Posterior(model, likelihood, **saving.read(path, model, likelihood), output=output)

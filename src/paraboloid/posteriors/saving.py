@@ -9,29 +9,51 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paraboloid import data as batch_data
-from paraboloid import factors, trees
-from paraboloid.eigenform import Basis, Eigenform
-from paraboloid.posteriors.diagonal import Diagonal
-from paraboloid.posteriors.full import Full
-from paraboloid.posteriors.kronecker import CrossFitted, Kronecker
+from paraboloid.linalg.eigenform import Basis, Eigenform
+from paraboloid.passes import trees
 from paraboloid.posteriors.likelihood import Likelihood
-from paraboloid.posteriors.rows import Rows
+from paraboloid.posteriors.structures.diagonal import Diagonal
+from paraboloid.posteriors.structures.full import Full
+from paraboloid.posteriors.structures.kronecker import CrossFitted, Kronecker
+from paraboloid.posteriors.structures.rows import Rows
+from paraboloid.reductions import kronecker_factors
 
-VERSION = 2
+State = dict[str, Any]
+VERSION = 3
 PLAIN = (
     "structure", "loss", "constant", "count", "elements", "target", "noise_variance", "temperature", "sharpness",
     "max_memory", "options",
 )  # fmt: skip
 
-
-# What a curvature consists of; classes of equal name are told apart by their places.
-CLASSES = (Full, Diagonal, Rows, Kronecker, CrossFitted, Eigenform, Basis, factors.Factors, factors.Rows)
-NAMES = {c: f"{c.__module__}.{c.__name__}" for c in CLASSES}
+# What a curvature consists of, by the kinds that files name: they outlive every move of a class.
+KINDS = {
+    "full": Full,
+    "diagonal": Diagonal,
+    "rows": Rows,
+    "kronecker": Kronecker,
+    "cross_fitted": CrossFitted,
+    "eigenform": Eigenform,
+    "basis": Basis,
+    "factors": kronecker_factors.Factors,
+    "factor_rows": kronecker_factors.Rows,
+}
+NAMES = {c: kind for kind, c in KINDS.items()}
+# Files of version 2 name the places where the classes lay then.
+PLACES_2 = {
+    "paraboloid.posteriors.full.Full": "full",
+    "paraboloid.posteriors.diagonal.Diagonal": "diagonal",
+    "paraboloid.posteriors.rows.Rows": "rows",
+    "paraboloid.posteriors.kronecker.Kronecker": "kronecker",
+    "paraboloid.posteriors.kronecker.CrossFitted": "cross_fitted",
+    "paraboloid.eigenform.Eigenform": "eigenform",
+    "paraboloid.eigenform.Basis": "basis",
+    "paraboloid.factors.Factors": "factors",
+    "paraboloid.factors.Rows": "factor_rows",
+}
 
 
 def _packed(value: Any) -> Any:
-    """Dataclasses as dicts with their class's name; the parameters, which are saved as the weights, are left out."""
+    """Dataclasses as dicts with their kind; the parameters, which are saved as the weights, are left out."""
     if type(value) in NAMES:
         inside = {f.name: _packed(getattr(value, f.name)) for f in fields(value) if f.name != "parameters"}
         return {"class": NAMES[type(value)], "fields": inside}
@@ -49,7 +71,8 @@ def _unpacked(value: Any, weights: dict[str, Tensor]) -> Any:
         return value
     if "dict" in value:
         return {k: _unpacked(v, weights) for k, v in value["dict"].items()}
-    found = next(c for c, name in NAMES.items() if name == value["class"])
+    kind = str(value["class"])
+    found = KINDS[PLACES_2.get(kind, kind)]
     inside = {k: _unpacked(v, weights) for k, v in value["fields"].items()}
     if any(f.name == "parameters" for f in fields(found)):
         inside["parameters"] = weights
@@ -69,18 +92,13 @@ def save(posterior: Any, path: str | Path) -> None:
     torch.save(state, path)
 
 
-def load_posterior(path: str | Path, model: nn.Module, loss_fn: Any, *, output: batch_data.Output | None = None) -> Any:
-    """A posterior that `Posterior.save` wrote, bit for bit, for the same model at the same weights.
-
-    Raises ValueError where the model's parameters have other names, shapes or values than those that the posterior was
-    fitted at, where the loss is of another kind, and for a file of another origin.
-    """
-    from paraboloid.posteriors.posterior import Posterior
-
+def read(path: str | Path, model: nn.Module, likelihood: Likelihood) -> State:
+    """What `Posterior` is made of, from a file that `save` wrote; see `load_posterior`."""
     state = torch.load(path, weights_only=True, map_location=next(iter(model.parameters())).device)
-    if not isinstance(state, dict) or state.get("version") != VERSION:
-        raise ValueError(f"{path} holds no posterior of version {VERSION}; expected a file written by Posterior.save.")
-    likelihood = Likelihood.of(loss_fn)
+    if not isinstance(state, dict) or state.get("version") not in (2, VERSION):
+        raise ValueError(
+            f"{path} holds no posterior of version 2 or {VERSION}; expected a file written by Posterior.save."
+        )
     if likelihood.kind != state["kind"]:
         raise ValueError(f"the posterior was fitted with a {state['kind']} likelihood, but loss_fn is a "
                          f"{likelihood.kind} one; expected the same.")  # fmt: skip
@@ -96,9 +114,6 @@ def load_posterior(path: str | Path, model: nn.Module, loss_fn: Any, *, output: 
     if moved:
         raise ValueError(f"the model's parameters {moved} have other values than those that the posterior was fitted "
                          "at; load the model's weights first.")  # fmt: skip
-    curvature = _unpacked(state["curvature"], weights)
-    plain = {name: state[name] for name in PLAIN}
-    return Posterior(
-        model, likelihood, plain.pop("structure"), curvature, weights, output=output, **plain,
-        _prior=state["prior_precision"],
-    )  # fmt: skip
+    read = {name: state[name] for name in PLAIN}
+    return read | {"curvature": _unpacked(state["curvature"], weights), "weights": weights,
+                   "_prior": state["prior_precision"]}  # fmt: skip

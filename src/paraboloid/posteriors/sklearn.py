@@ -10,9 +10,9 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from paraboloid import trees
-from paraboloid.data import Chunks
-from paraboloid.posteriors.laplace import laplace
+from paraboloid.data.batches import Chunks
+from paraboloid.passes import trees
+from paraboloid.posteriors.fit_laplace import laplace
 from paraboloid.posteriors.posterior import Posterior
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from paraboloid import data as batch_data
-from paraboloid import trees
-from paraboloid.randomness import isolated
-from paraboloid.tape import record
+from paraboloid.data import batches as batch_data
+from paraboloid.engine.tape import record
+from paraboloid.passes import trees
+from paraboloid.passes.random_state import isolated
 
 Weights = str | Sequence[str] | Callable[[str], bool]
 

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from paraboloid import losses, trees
-from paraboloid.data import sample_count
+from paraboloid import losses
+from paraboloid.data.batches import sample_count
+from paraboloid.passes import trees
 
 OPTIMIZERS = ("adam", "sgd")
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paraboloid import trees
-from paraboloid.data import Chunks, call, sample_count, take
+from paraboloid.data.batches import Chunks, call, sample_count, take
+from paraboloid.passes import trees
 from paraboloid.problems.problem import Problem, Samples, Training, loss_of
 from paraboloid.problems.seeding import seeded
 

@@ -1,4 +1,4 @@
-"""The report: a record of plain numbers in, `report.json` and one self-contained `report.html` out."""
+"""The report: a record of plain numbers in, JSON and one self-contained HTML page out; imports no other room."""
 
 from paraboloid.report.page import render, render_study
 from paraboloid.report.record import KEYS, Record, from_json, to_json

@@ -1,0 +1,1 @@
+"""Sums over the processes of a data-parallel job; imports from `passes`."""

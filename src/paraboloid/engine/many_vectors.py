@@ -1,0 +1,54 @@
+"""All vectors in one backward pass, where that is faster than one after another: on devices, which the single passes of
+small networks leave idle.  An operation without a vectorised rule, or with a wrong one, sends its model to the loop.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paraboloid.passes.modes import rounding
+
+# What became of it, by model: the sequences of calls for which it was found right, or None after a failure.
+_found_right: weakref.WeakKeyDictionary[nn.Module, set[tuple[str, ...]] | None] = weakref.WeakKeyDictionary()
+
+
+def wanted(f: Tensor) -> bool:
+    return f.device.type != "cpu"
+
+
+def pull(model: nn.Module, f: Tensor, edges: Sequence[Any], v: Tensor) -> list[Tensor | None] | None:
+    """Gradients [V *z] of v [V *f.shape] at the edges; None where a loop is to be taken.
+
+    The first result of each sequence of calls is compared with that of a single vector.
+    """
+    if not wanted(f):
+        return None
+    known = _found_right.setdefault(model, set())
+    if known is None:
+        return None
+    calls = tuple(edge.node.name() for edge in edges)
+    with warnings.catch_warnings(), suppress(RuntimeError, NotImplementedError, Warning):
+        warnings.simplefilter("error")  # of an operation without a rule, which is slower than the loop
+        found = torch.autograd.grad(f, edges, v, retain_graph=True, allow_unused=True, is_grads_batched=True)
+        if calls not in known:
+            single = torch.autograd.grad(f, edges, v[-1], retain_graph=True, allow_unused=True)
+            if not all(_agree(a, b) for a, b in zip(found, single, strict=True)):
+                raise RuntimeError("a vectorised rule is wrong")
+            known.add(calls)
+        return list(found)
+    _found_right[model] = None
+    return None
+
+
+def _agree(together: Tensor | None, single: Tensor | None) -> bool:
+    if together is None or single is None:
+        return together is single
+    tolerance = 10 * rounding(single.dtype, single.device) if single.dtype != torch.float64 else 1e-8
+    return bool((together[-1] - single).norm() <= tolerance * single.norm())

@@ -1,0 +1,231 @@
+"""From a call's rule to its weights' outer products per sample: rows regrouped, broadcast axes summed, fallbacks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from paraboloid.engine.outer_products import Outer, Right, general
+from paraboloid.engine.reindexed_weights import Alias, Piece, itself
+from paraboloid.engine.sample_independence import Layout
+from paraboloid.layers import RULES, Use
+from paraboloid.passes.modes import autocast
+
+Via = Callable[[Tensor], Tensor] | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One weight of one call, ready for gradients g [V *z]; `root` is a parameter or derived from some.
+
+    `use` is what the call's rule says of the weight; None for a fallback.
+    """
+
+    root: Tensor
+    outer: Callable[[Tensor, Via], Outer]
+    use: Use | None = None
+
+
+def rule_parts(call: Any, layout: Layout, aliases: Mapping[int, Alias]) -> list[Part] | None:
+    """The parts of every weight of the call by its rule, or None where no rule applies to these arguments."""
+    wanted = {id(w) for w in call.weights}
+    uses = [u for u in RULES.get(call.op, lambda *_, **__: ())(*call.args, **call.kwargs) if id(u.weight) in wanted]
+    if {id(u.weight) for u in uses} != wanted:
+        return None
+    parts: list[Part] = []
+    for use in uses:
+        found = _parts(call.shape, layout, use, aliases.get(id(use.weight)))
+        if found is None:
+            return None
+        parts += found
+    return parts
+
+
+def blocked(call: Any, layout: Layout, aliases: Mapping[int, Alias]) -> list[Tensor]:
+    """The weights of the call that no rule can treat: none is known, or the samples lie along their own axes."""
+    uses = {id(u.weight): u for u in RULES.get(call.op, lambda *_, **__: ())(*call.args, **call.kwargs)}
+    return [
+        w for w in call.weights
+        if id(w) not in uses or _parts(call.shape, layout, uses[id(w)], aliases.get(id(w))) is None
+    ]  # fmt: skip
+
+
+def _parts(shape: torch.Size, layout: Layout, use: Use, alias: Alias | None) -> list[Part] | None:
+    """One part for each root of the weight; None where the samples lie along an axis of the weight itself."""
+    alias = itself(use.weight) if alias is None else alias
+    places = _places(use, alias)
+    if places is None:  # not rows of the roots: differentiated through instead
+        alias = itself(use.weight)
+        places = [Place(alias.pieces[0], slice(None), 0, 0)]
+    axis, (a, N, b) = layout
+    if use.shape is not None:
+        if use.shape[axis] != shape[axis]:
+            return None  # joined to the data along the samples' own axis
+        shape = use.shape
+    rows = broadcast_axes(shape, alias.shape) if use.rows is None else use.rows
+    if axis not in rows:
+        return None
+    at, sizes = rows.index(axis), [shape[i] for i in rows]
+    split = (math.prod(sizes[:at]) * a, N, b * math.prod(sizes[at + 1 :]))
+    made: dict[int, Right] = {}  # by place: every pull has the same input side, which may be kept unfolded
+
+    def outer(place: Place, g: Tensor, via: Via) -> Outer:
+        root, flip = place.piece.root, use.flip ^ alias.turned
+        precision = accumulation(root.dtype)
+        left = use.left(g.to(precision))  # under autocast g is shorter than the weight
+        if use.rows is None:
+            left = left.movedim([i + 1 for i in rows], list(range(1, len(rows) + 1)))
+            left = left.reshape(len(g), -1, 1, 1, alias.shape.numel())
+        left = left.unflatten(1, split).permute(0, 2, 4, 1, 3, 5, 6).flatten(3, 5)  # [V N G abT p]
+        left = left.to(precision)
+        if use.right is None:
+            left = place.put(left.sum(3, keepdim=True) if left.shape[3] > 1 else left, -1)
+            if place.piece.table is not None:
+                return _table_rows(left, *place.piece.table)
+            return Outer(left, None, root.shape, via=via, kind="vector")
+        q = use.q
+        if flip and place.moves:
+            q = root.numel() // left.shape[-1]
+        elif place.moves:
+            left = place.put(left, -1)
+        if id(place) not in made:
+            made[id(place)] = Right(_rows(use, place, flip), split, use.lookup, precision, use.q_axes)
+        return Outer(left, made[id(place)], root.shape, q, flip, via)
+
+    return [
+        Part(p.piece.table[0] if p.piece.table and use.right is None else p.piece.root, partial(outer, p), use)
+        for p in places if p.piece.root.requires_grad
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where rows of a weight lie in a root: `rows` of the weight, behind `before` rows of the root, `after` follow."""
+
+    piece: Piece
+    rows: slice
+    before: int
+    after: int
+
+    @property
+    def moves(self) -> bool:
+        return self.rows != slice(None) or self.before + self.after > 0
+
+    def put(self, t: Tensor, axis: int) -> Tensor:
+        """The weight's rows along an axis of t, among zeros for the root's other rows."""
+        if not self.moves:
+            return t
+        t = t.movedim(axis, -1)[..., self.rows]
+        return F.pad(t, (self.before, self.after)).movedim(-1, axis)
+
+    def among(self, right: Callable[[slice], Tensor], axis: int) -> Callable[[slice], Tensor]:
+        return lambda n: self.put(right(n), axis)
+
+    def shifted(self, lookup: Callable[[slice], Tensor]) -> Callable[[slice], Tensor]:
+        """The same rows of a table, counted in the root."""
+        return lambda n: (index := lookup(n)) + self.before * (index >= 0)
+
+
+def _rows(use: Use, place: Place, flip: bool) -> Callable[[slice], Tensor]:
+    """The input side's rows, among those of a root that the weight is a part of."""
+    assert use.right is not None
+    if not (flip and place.moves):
+        return use.right
+    return place.shifted(use.right) if use.lookup else place.among(use.right, 2 if use.q_axes else -1)
+
+
+def _places(use: Use, alias: Alias) -> list[Place] | None:
+    """Where the alias's pieces go in their roots; None where its rows are no rows of a root."""
+    if use.rows is None:
+        if alias.turned:
+            return None
+    elif use.weight.shape != (alias.shape[::-1] if alias.turned else alias.shape):
+        return None  # stretched, which only a broadcast use undoes
+    if alias.is_whole:
+        return [Place(alias.pieces[0], slice(None), 0, 0)]
+    length = 1  # of a row: q elements, or p where the parameter is stored flipped
+    if use.right is not None:
+        flip = use.flip ^ alias.turned
+        length = alias.shape.numel() // use.q if flip else use.q
+        shifts = not use.lookup or len(alias.pieces) == 1
+        if use.groups > 1 or (flip and not (shifts and use.q_axes in (None, 1))) or (use.lookup and not flip):
+            return None
+    places, at = [], 0
+    for piece in alias.pieces:
+        size = piece.stop - piece.start
+        heads = (piece.root.shape[k:].numel() for k in range(piece.root.dim() + 1))
+        if any(i % length for i in (at, size, piece.start)) or length not in heads:
+            return None
+        rows = slice(at // length, (at + size) // length)
+        before = piece.start // length
+        places.append(Place(piece, rows, before, piece.root.numel() // length - before - size // length))
+        at += size
+    return places
+
+
+def _table_rows(left: Tensor, table: Tensor, positions: Tensor) -> Outer:
+    """Added rows of an embedding table at positions that all samples share: each row of the sum is one lookup."""
+    V, N = left.shape[:2]
+    index = positions.reshape(1, 1, -1).expand(N, 1, -1)
+    right = Right(lambda rows: index[rows], (1, N, 1), lookup=True)
+    return Outer(left.reshape(V, N, 1, -1, table.shape[1]), right, table.shape, len(table), flip=True)
+
+
+def accumulation(dtype: torch.dtype) -> torch.dtype:
+    """The type that a weight's outer products and their sums are kept in: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def broadcast_axes(shape: torch.Size, weight: torch.Size) -> tuple[int, ...]:
+    """Axes of the output along which a weight of the given shape is broadcast (aligned from the right)."""
+    lead = len(shape) - len(weight)
+    return tuple(i for i in range(len(shape)) if i < lead or weight[i - lead] == 1)
+
+
+def fallback_parts(call: Any, layout: Layout) -> list[Part]:
+    """Any call: the vector-Jacobian product of the operation itself, once per sample."""
+    axis, (a, N, b) = layout
+
+    def outer(w: Tensor, g: Tensor, via: Via) -> Outer:
+        mask = torch.eye(N, dtype=g.dtype, device=g.device)[:, None, :, None].expand(N, a, N, b).reshape(N, -1)
+        mask = mask.view(N, *[1] * axis, a * N * b, *[1] * (len(call.shape) - axis - 1))
+        with torch.enable_grad(), autocast(g.device, call.autocast):
+            fresh = {id(t): t.detach().requires_grad_() for t in call.weights}
+            z = call.op(*_swap(call.args, fresh), **_swap(call.kwargs, fresh))
+            J = vjp(z, fresh[id(w)], (g[:, None] * mask).flatten(0, 1))
+        J = J.unflatten(0, (len(g), N)).to(accumulation(w.dtype))
+        if via is None:
+            return general(J, w.shape)
+        return Outer(J.flatten(2)[:, :, None, None], None, w.shape, via=via, kind="general")
+
+    weights = {id(w): w for w in call.weights}.values()
+    return [Part(w, lambda g, via, w=w: outer(w, g, via)) for w in weights]
+
+
+def _swap(tree: Any, fresh: dict[int, Tensor]) -> Any:
+    if isinstance(tree, Tensor):
+        return fresh.get(id(tree), tree.detach())
+    if isinstance(tree, dict):
+        return {k: _swap(t, fresh) for k, t in tree.items()}
+    if isinstance(tree, tuple | list):
+        return (tuple if isinstance(tree, tuple) else list)(_swap(t, fresh) for t in tree)
+    return tree
+
+
+def vjp(z: Tensor, p: Tensor, gs: Tensor) -> Tensor:
+    """Vector-Jacobian products of z(p): [B *z] -> [B *p]; batched where the operations allow it."""
+    precision, gs = gs.dtype, gs.to(z.dtype)
+    with torch.enable_grad():
+        try:
+            (r,) = torch.autograd.grad(z, p, gs, retain_graph=True, is_grads_batched=True, allow_unused=True)
+        except RuntimeError:  # an operation without a batching rule
+            each = [torch.autograd.grad(z, p, u, retain_graph=True, allow_unused=True)[0] for u in gs]
+            r = None if each[0] is None else torch.stack(each)
+    return p.new_zeros(len(gs), *p.shape, dtype=precision) if r is None else r.to(precision)

@@ -1,0 +1,190 @@
+"""Record a forward pass: which tensors are clean, and every call that mixes weights with data.
+
+A tensor is *clean* if it is a parameter, a buffer, or computed from clean tensors only; every other tensor is data (the
+safe default: a misclassification costs speed or raises, it never gives wrong numbers).  A *weight* is a clean tensor
+that requires grad: a parameter, or derived from parameters.  A *call* is an operation that mixes weights with data.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from paraboloid.engine.reindexed_weights import STRETCHES, Alias, alias_of
+from paraboloid.layers import LOWERINGS, RULES
+from paraboloid.layers.normalization import Hook, constant_statistics, uses_batch_statistics
+from paraboloid.passes.modes import autocast_dtype
+
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # attributes: parameters, buffers, hooks
+# In-place calls whose rule needs no value of what is mutated: a sum, and running statistics in training mode.
+HARMLESS = {Tensor.add_, Tensor.__iadd__, F.batch_norm, F.instance_norm}
+
+
+@dataclass
+class Call:
+    """One operation that mixes weights with data, and what is needed to take its gradient apart later."""
+
+    op: Callable
+    args: tuple
+    kwargs: dict
+    edge: GradientEdge
+    shape: torch.Size
+    weights: list[Tensor]
+    below: list[Any]  # graph nodes of the data inputs: where the completeness walk goes on
+    held: list[tuple[Tensor, int]]  # tensors and the versions they had
+    autocast: torch.dtype | None  # what it ran under
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether nothing that it used was modified since."""
+        return all(version(t) == had for t, had in self.held)
+
+
+def _call(op, args, kwargs, z: Tensor, weights, below, held) -> Call:
+    return Call(op, args, kwargs, get_gradient_edge(z), z.shape, weights, below, held, autocast_dtype(z.device))
+
+
+def version(t: Tensor) -> int:
+    """How often t was modified in place; tensors made under inference_mode do not count."""
+    return 0 if t.is_inference() else t._version
+
+
+def tensors(*trees_: Any) -> Iterator[Tensor]:
+    for t in trees_:
+        if isinstance(t, Tensor):
+            yield t
+        elif isinstance(t, tuple | list):
+            yield from tensors(*t)
+        elif isinstance(t, dict):
+            yield from tensors(*t.values())
+
+
+def _unshared(z: Tensor, inputs: list[Tensor]) -> Tensor:
+    """z as a tensor of its own where the operation made it as a view of its inner result (F.linear on [N T D]).
+
+    An in-place activation on such a view would be routed around the call's output in the graph.
+    """
+    if not z._is_view() or any(z._base is t or z._base is t._base for t in inputs):
+        return z
+    return torch.ops.aten._unsafe_view(z, z.shape)
+
+
+def lowered(op: Callable) -> Callable | None:
+    """What to run in place of an operation without a rule, so that the calls inside it are recorded.
+
+    A recurrent layer is unrolled.  A composite Python function (`F.multi_head_attention_forward` and its like hide the
+    products inside behind one call) runs with its own code, made blind to torch-function modes.
+    """
+    if op in RULES or op in LOWERINGS:
+        return LOWERINGS.get(op)
+    if not isinstance(op, types.FunctionType):
+        return None
+    switches = [n for n in op.__code__.co_names if n.startswith("has_torch_function")]
+    if not switches or "__class__" in op.__code__.co_freevars:  # a Tensor method calls super(), which is itself again
+        return None
+    blind = op.__globals__ | dict.fromkeys(switches, lambda *_: False)
+    function = types.FunctionType(op.__code__, blind, op.__name__, op.__defaults__, op.__closure__)
+    function.__kwdefaults__ = op.__kwdefaults__
+    return function
+
+
+class Recorder(TorchFunctionMode):
+    """Notes the calls of everything that runs while it is active; `names` maps the ids of the tracked parameters."""
+
+    def __init__(self, model: nn.Module, names: Mapping[int, str]):
+        super().__init__()
+        self.names = names
+        self.calls: list[Call] = []
+        self.noted: Callable[[Call, Tensor], None] | None = None  # told of every call with its output
+        self.candidates: list[Call] = []  # operations on weights alone, of which some may turn out to be calls
+        self.clean: dict[int, tuple[Tensor, int]] = {}
+        self.alias: dict[int, Alias] = {}
+        self.batch_norms: list[tuple[Any, Hook]] = []  # those that ran in training mode: graph node, and what holds it
+        for module in model.modules():
+            self._mark(*module._parameters.values(), *module._buffers.values())
+            # Plain attributes may be constants (positions, masks), or an input that the module kept: numbers are data.
+            own = (value for name, value in vars(module).items() if name not in OF_EVERY_MODULE)
+            self._mark(*(t for t in tensors(*own) if not t.is_floating_point()))
+
+    def _mark(self, *things: Any) -> None:
+        """Clean until its version moves."""
+        self.clean.update({id(t): (t, version(t)) for t in tensors(*things)})
+
+    def _is_clean(self, t: Tensor) -> bool:
+        if id(t) in self.names:
+            return True  # an optimiser's step makes no data of a parameter
+        known = self.clean.get(id(t))
+        return known is not None and known[1] == version(t)
+
+    def __torch_function__(self, op, types_, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        inputs = list(tensors(args, kwargs))
+        clean = [self._is_clean(t) for t in inputs]
+        weights = []
+        if torch.is_grad_enabled():
+            weights = [t for t, c in zip(inputs, clean, strict=True) if c and t.requires_grad]
+        mixes = bool(weights) and not all(clean) and op not in STRETCHES
+        if weights and (inner := lowered(op)) is not None:
+            with self:
+                z = inner(*args, **kwargs)
+            if z is not NotImplemented:
+                return z
+        before = [version(t) for t in inputs]
+        below = [
+            get_gradient_edge(t).node
+            for t, c in zip(inputs, clean, strict=True) if mixes and not c and t.requires_grad
+        ]  # fmt: skip
+        z = op(*args, **kwargs)
+        if uses_batch_statistics(op, args, kwargs) and z.requires_grad:
+            self.batch_norms.append((z.grad_fn, constant_statistics(args, kwargs)))
+        if all(clean) or (op in STRETCHES and clean[0]):
+            self._note_clean(op, args, kwargs, inputs, clean, before, weights, z)
+        elif mixes and isinstance(z, Tensor) and z.requires_grad:
+            z = _unshared(z, inputs)
+            still = [(t, b) for t, b in zip(inputs, before, strict=True) if version(t) == b]
+            if len(still) == len(inputs) or op in HARMLESS:  # the completeness walk finds what other calls hide
+                self.calls.append(_call(op, args, kwargs, z, weights, below, still))
+                if self.noted is not None:
+                    with torch._C.DisableTorchFunction():
+                        self.noted(self.calls[-1], z)
+        return z
+
+    @contextmanager
+    def statistics_held(self, held: bool) -> Iterator[None]:
+        """Pulls inside the block pass batch norms in training mode as if their statistics were constants."""
+        hooks = [node.register_hook(hook) for node, hook in self.batch_norms] if held else []
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _note_clean(self, op, args, kwargs, inputs, clean, before, weights, z) -> None:
+        for t, c, b in zip(inputs, clean, before, strict=True):
+            if c and version(t) != b:  # changed in place by clean values
+                self._mark(t)
+                self.alias.pop(id(t), None)
+        self._mark(z)
+        if not weights:
+            return
+        still = [(t, b) for t, b in zip(inputs, before, strict=True) if version(t) == b]
+        if op in RULES and len(still) == len(inputs) and isinstance(z, Tensor) and z.requires_grad:
+            w = weights[0]
+            if (
+                w.is_leaf or z.shape != w.shape or any(t is not w for t in weights)
+            ):  # else the step before serves as well
+                self.candidates.append(_call(op, args, kwargs, z, weights, [], still))
+        for result in tensors(z):
+            if not any(result is t for t in inputs) and result.requires_grad:
+                found = alias_of(op, args, kwargs, result, self.alias)
+                if found is not None:
+                    self.alias[id(result)] = found

@@ -1,0 +1,108 @@
+"""Certify that samples do not mix between the output and every recorded call, and find where the samples lie there.
+
+Pull a random u and w * u, where w_n = +-2^k differs from sample to sample.  The map from output to call is linear, so
+the samples are independent if and only if some layout of the call's axes gives g(w u) = w g(u).  Powers of two commute
+with rounding, so the comparison is nearly exact, and their spread (2^-12 to 2^12) magnifies a leak between samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from paraboloid.passes.modes import rounding
+
+WIDE, NARROW = 12, 3  # largest k; the narrow spread is for float16, which ends at 2^16
+CHUNK_ELEMENTS = 2**20  # compared at a time
+
+
+class Layout(NamedTuple):
+    """Axis `axis` of a call's output unflattens into (a, N, b): N the samples, a and b positions."""
+
+    axis: int
+    sizes: tuple[int, int, int]
+
+
+def sample_weights(N: int, generator: torch.Generator, spread: int = WIDE) -> Tensor:
+    """w_n = +-2^k, k in -12..12, [N]; all different while N <= 50, so that no two axes can be confused."""
+    powers = 2 * spread + 1
+    order = torch.cat([torch.randperm(2 * powers, generator=generator) for _ in range(-(-N // (2 * powers)))])[:N]
+    return 2.0 ** (order % powers - spread) * (1 - 2 * (order // powers))
+
+
+def layouts_of(shape: Sequence[int], N: int) -> Iterator[Layout]:
+    """The ways in which an axis can hold the samples: as [N b] or as [a N]."""
+    for axis, d in enumerate(shape):
+        if d and d % N == 0:
+            for a in sorted({1, d // N}):
+                yield Layout(axis, (a, N, d // N // a))
+
+
+def certify(
+    f: Tensor, calls: Sequence[Any], parameters: Sequence[Tensor], where: Callable[[Any], str], spread: int = WIDE
+) -> tuple[list[Layout | None], tuple[Tensor, list[Tensor | None], list[Tensor | None]]]:
+    """The layout of the samples at every call (None where nothing flows back), and one pull to check the rules with:
+    the random vector, its gradients at the calls, and autograd's own gradients of the parameters.
+
+    Costs two pulls and one parameter gradient.  Raises ValueError, naming the call, where the samples mix.
+    """
+    N, edges = len(f), [c.edge for c in calls]
+    generator = torch.Generator().manual_seed(0)
+    w = sample_weights(N, generator, spread)
+    u = torch.randn(f.shape, generator=generator, dtype=torch.float32).to(f)
+    scaled = u * w.to(u).view(-1, *[1] * (f.dim() - 1))
+    hs: list[Tensor | None] = [None] * len(calls)
+    if edges:
+        hs = list(torch.autograd.grad(f, edges, scaled, retain_graph=True, allow_unused=True))
+    gs: list[Tensor | None] = [None] * len(calls)
+    layouts: list[Layout | None] = [None] * len(calls)
+    mixing: list[int] = []
+    half = f.dtype == torch.float16  # powers of two commute with rounding, but float16 has few of them
+
+    def compare(i: int, grads: tuple[Tensor | None, ...]) -> None:
+        """Compare as the gradient arrives, so that only one of the two pulls is held in memory."""
+        nonlocal half
+        g, h, hs[i] = grads[edges[i].output_nr], hs[i], None
+        if g is None or h is None:
+            return
+        gs[i] = g.detach()
+        half = half or g.dtype == torch.float16
+        tolerance = rounding(torch.float16 if half else g.dtype, g.device) ** 0.6 * g.abs().max()
+        fitting = (layout for layout in layouts_of(calls[i].shape, N) if _fits(g, h, w, layout, tolerance))
+        layouts[i] = next(fitting, None)
+        if layouts[i] is None:
+            mixing.append(i)
+
+    hooks = [e.node.register_prehook(lambda grads, i=i: compare(i, grads)) for i, e in enumerate(edges)]
+    try:
+        truth: list[Tensor | None] = [
+            *torch.autograd.grad(f, list(parameters), u, retain_graph=True, allow_unused=True)
+        ]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if mixing and half and spread > NARROW:
+        return certify(f, calls, parameters, where, NARROW)  # what overflowed or vanished looks like a leak
+    if mixing:
+        call = calls[min(mixing)]
+        raise ValueError(
+            f"{where(call)}: its output {tuple(call.shape)} does not separate into the {N} samples along any axis, so "
+            "there are no per-sample gradients here. Something between it and the output mixes or reorders the "
+            "samples: BatchNorm in training mode (call model.eval()), a softmax or mean over the batch, a flip. (A "
+            "constant tensor that is no buffer of the model counts as data: register it.)"
+        )
+    return layouts, (u, gs, truth)
+
+
+def _fits(g: Tensor, h: Tensor, w: Tensor, layout: Layout, tolerance: Tensor) -> bool:
+    """Whether h = w g with the samples laid out so; a few samples at a time, so that nothing large is allocated."""
+    axis, sizes = layout
+    g, h = g.unflatten(axis, sizes).movedim(axis + 1, 0), h.unflatten(axis, sizes).movedim(axis + 1, 0)
+    column = w.to(g).view(-1, *[1] * (g.dim() - 1))
+    step = max(1, CHUNK_ELEMENTS * len(g) // g.numel())
+    ranges = [slice(i, i + step) for i in range(0, len(g), step)]
+    worst = [(h[n] / column[n]).sub_(g[n]).abs_().max() for n in ranges]
+    return bool(torch.stack(worst).max() <= tolerance)

@@ -1,0 +1,336 @@
+"""Pull output vectors back through a recorded forward pass, sample by sample; certify that the answer is right.
+
+The recorder keeps the arguments of every call and the gradient edge of its output; autograd does everything between
+calls (residuals, attention, weight tying, a module called twice, any control flow), and a call's rule does the rest.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.overrides import resolve_name
+
+from paraboloid.engine import many_vectors
+from paraboloid.engine.derived_weights import promote, replay
+from paraboloid.engine.outer_products import Outer, general
+from paraboloid.engine.per_sample import Part, fallback_parts, rule_parts, vjp
+from paraboloid.engine.recorder import Call, Recorder, tensors
+from paraboloid.engine.sample_independence import Layout, certify
+from paraboloid.layers.normalization import uses_batch_statistics
+from paraboloid.passes import trees
+from paraboloid.passes.memory import pooled
+from paraboloid.passes.modes import eager_code, own_arithmetic, rounding
+from paraboloid.passes.random_state import copied_buffers
+
+SIGNATURES = 512  # recorded sequences of calls and shapes that are remembered per model
+Layouts = list[Layout | None]  # one for each call; None: nothing flows back to it
+_certified: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[int, list[Layouts]]]] = weakref.WeakKeyDictionary()
+
+
+class Reach(NamedTuple):
+    """What some path from the output reaches: recorded calls; parameters not through a call's weights; and at all."""
+
+    calls: list[Call]
+    missed: set[str]
+    found: set[str]
+
+
+@dataclass
+class Plan:
+    """What a pull from output f needs, worked out once per recorded graph."""
+
+    calls: list[Call]
+    layouts: Layouts
+    parts: list[list[Part] | None]  # per call; None: nothing flows back to it
+    missed: set[str]
+
+
+class Tape:
+    """The recording of one forward pass of `model`.  Use it through `paraboloid.record`.
+
+    verify: how often sample independence is certified: "auto" (the first time a sequence of calls and shapes is seen,
+    and on calls 2, 4, 8, ...), "always" (once for every recorded graph) or False.
+    """
+
+    def __init__(self, model: nn.Module, verify: str | bool = "auto"):
+        if verify not in ("auto", "always", False):
+            raise ValueError(f"verify is {verify!r}; expected 'auto', 'always' or False.")
+        self.model, self.verify = model, verify
+        self.parameters = trees.parameters(model)
+        self.names = {id(p): name for name, p in self.parameters.items()}
+        self.recorder = Recorder(model, self.names)
+        self._plan: tuple[Tensor, bool, Plan] | None = None
+
+    @property
+    def calls(self) -> list[Call]:
+        return self.recorder.calls
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Note the calls made inside the block; what torch.compile compiled runs eagerly there, call by call."""
+        with eager_code(), self.recorder:
+            yield
+
+    # --- guards --------------------------------------------------------------------------------------------------
+
+    def _check_fresh(self, calls: list[Call]) -> None:
+        for call in calls:
+            if not call.is_fresh:
+                raise RuntimeError(
+                    f"{self.where(call)}: a tensor it used was modified in place after the forward pass (an input, or "
+                    "a parameter by an optimiser step); pull before that, or run the forward pass again."
+                )
+
+    def reached(self, f: Tensor, calls: list[Call]) -> Reach:
+        """What lies on the paths from f to the leaves."""
+        at = {call.edge.node: call for call in calls}
+        seen, stack, missed, found = set(), [f.grad_fn], set(), set()
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if type(node).__name__ == "CheckpointFunctionBackward":
+                raise RuntimeError(
+                    "the model uses torch.utils.checkpoint with use_reentrant=True, through which no gradient of a "
+                    "layer's output can be taken; pass use_reentrant=False there, or switch checkpointing off."
+                )
+            if (leaf := getattr(node, "variable", None)) is not None:
+                missed.add(self.names.get(id(leaf)))
+            if (call := at.get(node)) is not None:
+                stack += call.below
+                found.update(name for w in call.weights for name in self.leaves(w))
+            else:
+                stack += [n for n, _ in node.next_functions]
+        missed -= {None}
+        return Reach([call for call in calls if call.edge.node in seen], missed, found | missed)
+
+    def leaves(self, derived: Tensor) -> set[str]:
+        """Names of the parameters that a weight is computed from."""
+        if id(derived) in self.names:
+            return {self.names[id(derived)]}
+        seen, stack = set(), [derived.grad_fn or get_gradient_edge(derived).node]
+        while stack:
+            node = stack.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                stack += [n for n, _ in node.next_functions]
+        return {self.names[id(n.variable)] for n in seen if hasattr(n, "variable") and id(n.variable) in self.names}
+
+    def where(self, call: Call) -> str:
+        names = [self.names.get(id(w)) or f"a tensor derived from {sorted(self.leaves(w))}" for w in call.weights]
+        return f"{resolve_name(call.op) or getattr(call.op, '__name__', call.op)} on {', '.join(names)}"
+
+    # --- pulling back --------------------------------------------------------------------------------------------
+
+    def plan(self, f: Tensor, batch_statistics: bool = False) -> Plan:
+        """Guards, sample layouts and rules for pulls from f; computed once for each recorded graph."""
+        mixed = batch_statistics and bool(self.recorder.batch_norms)
+        if self._plan is None or self._plan[0] is not f or self._plan[1] != mixed:
+            self._plan = f, mixed, self._make_plan(f, mixed)
+        return self._plan[2]
+
+    def _make_plan(self, f: Tensor, mixed: bool) -> Plan:
+        if f.dim() == 0 or len(f) == 0:
+            raise ValueError(f"the output has shape {tuple(f.shape)}; expected axis 0 to be the N >= 1 samples.")
+        if not f.requires_grad:
+            raise ValueError("the output does not require grad: the forward pass ran under no_grad or inference_mode, "
+                             "or does not depend on any trainable parameter.")  # fmt: skip
+        calls, _, found = self.reached(f, self.calls)
+        if not found:
+            raise ValueError(f"the output depends on none of the model's {len(self.parameters)} trainable parameters; "
+                             "was it computed inside the record block, with the model's own parameters (not by "
+                             "functional_call with others)?")  # fmt: skip
+        history = _certified.setdefault(self.model, {})
+        self._check_fresh(calls)
+        signature = self._signature(f, calls, mixed)
+        count, steps = history.get(signature, (0, []))
+        due = self.verify == "always" or (self.verify == "auto" and (count & (count + 1) == 0 or not steps))
+        recorder, check = self.recorder, None
+        replayed = None if due else replay(calls, steps, recorder.candidates, recorder.alias)
+        if replayed is not None:
+            calls, layouts = replayed
+        else:
+            layouts, steps, further = [], [], calls
+            while further is not None:
+                with recorder.statistics_held(mixed):
+                    try:
+                        layouts, check = certify(f, further, list(self.parameters.values()), self.where)
+                    except ValueError:
+                        if not steps:
+                            raise
+                        break  # the weights that were taken for data are none
+                calls, steps = further, [*steps, layouts]
+                further = promote(calls, layouts, recorder.candidates, recorder.alias)
+        if not mixed:
+            self._refuse_batch_statistics(calls, layouts)
+        plan = Plan(calls, layouts, self._parts(calls, layouts), self.reached(f, calls).missed)
+        if due and check is not None:
+            self._check_totals(f, plan, *check)
+        history.pop(signature, None)
+        history[signature] = count + 1, steps
+        if len(history) > SIGNATURES:
+            history.pop(next(iter(history)))
+        return plan
+
+    def _refuse_batch_statistics(self, calls: list[Call], layouts: Layouts) -> None:
+        for call, layout in zip(calls, layouts, strict=True):
+            if layout is not None and uses_batch_statistics(call.op, call.args, call.kwargs):
+                raise ValueError(
+                    f"{self.where(call)} ran in training mode on an input {tuple(call.args[0].shape)}: its batch "
+                    "statistics mix the samples, so there are no per-sample gradients. Call model.eval() first, or "
+                    "replace it by GroupNorm; the gradient and Kronecker factors alone are possible as it is."
+                )
+
+    def _signature(self, f: Tensor, calls: list[Call], mixed: bool) -> int:
+        noted = (*calls, *self.recorder.candidates)
+        shapes = ((c.op, c.shape, tuple(t.shape for t in tensors(c.args, c.kwargs))) for c in noted)
+        return hash((f.shape, f.dtype, mixed, *shapes))
+
+    @torch.no_grad()
+    def _check_totals(
+        self, f: Tensor, plan: Plan, u: Tensor, gs: list[Tensor | None], truth: list[Tensor | None]
+    ) -> None:
+        """The recorded calls must add up to autograd's own gradient: catches a wrong rule and a random fallback."""
+        outers = self._outers(plan, [None if g is None else g[None] for g in gs])
+        size = dict.fromkeys(self.parameters, 0.0)  # of what is summed: where it cancels, only rounding errors are left
+        for call, g in zip(plan.calls, gs, strict=True):
+            for name in {name for w in call.weights for name in self.leaves(w)} if g is not None else ():
+                size[name] += float(torch.linalg.vector_norm(g, 1))
+        for (name, p), g in zip(self.parameters.items(), truth, strict=True):
+            if name in plan.missed or g is None:
+                continue
+            total = sum((o.total()[0] for o in outers[name]), torch.zeros_like(p))
+            dtypes = {g.dtype, f.dtype, *(h.dtype for h in gs if h is not None)}
+            eps = max(rounding(dtype, f.device) for dtype in dtypes)
+            error, scale = float((total - g).abs().max()), float(g.abs().max())
+            if not error <= eps**0.6 * scale + eps**0.9 * size[name]:
+                raise RuntimeError(
+                    f"parameter {name!r}: the recorded calls add up to a gradient that differs from autograd's by "
+                    f"{error:.3g} (largest entry {scale:.3g}): a layer's rule is wrong, or a call is random. Please "
+                    "report it; until then freeze this parameter with requires_grad_(False)."
+                )
+
+    def _parts(self, calls: list[Call], layouts: Layouts) -> list[list[Part] | None]:
+        parts: list[list[Part] | None] = []
+        for call, layout in zip(calls, layouts, strict=True):
+            if layout is None:
+                parts.append(None)
+                continue
+            got = rule_parts(call, layout, self.recorder.alias)
+            if got is None:
+                warnings.warn(
+                    f"{self.where(call)} has no rule for these arguments; falling back to one pull-back of this call "
+                    "per sample, which is exact but slower, and has no Kronecker factors.", stacklevel=6,
+                )  # fmt: skip
+                got = fallback_parts(call, layout)
+            parts.append(got)
+        return parts
+
+    @torch.no_grad()
+    def _outers(self, plan: Plan, gs: list[Tensor | None]) -> dict[str, list[Outer]]:
+        out: dict[str, list[Outer]] = {name: [] for name in self.parameters}
+        for parts, g in zip(plan.parts, gs, strict=True):
+            if parts is None or g is None:
+                continue
+            for part in parts:
+                if (name := self.names.get(id(part.root))) is not None:
+                    out[name].append(part.outer(g, None))
+                else:
+                    for name in self.leaves(part.root):
+                        p = self.parameters[name]
+                        out[name].append(part.outer(g, lambda J, root=part.root, p=p: vjp(root, p, J)))
+        return out
+
+    def pull(
+        self, f: Tensor, v: Tensor, totals: dict[str, Tensor | None] | None = None, batch_statistics: bool = False
+    ) -> dict[str, list[Outer]]:
+        """Pull `v` [V *f.shape] back through the recorded graph, keeping the samples apart (axis 0 of f).
+
+        Returns for every trainable parameter the list of its uses in outer-product form; a parameter without influence
+        has one zero use.  The graph is kept, so pulls may be repeated, also inside the `record` block.  A dict given as
+        `totals` receives autograd's own gradients, summed over samples and vectors, from the same backward pass.
+
+        `batch_statistics=True` accepts batch norm in training mode.  Row n is then the gradient of the whole pulled
+        v . f at the layer's outputs for sample n, as optimisers with Kronecker factors use it: the rows add up to the
+        gradient, but they are not the samples' own.  Independence is certified with the statistics held constant.
+
+        Raises ValueError where the samples are not independent (batch statistics, softmax over the batch), and
+        RuntimeError where a tensor of the forward pass was modified afterwards.
+        """
+        with torch._C.DisableTorchFunction(), own_arithmetic(f.device), copied_buffers(self.model):
+            if v.shape[1:] != f.shape or v.dim() == 0 or len(v) == 0:
+                raise ValueError(f"v has shape {tuple(v.shape)}; expected [V, *output shape] = [V, {list(f.shape)}].")
+            plan = self.plan(f, batch_statistics)
+            self._check_fresh(plan.calls)
+            v = v.to(f.dtype)
+            out = self._outers(plan, self._gradients(f, plan.calls, v, totals))
+            for name in sorted(plan.missed):
+                out[name] = [self._net(f, v, name)]
+            for name, p in self.parameters.items():
+                if not out[name]:
+                    out[name] = [general(p.new_zeros(len(v), len(f), *p.shape), p.shape, kind="zero")]
+            return out
+
+    def _gradients(
+        self, f: Tensor, calls: list[Call], v: Tensor, totals: dict[str, Tensor | None] | None
+    ) -> list[Tensor | None]:
+        """Gradients at the calls' outputs, [V *z] each.  On a CPU a loop of single pulls beats the vectorised one, if
+        each is put into its place while it is in the cache."""
+        edges = [c.edge for c in calls]
+        leaves = [] if totals is None else list(self.parameters.values())
+        if not edges and not leaves:
+            return []
+        if len(v) > 1 and not leaves and (together := many_vectors.pull(self.model, f, edges, v)) is not None:
+            return together
+        found: list[Tensor | None] = []
+        for i, u in enumerate(v):
+            inputs: list[Any] = [*edges, *leaves]
+            grads = torch.autograd.grad(f, inputs, u, retain_graph=True, allow_unused=True)
+            if len(v) == 1:
+                found = [None if g is None else g[None] for g in grads[: len(edges)]]
+            elif i == 0:
+                found = [None if g is None else pooled((len(v), *g.shape), g) for g in grads[: len(edges)]]
+            if len(v) > 1:
+                for place, g in zip(found, grads, strict=False):
+                    if place is not None:
+                        place[i].copy_(g)
+            if totals is not None:
+                for name, g in zip(self.parameters, grads[len(edges) :], strict=True):
+                    before = totals.get(name)
+                    totals[name] = g if before is None or g is None else before + g
+        return found
+
+    def _net(self, f: Tensor, v: Tensor, name: str) -> Outer:
+        """The net under everything: one backward pass per sample for a parameter that no recorded call covers."""
+        N, p = len(f), self.parameters[name]
+        warnings.warn(
+            f"parameter {name!r} is used by an operation that could not be recorded (a fused recurrent layer, a custom "
+            f"autograd.Function, a scripted module); falling back to {N} backward passes for it: exact but slow, and "
+            "without Kronecker factors.", stacklevel=5,
+        )  # fmt: skip
+        J = p.new_zeros(len(v), N, *p.shape)
+        for i, u in enumerate(v):
+            for n in range(N):
+                alone = torch.zeros_like(u)
+                alone[n] = u[n]
+                (g,) = torch.autograd.grad(f, p, alone, retain_graph=True, allow_unused=True)
+                if g is not None:
+                    J[i, n] = g
+        return general(J, p.shape)
+
+
+@contextmanager
+def record(model: nn.Module, verify: str | bool = "auto") -> Iterator[Tape]:
+    """``with record(model) as tape: output = model(x)`` notes every call that consumes a trainable parameter."""
+    tape = Tape(model, verify)
+    with tape.recording():
+        yield tape

@@ -1,0 +1,51 @@
+"""Forward passes whose second derivatives are right: some of torch's fused operations have none, or a wrong one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from paraboloid.layers.embeddings import bags
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Run a forward pass inside: fused attention gives way to the math kernel, weight_norm and bags are spelled out."""
+    with sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable():
+        yield
+
+
+class TwiceDifferentiable(TorchFunctionMode):
+    """Calls of torch whose second derivative is wrong, spelled out in operations whose second derivative is right."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch._VF._weight_norm:  # the fused kernel's double backward takes ||v|| for a constant
+            return _weight_norm(*args, **kwargs)
+        if func is F.embedding_bag:  # has no double backward
+            return _embedding_bag(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _embedding_bag(
+    idx, weight, offsets=None, max_norm=None, norm_type=2, scale_grad_by_freq=False, mode="mean", sparse=False,
+    per_sample_weights=None, include_last_offset=False, padding_idx=None,
+):  # fmt: skip
+    if max_norm is not None or scale_grad_by_freq or mode == "max":
+        return F.embedding_bag(
+            idx, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights,
+            include_last_offset, padding_idx,
+        )  # fmt: skip
+    idx, factor = bags(idx, weight, offsets, mode, per_sample_weights, include_last_offset, padding_idx)
+    return (F.embedding(idx.clamp(min=0), weight) * factor.unsqueeze(-1)).sum(1)

@@ -1,0 +1,111 @@
+"""Diagonals of Hessians from their columns, by double backward passes: always possible, and one column at a time.
+
+The samples are independent, so a product with one unit vector in every sample's z gives one column of every H_n at
+once.  Where a parameter has fewer elements than a call's output, its own columns are taken.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paraboloid.graph.single_use import Parts, Recorded
+from paraboloid.graph.weight_diagonal import coordinates, from_diagonal, from_products, output_diagonal, separable
+from paraboloid.losses import Loss
+
+
+class Gradients:
+    """The gradient of sum_n l_n in each of `inputs` (parameters, or graph edges), with its graph."""
+
+    def __init__(self, loss: Loss, f: Tensor, y: Tensor, inputs: Sequence[Any], batched: bool):
+        self.inputs, self.batched = inputs, batched
+        with torch.enable_grad():
+            wide = f.float() if f.dtype in (torch.float16, torch.bfloat16) else f
+            total = loss.sample_losses(wide, y).sum()
+            self.g = torch.autograd.grad(total, inputs, create_graph=True, allow_unused=True)
+
+    def products(self, i: int, v: Tensor) -> Tensor:
+        """H v for columns v [V *shape of inputs[i]], H the Hessian in inputs[i]."""
+        g = self.g[i]
+        if g is None or not g.requires_grad:
+            return torch.zeros_like(v)
+        if self.batched and len(v) > 1:
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="There is a performance drop")
+                    return self._grad(g, i, v, True)
+            except RuntimeError:  # an operation without a batching rule
+                self.batched = False
+        return torch.stack([self._grad(g, i, u, False) for u in v])
+
+    def _grad(self, g: Tensor, i: int, v: Tensor, batched: bool) -> Tensor:
+        (h,) = torch.autograd.grad(
+            g, self.inputs[i], v.to(g.dtype), retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )
+        return torch.zeros_like(v) if h is None else h.to(v.dtype)
+
+    def diagonal(self, i: int, count: int) -> Tensor:
+        """The diagonal of the Hessian in inputs[i], a parameter: one product for each of its elements."""
+        p = self.inputs[i]
+        d = torch.zeros(p.numel(), dtype=p.dtype, device=p.device)
+        for rows in torch.arange(p.numel(), device=p.device).split(count):
+            v = torch.zeros(len(rows), p.numel(), dtype=p.dtype, device=p.device).scatter_(1, rows.unsqueeze(1), 1.0)
+            d[rows] = self.products(i, v.view(-1, *p.shape)).flatten(1).gather(1, rows.unsqueeze(1)).squeeze(1)
+        return d.view(p.shape)
+
+
+def add_columns(
+    recorded: Recorded, parts: Parts, calls: Sequence[int], names: list[str], found: dict[str, Tensor]
+) -> None:
+    """The diagonals of the parameters of some calls, and of the parameters of the given names."""
+    tape, f = recorded.tape, recorded.f
+    ways = {i: _ways(recorded, parts, i) for i in calls}
+    by_output = [i for i, way in ways.items() if set(way.values()) - {"parameter"}]
+    names = [*names, *(name for way in ways.values() for name, kind in way.items() if kind == "parameter")]
+    if not by_output and not names:
+        return
+    inputs = [*(recorded.calls[i].edge for i in by_output), *(tape.parameters[name] for name in names)]
+    gradients = Gradients(recorded.loss, f, recorded.y, inputs, batched=not recorded.convolutional)
+    count = recorded.count(2 * sum(c.shape.numel() for c in recorded.calls))
+    for j, i in enumerate(by_output):
+        products, shape, like = partial(gradients.products, j), recorded.calls[i].shape, f.new_empty(0)
+        if "diagonal" in ways[i].values():
+            layout = recorded.plan.layouts[i]
+            assert layout is not None
+            d = output_diagonal(products, shape, coordinates(shape, layout, f.device), count, like)
+            found |= {name: from_diagonal(parts[i][name], d) for name in ways[i]}
+        for name, kind in ways[i].items():
+            if kind == "positions":
+                found[name] = from_products(parts[i][name], products, shape, count, like)
+    for j, name in enumerate(names, len(by_output)):
+        found[name] = gradients.diagonal(j, count)
+
+
+def products_needed(recorded: Recorded, parts: Parts, i: int) -> int:
+    """About how many products with the Hessian a call takes."""
+    sizes = [recorded.tape.parameters[name].numel() for name in parts[i]]
+    return min(recorded.calls[i].shape.numel() // len(recorded.f), sum(sizes))
+
+
+def _ways(recorded: Recorded, parts: Parts, i: int) -> dict[str, str]:
+    """How each parameter of a call gets its columns.
+
+    "diagonal": from the diagonal of H_n, one product per element of z_n, for all of the call's parameters (T = 1).
+    "positions": from the T x T blocks of H_n, one product per element too.  "parameter": from its own columns.
+    """
+    parameters, N = recorded.tape.parameters, len(recorded.f)
+    ones = torch.ones(recorded.calls[i].shape, dtype=recorded.f.dtype, device=recorded.f.device)
+    fewer = ones.numel() // N < sum(parameters[name].numel() for name in parts[i])
+    if fewer and all(separable(part, ones) for part in parts[i].values()):
+        return dict.fromkeys(parts[i], "diagonal")
+    ways = dict.fromkeys(parts[i], "parameter")
+    for name, part in parts[i].items():
+        if part.use is not None and part.use.right is not None:
+            columns = part.outer(ones[None], None).left.numel() // N
+            ways[name] = "positions" if columns < parameters[name].numel() else "parameter"
+    return ways

@@ -1,0 +1,179 @@
+"""The Hessian in a call's output as signed squares of pulled-back vectors.
+
+H_n = sum_v sign_v s_v s_v^T, pulled back from the output (the root of the loss's own Hessian: together they are the
+generalised Gauss-Newton matrix), plus a diagonal matrix for every smooth elementwise activation behind the call, pulled
+back to it.  Networks of (piecewise) linear layers have none.
+
+The diagonal of an activation that follows a call reaches it as it is; one layer further down, through a linear layer W,
+the diagonal of W^T diag(d) W is (W^2)^T d; only what lies deeper is pulled back, one column for each unit.
+Source: the residuals of Dangel, Kunstner & Hennig 2020, arXiv:1912.10985.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from paraboloid.engine.outer_products import Outer
+from paraboloid.engine.recorder import Call
+from paraboloid.engine.sample_independence import certify
+from paraboloid.graph.nodes import Bend, Graph, shape_of
+from paraboloid.graph.single_use import Parts, Recorded
+from paraboloid.graph.weight_diagonal import coordinates, from_diagonal, separable, squared, units
+from paraboloid.losses.loss import full
+from paraboloid.reductions import sums
+
+# Products with a weight matrix, and whether it stands transposed: z = x W instead of x W^T.
+LINEAR = {
+    F.linear: False, torch.matmul: True, Tensor.matmul: True, Tensor.__matmul__: True, torch.mm: True, Tensor.mm: True,
+}  # fmt: skip
+
+
+@dataclass
+class Spread:
+    """How far the diagonal of one bend gets: to `closed` calls as a diagonal; to those of `far` (bits) otherwise."""
+
+    bend: Bend
+    closed: list[tuple[int, Tensor]]
+    far: int
+    columns: int
+
+
+def spread(recorded: Recorded, graph: Graph, bend: Bend, parts: Parts) -> Spread:
+    """Follow the bend's diagonal down to the calls below, once through a linear layer."""
+    edge, d, whole = bend.below, bend.d, True  # whole: the matrix is diagonal, not only known on its diagonal
+    result = Spread(bend, [], 0, d.numel() // len(recorded.f))
+    while True:
+        last = None
+        for i, here, at in graph.descend(edge, d):
+            edge, d = at, here
+            if i is None:
+                break
+            if not whole and not all(separable(part, here) for part in parts.get(i, {}).values()):
+                result.far = graph.reach[at.node]
+                return result
+            result.closed.append((i, here))
+            last = i
+        at_call = last is not None and graph.calls.get((edge.node, edge.output_nr)) == last
+        step = _through_linear(recorded.calls[last], d) if last is not None and at_call and whole else None
+        if step is None:
+            result.far = (graph.under if at_call else graph.reach)[edge.node]
+            return result
+        (edge, d), whole = step, False
+        if not graph.reach.get(edge.node):
+            return result
+
+
+def _through_linear(call: Call, d: Tensor) -> tuple[GradientEdge, Tensor] | None:
+    """The input's edge and the diagonal of W^T diag(d) W there, for z = x W^T."""
+    if call.op not in LINEAR or len(call.args) < 2:
+        return None
+    x, weight = call.args[:2]
+    if weight.dim() != 2 or x.dim() < 2 or not x.requires_grad or any(t is x for t in call.weights):
+        return None
+    squares = weight.detach().to(d.dtype).square()
+    return get_gradient_edge(x), d @ (squares.T if LINEAR[call.op] else squares)
+
+
+def add_signed_root(recorded: Recorded, parts: Parts, signed: Set[int], found: dict[str, Tensor]) -> None:
+    """Add the generalised Gauss-Newton part for a loss that need not be convex in the output."""
+    vectors, signs = _signed_root(recorded)
+    count = recorded.count(sum(c.shape.numel() for c in recorded.calls))
+    for v, w in zip(vectors.split(count), signs.split(count), strict=True):
+        outers = recorded.tape.pull(recorded.f, v)
+        for name in (name for i in signed for name in parts[i]):
+            (o,) = outers[name]
+            found[name] += weighted_squares(o, w, recorded.memory)
+
+
+def _signed_root(recorded: Recorded) -> tuple[Tensor, Tensor]:
+    """Vectors s_v [V *f] and signs [V, N] with sum_v sign_vn s_v[n] s_v[n]^T = H_n."""
+    f = full(recorded.f)
+    size = f[0].numel()
+    eye = torch.eye(size, dtype=f.dtype, device=f.device).view(-1, 1, *f.shape[1:]).expand(-1, *f.shape)
+    H = recorded.loss.hessian_product(f, recorded.y, eye).reshape(size, len(f), size).transpose(0, 1)
+    values, vectors = torch.linalg.eigh((H + H.mT) / 2)
+    root = vectors * values.abs().sqrt().unsqueeze(1)
+    return root.permute(2, 0, 1).reshape(-1, *f.shape), values.sign().T
+
+
+def weighted_squares(o: Outer, weights: Tensor, memory: int | None) -> Tensor:
+    """sum_{v,n} weights[v, n] (J_n^T v)^2 elementwise, [*shape]."""
+    if not o.lookup and (o.right is None or o.left.shape[3] == 1):
+        left = (o.left.square() * weights[:, :, None, None, None].to(o.left)).sum(0, keepdim=True)
+        return replace(o, left=left, right=squared(o.right)).total()[0]
+    total = torch.zeros(o.shape.numel(), dtype=o.left.dtype, device=o.left.device)
+    for n, J in sums.pieces([o], memory):
+        total += weights[:, n].to(J).flatten() @ J.square().flatten(2).flatten(0, 1)
+    return total.view(o.shape)
+
+
+def add_bends(
+    recorded: Recorded, parts: Parts, signed: Set[int], spreads: list[Spread], found: dict[str, Tensor]
+) -> None:
+    """Add what the smooth elementwise activations contribute."""
+    diagonals: dict[int, Tensor] = {}
+    for i, d in (closed for s in spreads for closed in s.closed if closed[0] in signed):
+        diagonals[i] = diagonals[i] + d if i in diagonals else d
+    for i, d in diagonals.items():
+        for name, part in parts[i].items():
+            found[name] += from_diagonal(part, d)
+    bits = sum(1 << i for i in signed)
+    far = [s for s in spreads if s.far & bits]
+    if not far:
+        return
+    points = [_Point(s.bend.below) for s in far]
+    layouts, _ = certify(recorded.f, points, list(recorded.tape.parameters.values()), str)
+    for s, layout in zip(far, layouts, strict=True):
+        if layout is not None:
+            at = coordinates(s.bend.d.shape, layout, recorded.f.device)
+            _pull(recorded, parts, s.bend, at, [i for i in signed if s.far >> i & 1], found)
+
+
+@dataclass
+class _Point:
+    """A place in the graph, as `certify` takes them."""
+
+    edge: GradientEdge
+
+    @property
+    def shape(self) -> torch.Size:
+        return shape_of(self.edge)
+
+    def __str__(self) -> str:
+        return f"the input of {self.edge.node.name()}"
+
+
+def _pull(recorded: Recorded, parts: Parts, bend: Bend, at: Tensor, calls: list[int], found: dict[str, Tensor]) -> None:
+    """One column for each unit of the bend, pulled back to the given calls and squared with its sign."""
+    edges = [recorded.calls[i].edge for i in calls]
+    d = bend.d.flatten()[at.T]  # [V N]
+    curved = d.abs().sum(1).nonzero().flatten()
+    count = recorded.count(bend.d.numel() + sum(recorded.calls[i].shape.numel() for i in calls))
+    for rows in curved.split(count):
+        v = units(at.T[rows], d[rows].abs().sqrt(), bend.d.shape)
+        pulled = _pulled(bend.below, edges, v, not recorded.convolutional)
+        for i, g in zip(calls, pulled, strict=True):
+            if g is None:
+                continue
+            for name, part in parts[i].items():
+                found[name] += weighted_squares(part.outer(g, None), d[rows].sign(), recorded.memory)
+
+
+def _pulled(edge: GradientEdge, edges: list[GradientEdge], v: Tensor, batched: bool) -> list[Any]:
+    """Columns v [V ..] at one edge, pulled back to others below."""
+    if batched and len(v) > 1:
+        try:
+            return list(
+                torch.autograd.grad([edge], edges, [v], retain_graph=True, allow_unused=True, is_grads_batched=True)
+            )
+        except RuntimeError:  # an operation without a batching rule
+            pass
+    each: Any = [torch.autograd.grad([edge], edges, [u], retain_graph=True, allow_unused=True) for u in v]
+    return [None if gs[0] is None else torch.stack(gs) for gs in zip(*each, strict=True)]

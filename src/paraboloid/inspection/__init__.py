@@ -1,6 +1,0 @@
-"""The main job: train a problem, then measure its gradient noise, curvature and the bias of mini-batch quadratics."""
-
-from paraboloid.inspection.job import NOISE_ONLY, inspect
-from paraboloid.inspection.plan import Plan
-
-__all__ = ["NOISE_ONLY", "Plan", "inspect"]

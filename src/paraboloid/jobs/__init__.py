@@ -1,0 +1,1 @@
+"""What the command line runs: inspections, studies, training; imports from every room below."""

@@ -1,0 +1,152 @@
+"""The bias of the mini-batch quadratic, for several batch sizes: means, ratios of sums, and what a step delivers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paraboloid.jobs.inspection.subject import Subject
+from paraboloid.operators import GGN
+from paraboloid.quadratics.bias_prediction import predicted_bias
+from paraboloid.quadratics.measure_bias import bias as measure
+
+TOLERANCE = 0.1  # an overstatement below it is small enough to trust the batch
+PROBES = 8  # random vectors that estimate the trace beyond the top eigenvalues
+TAIL = 60  # eigenvalues beyond them, falling geometrically, that stand for the others in the prediction
+SUMS = (1, 5)  # ratios are given for the top direction and for the sum over the top five
+
+
+def bias(
+    subject: Subject, batch_sizes: Sequence[int], k: int, repeats: int, seed: int, tick: Callable[[], None]
+) -> dict[str, Any]:
+    """The section "bias" of the record, without its reading; `tick` is called after every repeat."""
+    training = subject.problem.training
+    k = min(k, sum(p.numel() for p in subject.parameters.values()))
+    spectrum, directions = top_of_all_data(subject, k, seed)
+    table = []
+    for batch_size in batch_sizes:
+        found = measure(
+            subject.model,
+            subject.problem.loss_fn,
+            subject.dataset,
+            batch_size=batch_size,
+            k=k,
+            repeats=repeats,
+            directions="eigen",
+            curvature="ggn",
+            weight_decay=training.weight_decay,
+            seed=seed,
+            overlap=directions,
+            progress=lambda done, repeats: tick(),
+        )
+        assert found.overlap is not None
+        row = {"batch_size": batch_size, **summary(found.curvature, found.slope), "overlap": _mean(found.overlap)}
+        full = found.curvature["full"].mean(0)
+        for ratio in row["ratios"]:
+            ratio["predicted"] = expected(
+                spectrum, full[: ratio["directions"]], batch_size, subject.size, training.weight_decay
+            )
+        table.append(row)
+    return {
+        "curvature": "ggn",
+        "directions": "eigen",
+        "k": k,
+        "repeats": repeats,
+        "weight_decay": training.weight_decay,
+        "tolerance": TOLERANCE,
+        "training_batch_size": training.batch_size,
+        "table": table,
+    }
+
+
+def top_of_all_data(subject: Subject, k: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The spectrum of the GGN of all data without weight decay, and its top k eigenvectors [k, D].
+
+    The k top eigenvalues, then a geometric tail with the trace of the rest, which a few random vectors estimate.
+    """
+    G = GGN(subject.model, subject.problem.loss_fn, subject.batches)
+    values, vectors = G.eigsh(k, tol=1e-3, seed=seed)
+    generator = torch.Generator(values.device).manual_seed(seed)
+    signs = torch.randint(2, (PROBES, G.shape[0]), generator=generator, device=values.device).to(values) * 2 - 1
+    rest = G.quadratic_forms(signs - (signs @ vectors) @ vectors.T).mean().clamp(min=0)
+    last = values[-1].clamp(min=0)
+    tail = last * (rest / (last + rest).clamp(min=1e-30)) ** torch.arange(1, TAIL + 1).to(values)
+    tail = (tail * rest / tail.sum().clamp(min=1e-30)).clamp(max=last)
+    return torch.cat([values.clamp(min=0), tail]), vectors.T
+
+
+def expected(
+    spectrum: Tensor, full: Tensor, batch_size: int, samples: int, weight_decay: float
+) -> dict[str, float | None]:
+    """What `predicted_bias` says of the sum over the top directions, whose curvatures on all data are `full`."""
+    k = len(full)
+    if not spectrum[0] > 0 or not full.sum() > 0 or k > min(batch_size, samples // 2, len(spectrum)):
+        return {"same": None, "other": None}
+    found = predicted_bias(spectrum, batch_size, samples, k, weight_decay=weight_decay)
+    share = (full / full.sum()).double()
+    return {which: (ratio @ share).item() for which, ratio in found.items()}
+
+
+def summary(curvature: dict[str, Tensor], slope: dict[str, Tensor]) -> dict[str, Any]:
+    """Means over repeats, ratios of sums and the decrease along the top direction, from arrays [repeats, k].
+
+    Slopes are those of directions turned downhill on their own batch, so that they can be averaged.
+    """
+    k = curvature["same"].shape[1]
+    step = {w: torch.where(curvature[w] > 0, -slope[w] / curvature[w], torch.nan) for w in curvature}
+    return {
+        "curvature": {which: _means(values) for which, values in curvature.items()},
+        "slope": {which: _means(values) for which, values in slope.items()},
+        "step": {which: _means(values) for which, values in step.items()},
+        "ratios": [
+            {
+                "directions": top,
+                "curvature": {w: _ratio(curvature[w][:, :top], curvature["full"][:, :top]) for w in ("same", "other")},
+                "slope": {w: _ratio(slope[w][:, :top], slope["full"][:, :top]) for w in ("same", "other")},
+                "slope_sum": {which: _mean(values[:, :top].sum(1)) for which, values in slope.items()},
+            }
+            for top in sorted({min(top, k) for top in SUMS})
+        ],
+        "decrease": {which: _decrease(curvature, slope, which) for which in ("same", "other")},
+    }
+
+
+def _decrease(curvature: dict[str, Tensor], slope: dict[str, Tensor], which: str) -> dict[str, Any]:
+    """Of the Newton step along the top direction with slope and curvature of `which`: promised, and on all data."""
+    c, s = curvature[which][:, 0], slope[which][:, 0]
+    step = torch.where(c > 0, -s / c, torch.nan)
+    promised = -(step * s + 0.5 * step**2 * c)
+    delivered = -(step * slope["full"][:, 0] + 0.5 * step**2 * curvature["full"][:, 0])
+    return {"promised": _mean(promised), "delivered": _mean(delivered)}
+
+
+def _mean(values: Tensor) -> dict[str, float | None]:
+    """Mean over repeats and its standard error."""
+    found = _means(values[:, None])
+    return {"value": found["mean"][0], "standard_error": found["standard_error"][0]}
+
+
+def _means(values: Tensor) -> dict[str, list[float | None]]:
+    """Mean over repeats (axis 0) and its standard error, for each column; None for what is undefined."""
+    n = len(values)
+    error = values.std(0, correction=1) / math.sqrt(n) if n > 1 else torch.full_like(values[0], math.nan)
+    return {"mean": _defined(values.mean(0)), "standard_error": _defined(error)}
+
+
+def _ratio(part: Tensor, whole: Tensor) -> dict[str, float | None]:
+    """Sum of `part` over sum of `whole`, summed over columns and repeats, with its standard error by linearisation."""
+    a, b = part.sum(1), whole.sum(1)
+    n, total = len(a), b.sum().item()
+    if total == 0:
+        return {"value": None, "standard_error": None}
+    value = a.sum().item() / total
+    error = math.sqrt(n / (n - 1) * (a - value * b).square().sum().item()) / abs(total) if n > 1 else None
+    return {"value": value, "standard_error": error}
+
+
+def _defined(values: Tensor) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in values.tolist()]

@@ -1,0 +1,54 @@
+"""Convolutions in one, two and three dimensions."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from paraboloid.layers.registry import Use, channel, rule
+
+
+def per_axis(value: int | tuple[int, ...], axes: int) -> tuple[int, ...]:
+    value = (value,) if isinstance(value, int) else tuple(value)
+    return value * axes if len(value) == 1 else value
+
+
+def padded(
+    x: Tensor, kernel: tuple[int, ...], padding: str | int | tuple[int, ...], dilation: tuple[int, ...]
+) -> Tensor:
+    """The zero-padded input; "same" pads one more at the end where the total is odd, as torch does."""
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        pads = [(t // 2, t - t // 2) for t in total]
+    else:
+        pads = [(a, a) for a in per_axis(0 if isinstance(padding, str) else padding, len(kernel))]  # a str: "valid"
+    flat = [side for pair in reversed(pads) for side in pair]
+    return F.pad(x, flat) if any(flat) else x
+
+
+def patches(
+    x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...], groups: int
+) -> Tensor:
+    """Padded input [N C *space] -> patches [N G C/G *kernel *out], a strided view."""
+    for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
+        x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
+    D = len(kernel)
+    return x.unflatten(1, (groups, -1)).movedim(tuple(range(3 + D, 3 + 2 * D)), tuple(range(3, 3 + D)))
+
+
+@rule(F.conv1d, F.conv2d, F.conv3d)
+def convolution(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    D = weight.dim() - 2
+    if x.dim() != D + 2:
+        return  # unbatched input: left to the fallback
+    kernel, stride, dilation = tuple(weight.shape[2:]), per_axis(stride, D), per_axis(dilation, D)
+
+    def right(rows: slice) -> Tensor:
+        return patches(padded(x[rows], kernel, padding, dilation), kernel, stride, dilation, groups)
+
+    q = weight[0].numel()
+    yield Use(
+        weight, (0,), lambda g: g.flatten(3).unflatten(2, (groups, -1)).mT, right, q=q, q_axes=1 + D, groups=groups
+    )
+    if bias is not None:
+        yield channel(bias, lambda g: g)

@@ -1,0 +1,75 @@
+"""Embedding tables: the input side is a lookup, never a dense one-hot of the vocabulary."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from paraboloid.layers.registry import EMPTY, Use, rule
+
+
+@rule(F.embedding)
+def embedding(idx, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
+    if max_norm is not None or scale_grad_by_freq:
+        return  # renormalised in place, or scaled by counts over the whole batch: no rule of one sample
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += len(weight)
+
+    def left(g):
+        if padding_idx is not None:
+            g = g.masked_fill((idx == padding_idx).unsqueeze(-1), 0)
+        return g.reshape(len(g), -1, 1, 1, weight.shape[1])
+
+    yield Use(
+        weight, tuple(range(idx.dim())), left, lambda rows: idx.reshape(-1, 1, 1)[rows], flip=True, q=len(weight),
+        lookup=True,
+    )  # fmt: skip
+
+
+@rule(F.embedding_bag)
+def embedding_bag(
+    idx, weight, offsets=None, max_norm=None, norm_type=2, scale_grad_by_freq=False, mode="mean", sparse=False,
+    per_sample_weights=None, include_last_offset=False, padding_idx=None,
+):  # fmt: skip
+    """Every entry of a bag is a position; ragged bags are filled up with empty ones.
+
+    left is the bag's gradient, times the entry's weight, over the bag's count for a mean.
+    """
+    if max_norm is not None or scale_grad_by_freq or mode == "max":
+        return  # as above; the largest entry of a bag is found by the operation itself
+    idx, factor = bags(idx, weight, offsets, mode, per_sample_weights, include_last_offset, padding_idx)
+    factor = factor.detach()
+
+    def left(g):
+        return (g.unsqueeze(2) * factor.unsqueeze(-1)).unsqueeze(2)  # [V bags 1 T p]
+
+    yield Use(weight, (0,), left, lambda rows: idx[rows].unsqueeze(1), flip=True, q=len(weight), lookup=True)
+
+
+def bags(
+    idx: Tensor, weight: Tensor, offsets: Tensor | None, mode: str, per_sample_weights: Tensor | None,
+    include_last_offset: bool, padding_idx: int | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The entries of every bag, [bags, T], EMPTY where there is none; and the factor that each is summed with."""
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += len(weight)
+    factor = torch.ones_like(idx, dtype=weight.dtype) if per_sample_weights is None else per_sample_weights
+    if offsets is not None:
+        ends = offsets[1:] if include_last_offset else torch.cat([offsets[1:], offsets.new_tensor([len(idx)])])
+        starts = offsets[: len(ends)]
+        idx, factor = _filled(idx, starts, ends, EMPTY), _filled(factor, starts, ends, 0)
+    if padding_idx is not None:
+        idx = idx.masked_fill(idx == padding_idx, EMPTY)
+    present = idx != EMPTY
+    factor = factor.masked_fill(~present, 0)
+    if mode == "mean":
+        factor = factor / present.sum(1, keepdim=True).clamp(min=1)
+    return idx, factor
+
+
+def _filled(t: Tensor, starts: Tensor, ends: Tensor, empty: float) -> Tensor:
+    """The pieces starts..ends of t [M] as rows, filled up with `empty` to the longest, [B T]."""
+    longest = max(1, int((ends - starts).max()))
+    at = starts[:, None] + torch.arange(longest, device=t.device)
+    return t[at.clamp(max=len(t) - 1)].masked_fill(at >= ends[:, None], empty)

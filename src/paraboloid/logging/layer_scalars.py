@@ -1,0 +1,79 @@
+"""A few numbers for each layer and quantity, as a logger takes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paraboloid.linalg.kron import Kron
+from paraboloid.quantities.door import TOTALS, Statistics
+
+PER = ("parameter", "layer", "model")
+
+
+def scalars(stats: Statistics, *, per: str = "layer") -> dict[str, float]:
+    """`quantity/layer/number` -> value, for the quantities in `stats` and the loss.
+
+    per: "parameter", "layer" (the parameters of one module together) or "model" (all of them); the numbers of the whole
+    model are always there, as `quantity/number`.
+
+    mean, norm       of a value's entries: average and Euclidean norm.  Of a Kronecker block: of its diagonal and of the
+                     whole block, never formed
+    mean, max        of ||g_n||^2 over the samples ("square_norms")
+    noise_to_signal  sum of the variance / ||mean g||^2, where "variance" and "grad" are both there: how often the
+                     gradient's noise in one sample outweighs what the samples have in common; a batch of B averages it
+                     down to 1/B.  ||mean g||^2 holds noise too, so that the ratio saturates near N.
+                     Source: the simple noise scale of McCandlish et al. 2018, arXiv:1812.06162
+
+    With `all_reduce`, numbers of per-sample quantities are those of this rank.
+    """
+    if per not in PER:
+        raise ValueError(f"per is {per!r}; expected one of {PER}.")
+    found: dict[str, Tensor] = {"loss": stats.loss}
+    for name in stats:
+        for group, members in _groups(stats[name], per).items():
+            values = [stats[name][k] for k in members]
+            for number, value in _numbers(name, values).items():
+                found["/".join(part for part in (name, group, number) if part)] = value
+    if "variance" in stats and "grad" in stats:
+        factor = stats.normalizer / stats.samples  # the gradient of the loss as reduced -> mean of the samples' own
+        for group, members in _groups(stats["variance"], per).items():
+            noise = torch.stack([stats["variance"][k].double().sum() for k in members]).sum()
+            signal = torch.stack([(factor * stats["grad"][k].double()).square().sum() for k in members]).sum()
+            found["/".join(part for part in ("noise_to_signal", group) if part)] = noise / signal
+    return dict(zip(found, torch.stack([v.double() for v in found.values()]).tolist(), strict=True))
+
+
+def _groups(values: dict[str, Any], per: str) -> dict[str, list[str]]:
+    """Names of the parameters behind each group of numbers; "" is the whole model."""
+    groups: dict[str, list[str]] = {}
+    for name in values:
+        if per == "layer":
+            groups.setdefault(name.rpartition(".")[0], []).append(name)  # a parameter of the model itself: only in ""
+        elif per == "parameter":
+            groups[name] = [name]
+    return groups | {"": list(values)}
+
+
+def _numbers(name: str, values: list[Any]) -> dict[str, Tensor]:
+    if name in TOTALS:
+        whole = torch.stack([v.double() for v in values]).sum(0)
+        if name == "square_norms":
+            return {"mean": whole.mean(), "max": whole.max()}
+        values = [whole]
+    count, total, squares = zip(*map(_moments, values), strict=True)
+    return {"mean": torch.stack(total).sum() / sum(count), "norm": torch.stack(squares).sum().sqrt()}
+
+
+def _moments(value: Any) -> tuple[int, Tensor, Tensor]:
+    """Number of entries, their sum, sum of squares; of a Kronecker block: its dimension, trace, squared norm."""
+    if not isinstance(value, Kron):
+        value = value.double()
+        return value.numel(), value.sum(), value.square().sum()
+    sides = [side.double() if value.groups > 1 else side.double()[None] for side in (value.left, value.right)]  # [G ..]
+    diagonals = [s if s.dim() == 2 else s.diagonal(dim1=1, dim2=2) for s in sides]
+    traces = (diagonals[0].sum(1) * diagonals[1].sum(1)).sum()
+    squares = (sides[0].flatten(1).square().sum(1) * sides[1].flatten(1).square().sum(1)).sum()
+    return value.groups * diagonals[0].shape[1] * diagonals[1].shape[1], traces, squares

@@ -1,0 +1,90 @@
+"""Measures of gradient noise that practitioners use, from one pull of a batch or of several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paraboloid.data import batches as batch_data
+from paraboloid.data.batches import Output
+from paraboloid.losses import Loss
+from paraboloid.noise.moments import moments
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Noise of single-sample gradients g_n over N samples; g is their mean, D parameters. All unbiased but `snr`.
+
+    variance       1/D sum_j 1/(N-1) sum_n (g_nj - g_j)^2
+    signal         1/D (||g||^2 - sum of variances / N): the squared mean gradient without the noise's part
+    snr            mean over coordinates of g_j^2 / variance_j (GSNR, Liu et al. 2020, arXiv:2001.07384); where neither
+                   is anything, 0.  Noise alone gives 1 / N
+    noise_scale    variance / signal: the batch size at which noise and signal are equal, "critical batch size"
+                   (McCandlish et al. 2018, arXiv:1812.06162); None where the signal is not positive
+    diversity      sum_n ||g_n||^2 / ||sum_n g_n||^2 (Yin et al. 2018, arXiv:1706.05699); N times it bounds the batch
+                   size that speeds up SGD; None where the mean gradient is zero
+    """
+
+    samples: int
+    variance: float
+    signal: float
+    snr: float
+    noise_scale: float | None
+    diversity: float | None
+
+
+@dataclass(frozen=True)
+class Measures:
+    """`total` over all parameters, and `layers`: name of a module -> Noise of its own parameters."""
+
+    total: Noise
+    layers: dict[str, Noise]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for strict JSON: undefined and infinite numbers are None."""
+        return {"total": _plain(self.total), "layers": {name: _plain(n) for name, n in self.layers.items()}}
+
+
+def _plain(noise: Noise) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(noise).items()}
+
+
+def measures(
+    model: nn.Module, loss_fn: Any, data: Any, *, output: Output | None = None, max_memory: int | None = None
+) -> Measures:
+    """Variance, signal, gradient signal-to-noise ratio, noise scale and diversity, by layer and in all; exact.
+
+    `data` is a batch or an iterable of batches, each of which takes one forward pass and one pull.  Gradients are those
+    of the unreduced loss.  Raises ValueError for fewer than two samples.
+    """
+    seen, mean, squares = moments(model, Loss.from_torch(loss_fn), batch_data.batches(data), output, max_memory)
+    if seen < 2:
+        raise ValueError(f"the data holds {seen} sample; expected at least 2, of which there is a variance.")
+    variance = {k: s / (seen - 1) for k, s in squares.items()}
+    groups: dict[str, list[str]] = {}
+    for name in mean:
+        groups.setdefault(name.rpartition(".")[0] or name, []).append(name)
+    layers = {layer: _noise(names, mean, variance, seen) for layer, names in groups.items()}
+    return Measures(_noise(mean, mean, variance, seen), layers)
+
+
+def _noise(names: Iterable[str], mean: dict[str, Tensor], variance: dict[str, Tensor], N: int) -> Noise:
+    names = list(names)
+    D = sum(mean[k].numel() for k in names)
+    noise = sum(float(variance[k].sum()) for k in names)
+    square = sum(float(mean[k].square().sum()) for k in names)
+    signal = square - noise / N
+    snr = 0.0
+    for k in names:
+        ratio = mean[k].square() / variance[k]
+        snr += float(torch.where(mean[k] == 0, 0.0, ratio).sum())
+    each = noise * (N - 1) / N + square  # mean ||g_n||^2
+    return Noise(
+        N, noise / D, signal / D, snr / D if math.isfinite(snr) else math.inf,
+        noise / signal if signal > 0 else None, each / (N * square) if square > 0 else None,
+    )  # fmt: skip

@@ -1,0 +1,283 @@
+"""The contract of a curvature: a symmetric linear map on parameter space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from paraboloid import linalg
+from paraboloid.linalg.eigen import dense
+from paraboloid.linalg.estimate import Estimate, TensorEstimate, mean_estimate
+from paraboloid.linalg.operand import check_count
+from paraboloid.linalg.probes import Seed, block_size, blocks, generator_of, signs
+from paraboloid.passes import trees
+from paraboloid.passes.modes import precisely
+
+if TYPE_CHECKING:
+    from paraboloid.operators.structured.block_diagonal import BlockDiagonal
+    from paraboloid.operators.structured.diagonalised import Diagonalised, Eigenpairs
+
+Vector = Tensor | Mapping[str, Tensor]
+
+
+class LinearOperator:
+    """A symmetric matrix [D, D] over the trainable parameters, in the order of `named_parameters`.
+
+    A subclass gives `parameters`, `_product` and what it can do better than by products.  What is said of exactness and
+    cost below holds for operators known by their products alone.
+    """
+
+    parameters: Mapping[str, Tensor]
+    _dense: BlockDiagonal | None = None
+    exact = False  # whether its eigenvalues are at hand without products
+    blocks: list[list[int]] | None = None  # the places of each block's parameters, where the matrix is block-diagonal
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        size = sum(p.numel() for p in self.parameters.values())
+        return size, size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtypes = [p.dtype for p in self.parameters.values()]
+        return dtypes[0] if len(set(dtypes)) == 1 else _promoted(dtypes)
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
+
+    def _product(self, rows: Tensor) -> Tensor:
+        """Products with the K rows of a [K, D] tensor, as rows."""
+        raise NotImplementedError
+
+    @precisely
+    def __matmul__(self, v: Any) -> Any:
+        """The product with a dict by parameter name (entries may carry a trailing axis K), a tensor [D] or [D, K].
+
+        The result has the form of v, and the dtype of the parameters.
+        """
+        columns = self.columns(v)
+        product = self._product(columns.T.contiguous() if columns.dim() == 2 else columns.unsqueeze(0))
+        return self.like(product.T if columns.dim() == 2 else product.squeeze(0), v)
+
+    def columns(self, v: Vector) -> Tensor:
+        """A vector in any accepted form as a flat [D] or [D, K] tensor of the operator's dtype."""
+        if isinstance(v, Mapping):
+            v = trees.flatten(v, self.parameters)
+        if not isinstance(v, Tensor):
+            raise ValueError(f"the vector is a {type(v).__name__}; expected a tensor [{self.shape[0]}] or "
+                             f"[{self.shape[0]}, K], or a dict by parameter name.")  # fmt: skip
+        if v.dim() not in (1, 2) or len(v) != self.shape[0]:
+            raise ValueError(f"the vector has shape {tuple(v.shape)}; expected [{self.shape[0]}] or "
+                             f"[{self.shape[0]}, K], or a dict by parameter name.")  # fmt: skip
+        if v.is_complex():
+            raise ValueError(f"the vector has dtype {v.dtype}; expected a real type.")
+        if v.device != self.device:
+            raise ValueError(f"the vector is on {v.device}; expected {self.device}, where the parameters are.")
+        return v.detach().to(self.dtype)
+
+    def like(self, flat: Tensor, v: Vector) -> Any:
+        """A flat [D] or [D, K] result in the form of v."""
+        if not isinstance(v, Mapping):
+            return flat
+        return {k: t.to(self.parameters[k].dtype) for k, t in trees.unflatten(flat, self.parameters).items()}
+
+    def rows(self, directions: Tensor) -> Tensor:
+        """Check directions [k, D]; in the operator's dtype."""
+        if not isinstance(directions, Tensor) or directions.dim() != 2 or directions.shape[1] != self.shape[0]:
+            found = tuple(directions.shape) if isinstance(directions, Tensor) else type(directions).__name__
+            raise ValueError(
+                f"the directions are {found}; expected a tensor [k, {self.shape[0]}], one direction per row."
+            )
+        return self.columns(directions.T).T
+
+    def quadratic_forms(self, directions: Tensor) -> Tensor:
+        """d.A d for each row d of `directions` [k, D], as it is given: [k]."""
+        rows = self.rows(directions)
+        return (rows * self._product(rows)).sum(1)
+
+    def to_dense(self) -> Tensor:
+        """The matrix [D, D], exactly symmetric; D products, or as many as the largest block has parameters."""
+        return dense(self) if self.blocks is None else self.dense_blocks().to_dense()
+
+    def diagonal(self, samples: int | None = None, seed: Seed = 0) -> Tensor:
+        """The diagonal [D], exact, from D quadratic forms; or with `samples` an estimate from so many products, which
+        carries `.standard_error` [D]."""
+        if samples is not None:
+            return linalg.diagonal(self, samples, seed)
+        size, step = self.shape[0], block_size(*self.shape[:1], self.dtype)
+        parts = []
+        for start in range(0, size, step):
+            units = torch.zeros(min(step, size - start), size, dtype=self.dtype, device=self.device)
+            units[:, start:].fill_diagonal_(1)
+            parts.append(self.quadratic_forms(units))
+        return torch.cat(parts)
+
+    def trace(self, samples: int | None = None, seed: Seed = 0) -> float:
+        """The trace: exact, at the cost of the diagonal; or with `samples` Hutchinson's estimate from so many quadratic
+        forms, an `Estimate` (a float with `.standard_error`)."""
+        if samples is None:
+            return self.diagonal().sum().item()
+        check_count("samples", samples)
+        generator = generator_of(seed, self.device)
+        size = self.shape[0]
+        forms = [self.quadratic_forms(signs((n, size), self, generator)) for n in blocks(samples, size, self.dtype)]
+        return mean_estimate(torch.cat(forms))
+
+    @precisely
+    def eigsh(
+        self, k: int, tol: float | None = None, max_products: int | None = None, seed: Seed = 0
+    ) -> tuple[Tensor, Tensor]:
+        """The k algebraically largest eigenvalues [k], descending, and orthonormal eigenvectors [D, k].
+
+        Lanczos, or the dense matrix where that is cheaper (k = D is allowed); see `paraboloid.linalg.eigsh`.  Where the
+        eigenvalues are at hand it is exact.
+        """
+        if self.exact:
+            return self._structured("eigsh(k)").eigsh(k)
+        return linalg.eigsh(self, k, tol, max_products, seed)
+
+    @precisely
+    def solve(
+        self,
+        b: Any,
+        damping: float = 0.0,
+        tol: float | None = None,
+        max_iterations: int | None = None,
+        preconditioner: Any = None,
+    ) -> Any:
+        """x with (A + damping I) x = b by conjugate gradients; b and x in any form that `@` takes.
+
+        tol bounds the relative residual: 1e-10 in float64, 1e-5 in lower precision unless given.  See `linalg.cg`.
+        Where the eigenvalues are at hand it is exact, and the last three arguments have no meaning.
+        """
+        if self.exact:
+            return self.inverse(damping) @ b
+        columns = self.columns(b)
+        tol = (1e-10 if self.dtype == torch.float64 else 1e-5) if tol is None else tol
+        return self.like(linalg.cg(_Damped(self, damping), columns, tol, max_iterations, preconditioner), b)
+
+    def inverse(self, damping: float = 0.0) -> LinearOperator:
+        """(A + damping I)^-1 as an operator, for matrices with structure."""
+        return self._structured("inverse(damping)").inverse(damping)
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """log det(A + damping I), for matrices with structure."""
+        return self._structured("logdet(damping)").logdet(damping)
+
+    def sqrt_matmul(self, v: Any) -> Any:
+        """A^(1/2) v with the symmetric root, for matrices with structure."""
+        return self._structured("sqrt_matmul(v)").sqrt_matmul(v)
+
+    def eigh(self) -> Eigenpairs:
+        """All eigenvalues [D] and eigenvectors, for matrices with structure."""
+        return self._structured("eigh()").eigh()
+
+    def traces(self) -> dict[str, float]:
+        """The trace of each block, by the parameter's name (several parameters of one block: joined by " + ")."""
+        return self._structured("traces()").traces()
+
+    def top_eigenvalues(self, k: int) -> list[tuple[float, str]]:
+        """The k largest eigenvalues with the parameter (or block) that each belongs to, descending."""
+        return self._structured("top_eigenvalues(k)").top_eigenvalues(k)
+
+    def frobenius_norm(self) -> Tensor:
+        """The square root of the sum of squared entries; exact, at the cost of `to_dense`."""
+        return self.to_dense().norm()
+
+    def _structured(self, what: str) -> Diagonalised:
+        """The matrix by its eigenvalues; raises NotImplementedError for one that is known by its products alone."""
+        if self.blocks is None:
+            raise NotImplementedError(
+                f"{type(self).__name__} is known by its products alone, so it has no {what}; expected an operator with "
+                "structure, such as a block-diagonal or Kronecker-factored one. Use solve(b, damping=...) for a linear "
+                "system, or to_dense()."
+            )
+        return self.dense_blocks()._structured(what)
+
+    def dense_blocks(self) -> BlockDiagonal:
+        """The blocks of an operator made with `blocks=`, as dense matrices: D products, made once."""
+        from paraboloid.operators.structured.block_diagonal import dense_blocks
+
+        if self.blocks is None:
+            raise ValueError(f"{type(self).__name__} was made with blocks='all'; expected 'parameter', 'layer' or "
+                             "lists of names. Use to_dense() for the whole matrix.")  # fmt: skip
+        if self._dense is None:
+            self._dense = dense_blocks(self)
+        elif (replay := getattr(self, "replay", None)) is not None:
+            replay.check_unchanged()
+        return self._dense
+
+    def state_dict(self) -> dict[str, Any]:
+        """The operator as plain tensors, for matrices with structure; see `paraboloid.operators.load`."""
+        from paraboloid.operators.saving import state_of
+
+        return state_of(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Become the operator that `state_dict` described; raises ValueError for one of another kind or parameters."""
+        from paraboloid.operators.saving import load
+
+        found = load(state, self.parameters)
+        if type(found) is not type(self):
+            raise ValueError(f"the state is that of a {type(found).__name__}; expected one of a {type(self).__name__}.")
+        self.__dict__.clear()  # what was cached too
+        self.__dict__.update(found.__dict__)
+
+    def to_scipy(self):
+        """The same operator as a `scipy.sparse.linalg.LinearOperator`, float64 in and out, on the CPU's side."""
+        from scipy.sparse.linalg import LinearOperator as ScipyOperator
+
+        def multiply(v):
+            columns = torch.from_numpy(v).to(self.device, self.dtype)
+            return (self @ columns).double().cpu().numpy()
+
+        def multiply_vector(v):
+            return multiply(v.reshape(-1).astype("float64"))
+
+        def multiply_matrix(V):
+            return multiply(V.astype("float64"))
+
+        products: dict[str, Any] = {"matvec": multiply_vector, "rmatvec": multiply_vector}
+        products |= {"matmat": multiply_matrix, "rmatmat": multiply_matrix, "dtype": "float64"}
+        return ScipyOperator(self.shape, **products)
+
+    def __add__(self, other: Any) -> LinearOperator:
+        from paraboloid.operators.algebra import Sum
+
+        return Sum(self, other) if isinstance(other, LinearOperator) else NotImplemented
+
+    def __mul__(self, scale: Any) -> LinearOperator:
+        from paraboloid.operators.algebra import Scaled
+
+        return Scaled(self, float(scale)) if isinstance(scale, int | float) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __repr__(self) -> str:
+        size = self.shape[0]
+        return f"{type(self).__name__}([{size}, {size}], {self.dtype}, {self.device})"
+
+
+class _Damped:
+    """A + damping I, for solvers."""
+
+    def __init__(self, A: LinearOperator, damping: float):
+        self.A, self.damping = A, damping
+        self.shape, self.dtype, self.device = A.shape, A.dtype, A.device
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return (self.A @ v).add_(v, alpha=self.damping)
+
+
+def _promoted(dtypes: list[torch.dtype]) -> torch.dtype:
+    dtype = dtypes[0]
+    for other in dtypes[1:]:
+        dtype = torch.promote_types(dtype, other)
+    return dtype
+
+
+__all__ = ["Estimate", "LinearOperator", "TensorEstimate", "Vector"]

@@ -1,0 +1,106 @@
+"""Differentiating a model twice without leaving a trace on it or on torch's random state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from paraboloid.engine.twice_differentiable import TwiceDifferentiable as TwiceDifferentiable
+from paraboloid.passes.modes import eager_code
+from paraboloid.passes.random_state import copied_buffers
+
+
+def eager(model: Any) -> Any:
+    """The plain module inside torch.compile's and data-parallel wrappers, which cannot be differentiated twice."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
+@contextmanager
+def undisturbed(model: Any) -> Iterator[None]:
+    """Inside, autograd is on and every operation has a second derivative; afterwards the model is as it was.
+
+    Fused attention and cuDNN's recurrent layers have no double backward: the math kernels take their place.  Modules in
+    training mode get copies of their buffers, so running statistics are not touched, neither by a forward pass nor by a
+    checkpoint that is recomputed during a backward pass.
+    """
+    modules = list(model.modules()) if hasattr(model, "modules") else []
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):  # the forward pass restores it; backward passes do without
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if any(isinstance(m, nn.RNNBase) for m in modules) and torch.backends.cudnn.is_available():
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        if any(_compiled(m) for m in modules):
+            stack.enter_context(eager_code())
+        stack.enter_context(copied_buffers(model))
+        yield
+
+
+def _compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+class RandomStream:
+    """A random state of its own for everything that draws from torch's global generators: ``with stream: ...``.
+
+    `rewind` starts it again, so that a second pass over the same data draws the same masks.
+    """
+
+    def __init__(self, seed: int, device: torch.device):
+        self.seed, self.device = seed, device
+        self.state: list[Tensor] | None = None
+        self._outside: list[Tensor] = []
+
+    def rewind(self) -> None:
+        self.state = None
+
+    def __enter__(self) -> RandomStream:
+        self._outside = self._read()
+        if self.state is None:
+            torch.default_generator.manual_seed(self.seed)
+            if self.device.type == "cuda":
+                with torch.cuda.device(self.device):
+                    torch.cuda.manual_seed(self.seed)
+        else:
+            self._write(self.state)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.state = self._read()
+        self._write(self._outside)
+
+    def _read(self) -> list[Tensor]:
+        states = [torch.get_rng_state()]
+        return [*states, torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else states
+
+    def _write(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(states[1], self.device)
+
+
+class Autocast:
+    """The autocast setting at the time of making, for forward passes that are run later."""
+
+    def __init__(self, device: torch.device):
+        self.device = device.type
+        known = torch.amp.is_autocast_available(self.device)
+        self.enabled = known and torch.is_autocast_enabled(self.device)
+        self.dtype = torch.get_autocast_dtype(self.device) if self.enabled else None
+
+    def __call__(self) -> Any:
+        return torch.autocast(self.device, self.dtype, enabled=True) if self.enabled else ExitStack()

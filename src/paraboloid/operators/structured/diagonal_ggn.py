@@ -1,0 +1,49 @@
+"""The diagonal of the generalised Gauss-Newton matrix, as an operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from paraboloid.data.batches import Output
+from paraboloid.linalg.eigenform import diagonal_form
+from paraboloid.operators.matrix_free.pulls import Pulls
+from paraboloid.operators.structured.diagonalised import Diagonalised
+from paraboloid.quantities.named import DiagGGN
+from paraboloid.reductions.sums import reduce
+
+
+def DiagonalGGN(
+    model: nn.Module,
+    loss_fn: Any,
+    data: Any,
+    samples: int | None = None,
+    *,
+    seed: int = 0,
+    output: Output | None = None,
+    max_memory: int | None = None,
+) -> Diagonalised:
+    """The matrix with the GGN's diagonal and zeros elsewhere, of the loss as reduced; one pass over the data.
+
+    samples  None: exact, a sum_{v,n} (J_n^T s_{v,n})^2 over the columns of the loss's root.  A number: by Monte Carlo,
+             with so many labels sampled for each input (unbiased).  For Hutchinson's estimate, which knows products
+             alone, see ``pb.GGN(...).diagonal(samples=...)``.
+
+    See `paraboloid.operators` for the other arguments; a loader counts as one big batch.
+
+    Raises ValueError where batch norm in training mode mixes the samples.
+    """
+    pulls = Pulls(
+        model, loss_fn, data, DiagGGN(samples).source, output=output, seed=seed, max_memory=max_memory, separate=True
+    )
+
+    def add(name, value, uses):
+        return _plus(value, reduce(uses, {"squares"}, pulls.memory)["squares"])
+
+    sums = pulls.summed(add, _plus)
+    return Diagonalised(pulls.parameters, [diagonal_form(pulls.factor * value.flatten()) for value in sums.values()])
+
+
+def _plus(total, value):
+    return value if total is None else total.add_(value)

@@ -1,0 +1,278 @@
+"""Watch a model's training passes from outside: record the forward pass, and measure when the loss is called.
+
+One pair of hooks on the root module records what runs under gradients; one hook on the loss sees outputs and targets.
+The measurement happens there, before `backward` frees the graph, so that the plain loop ``loss.backward(); opt.step()``
+needs no change.  Forward passes under `no_grad` are ignored, and so is everything while `muted`.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import fields, is_dataclass
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from paraboloid.distributed import collectives
+from paraboloid.engine.twice_differentiable import twice_differentiable
+from paraboloid.losses import CrossEntropy, Loss
+from paraboloid.quantities.door import Recording
+
+NOTHING_SEEN = (
+    "saw no training pass since the last step: expected calls of the model and then of the loss, the very objects"
+    " that it was given, with gradients enabled. Where the loop calls a wrapper (torch.compile, "
+    "DistributedDataParallel), give the optimiser that; where the loss is computed by a function, call "
+    "opt.observe(output, target) before backward()."
+)
+
+
+class Observed(NamedTuple):
+    """One forward pass with its loss: what was recorded, the output and target that the loss saw, and the inputs."""
+
+    tape: Recording
+    output: Tensor
+    target: Tensor
+    inputs: Any
+
+
+class Capture:
+    """Hooks on a model and its loss that call `measure(observed)` for every training pass while `wanted()`.
+
+    measure       called inside the loss's call, or by `observe`
+    wanted        asked when a forward pass begins: False costs nothing but the question
+    twice         whether the forward pass is to be differentiated twice
+    group         the ranks that measure together: a loss that is not finite on one counts for all
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Any,
+        wanted: Callable[[], bool],
+        measure: Callable[[Observed], None],
+        verify: str | bool = "auto",
+        twice: bool = False,
+        group: Any = None,
+    ):
+        if getattr(model, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                "the model was compiled in place by model.compile(), which compiles its hooks too; expected "
+                "compiled = torch.compile(model), given to the optimiser and called in the loop."
+            )
+        self.model, self.loss = model, Loss.from_torch(loss_fn)
+        self.wanted, self.measure, self.verify, self.twice, self.group = wanted, measure, verify, twice, group
+        self.passes = 0  # measured since the last `forget`
+        self.nonfinite = False  # whether a loss since then was NaN or infinite
+        self._muted = False
+        self._open: tuple[ExitStack, Recording, FrameType] | None = None
+        self._depth = 0
+        self._last: tuple[Recording, Any, Any] | None = None
+        self._seen: tuple[Tensor, Tensor] | None = None
+        self._handles: list[RemovableHandle] = [
+            model.register_forward_pre_hook(_weakly(self._before), with_kwargs=True),
+            model.register_forward_hook(_weakly(self._after), with_kwargs=True, always_call=True),
+        ]
+        if isinstance(loss_fn, nn.Module):
+            self._handles.append(loss_fn.register_forward_hook(_weakly(self._loss_called), with_kwargs=True))
+        else:
+            self._handles.append(self.loss.register_hook(_weakly(self._on_loss)))
+        weakref.finalize(self, _remove, self._handles)
+
+    def remove(self) -> None:
+        """Take the hooks off the model and the loss."""
+        _remove(self._handles)
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the recorded pass, and count anew."""
+        self._last, self._seen, self.passes, self.nonfinite = None, None, 0, False
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Passes inside the block are not watched."""
+        before, self._muted = self._muted, True
+        try:
+            yield
+        finally:
+            self._muted = before
+
+    # --- the forward pass ----------------------------------------------------------------------------------------
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._open is not None and not _is_running(self._open[2]):
+            self._close()  # an interrupt left the last forward pass without its hook
+        if self._open is not None:
+            self._depth += 1
+        elif not self._muted and torch.is_grad_enabled() and self.wanted():
+            self._check_wrapper()
+            self._last = self._seen = None
+            stack, tape = ExitStack(), Recording(self.model, self.verify)
+            stack.enter_context(tape.recording())
+            stack.enter_context(twice_differentiable() if self.twice else nullcontext())
+            self._open, self._depth = (stack, tape, sys._getframe(2)), 1
+
+    def _check_wrapper(self) -> None:
+        """A bare model inside a data-parallel wrapper would use each rank's own curvature, and ranks drift."""
+        active = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+        if active is not None and self.group is None and active is not self.model:
+            raise RuntimeError("the model runs inside DistributedDataParallel, but the optimiser was given the bare "
+                               "model, so it would use the curvature of this rank's samples alone. Give it the wrapped "
+                               "model, or all_reduce=True.")  # fmt: skip
+
+    def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if self._open is None:
+            return
+        self._depth -= 1
+        if self._depth == 0:
+            tape = self._open[1]
+            self._close()
+            if output is not None:
+                self._last = tape, output, _inputs(args, kwargs)
+
+    def _close(self) -> None:
+        assert self._open is not None
+        stack, self._open, self._depth = self._open[0], None, 0
+        stack.close()
+
+    # --- the loss ------------------------------------------------------------------------------------------------
+
+    def _loss_called(self, module: nn.Module, args: tuple, kwargs: dict, value: Tensor) -> None:
+        found = dict(zip(("input", "target"), args, strict=False)) | kwargs
+        if self._waiting and {"input", "target"} <= set(found):
+            self._on_loss(found["input"], found["target"], value)
+
+    @property
+    def _waiting(self) -> bool:
+        return self._last is not None and not self._muted and torch.is_grad_enabled()
+
+    def _on_loss(self, f: Tensor, y: Tensor, value: Tensor | None = None) -> None:
+        """Measure, if f comes from the pass that was recorded last."""
+        if not self._waiting or not f.requires_grad:
+            return
+        assert self._last is not None
+        tape, output, inputs = self._last
+        if not _comes_from(f, output):
+            return
+        if self._seen is not None:
+            if self._seen[0] is f and self._seen[1] is y:
+                return  # once more, for a log say
+            raise RuntimeError("the loss was called twice on one forward pass with different outputs or targets, so "
+                               "the curvature of their sum is not known here. Give the optimiser one loss that "
+                               "contains both (pb.Loss objects add up), and call that.")  # fmt: skip
+        self._seen = f, y
+        value = self.loss.value(f.detach(), y) if value is None else value
+        finite = torch.isfinite(value.detach())
+        if self.group is not None:
+            finite = finite.to(torch.int32)
+            dist.all_reduce(finite, dist.ReduceOp.MIN, group=self.group)
+        if not finite:
+            self.nonfinite = True
+            return
+        self.passes += 1
+        self.measure(Observed(tape, *by_sample(self.loss, f, y, _first(output)), inputs))
+
+    def observe(self, f: Tensor, y: Tensor) -> None:
+        """What the hook on the loss does, for losses computed by a function: call it before backward()."""
+        if self._last is None and not self._muted and self.wanted():
+            raise RuntimeError("no forward pass of the model was recorded since the last step; call the model (itself, "
+                               "not a submodule or its .forward) with gradients enabled before observe().")  # fmt: skip
+        self._on_loss(f, y)
+
+
+def _weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """The method as a hook that does not keep its object alive: an optimiser nobody holds takes its hooks with it."""
+    held = weakref.WeakMethod(method)
+
+    def hook(*args: Any) -> None:
+        if (alive := held()) is not None:
+            alive(*args)
+
+    return hook
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+def by_sample(loss: Loss, f: Tensor, y: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and target with the samples on axis 0, where a sequence was flattened into rows for the loss.
+
+    A [N T, C] output of a model whose output has N samples becomes [N, C, T] for cross-entropy, [N, T, C] for others;
+    the loss is the same.
+    """
+    N = len(output)
+    if len(f) == N or N == 0 or len(f) % N or len(y) != len(f):
+        return f, y
+    f, y = f.unflatten(0, (N, -1)), y.unflatten(0, (N, -1))
+    return (f.movedim(-1, 1) if isinstance(loss, CrossEntropy) and f.dim() == 3 else f), y
+
+
+def _first(output: Any) -> Tensor:
+    """The first tensor of the model's result that depends on its parameters."""
+    return next(t for t in _tensors(output) if t.requires_grad)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors with axes in a model's result, whatever containers and dataclasses it is made of."""
+    if isinstance(output, Tensor):
+        yield from [output] if output.dim() else []
+    elif isinstance(output, Mapping):
+        yield from _tensors(tuple(output.values()))
+    elif isinstance(output, tuple | list):
+        for item in output:
+            yield from _tensors(item)
+    elif is_dataclass(output):
+        yield from _tensors([getattr(output, f.name) for f in fields(output)])
+
+
+def _comes_from(f: Tensor, output: Any, most: int = 64) -> bool:
+    """Whether f is one of the output's tensors or computed from one in few steps."""
+    tensors = [t for t in _tensors(output) if t.requires_grad]
+    if any(t is f for t in tensors):
+        return True
+    nodes = {t.grad_fn for t in tensors}
+    stack, seen = [f.grad_fn], set()
+    while stack and len(seen) < most:
+        node = stack.pop(0)
+        if node in nodes:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [n for n, _ in node.next_functions]
+    return False
+
+
+def _inputs(args: tuple, kwargs: dict) -> Any:
+    """The call's arguments as the inputs of a batch; None where they are both positional and by name."""
+    if args and kwargs:
+        return None
+    return dict(kwargs) if kwargs else args[0] if len(args) == 1 else args
+
+
+def _is_running(frame: FrameType) -> bool:
+    at = sys._getframe(1)
+    while at is not None:
+        if at is frame:
+            return True
+        at = at.f_back
+    return False
+
+
+def distributed_group(model: nn.Module, all_reduce: Any) -> Any:
+    """The process group over which curvature is summed; "auto": that of a DistributedDataParallel model."""
+    if all_reduce != "auto":
+        return collectives.group_of(all_reduce)
+    inside: Any = model
+    while not isinstance(inside, nn.parallel.DistributedDataParallel):
+        if not isinstance(inside := getattr(inside, "_orig_mod", None), nn.Module):
+            return None
+    return inside.process_group

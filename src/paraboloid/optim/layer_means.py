@@ -1,0 +1,215 @@
+"""Read a layer's mean inputs, outputs and output gradients off a closure that evaluates and backpropagates.
+
+A layer is a weight [p, ..] that linear layers and convolutions use, with its bias: z = W abar, abar = [a; 1], for every
+sample and position.  What is read are means over both; gradients at the outputs are summed over the batch (of the loss
+as it is backpropagated, a mean) and averaged over positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paraboloid.distributed import collectives
+from paraboloid.engine.outer_products import CHUNK_BYTES, Right
+from paraboloid.engine.recorder import Call, Recorder
+from paraboloid.layers import RULES, Use
+from paraboloid.passes import trees
+from paraboloid.passes.memory import roomy
+from paraboloid.passes.modes import autocast_dtype, eager_code, own_arithmetic
+from paraboloid.reductions.kronecker_factors import LARGE, add_gram, mirror
+
+LAYERS = (F.linear, F.conv1d, F.conv2d, F.conv3d, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+
+@dataclass
+class Reading:
+    """Sums over the uses of one layer in one evaluation."""
+
+    rows: int = 0  # samples times positions
+    outputs: Tensor | None = None  # sum of z, [p]
+    gradients: Tensor | None = None  # sum of dL/dz, [p]
+    products: Tensor | None = None  # sum of [a; 1] [a; 1]^T
+    samples: dict[int, int] = field(default_factory=dict)  # of each forward pass, axis 0 of the layer's input
+
+    @property
+    def positions(self) -> float:
+        """T, for each sample."""
+        return self.rows / sum(self.samples.values())
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Which parameters form W = [weight, bias], by name."""
+
+    weight: str
+    bias: str | None
+    flip: bool  # the weight is stored as [q, p]
+
+
+class Readings:
+    """What evaluations of the closure show of the layers whose parameters are in `parameters`, one after the other.
+
+    Only the model's forward pass is recorded; gradients arrive by hooks on the graph that it leaves.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]):
+        self.root = trees.unwrapped(model)
+        self.names = {id(p): name for name, p in parameters.items()}
+        self.layers: dict[str, Layer] = {}
+        self.irregular: set[str] = set()  # weights that are also used in another way
+        self.recorder = Recorder(self.root, {id(p): name for name, p in trees.parameters(model).items()})
+
+    @contextmanager
+    def evaluation(self, moments: bool) -> Iterator[None]:
+        """Read what the model does inside; `moments`: of the layers' inputs too."""
+        self.moments, self.found, self.passes = moments, dict[str, Reading](), 0
+        stack = ExitStack()
+        self.recorder.noted = self._note
+
+        def before(module: nn.Module, args: Any) -> None:
+            self.passes += 1
+            stack.enter_context(eager_code())
+            stack.enter_context(self.recorder)
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            stack.close()
+
+        handles = [
+            self.root.register_forward_pre_hook(before), self.root.register_forward_hook(after, always_call=True)
+        ]  # fmt: skip
+        try:
+            yield
+        finally:
+            stack.close()  # after an interrupt
+            for handle in handles:
+                handle.remove()
+            self.recorder.calls.clear()
+            self.recorder.noted = None  # no cycle that the garbage collector would have to find
+
+    def _note(self, call: Call, z: Tensor) -> None:
+        use, bias = _layer_of(call, self.names)
+        if use is None:
+            self.irregular.update(self.names[id(w)] for w in call.weights if id(w) in self.names)
+            return
+        name = self.names[id(use.weight)]
+        layer = Layer(name, None if bias is None else self.names.get(id(bias)), use.flip)
+        if self.layers.setdefault(name, layer) != layer:
+            self.irregular.add(name)
+            return
+        reading = self.found.setdefault(name, Reading())
+        with _in_full(z):
+            h = _arranged(use, z)
+            reading.rows += h.shape[0]
+            reading.outputs = _plus(reading.outputs, h.sum(0))
+            reading.samples[self.passes] = max(reading.samples.get(self.passes, 0), len(call.args[0]))
+            if self.moments:
+                products = _moments(use, call.args[0], h)
+                reading.products = products if reading.products is None else reading.products.add_(products)
+
+        place = call.edge.output_nr  # a hook that held the call would hold its own node
+
+        def arrived(gradients: tuple[Tensor | None, ...]) -> None:
+            g = gradients[place]
+            if g is not None:
+                with _in_full(g):
+                    reading.gradients = _plus(reading.gradients, _arranged(use, g).sum(0))
+
+        call.edge.node.register_prehook(arrived)
+
+    def means(self, group: Any = None) -> dict[str, dict[str, Any]]:
+        """By weight's name: "h" mean z [p], "g" the mean gradient [p], "positions" T []; and, with
+        moments, "a" mean abar [q] and "A" mean abar abar^T [q, q].  Over all ranks of `group`."""
+        sums, counts = {}, {}
+        for name, r in self.found.items():
+            if name in self.irregular:
+                continue
+            assert r.outputs is not None
+            counts[name] = float(r.rows), float(sum(r.samples.values()))
+            sums[name] = {"h": r.outputs, "g": torch.zeros_like(r.outputs) if r.gradients is None else r.gradients}
+            if r.products is not None:
+                sums[name]["A"] = r.products
+        ranks = 1
+        if group is not None:
+            ranks, device = torch.distributed.get_world_size(group), next(iter(sums.values()))["h"].device
+            each = torch.tensor(list(counts.values()), dtype=torch.float64)
+            counts = dict(zip(counts, collectives.summed(each, group, device).tolist(), strict=True))
+            sums = collectives.summed(sums, group, device)
+        for name, found in sums.items():
+            rows, samples = counts[name]
+            found["positions"] = rows / samples
+            found["g"] = found["g"] * (samples / rows / ranks)  # each rank backpropagates a mean of its own
+            found["h"] = found["h"] / rows
+            if "A" in found:
+                products = found["A"] / rows  # of [a; 1]
+                inner = slice(None) if self.layers[name].bias is not None else slice(-1)
+                found["a"], found["A"] = products[inner, -1], products[inner, inner]
+        return sums
+
+
+def _layer_of(call: Call, names: Mapping[int, str]) -> tuple[Use | None, Any]:
+    """The call's use of a weight as a matrix, and its bias; None where it is no such layer."""
+    if call.op not in LAYERS or call.op not in RULES or not call.args or call.args[0].dim() < 2:
+        return None, None  # by keyword, or a single sample without a batch axis
+    uses = [u for u in RULES[call.op](*call.args, **call.kwargs) if u.weight is not None]
+    matrices = [u for u in uses if u.right is not None and not u.lookup and u.groups == 1]
+    if (
+        len(matrices) != 1
+        or id(matrices[0].weight) not in names
+        or (matrices[0].flip and matrices[0].weight.dim() != 2)
+    ):
+        return None, None
+    others = [u.weight for u in uses if u is not matrices[0]]
+    if len(others) > 1 or any(id(w) not in names for w in others if w.requires_grad):
+        return None, None
+    bias = others[0] if others and others[0].requires_grad else None
+    return matrices[0], bias
+
+
+def _arranged(use: Use, z: Tensor) -> Tensor:
+    """Outputs, or gradients there, as [rows, p] in at least float32."""
+    z = z.detach()
+    z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+    if use.q_axes is None:  # p is the last axis of a product
+        return z.reshape(-1, z.shape[-1])
+    left = use.left(z.unsqueeze(0))  # [1 R 1 T p]
+    return left.reshape(-1, left.shape[-1])
+
+
+def _moments(use: Use, x: Tensor, h: Tensor) -> Tensor:
+    """sum of [a; 1] [a; 1]^T over rows: its last column is the sum of [a; 1]."""
+    assert use.right is not None
+    size = use.q + 1
+    if use.q_axes is None and size < LARGE:
+        rows = F.pad(x.detach().reshape(-1, use.q).to(h.dtype), (0, 1), value=1.0)
+        return rows.T @ rows
+    products = h.new_empty(1, size, size)
+    samples = h.shape[0] // (use.right(slice(0, 1))[0].numel() // use.q)  # rows of the rule's `right`
+    right = Right(use.right, (1, samples, 1), dtype=h.dtype, q_axes=use.q_axes)
+    most = max(roomy(CHUNK_BYTES, h.device), 4 * products.nbytes)
+    step = max(1, most * samples // max(1, h.shape[0] * size * h.element_size()))
+    for start in range(0, samples, step):
+        columns = right.columns(slice(start, min(start + step, samples))).detach()  # [1 q nT]
+        columns = torch.cat([columns, columns.new_ones(1, 1, columns.shape[2])], 1)
+        add_gram(products, columns, start > 0)
+    return mirror(products)[0]
+
+
+def _in_full(t: Tensor) -> Any:
+    """A context without gradients, and without autocast where that is on."""
+    if autocast_dtype(t.device) is None:
+        return torch.no_grad()
+    stack = ExitStack()
+    stack.enter_context(own_arithmetic(t.device))
+    stack.enter_context(torch.no_grad())
+    return stack
+
+
+def _plus(value: Tensor | None, more: Tensor) -> Tensor:
+    return more.clone() if value is None else value.add_(more)

@@ -1,0 +1,95 @@
+"""The door: fit a Laplace posterior to a trained model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from paraboloid.data import batches as batch_data
+from paraboloid.linalg.operand import check_count
+from paraboloid.passes import trees
+from paraboloid.posteriors import fit
+from paraboloid.posteriors.likelihood import Likelihood
+from paraboloid.posteriors.posterior import Posterior
+from paraboloid.posteriors.weights import Weights, choose, only
+
+
+def laplace(
+    model: nn.Module,
+    loss_fn: Any,
+    data: Any,
+    structure: str = "kron",
+    weights: Weights = "all",
+    prior_precision: Any = 1.0,
+    noise_variance: float = 1.0,
+    debias: bool = False,
+    seed: int = 0,
+    *,
+    fisher: str = "exact",
+    samples: int = 1,
+    rank: int = 10,
+    subset: int | None = None,
+    temperature: float = 1.0,
+    output: batch_data.Output | None = None,
+    max_memory: int | None = None,
+) -> Posterior:
+    """The Laplace approximation at a trained model's weights: N(theta, (H / noise_variance + Lambda)^-1).
+
+    H is the GGN of the *summed* negative log-likelihood of the data, whatever `reduction` says (class weights and
+    ignored targets inside), and Lambda the diagonal of the prior's precisions.
+
+    loss_fn          CrossEntropyLoss (categorical), BCEWithLogitsLoss (Bernoulli), MSELoss (read as
+                     N(f, noise_variance I)), GaussianNLL (heteroscedastic), PoissonNLLLoss, or a `pb.Loss` of your own
+    data             a batch or an iterable of batches; the fit does not depend on how it is batched
+    structure        "kron" (KFAC's blocks, damped in their eigenbasis), "ekfac" (the exact eigenvalues along KFAC's
+                     eigenvectors), "diag", "full", "lowrank" (the `rank` largest eigenpairs), or "functional" (the
+                     exact GGN in its dual form, of all samples or of `subset` of them, scaled)
+    weights          "all", "last_layer", a list of names of parameters or modules (a subnetwork), or a predicate
+    prior_precision  a number, [D], [number of parameters] or a dict by name; one number for each parameter with "kron"
+                     and "ekfac"
+    debias           for "kron" and "ekfac": eigenvectors from one half of every batch and eigenvalues from the other,
+                     in both roles (`CrossFitted`); for posteriors fitted on few samples
+    fisher           "exact" (the loss's own Hessian), "mc" (`samples` labels drawn from the model) or "empirical"
+    temperature      divides the log-likelihood
+    output           picks the output tensor from a structured result, e.g. ``lambda o: o.logits``
+    max_memory       bytes, an upper aim for temporary memory
+
+    The model is used in the mode it is in (call eval() for batch norm and dropout) and left as it was.
+
+    Raises ValueError for arguments that do not fit, weights that are not finite, and matrices that would not fit into
+    memory (saying how large they are, and what would); TypeError for an unknown loss.
+    Sources: MacKay 1992; Ritter et al. 2018 (Kronecker); Immer et al. 2021, arXiv:2008.08216 (GGN, linearised outputs).
+    """
+    if structure not in fit.STRUCTURES:
+        raise ValueError(f"structure is {structure!r}; expected one of {fit.STRUCTURES}.")
+    if fisher not in fit.FISHERS:
+        raise ValueError(f"fisher is {fisher!r}; expected one of {fit.FISHERS}.")
+    for name, value in (("noise_variance", noise_variance), ("temperature", temperature)):
+        if not value > 0:
+            raise ValueError(f"{name} is {value}; expected a positive number.")
+    if debias and structure not in ("kron", "ekfac"):
+        raise ValueError(f"debias=True with structure={structure!r}; expected 'kron' or 'ekfac', whose eigenvectors "
+                         "and eigenvalues can be taken from different samples.")  # fmt: skip
+    check_count("rank", rank)
+    likelihood = Likelihood.of(loss_fn)
+    names = choose(model, weights, data, output)
+    for name, p in trees.parameters(model).items():
+        if not torch.isfinite(p).all():
+            raise ValueError(f"parameter {name!r} holds NaN or infinity; expected a trained model.")
+    with only(model, names):
+        parameters = fit.parameters_of(model)
+        device = next(iter(parameters.values())).device
+        fitting = fit.Fitting(
+            model, likelihood, fisher, check_count("samples", samples), torch.Generator(device).manual_seed(seed),
+            output, max_memory,
+        )  # fmt: skip
+        options = {"fisher": fisher, "samples": samples, "rank": rank, "subset": subset, "seed": seed, "debias": debias}
+        curvature = fit.curvature(structure, fitting, parameters, data, options)
+    posterior = Posterior(
+        model, likelihood, structure, curvature, parameters, fitting.loss, fitting.constant, fitting.count,
+        fitting.elements, fitting.target, float(noise_variance), float(temperature), output, max_memory, options, data,
+    )  # fmt: skip
+    posterior.prior_precision = prior_precision
+    return posterior

@@ -1,0 +1,1 @@
+"""From weights to outputs: Jacobians, moments, predictive distributions; imports from `structures` and below."""

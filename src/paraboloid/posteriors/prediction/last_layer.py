@@ -1,0 +1,64 @@
+"""Variances of a linear last layer's outputs in closed form: J is the features, and is never formed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from paraboloid.passes.trees import mapped
+from paraboloid.posteriors.prediction.jacobian import recorded
+from paraboloid.posteriors.prediction.moments import length
+from paraboloid.posteriors.prior import Prior
+from paraboloid.posteriors.structures.diagonal import Diagonal
+from paraboloid.posteriors.structures.kronecker import CrossFitted, Kronecker
+
+CHUNK = 1024  # samples at a time
+
+
+def variances(posterior: Any, inputs: Any, prior: Prior, strength: Any) -> tuple[Tensor, Tensor] | None:
+    """Mean and variance [N, C] of f = W phi + b under a posterior over W and b alone, features phi [F].
+
+    diagonal     var[n, c] = sum_j phi[n, j]^2 var(W)[c, j] + var(b)[c]
+    Kronecker    sum_i U[c, i]^2 sum_j (phi[n] V)[j]^2 / (h + lambda)[i, j], with the factors' eigenvectors U and V
+
+    In C F + N (C + F) numbers.  None where the posterior is over something else, or has another structure.
+    """
+    curvature = posterior.curvature
+    if not isinstance(curvature, Diagonal | Kronecker | CrossFitted) or len(posterior.weights) > 2:
+        return None
+    means, found = [], []
+    for start in range(0, length(inputs), CHUNK):
+        piece = mapped(lambda t, n=slice(start, start + CHUNK): t[n], inputs)
+        with recorded(posterior.model, list(posterior.weights), piece, posterior.output, verify=False) as (tape, f):
+            call = tape.calls[0] if len(tape.calls) == 1 else None
+            plain = call is not None and call.op is F.linear and f.dim() == 2 and call.edge.node is f.grad_fn
+            if not plain or call is None:
+                return None
+            names = [tape.names.get(id(w)) for w in call.args[1:3]] + [tape.names.get(id(call.kwargs.get("bias")))]
+            phi = call.args[0]
+        weight, bias = names[0], next((n for n in names[1:] if n is not None), None)
+        if phi.dim() != 2 or {weight, bias} - {None} != set(posterior.weights) or weight is None:
+            return None
+        with torch.no_grad():
+            means.append(f.detach())
+            found.append(_of(curvature, phi.detach(), weight, bias, prior, strength))
+    return torch.cat(means), torch.cat(found)
+
+
+def _of(curvature: Any, phi: Tensor, weight: str, bias: str | None, prior: Prior, strength: Any) -> Tensor:
+    if isinstance(curvature, CrossFitted):
+        first, second = (_of(part, phi, weight, bias, prior, strength) for part in curvature.parts)
+        return (first + second) / 2
+    if isinstance(curvature, Diagonal):
+        found = phi.square() @ (1 / (strength * curvature.h[weight] + prior[weight])).T
+        return found if bias is None else found + 1 / (strength * curvature.h[bias] + prior[bias])
+    sigma = curvature._sigma(weight, prior, strength)
+    U, V, shift = sigma.left, sigma.right, sigma.values[0] - sigma.rest
+    turned = phi if V.vectors is None else phi @ V.vectors[0]
+    inner = turned.square() @ shift.T  # [N, i]
+    found = inner if U.vectors is None else inner @ U.vectors[0].square().T
+    found = found + sigma.rest * phi.square().sum(1, keepdim=True)
+    return found if bias is None else found + curvature._sigma(bias, prior, strength).diagonal()

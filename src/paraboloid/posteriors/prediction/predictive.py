@@ -1,0 +1,180 @@
+"""From a Gaussian over outputs to a predictive distribution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paraboloid.data import batches as batch_data
+from paraboloid.linalg.operand import check_count
+from paraboloid.passes import trees
+from paraboloid.passes.random_state import isolated
+from paraboloid.posteriors.prediction.sharpness import sharpened
+
+LINKS = ("probit", "bridge", "mc", "weights")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Moments of y: mean [N, C, ...] and its variance, that of the model (its weights) plus that of the noise."""
+
+    mean: Tensor
+    model_variance: Tensor
+    noise_variance: Tensor
+
+    @property
+    def variance(self) -> Tensor:
+        return self.model_variance + self.noise_variance
+
+    @property
+    def stddev(self) -> Tensor:
+        return self.variance.sqrt()
+
+
+def predict(posterior: Any, x: Any, link: str | None, samples: int, seed: int) -> Any:
+    """See `Posterior.predict`."""
+    found, kind = _predict(posterior, x, link, samples, seed), posterior.likelihood.kind
+    return sharpened(found, posterior.sharpness, kind) if kind in ("categorical", "bernoulli") else found
+
+
+def _predict(posterior: Any, x: Any, link: str | None, samples: int, seed: int) -> Any:
+    kind = posterior.likelihood.kind
+    if link is not None and link not in LINKS:
+        raise ValueError(f"link is {link!r}; expected one of {LINKS}.")
+    check_count("samples", samples)
+    classes = kind in ("categorical", "bernoulli")
+    if link in ("probit", "bridge") and not classes:
+        raise ValueError(f"link is {link!r} with a {kind} likelihood; expected None or one of ('mc', 'weights').")
+    if link == "weights":
+        return averaged(posterior, _network_draws(posterior, x, samples, seed))
+    if link == "mc" or kind == "other":
+        mean, covariance = posterior.functional(x)
+        draws = gaussian_draws(mean.flatten(1), covariance, samples, seed)
+        return averaged(posterior, iter(draws.view(samples, *mean.shape)))
+    if link == "bridge":
+        mean, covariance = posterior.functional(x)
+        if kind != "categorical" or mean.dim() != 2:
+            raise ValueError(f"link='bridge' is for class probabilities of outputs [N, C]; found a {kind} likelihood "
+                             f"and outputs {tuple(mean.shape)}. Use 'probit' or 'mc'.")  # fmt: skip
+        return bridge(mean, covariance)
+    mean, variance = posterior.functional(x, diagonal=True)
+    if classes:
+        return probit(mean, variance, kind == "categorical")
+    if kind == "poisson":
+        return poisson(posterior, mean, variance)
+    if kind == "heteroscedastic":
+        return heteroscedastic(posterior, mean, variance)
+    return Prediction(mean, variance, torch.full_like(variance, posterior.noise_variance))
+
+
+def poisson(posterior: Any, mean: Tensor, variance: Tensor) -> Prediction:
+    """Moments of a count whose log rate is Gaussian: E y = E rate = exp(m + v / 2), and E rate is the noise's part."""
+    if not posterior.likelihood.loss.loss.log_input:  # the output is the rate
+        return Prediction(mean, variance, mean)
+    rate = (mean + variance / 2).exp()
+    return Prediction(rate, variance.expm1() * rate.square(), rate)
+
+
+def heteroscedastic(posterior: Any, mean: Tensor, variance: Tensor) -> Prediction:
+    """The mean's own moments, and the expected noise variance: E exp(u) = exp(m + v / 2) of a Gaussian logarithm."""
+    loss = posterior.likelihood.loss.loss
+    if loss.variance is not None:
+        noise = torch.as_tensor(loss.variance, dtype=mean.dtype, device=mean.device)
+        return Prediction(mean, variance, noise.expand_as(mean))
+    size = posterior.target[0] if len(posterior.target) == mean.dim() - 1 else 1
+    noise, spread = mean[:, size:], variance[:, size:]
+    noise = (noise + spread / 2).exp() if loss.log_variance else noise.clamp(min=loss.eps)
+    return Prediction(mean[:, :size], variance[:, :size], noise.expand_as(mean[:, :size]))
+
+
+def averaged(posterior: Any, draws: Iterator[Tensor]) -> Any:
+    """The mixture over draws of the outputs f: mean probabilities, or the mixture's moments of y."""
+    kind, loss = posterior.likelihood.kind, posterior.likelihood.loss.loss
+    if kind in ("categorical", "bernoulli"):
+        return _mean(f.softmax(1) if kind == "categorical" else f.sigmoid() for f in draws)
+    if kind == "other":
+        if not callable(getattr(loss, "predictive", None)):
+            raise NotImplementedError(
+                f"{type(loss).__name__} does not say what an output predicts; expected a method predictive(f) that "
+                "maps outputs [N, ...] to probabilities or a mean. Or use functional(x), sample(n)."
+            )
+        return _mean(loss.predictive(f) for f in draws)
+    moments = []
+    for f in draws:
+        if kind == "gaussian":
+            moments.append((f, torch.full_like(f, posterior.noise_variance)))
+        else:
+            found = poisson if kind == "poisson" else heteroscedastic
+            certain = found(posterior, f, torch.zeros_like(f))
+            moments.append((certain.mean, certain.noise_variance))
+    means, noise = (torch.stack(part) for part in zip(*moments, strict=True))
+    return Prediction(means.mean(0), means.var(0, correction=0), noise.mean(0))
+
+
+def _mean(values: Iterable[Tensor]) -> Tensor:
+    total, count = None, 0
+    for value in values:
+        total = value.clone() if total is None else total.add_(value)
+        count += 1
+    assert total is not None
+    return total / count
+
+
+@torch.no_grad()
+def _network_draws(posterior: Any, x: Any, samples: int, seed: int) -> Iterator[Tensor]:
+    """Outputs of networks with weights drawn from the posterior, one network at a time."""
+    posterior.check_weights()
+    model, drawn = trees.unwrapped(posterior.model), posterior.sample(samples, seed)
+    names = {trees.plain_name(k): k for k, _ in model.named_parameters()}
+
+    def network(parameters: dict[str, Tensor]) -> Any:
+        return lambda *args, **kwargs: torch.func.functional_call(model, parameters, args, kwargs)
+
+    for s in range(samples):
+        parameters = {names[k]: w[s] for k, w in drawn.items()}
+        with isolated(model, next(iter(drawn.values())).device, 0):
+            f = batch_data.call(network(parameters), x, posterior.output)
+        yield f
+
+
+def probit(mean: Tensor, variance: Tensor, categorical: bool) -> Tensor:
+    """softmax(f_c / sqrt(1 + pi/8 v_c)) over axis 1, or the sigmoid of each: needs variances alone, [N, C, ...].
+
+    Source: MacKay 1992; for several classes Lu, Ie and Sha 2020, arXiv:2006.07584.
+    """
+    scaled = mean / (1 + math.pi / 8 * variance).sqrt()
+    return scaled.softmax(1) if categorical else scaled.sigmoid()
+
+
+def bridge(mean: Tensor, covariance: Tensor) -> Tensor:
+    """The mean of the Dirichlet distribution that the Laplace bridge assigns to N(mean [N, C], covariance [N, C, C]).
+
+    The Gaussian is first conditioned on a sum of zero, where the bridge is defined; alpha_c proportional to
+    (1 - 2/C + exp(f_c) / C^2 sum_j exp(-f_j)) / v_c.  Source: Hobbhahn, Kristiadi and Hennig 2022, arXiv:2003.01227.
+    """
+    C = mean.shape[1]
+    total, rows = covariance.sum((1, 2)), covariance.sum(2)
+    scale = torch.where(total > 0, total, 1)
+    f = mean - rows * (mean.sum(1) / scale).unsqueeze(1)
+    v = covariance.diagonal(dim1=1, dim2=2) - rows.square() / scale.unsqueeze(1)
+    v = v.clamp(min=torch.finfo(v.dtype).tiny ** 0.5)
+    share = math.log(C**2 - 2 * C) if C > 2 else -math.inf
+    log_alpha = torch.logaddexp(f + torch.logsumexp(-f, 1, keepdim=True), torch.full_like(f, share)) - v.log()
+    return log_alpha.softmax(1)
+
+
+def gaussian_draws(mean: Tensor, covariance: Tensor, samples: int, seed: int) -> Tensor:
+    """[S, N, K] from N(mean [N, K], covariance [N, K, K]): the same standard normal numbers for every input.
+
+    So that predictions are smooth in the input, and the difference of two inputs has little noise.
+    """
+    values, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
+    root = vectors * values.clamp(min=0).sqrt().unsqueeze(1) @ vectors.mT  # symmetric, so it moves smoothly
+    generator = torch.Generator(device=mean.device).manual_seed(seed)
+    z = torch.randn(samples, 1, mean.shape[1], generator=generator, dtype=mean.dtype, device=mean.device)
+    return mean + (root @ z.unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,1 @@
+"""Choosing the prior: evidence, linearised optimum, validation; imports from `prediction` and below."""

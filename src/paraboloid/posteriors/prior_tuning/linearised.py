@@ -1,0 +1,132 @@
+"""The optimum of the linearised model under a prior: f(x) + J(x) (w - theta), trained on the same data.
+
+An early-stopped network is no optimum of its linearisation, and evidence that is evaluated there misjudges the prior;
+at the linearisation's own optimum it does not.  Source: Antoran et al. 2022, arXiv:2206.08900.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paraboloid import linalg
+from paraboloid.losses import MSE
+from paraboloid.operators.matrix_free.ggn import OutputGraph
+from paraboloid.operators.matrix_free.replay import Replay
+from paraboloid.operators.vectors import join, split
+
+NEWTON_STEPS = 50
+HALVINGS = 30
+
+
+class LinearisedModel:
+    """The summed loss of the linearised model on the data, as a function of delta = w - theta, flat [D]."""
+
+    def __init__(self, replay: Replay):
+        self.replay, self.loss = replay, replay.loss
+        self.theta = join([p.detach() for p in replay.parameters.values()])
+
+    @staticmethod
+    def of(model: Any, loss: Any, data: Any, output: Any, max_memory: int | None) -> LinearisedModel:
+        return LinearisedModel(Replay(model, loss, data, OutputGraph, output=output, max_memory=max_memory))
+
+    @property
+    def is_quadratic(self) -> bool:
+        return all(isinstance(term, MSE) for term in self.loss.terms)
+
+    def _passes(self, delta: Tensor, visit: Callable[[Any, Tensor], Tensor]) -> Tensor:
+        total: Any = 0.0
+        parameters = list(self.replay.parameters.values())
+        with self.replay.graphs() as graphs:
+            for graph in graphs:
+                total = total + visit(graph, graph.f.detach() + graph.push(split(delta, parameters)).detach())
+        return total.detach()
+
+    def value(self, delta: Tensor) -> Tensor:
+        """Summed loss of the linearised outputs."""
+        return self._passes(delta, lambda graph, f: self.loss.sample_losses(f, graph.y).sum())
+
+    def gradient(self, delta: Tensor) -> Tensor:
+        """Its gradient J^T l'(f + J delta), [D]."""
+        return self._passes(delta, lambda graph, f: join(graph.pull(self.loss.gradient(f, graph.y))))
+
+    def curvature(self, delta: Tensor, v: Tensor) -> Tensor:
+        """J^T H(f + J delta) J v, [D] or [D, K]."""
+        parameters = list(self.replay.parameters.values())
+
+        def visit(graph, f):
+            columns = [v] if v.dim() == 1 else list(v.T)
+            found = []
+            for column in columns:
+                u = self.loss.curvature_product(f, graph.y, graph.push(split(column, parameters)).detach())
+                found.append(join(graph.pull(u)))
+            return found[0] if v.dim() == 1 else torch.stack(found, 1)
+
+        return self._passes(delta, visit)
+
+
+class _Precision:
+    """strength J^T H J + Lambda at delta, for conjugate gradients."""
+
+    def __init__(self, model: LinearisedModel, delta: Tensor, precision: Tensor, strength: Any):
+        self.model, self.delta, self.precision, self.strength = model, delta, precision, float(strength)
+        self.shape, self.dtype, self.device = (len(delta), len(delta)), delta.dtype, delta.device
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        diagonal = self.precision if v.dim() == 1 else self.precision.unsqueeze(1)
+        return self.strength * self.model.curvature(self.delta, v) + diagonal * v
+
+
+class _Preconditioner:
+    def __init__(self, apply: Callable[[Tensor], Tensor], like: Tensor):
+        self.apply, self.shape, self.dtype, self.device = apply, (len(like), len(like)), like.dtype, like.device
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return self.apply(v.T if v.dim() == 2 else v.unsqueeze(0)).T.reshape(v.shape)
+
+
+def optimum(
+    model: LinearisedModel,
+    precision: Tensor,
+    strength: Any,
+    start: Tensor | None = None,
+    preconditioner: Callable[[Tensor], Tensor] | None = None,
+    tol: float | None = None,
+) -> Tensor:
+    """argmin over delta of strength * loss(f + J delta) + |theta + delta|^2_Lambda / 2, flat [D].
+
+    Newton's method, each step by conjugate gradients and halved until the objective falls; one step for a squared
+    error.  `precision` is Lambda's diagonal [D]; `preconditioner` maps rows [K, D] to (about) Sigma times them.
+    Stops when the gradient's norm is below `tol` (default 1e-8; 1e-4 in float32) times its data part's.
+    """
+    theta, strength = model.theta, float(strength)
+    tol = (1e-8 if theta.dtype == torch.float64 else 1e-4) if tol is None else tol
+    delta = torch.zeros_like(theta) if start is None else start.clone()
+    M = None if preconditioner is None else _Preconditioner(preconditioner, theta)
+
+    def objective(d: Tensor) -> Tensor:
+        return strength * model.value(d) + (precision * (theta + d).square()).sum() / 2
+
+    value = objective(delta)
+    for _ in range(NEWTON_STEPS):
+        of_data = strength * model.gradient(delta)
+        g = of_data + precision * (theta + delta)
+        if g.norm() <= tol * max(of_data.norm(), (precision * theta).norm()):
+            return delta
+        A = _Precision(model, delta, precision, strength)
+        # As exact as the quadratic model is: for a squared error, which is one, a single step is enough.
+        inner = tol if model.is_quadratic else max(tol, min(0.1, (g.norm() / of_data.norm().clamp(min=1e-30)).item()))
+        step = linalg.cg(A, -g, inner, max_iterations=len(theta), preconditioner=M)
+        scale = 1.0
+        for _ in range(HALVINGS):
+            lower = objective(delta + scale * step)
+            if lower <= value:
+                break
+            scale /= 2
+        else:
+            return delta  # no descent left in this precision
+        delta, value = delta + scale * step, lower
+    return delta

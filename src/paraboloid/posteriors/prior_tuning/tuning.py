@@ -1,0 +1,108 @@
+"""Choosing the prior's precision: by evidence at the linearised model's optimum or at the weights, or by validation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paraboloid.data import batches as batch_data
+from paraboloid.linalg.operand import check_count
+from paraboloid.passes import trees
+from paraboloid.posteriors import prior as priors
+from paraboloid.posteriors.prediction.predictive import Prediction
+from paraboloid.posteriors.prior_tuning.evidence import groups_of, mackay
+from paraboloid.posteriors.prior_tuning.linearised import LinearisedModel, optimum
+from paraboloid.posteriors.weights import only
+
+METHODS = ("adapted", "evidence", "grid")
+
+
+def tune(posterior: Any, method: str, data: Any, validation: Any, per: str, noise: bool, steps: int, grid: Any) -> None:
+    """See `Posterior.tune_prior`."""
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; expected one of {METHODS}.")
+    if noise and not posterior.likelihood.takes_noise:
+        raise ValueError(f"noise=True with a {posterior.likelihood.kind} likelihood; expected nn.MSELoss, which alone "
+                         "has a noise variance.")  # fmt: skip
+    check_count("steps", steps)
+    if method == "grid":
+        by_grid(posterior, validation, grid)
+    elif method == "adapted" and data is None:
+        raise ValueError("method='adapted' needs the training data, and this posterior has it no longer (it was loaded "
+                         "or updated); pass data=, all of it.")  # fmt: skip
+    else:
+        by_evidence(posterior, data if method == "adapted" else None, per, noise, steps)
+
+
+def by_evidence(posterior: Any, data: Any, per: str, noise: bool, steps: int) -> None:
+    """MacKay's updates at the optimum of the linearised model on `data`, or at the trained weights without data."""
+    weights, loss, groups, prior = (
+        posterior.weights,
+        posterior.loss,
+        groups_of(posterior.weights, per),
+        posterior.prior(),
+    )
+    theta, delta, linear = posterior.weights, None, None
+    if data is not None:
+        with only(posterior.model, list(theta)):
+            linear = LinearisedModel.of(
+                posterior.model, posterior.likelihood.loss, data, posterior.output, posterior.max_memory
+            )
+    # The relative change of every precision that ends the updates.
+    tolerance = 1e-6 if next(iter(theta.values())).dtype == torch.float64 else 1e-3
+    moved = [math.inf]
+    for _ in range(steps):
+        strength = posterior.strength()
+        if linear is not None:
+            approximate = _apply(posterior.curvature, prior, strength)
+            # No more exact than the precisions are by now, which move on.
+            rough = max(tolerance / 100, min(1e-2, 0.1 * max(moved)))
+            delta = optimum(linear, priors.flat(prior, theta), strength, delta, approximate, rough)
+            weights, loss = trees.unflatten(linear.theta + delta, theta), linear.value(delta).item()
+        updated, gamma = mackay(posterior.curvature, prior, strength, groups, weights)
+        moved = [abs(math.log(float(updated[names[0]] / prior[names[0]].mean()))) for names in groups]
+        if noise:
+            variance = 2 * loss / max(posterior.elements - gamma.item(), 1e-3 * posterior.elements)
+            moved.append(abs(math.log(variance / posterior.noise_variance)))
+            posterior.noise_variance = variance
+        prior = updated
+        if max(moved) < tolerance:
+            break
+    single = len(groups) == 1
+    posterior.prior_precision = prior[groups[0][0]].item() if single else {k: t.item() for k, t in prior.items()}
+
+
+def _apply(curvature: Any, prior: priors.Prior, strength: Any):
+    return lambda rows: curvature.apply(rows, prior, strength)
+
+
+def by_grid(posterior: Any, validation: Any, grid: Any) -> None:
+    """The precision with the lowest negative log-likelihood of the predictions on validation data."""
+    if validation is None:
+        raise ValueError("method='grid' needs validation=, a batch or an iterable of batches that was not trained on.")
+    candidates = (
+        10.0 ** torch.linspace(-3, 5, 25) if grid is None else torch.as_tensor(grid, dtype=torch.float64)
+    ).tolist()
+    batches = list(batch_data.batches(validation))
+    before, scores = posterior.prior_precision, []
+    for value in candidates:
+        posterior.prior_precision = value
+        scores.append(sum(negative_log_predictive(posterior, x, y) for x, y in batches))
+    posterior.prior_precision = before
+    posterior.prior_precision = candidates[min(range(len(scores)), key=scores.__getitem__)]
+
+
+def negative_log_predictive(posterior: Any, x: Any, y: Tensor) -> float:
+    """-sum log p(y | x) under the posterior's default prediction, without constants."""
+    found, kind = posterior.predict(x), posterior.likelihood.kind
+    if isinstance(found, Prediction):
+        return (found.variance.log() + (y - found.mean).square() / found.variance).sum().item() / 2
+    if kind == "bernoulli":
+        return torch.nn.functional.binary_cross_entropy(found, y.to(found), reduction="sum").item()
+    loss = posterior.likelihood.loss.loss
+    return torch.nn.functional.nll_loss(
+        found.clamp(min=torch.finfo(found.dtype).tiny).log(), y, ignore_index=loss.ignore_index, reduction="sum"
+    ).item()

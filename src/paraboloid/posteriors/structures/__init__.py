@@ -1,0 +1,1 @@
+"""Curvatures of a posterior, one file for each structure; imports from `operators` and below."""

@@ -1,0 +1,261 @@
+"""Kronecker factors of a parameter's block, summed while the vectors come in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paraboloid.engine.outer_products import CHUNK_BYTES, Outer, merge
+from paraboloid.linalg.kron import Kron
+from paraboloid.linalg.kronecker_product import KroneckerProduct, Side
+from paraboloid.passes.memory import roomy
+from paraboloid.reductions.sums import Recent, pieces, reduce, samples
+
+LARGE = 256  # rows from which halving by symmetry pays
+EXACT_VECTOR = 4096  # elements up to which a bias-like parameter's block is kept exactly
+
+
+@dataclass
+class Rows:
+    """A factor of low rank, rows^T rows, by its rows [G R p] with R < p."""
+
+    data: Tensor
+
+    def dense(self) -> Tensor:
+        return self.data.mT @ self.data
+
+
+def gradient_factor(o: Outer, sharing: str, thin: bool = False) -> Tensor | Rows:
+    """sum over v, n (and t) of left left^T, [G p p]; `thin`: by its rows where these are fewer."""
+    left = o.left.sum(3, keepdim=True) if sharing == "reduce" else o.left
+    positions, rows = left.shape[3:]
+    if thin and left[:, :, 0, :, 0].numel() < rows:
+        return Rows(left.permute(2, 0, 1, 3, 4).flatten(1, 3))
+    if positions >= rows:  # images: a product for each sample, without a copy
+        left = left.mT.flatten(0, 1)
+        return (left @ left.mT).sum(0)
+    return gram(left.permute(2, 0, 1, 3, 4).flatten(1, 3).mT)  # [G p VNT], for one group a view
+
+
+def input_factor(o: Outer, sharing: str, memory: int | None = None, thin: bool = False) -> Tensor | Rows:
+    """sum over n (and t) of right right^T, [G q q]; the diagonal [1 q] for a lookup; `thin`: as above."""
+    if o.right is not None and o.lookup and sharing == "expand":
+        return torch.bincount(o.right().flatten() + 1, minlength=o.q + 1)[1:].to(o.left)[None]
+    G, T = o.left.shape[2:4]
+    if thin and not o.lookup and o.left.shape[1] * (1 if sharing == "reduce" else T) < o.q:
+        right = o.dense_right().mean(2, keepdim=True) if sharing == "reduce" else o.dense_right()
+        return Rows(right.transpose(0, 1).flatten(1, 2).detach())  # it may be the layer's input itself
+    A = o.left.new_empty(G, o.q, o.q)
+    size = max(roomy(CHUNK_BYTES, A.device), 4 * A.numel() * A.element_size()) if memory is None else memory // 2
+    for n in o.chunks(G * T * o.q, size):
+        if sharing == "reduce":
+            right = o.dense_right(n)
+            count = right.sum((2, 3), keepdim=True).clamp(min=1) if o.lookup else T
+            add_gram(A, (right / count).sum(2).movedim(0, 2), n.start > 0)  # [G q n]
+        else:
+            add_gram(A, o.columns(n), n.start > 0)
+    return mirror(A)
+
+
+def gram(R: Tensor) -> Tensor:
+    """R R^T, [G q q], for R [G q K]."""
+    A = R.new_empty(*R.shape[:2], R.shape[1])
+    add_gram(A, R, add=False)
+    return mirror(A)
+
+
+def add_gram(A: Tensor, R: Tensor, add: bool) -> None:
+    """A += R R^T (A = R R^T if not `add`) in the lower blocks: by symmetry half of the products (torch has no SYRK)."""
+    q = R.shape[-2]
+    if q < LARGE:
+        A.baddbmm_(R, R.mT, beta=int(add))
+        return
+    half = q // 2
+    add_gram(A[:, :half, :half], R[:, :half], add)
+    add_gram(A[:, half:, half:], R[:, half:], add)
+    A[:, half:, :half].baddbmm_(R[:, half:], R[:, :half].mT, beta=int(add))
+
+
+def mirror(A: Tensor) -> Tensor:
+    """Fill the upper blocks that `add_gram` leaves out."""
+    q = A.shape[-1]
+    if q >= LARGE:
+        half = q // 2
+        A[:, :half, half:] = A[:, half:, :half].mT
+        mirror(A[:, :half, :half])
+        mirror(A[:, half:, half:])
+    return A
+
+
+def _positions(o: Outer) -> int:
+    """N T, without the empty positions of ragged bags."""
+    if o.lookup and o.right is not None:
+        return int((o.right() >= 0).sum())
+    return o.left.shape[1] * o.left.shape[3]
+
+
+def _count(n: int) -> Tensor:
+    return torch.tensor(n, dtype=torch.float64)  # a tensor, so that it is summed with the others over ranks
+
+
+@dataclass
+class Factors:
+    """Sums of one parameter's Kronecker factors while vectors come in, rows first, as the parameter is stored.
+
+    Each of `rows` and `columns` is {"gradient": sum, "input": sum} over those uses whose gradients (inputs) run along
+    it; the gradient's sums grow with every group of vectors, the input's are taken once.  `exact` is the whole block of
+    a bias-like parameter instead: a matrix [1 p p], or a diagonal [1 p] beyond 4096 elements.
+    """
+
+    rows: dict[str, Any]
+    columns: dict[str, Any]
+    positions: Tensor  # [], float64, on the CPU
+    groups: int
+    exact: Any = None
+
+
+def add_factors(
+    value: Factors | None,
+    outers: list[Outer],
+    sharing: str,
+    memory: int | None = None,
+    thin: bool = False,
+    recent: Recent | None = None,
+) -> Factors:
+    """One more group of vectors for the Kronecker factors of one parameter.
+
+    `thin` keeps `Rows` where these are fewer; `recent` is carried from parameter to parameter of one group of vectors.
+
+    Raises NotImplementedError for a weight whose outer products live on a derived tensor or came from a fallback, and
+    where the uses of a shared weight have blocks of different shapes.
+    """
+    outers = merge(outers)
+    if outers[0].kind == "zero" and len(outers[0].shape) > 1:
+        return _zero_factors(outers[0], thin)
+    if all(o.kind == "vector" or (o.kind in ("general", "zero") and len(o.shape) < 2 and not o.via) for o in outers):
+        block = _block(outers, memory, thin, recent)
+        return Factors(
+            {}, {}, _count(0), 1, block if value is None or value.exact is None else _plus(value.exact, block)
+        )
+    if any(o.via is not None or o.kind != "matrix" for o in outers):
+        raise NotImplementedError(
+            "has no Kronecker factors: it enters the layer through another tensor (weight_norm, a product, columns) "
+            "or through an operation without a rule. Use diag_ggn or diag_ggn_mc, or freeze it with "
+            "requires_grad_(False)."
+        )
+    blocks = {(o.left.shape[2], *((o.q, o.left.shape[4]) if o.flip else (o.left.shape[4], o.q))) for o in outers}
+    if len(blocks) > 1:
+        raise NotImplementedError(f"is used with blocks of different shapes (groups, rows, columns) {sorted(blocks)}.")
+    first = value is None
+    if value is None:
+        positions = sum(o.left.shape[1] if sharing == "reduce" else _positions(o) for o in outers)
+        value = Factors({}, {}, _count(positions), outers[0].left.shape[2])
+    for o in outers:
+        gradients, inputs = (value.columns, value.rows) if o.flip else (value.rows, value.columns)
+        part = gradient_factor(o, sharing, thin)
+        if recent is not None and isinstance(part, Tensor) and o.left.shape[2:4] == (1, 1):
+            recent.factor = o.left, part
+        _increase(gradients, "gradient", part)
+        if first:
+            _increase(inputs, "input", input_factor(o, sharing, memory, thin))
+    return value
+
+
+def merged(value: Factors | None, other: Factors) -> Factors:
+    """The sums of two batches."""
+    if value is None or (not value.positions and value.exact is None):  # without influence there
+        return other
+    if not other.positions and other.exact is None:
+        return value
+    if other.exact is not None:
+        return replace(value, exact=_plus(value.exact, other.exact))
+    for mine, theirs in ((value.rows, other.rows), (value.columns, other.columns)):
+        for key, part in theirs.items():
+            _increase(mine, key, part)
+    return replace(value, positions=value.positions + other.positions)
+
+
+def _increase(sums: dict[str, Any], key: str, part: Tensor | Rows) -> None:
+    sums[key] = _plus(sums[key], part) if key in sums else part
+
+
+def _plus(x: Tensor | Rows, y: Tensor | Rows) -> Tensor | Rows:
+    """[G p p] + [G p p], where one may be a diagonal [G p], or known by its rows."""
+    if isinstance(x, Rows) and isinstance(y, Rows) and x.data.shape[1] + y.data.shape[1] < x.data.shape[2]:
+        return Rows(torch.cat([x.data, y.data], 1))
+    x, y = (t.dense() if isinstance(t, Rows) else t for t in (x, y))
+    if x.dim() == y.dim():
+        return x + y
+    return x + y.diag_embed() if x.dim() > y.dim() else x.diag_embed() + y
+
+
+def scale_factors(value: Factors, a: float) -> Kron:
+    """The Kronecker block of one parameter, for the loss as reduced (a = 1 / normalizer).
+
+    Weights: gradient factor a sum_{v,n,t} l l^T and input factor 1/(N T) sum_{n,t} r r^T ("expand"), or with l summed
+    and r averaged over positions and 1/N ("reduce").  Bias-like parameters: the exact block
+    a sum_{v,n} (sum_t l)(sum_t l)^T.
+    Several uses of one parameter are further positions; where one of them is transposed (an embedding tied to the
+    decoder), its two factors change places first, so that left (x) right reads in the parameter's own order.
+    Sources: Martens & Grosse 2015 (KFAC), Botev et al. 2017 (KFLR), Eschenhagen et al. 2023 (expand, reduce).
+    """
+    sides = [side.dense() if isinstance(side, Rows) else side for side in _sides(value, a)]
+    return Kron(*sides, groups=value.groups) if value.groups > 1 else Kron(sides[0][0], sides[1][0])
+
+
+def scale_product(value: Factors, a: float) -> KroneckerProduct:
+    """The same block, each factor as it is kept."""
+    return KroneckerProduct(*(_side(side) for side in _sides(value, a)))
+
+
+def _side(side: Tensor | Rows) -> Side:
+    if isinstance(side, Rows):
+        return Side("rows", side.data)
+    return Side("diagonal" if side.dim() == 2 else "matrix", side)
+
+
+def _sides(value: Factors, a: float) -> list[Any]:
+    """The two factors with all their groups, [G ..]."""
+    if value.exact is not None:
+        exact = _times(value.exact, a)
+        one = exact.data if isinstance(exact, Rows) else exact
+        return [exact, one.new_ones(1, 1, 1)]
+    scales = {"gradient": a, "input": 1 / max(1.0, float(value.positions))}
+    sides = []
+    for sums in (value.rows, value.columns):
+        scaled = [_times(part, scales[key]) for key, part in sums.items()]
+        sides.append(scaled[0] if len(scaled) == 1 else _plus(*scaled))
+    return sides
+
+
+def _times(part: Tensor | Rows, scale: float) -> Tensor | Rows:
+    """The sum times a number; rows may be the pulled-back vectors themselves, and are left as they are."""
+    return Rows(part.data * scale**0.5) if isinstance(part, Rows) else part.mul_(scale)
+
+
+def _block(outers: list[Outer], memory: int | None, thin: bool, recent: Recent | None) -> Tensor | Rows:
+    """sum_{v,n} J_n^T v (J_n^T v)^T of a whole parameter, [1 p p]; its diagonal [1 p] beyond 4096 elements."""
+    V, N = outers[0].left.shape[:2]
+    p = samples(outers, slice(0, 1))[0, 0].numel()
+    if p > EXACT_VECTOR:
+        return reduce(outers, {"squares"}, memory)["squares"].reshape(1, p)
+    if thin and p > V * N:
+        return Rows(samples(outers).reshape(1, V * N, p))
+    if recent is not None and len(outers) == 1 and (factor := recent.factor_of(outers[0].left)) is not None:
+        return factor.clone()
+    block = outers[0].left.new_zeros(p, p)
+    for _, J in pieces(outers, memory):
+        J = J.reshape(-1, p)
+        block.addmm_(J.mT, J)
+    return block.unsqueeze(0)
+
+
+def _zero_factors(o: Outer, thin: bool) -> Factors:
+    """The factors of a matrix parameter without influence on the output; `thin`: no rows at all."""
+    p, q = o.shape[0], o.shape[1:].numel()
+    zeros = o.left.new_zeros
+    sides = (Rows(zeros(1, 0, p)), Rows(zeros(1, 0, q))) if thin else (zeros(1, p, p), zeros(1, q, q))
+    return Factors({"gradient": sides[0]}, {"input": sides[1]}, positions=_count(0), groups=1)
