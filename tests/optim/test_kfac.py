@@ -9,8 +9,8 @@ from torch import nn
 
 import paraboloid as pb
 from paraboloid.linalg.operand import LinAlgError
-from paraboloid.optim.base import due
 from paraboloid.optim.step_size import adapted
+from paraboloid.passes.schedule import due
 
 LOSS = nn.CrossEntropyLoss()
 BOTH = [(pb.optim.KFAC, pb.KFAC), (pb.optim.EKFAC, pb.EKFAC)]

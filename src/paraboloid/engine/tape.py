@@ -29,6 +29,7 @@ from paraboloid.passes import trees
 from paraboloid.passes.memory import pooled
 from paraboloid.passes.modes import eager_code, own_arithmetic, rounding
 from paraboloid.passes.random_state import copied_buffers
+from paraboloid.passes.schedule import doubling
 
 SIGNATURES = 512  # recorded sequences of calls and shapes that are remembered per model
 Layouts = list[Layout | None]  # one for each call; None: nothing flows back to it
@@ -153,7 +154,7 @@ class Tape:
         self._check_fresh(calls)
         signature = self._signature(f, calls, mixed)
         count, steps = history.get(signature, (0, []))
-        due = self.verify == "always" or (self.verify == "auto" and (count & (count + 1) == 0 or not steps))
+        due = self.verify == "always" or (self.verify == "auto" and (doubling(count + 1) or not steps))
         recorder, check = self.recorder, None
         replayed = None if due else replay(calls, steps, recorder.candidates, recorder.alias)
         if replayed is not None:

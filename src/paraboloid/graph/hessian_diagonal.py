@@ -30,6 +30,7 @@ from paraboloid.graph.signed_root import Spread, add_bends, add_signed_root, spr
 from paraboloid.graph.single_use import Parts, Recorded, single_uses
 from paraboloid.losses import Loss
 from paraboloid.passes.modes import rounding
+from paraboloid.passes.schedule import doubling
 
 MANY = 5000  # pulled vectors from which the cost is announced
 SPOTS = 3  # parameters of which one entry is certified on the first call; one on later ones
@@ -132,7 +133,7 @@ def _due(tape: Tape, f: Tensor) -> int:
     counts[key] = count = counts.pop(key, 0) + 1
     if len(counts) > SIGNATURES:
         counts.pop(next(iter(counts)))
-    return count if tape.verify == "always" or (tape.verify and count & (count - 1) == 0) else 0
+    return count if tape.verify == "always" or (tape.verify and doubling(count)) else 0
 
 
 def _checked_graph(graph: Graph) -> Graph:

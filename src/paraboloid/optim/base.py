@@ -207,11 +207,6 @@ def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None])
         torch.cuda.set_rng_state(state[1], device)
 
 
-def due(t: int, interval: int) -> bool:
-    """Whether step t (from 0) is one of every `interval`; before the first interval is over also 1, 2, 4, 8, ..."""
-    return t % interval == 0 or (t < interval and t & (t - 1) == 0)
-
-
 def gradient_of(p: Tensor, weight_decay: float = 0.0) -> Tensor:
     """The gradient of a parameter that has one, plus weight_decay times the parameter."""
     assert p.grad is not None

@@ -14,7 +14,7 @@ from paraboloid.losses import Loss
 from paraboloid.operators import GGN
 from paraboloid.optim import foreach
 from paraboloid.optim.accumulation import Pooled
-from paraboloid.optim.base import Closure, Frame, due, gradient_of, value_of
+from paraboloid.optim.base import Closure, Frame, gradient_of, value_of
 from paraboloid.optim.fisher_factors import Eigenvalues, FisherFactors, Held, HeldVectors, finite
 from paraboloid.optim.hooks import NOTHING_SEEN, Capture, Observed, distributed_group
 from paraboloid.optim.options import (
@@ -27,6 +27,7 @@ from paraboloid.optim.options import (
 )
 from paraboloid.optim.preconditioner import Block
 from paraboloid.optim.step_size import GRAFTS, adapted, clip, grafted, quadratic_step
+from paraboloid.passes.schedule import due
 from paraboloid.quantities.door import statistics
 from paraboloid.quantities.named import FISHERS
 
