@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from paraboloid.linalg.kron import Kron
+from paraboloid.passes.parameter_layers import layers_of
 from paraboloid.quantities.door import TOTALS, Statistics
 
 PER = ("parameter", "layer", "model")
@@ -49,11 +50,11 @@ def scalars(stats: Statistics, *, per: str = "layer") -> dict[str, float]:
 def _groups(values: dict[str, Any], per: str) -> dict[str, list[str]]:
     """Names of the parameters behind each group of numbers; "" is the whole model."""
     groups: dict[str, list[str]] = {}
-    for name in values:
-        if per == "layer":
-            groups.setdefault(name.rpartition(".")[0], []).append(name)  # a parameter of the model itself: only in ""
-        elif per == "parameter":
-            groups[name] = [name]
+    if per == "layer":
+        groups = layers_of(values)
+        groups.pop(" + ".join(values), None)  # a model that is one layer itself
+    elif per == "parameter":
+        groups = {name: [name] for name in values}
     return groups | {"": list(values)}
 
 

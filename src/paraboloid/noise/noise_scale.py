@@ -14,6 +14,7 @@ from paraboloid.data import batches as batch_data
 from paraboloid.data.batches import Output
 from paraboloid.losses import Loss
 from paraboloid.noise.moments import moments
+from paraboloid.passes.parameter_layers import layers_of
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,7 @@ def measures(
     if seen < 2:
         raise ValueError(f"the data holds {seen} sample; expected at least 2, of which there is a variance.")
     variance = {k: s / (seen - 1) for k, s in squares.items()}
-    groups: dict[str, list[str]] = {}
-    for name in mean:
-        groups.setdefault(name.rpartition(".")[0] or name, []).append(name)
-    layers = {layer: _noise(names, mean, variance, seen) for layer, names in groups.items()}
+    layers = {layer: _noise(names, mean, variance, seen) for layer, names in layers_of(mean).items()}
     return Measures(_noise(mean, mean, variance, seen), layers)
 
 

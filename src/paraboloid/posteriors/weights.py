@@ -12,6 +12,7 @@ from torch import nn
 from paraboloid.data import batches as batch_data
 from paraboloid.engine.tape import record
 from paraboloid.passes import trees
+from paraboloid.passes.parameter_layers import layer_of
 from paraboloid.passes.random_state import isolated
 
 Weights = str | Sequence[str] | Callable[[str], bool]
@@ -57,9 +58,8 @@ def _last_layer(model: nn.Module, parameters: Mapping[str, nn.Parameter], data: 
                          "for weights='last_layer'. Name the parameters instead.")  # fmt: skip
     last = [call for call in tape.calls if any(call is c for c in calls)][-1]
     names = set().union(*(tape.leaves(w) for w in last.weights))
-    path = f".{sorted(names)[0]}".split(".parametrizations.")[0]
-    module = path if path != f".{sorted(names)[0]}" else path.rpartition(".")[0]
-    return [name for name in parameters if name in names or (module and f".{name}".startswith(f"{module}."))]
+    layer = layer_of(min(names))
+    return [name for name in parameters if name in names or (layer and name.startswith(f"{layer}."))]
 
 
 @contextmanager

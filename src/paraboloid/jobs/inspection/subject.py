@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils.data import Subset
 
 from paraboloid.data.batches import Batch
 from paraboloid.passes import trees
+from paraboloid.passes.parameter_layers import layers_of
 from paraboloid.problems import Problem, read
 
 CHUNK = 256  # samples that are differentiated at a time
@@ -20,7 +22,7 @@ CHUNK = 256  # samples that are differentiated at a time
 
 @dataclass(frozen=True)
 class Layer:
-    """The trainable parameters of one module, by name; a parameter of the model itself is a layer of its own."""
+    """The trainable parameters of one module, by name; those of the model itself are one too, called by their names."""
 
     name: str
     kind: str
@@ -72,12 +74,14 @@ def subject(problem: Problem, samples: int, seed: int) -> Subject:
 
 def layers(model: nn.Module) -> list[Layer]:
     """The trainable parameters grouped by the module that owns them, in the model's order."""
-    kinds = {trees.plain_name(name): type(module).__name__ for name, module in model.named_modules()}
-    groups: dict[str, dict[str, nn.Parameter]] = {}
-    for name, parameter in trees.parameters(model).items():
-        owner = name.rpartition(".")[0]
-        groups.setdefault(owner or name, {})[name] = parameter
-    return [Layer(name, kinds.get(name, "parameter"), members) for name, members in groups.items()]
+    kinds = {
+        trees.plain_name(name): type_before_parametrizations(module).__name__ for name, module in model.named_modules()
+    }
+    found = trees.parameters(model)
+    return [
+        Layer(name, kinds.get(name, "parameter"), {k: found[k] for k in members})
+        for name, members in layers_of(found).items()
+    ]
 
 
 def by_layer(layers: Sequence[Layer], values: dict[str, Tensor]) -> dict[str, float]:

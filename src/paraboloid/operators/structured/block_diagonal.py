@@ -18,6 +18,7 @@ from paraboloid.operators.linear_operator import LinearOperator
 from paraboloid.operators.matrix_free.replay import Replay
 from paraboloid.operators.vectors import put, split
 from paraboloid.passes.modes import precisely
+from paraboloid.passes.parameter_layers import layers_of
 
 if TYPE_CHECKING:
     from paraboloid.operators.structured.diagonalised import Diagonalised
@@ -37,11 +38,7 @@ def resolve_blocks(parameters: Mapping[str, Tensor], blocks: Blocks) -> list[lis
     if blocks == "parameter":
         return [[i] for i in range(len(names))]
     if blocks == "layer":
-        modules: dict[str, list[int]] = {}
-        for i, name in enumerate(names):
-            path = f".{name}".split(".parametrizations.")[0]
-            modules.setdefault(path if path != f".{name}" else path.rpartition(".")[0], []).append(i)
-        return list(modules.values())
+        blocks = list(layers_of(names).values())
     if isinstance(blocks, str):
         raise ValueError(f"blocks is {blocks!r}; expected 'all', 'parameter', 'layer' or a list of lists of names.")
     given = [list(block) for block in blocks]

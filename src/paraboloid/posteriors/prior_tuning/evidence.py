@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paraboloid.passes.parameter_layers import layers_of
 from paraboloid.posteriors.prior import Prior
 from paraboloid.posteriors.structures.rows import Rows
 
@@ -36,10 +37,7 @@ def groups_of(parameters: Mapping[str, Tensor], per: str) -> list[list[str]]:
     if per == "parameter":
         return [[name] for name in parameters]
     if per == "layer":
-        layers: dict[str, list[str]] = {}
-        for name in parameters:
-            layers.setdefault(name.rpartition(".")[0] or name, []).append(name)
-        return list(layers.values())
+        return list(layers_of(parameters).values())
     raise ValueError(f"per is {per!r}; expected 'all', 'layer' or 'parameter'.")
 
 
