@@ -8,7 +8,7 @@ that requires grad: a parameter, or derived from parameters.  A *call* is an ope
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,11 +46,16 @@ class Call:
     @property
     def is_fresh(self) -> bool:
         """Whether nothing that it used was modified since."""
-        return all(version(t) == had for t, had in self.held)
+        return versions([t for t, _ in self.held]) == [had for _, had in self.held]
 
 
 def _call(op, args, kwargs, z: Tensor, weights, below, held) -> Call:
     return Call(op, args, kwargs, get_gradient_edge(z), z.shape, weights, below, held, autocast_dtype(z.device))
+
+
+CONTAINERS = (tuple, list, dict)
+KEEPERS = (Tensor, *CONTAINERS)
+_VERSION = Tensor._version.__get__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def version(t: Tensor) -> int:
@@ -58,14 +63,27 @@ def version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
 
 
-def tensors(*trees_: Any) -> Iterator[Tensor]:
-    for t in trees_:
+def versions(ts: Sequence[Tensor]) -> list[int]:
+    try:
+        return list(map(_VERSION, ts))
+    except RuntimeError:  # one of inference_mode
+        return [version(t) for t in ts]
+
+
+def tensors(*trees: Any) -> list[Tensor]:
+    """All tensors in some containers of containers, in order."""
+    found = []
+    for t in trees:
         if isinstance(t, Tensor):
-            yield t
-        elif isinstance(t, tuple | list):
-            yield from tensors(*t)
-        elif isinstance(t, dict):
-            yield from tensors(*t.values())
+            found.append(t)
+        elif isinstance(t, CONTAINERS) and t:
+            found += tensors(*(t.values() if isinstance(t, dict) else t))
+    return found
+
+
+def _unmoved(ts: list[Tensor], before: list[int]) -> list[tuple[Tensor, int]]:
+    """Those that still have the versions they had, with these."""
+    return [(t, b) for t, b, now in zip(ts, before, versions(ts), strict=True) if now == b]
 
 
 def _unshared(z: Tensor, inputs: list[Tensor]) -> Tensor:
@@ -109,15 +127,19 @@ class Recorder(TorchFunctionMode):
         self.clean: dict[int, tuple[Tensor, int]] = {}
         self.alias: dict[int, Alias] = {}
         self.batch_norms: list[tuple[Any, Hook]] = []  # those that ran in training mode: graph node, and what holds it
+        known: list[Tensor] = []
         for module in model.modules():
-            self._mark(*module._parameters.values(), *module._buffers.values())
+            known += tensors(module._parameters, module._buffers)
             # Plain attributes may be constants (positions, masks), or an input that the module kept: numbers are data.
-            own = (value for name, value in vars(module).items() if name not in OF_EVERY_MODULE)
-            self._mark(*(t for t in tensors(*own) if not t.is_floating_point()))
+            for name, value in vars(module).items():
+                if name not in OF_EVERY_MODULE and isinstance(value, KEEPERS):
+                    known += [t for t in tensors(value) if not t.is_floating_point()]
+        self._mark(known)
 
-    def _mark(self, *things: Any) -> None:
+    def _mark(self, things: list[Tensor]) -> None:
         """Clean until its version moves."""
-        self.clean.update({id(t): (t, version(t)) for t in tensors(*things)})
+        for t, at in zip(things, versions(things), strict=True):
+            self.clean[id(t)] = t, at
 
     def _is_clean(self, t: Tensor) -> bool:
         if id(t) in self.names:
@@ -127,30 +149,29 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, op, types_, args=(), kwargs=None):
         kwargs = kwargs or {}
-        inputs = list(tensors(args, kwargs))
-        clean = [self._is_clean(t) for t in inputs]
-        weights = []
+        inputs = tensors(*args, *kwargs.values())
+        before = versions(inputs)
+        clean = list(map(self._is_clean, inputs))
+        weights, below, mixes, all_clean = [], [], False, all(clean)
         if torch.is_grad_enabled():
-            weights = [t for t, c in zip(inputs, clean, strict=True) if c and t.requires_grad]
-        mixes = bool(weights) and not all(clean) and op not in STRETCHES
-        if weights and (inner := lowered(op)) is not None:
-            with self:
-                z = inner(*args, **kwargs)
-            if z is not NotImplemented:
-                return z
-        before = [version(t) for t in inputs]
-        below = [
-            get_gradient_edge(t).node
-            for t, c in zip(inputs, clean, strict=True) if mixes and not c and t.requires_grad
-        ]  # fmt: skip
+            for t, c in zip(inputs, clean, strict=True):
+                if t.requires_grad:
+                    (weights if c else below).append(t)
+            mixes = bool(weights) and not all_clean and op not in STRETCHES
+            if weights and (inner := lowered(op)) is not None:
+                with self:
+                    z = inner(*args, **kwargs)
+                if z is not NotImplemented:
+                    return z
+        below = [get_gradient_edge(t).node for t in below] if mixes else []
         z = op(*args, **kwargs)
-        if uses_batch_statistics(op, args, kwargs) and z.requires_grad:
+        if op is F.batch_norm and uses_batch_statistics(op, args, kwargs) and z.requires_grad:
             self.batch_norms.append((z.grad_fn, constant_statistics(args, kwargs)))
-        if all(clean) or (op in STRETCHES and clean[0]):
+        if all_clean or (op in STRETCHES and clean[0]):
             self._note_clean(op, args, kwargs, inputs, clean, before, weights, z)
         elif mixes and isinstance(z, Tensor) and z.requires_grad:
             z = _unshared(z, inputs)
-            still = [(t, b) for t, b in zip(inputs, before, strict=True) if version(t) == b]
+            still = _unmoved(inputs, before)
             if len(still) == len(inputs) or op in HARMLESS:  # the completeness walk finds what other calls hide
                 self.calls.append(_call(op, args, kwargs, z, weights, below, still))
                 if self.noted is not None:
@@ -169,21 +190,22 @@ class Recorder(TorchFunctionMode):
                 hook.remove()
 
     def _note_clean(self, op, args, kwargs, inputs, clean, before, weights, z) -> None:
-        for t, c, b in zip(inputs, clean, before, strict=True):
-            if c and version(t) != b:  # changed in place by clean values
-                self._mark(t)
-                self.alias.pop(id(t), None)
-        self._mark(z)
+        still = _unmoved(inputs, before)
+        if len(still) < len(inputs):
+            for t, c, b in zip(inputs, clean, before, strict=True):
+                if c and version(t) != b:  # changed in place by clean values
+                    self._mark([t])
+                    self.alias.pop(id(t), None)
+        results = tensors(z)
+        self._mark(results)
         if not weights:
             return
-        still = [(t, b) for t, b in zip(inputs, before, strict=True) if version(t) == b]
         if op in RULES and len(still) == len(inputs) and isinstance(z, Tensor) and z.requires_grad:
             w = weights[0]
-            if (
-                w.is_leaf or z.shape != w.shape or any(t is not w for t in weights)
-            ):  # else the step before serves as well
+            # else the step before serves as well
+            if w.is_leaf or z.shape != w.shape or any(t is not w for t in weights):
                 self.candidates.append(_call(op, args, kwargs, z, weights, [], still))
-        for result in tensors(z):
+        for result in results:
             if not any(result is t for t in inputs) and result.requires_grad:
                 found = alias_of(op, args, kwargs, result, self.alias)
                 if found is not None:

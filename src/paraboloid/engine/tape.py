@@ -108,9 +108,14 @@ class Tape:
                 missed.add(self.names.get(id(leaf)))
             if (call := at.get(node)) is not None:
                 stack += call.below
-                found.update(name for w in call.weights for name in self.leaves(w))
+                for w in call.weights:
+                    if (name := self.names.get(id(w))) is not None:
+                        found.add(name)
+                    else:
+                        found |= self.leaves(w)
             else:
-                stack += [n for n, _ in node.next_functions]
+                for below, _ in node.next_functions:
+                    stack.append(below)
         missed -= {None}
         return Reach([call for call in calls if call.edge.node in seen], missed, found | missed)
 
@@ -145,11 +150,12 @@ class Tape:
         if not f.requires_grad:
             raise ValueError("the output does not require grad: the forward pass ran under no_grad or inference_mode, "
                              "or does not depend on any trainable parameter.")  # fmt: skip
-        calls, _, found = self.reached(f, self.calls)
+        calls, missed, found = self.reached(f, self.calls)
         if not found:
             raise ValueError(f"the output depends on none of the model's {len(self.parameters)} trainable parameters; "
                              "was it computed inside the record block, with the model's own parameters (not by "
                              "functional_call with others)?")  # fmt: skip
+        first = calls
         history = _certified.setdefault(self.model, {})
         self._check_fresh(calls)
         signature = self._signature(f, calls, mixed)
@@ -173,7 +179,9 @@ class Tape:
                 further = promote(calls, layouts, recorder.candidates, recorder.alias)
         if not mixed:
             self._refuse_batch_statistics(calls, layouts)
-        plan = Plan(calls, layouts, self._parts(calls, layouts), self.reached(f, calls).missed)
+        if calls is not first:
+            missed = self.reached(f, calls).missed
+        plan = Plan(calls, layouts, self._parts(calls, layouts), missed)
         if due and check is not None:
             self._check_totals(f, plan, *check)
         history.pop(signature, None)
@@ -192,9 +200,10 @@ class Tape:
                 )
 
     def _signature(self, f: Tensor, calls: list[Call], mixed: bool) -> int:
-        noted = (*calls, *self.recorder.candidates)
-        shapes = ((c.op, c.shape, tuple(t.shape for t in tensors(c.args, c.kwargs))) for c in noted)
-        return hash((f.shape, f.dtype, mixed, *shapes))
+        seen: list[Any] = [f.shape, f.dtype, mixed]
+        for call in (*calls, *self.recorder.candidates):
+            seen += [call.op, call.shape, *[t.shape for t in tensors(*call.args, *call.kwargs.values())]]
+        return hash(tuple(seen))
 
     @torch.no_grad()
     def _check_totals(
