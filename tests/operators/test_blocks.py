@@ -9,7 +9,7 @@ from torch import nn
 import paraboloid as pb
 from paraboloid.operators import Identity
 from paraboloid.operators.matrix_free import pch
-from paraboloid.operators.structured.block_diagonal import resolve_blocks
+from paraboloid.operators.partition import resolve_blocks
 
 DENSE = {pb.GGN: dense_ggn, pb.Hessian: dense_hessian}
 MODELS = ["mlp", "residual", "attention", "tied", "partly", "weight norm"]
@@ -139,7 +139,7 @@ def test_dense_blocks_are_made_once_and_have_everything():
 
 
 def test_too_large_a_block_is_not_made_dense(monkeypatch):
-    monkeypatch.setattr("paraboloid.operators.structured.block_diagonal.MOST_ELEMENTS", 20)
+    monkeypatch.setattr("paraboloid.operators.matrix_free.recorded.MOST_ELEMENTS", 20)
     loss_fn, targets = LOSSES["squared error"]
     G = pb.GGN(make_model("mlp"), loss_fn, (make_inputs("mlp", 4, 4), targets(4, 4)), blocks="parameter")
     with pytest.raises(

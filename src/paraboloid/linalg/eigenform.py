@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +79,15 @@ class Eigenform:
     right: Basis
     values: Tensor
     rest: Tensor
+
+    def state(self) -> dict[str, Any]:
+        """As plain tensors and numbers, from which `of_state` makes it again."""
+        sides = {"left": [self.left.vectors, self.left.size], "right": [self.right.vectors, self.right.size]}
+        return {"values": self.values, "rest": self.rest, **sides}
+
+    @staticmethod
+    def of_state(state: dict[str, Any]) -> Eigenform:
+        return Eigenform(Basis(*state["left"]), Basis(*state["right"]), state["values"], state["rest"])
 
     @property
     def device(self) -> torch.device:

@@ -6,7 +6,7 @@ model       any nn.Module, in the mode it is in; only parameters with requires_g
 loss_fn     a torch loss module, a `pb.Loss`, or any callable (f, y) -> scalar
 data        a batch or an iterable of batches; an iterable is read on each product unless its graphs are kept, must give
             the same samples each time, and counts as one big batch (but for layers that couple a batch's samples)
-blocks      which parameters are coupled: see `paraboloid.operators.structured.block_diagonal`
+blocks      which parameters are coupled: see `paraboloid.operators.partition`
 output      picks the output tensor from a structured result, e.g. ``lambda o: o.logits``
 seed        of dropout masks and the like, drawn once: the operator is the same on every product
 max_memory  bytes of recorded graphs (and of a GGN's root) that are kept between products (default 1 GiB).  With all
@@ -14,8 +14,8 @@ max_memory  bytes of recorded graphs (and of a GGN's root) that are kept between
 """
 
 from paraboloid.linalg.estimate import Estimate, TensorEstimate
-from paraboloid.operators.algebra import Identity, Scaled, Sum
-from paraboloid.operators.linear_operator import LinearOperator
+from paraboloid.operators.identity import Identity
+from paraboloid.operators.linear_operator import LinearOperator, Scaled, Sum
 from paraboloid.operators.matrix_free.fisher import EmpiricalFisher, Fisher
 from paraboloid.operators.matrix_free.ggn import GGN
 from paraboloid.operators.matrix_free.hessian import Hessian

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,12 +14,9 @@ from paraboloid.linalg.eigen import dense
 from paraboloid.linalg.estimate import Estimate, TensorEstimate, mean_estimate
 from paraboloid.linalg.operand import check_count
 from paraboloid.linalg.probes import Seed, block_size, blocks, generator_of, signs
+from paraboloid.operators import saving
 from paraboloid.passes import trees
 from paraboloid.passes.modes import precisely
-
-if TYPE_CHECKING:
-    from paraboloid.operators.structured.block_diagonal import BlockDiagonal
-    from paraboloid.operators.structured.diagonalised import Diagonalised, Eigenpairs
 
 Vector = Tensor | Mapping[str, Tensor]
 
@@ -31,9 +29,14 @@ class LinearOperator:
     """
 
     parameters: Mapping[str, Tensor]
-    _dense: BlockDiagonal | None = None
+    kind: ClassVar[str] = ""  # what files call it; empty where it has no state
     exact = False  # whether its eigenvalues are at hand without products
     blocks: list[list[int]] | None = None  # the places of each block's parameters, where the matrix is block-diagonal
+
+    def __init_subclass__(cls, kind: str | None = None, **options: Any):
+        super().__init_subclass__(**options)
+        if kind is not None:
+            cls.kind, saving.KINDS[kind] = kind, cls
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -100,8 +103,8 @@ class LinearOperator:
         return (rows * self._product(rows)).sum(1)
 
     def to_dense(self) -> Tensor:
-        """The matrix [D, D], exactly symmetric; D products, or as many as the largest block has parameters."""
-        return dense(self) if self.blocks is None else self.dense_blocks().to_dense()
+        """The matrix [D, D], exactly symmetric; D products."""
+        return dense(self)
 
     def diagonal(self, samples: int | None = None, seed: Seed = 0) -> Tensor:
         """The diagonal [D], exact, from D quadratic forms; or with `samples` an estimate from so many products, which
@@ -172,8 +175,8 @@ class LinearOperator:
         """A^(1/2) v with the symmetric root, for matrices with structure."""
         return self._structured("sqrt_matmul(v)").sqrt_matmul(v)
 
-    def eigh(self) -> Eigenpairs:
-        """All eigenvalues [D] and eigenvectors, for matrices with structure."""
+    def eigh(self) -> Any:
+        """All eigenvalues [D] and eigenvectors, `Eigenpairs`, for matrices with structure."""
         return self._structured("eigh()").eigh()
 
     def traces(self) -> dict[str, float]:
@@ -188,40 +191,31 @@ class LinearOperator:
         """The square root of the sum of squared entries; exact, at the cost of `to_dense`."""
         return self.to_dense().norm()
 
-    def _structured(self, what: str) -> Diagonalised:
-        """The matrix by its eigenvalues; raises NotImplementedError for one that is known by its products alone."""
-        if self.blocks is None:
-            raise NotImplementedError(
-                f"{type(self).__name__} is known by its products alone, so it has no {what}; expected an operator with "
-                "structure, such as a block-diagonal or Kronecker-factored one. Use solve(b, damping=...) for a linear "
-                "system, or to_dense()."
-            )
-        return self.dense_blocks()._structured(what)
-
-    def dense_blocks(self) -> BlockDiagonal:
-        """The blocks of an operator made with `blocks=`, as dense matrices: D products, made once."""
-        from paraboloid.operators.structured.block_diagonal import dense_blocks
-
-        if self.blocks is None:
-            raise ValueError(f"{type(self).__name__} was made with blocks='all'; expected 'parameter', 'layer' or "
-                             "lists of names. Use to_dense() for the whole matrix.")  # fmt: skip
-        if self._dense is None:
-            self._dense = dense_blocks(self)
-        elif (replay := getattr(self, "replay", None)) is not None:
-            replay.check_unchanged()
-        return self._dense
+    def _structured(self, what: str) -> Any:
+        """The matrix by its eigenvalues, a `Diagonalised`; raises NotImplementedError for one that is known by its
+        products alone."""
+        raise NotImplementedError(
+            f"{type(self).__name__} is known by its products alone, so it has no {what}; expected an operator with "
+            "structure, such as a block-diagonal or Kronecker-factored one. Use solve(b, damping=...) for a linear "
+            "system, or to_dense()."
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """The operator as plain tensors, for matrices with structure; see `paraboloid.operators.load`."""
-        from paraboloid.operators.saving import state_of
+        """The operator as a dictionary of tensors, numbers and strings, which shares the operator's tensors; see
+        `paraboloid.operators.load`.  NotImplementedError for one that is known by its products alone."""
+        shapes = {k: list(p.shape) for k, p in self.parameters.items()}
+        return {"kind": self.kind, "version": saving.VERSION, "parameters": shapes, **self._state()}
 
-        return state_of(self)
+    def _state(self) -> dict[str, Any]:
+        """What `_of_state(state, parameters)` makes the operator of; a class with a `kind` has both."""
+        raise NotImplementedError(
+            f"{type(self).__name__} is known by its products alone, so it has no state; expected an operator with "
+            "structure. Save its dense matrix (to_dense()), or eigenpairs as pb.operators.LowRank.from_operator(A, k)."
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Become the operator that `state_dict` described; raises ValueError for one of another kind or parameters."""
-        from paraboloid.operators.saving import load
-
-        found = load(state, self.parameters)
+        found = saving.load(state, self.parameters)
         if type(found) is not type(self):
             raise ValueError(f"the state is that of a {type(found).__name__}; expected one of a {type(self).__name__}.")
         self.__dict__.clear()  # what was cached too
@@ -246,13 +240,9 @@ class LinearOperator:
         return ScipyOperator(self.shape, **products)
 
     def __add__(self, other: Any) -> LinearOperator:
-        from paraboloid.operators.algebra import Sum
-
         return Sum(self, other) if isinstance(other, LinearOperator) else NotImplemented
 
     def __mul__(self, scale: Any) -> LinearOperator:
-        from paraboloid.operators.algebra import Scaled
-
         return Scaled(self, float(scale)) if isinstance(scale, int | float) else NotImplemented
 
     __rmul__ = __mul__
@@ -260,6 +250,110 @@ class LinearOperator:
     def __repr__(self) -> str:
         size = self.shape[0]
         return f"{type(self).__name__}([{size}, {size}], {self.dtype}, {self.device})"
+
+
+class Scaled(LinearOperator, kind="Scaled"):
+    """scale * A."""
+
+    def __init__(self, operator: LinearOperator, scale: float):
+        self.operator, self.scale, self.parameters = operator, scale, operator.parameters
+        self.exact = operator.exact
+
+    def _state(self) -> dict[str, Any]:
+        return {"scale": self.scale, "operator": self.operator.state_dict()}
+
+    @classmethod
+    def _of_state(cls, state: dict[str, Any], parameters: Mapping[str, Tensor]) -> Scaled:
+        return cls(saving.load(state["operator"], parameters), state["scale"])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.operator.dtype
+
+    def _product(self, rows: Tensor) -> Tensor:
+        return self.scale * self.operator._product(rows)
+
+    def quadratic_forms(self, directions: Tensor) -> Tensor:
+        return self.scale * self.operator.quadratic_forms(directions)
+
+    def to_dense(self) -> Tensor:
+        return self.scale * self.operator.to_dense()
+
+    def diagonal(self, samples=None, seed=0):
+        return super().diagonal(samples, seed) if samples is not None else self.scale * self.operator.diagonal()
+
+    def frobenius_norm(self) -> Tensor:
+        return abs(self.scale) * self.operator.frobenius_norm()
+
+    def _structured(self, what: str) -> Any:
+        return self.operator._structured(what).map(lambda s: self.scale * s)
+
+
+class Sum(LinearOperator, kind="Sum"):
+    """A + B: over the same parameters."""
+
+    def __init__(self, first: LinearOperator, second: LinearOperator):
+        _check_parameters("summed", first, second)
+        self.terms, self.parameters = (first, second), first.parameters
+
+    def _state(self) -> dict[str, Any]:
+        return {"terms": [term.state_dict() for term in self.terms]}
+
+    @classmethod
+    def _of_state(cls, state: dict[str, Any], parameters: Mapping[str, Tensor]) -> Sum:
+        return cls(*(saving.load(term, parameters) for term in state["terms"]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(*(A.dtype for A in self.terms))
+
+    @property
+    def exact(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return all(A.exact for A in self.terms) and self._joint is not None
+
+    @cached_property
+    def _joint(self) -> Any:
+        """The summands' eigenvalues added up, where they share their eigenvectors; else None."""
+        first, second = (A._structured("eigenvalues") for A in self.terms)
+        return first.plus(second)
+
+    def _product(self, rows: Tensor) -> Tensor:
+        return self.terms[0]._product(rows) + self.terms[1]._product(rows)
+
+    def quadratic_forms(self, directions: Tensor) -> Tensor:
+        return self.terms[0].quadratic_forms(directions) + self.terms[1].quadratic_forms(directions)
+
+    def to_dense(self) -> Tensor:
+        return self.terms[0].to_dense() + self.terms[1].to_dense()
+
+    def diagonal(self, samples=None, seed=0):
+        if samples is not None:
+            return super().diagonal(samples, seed)
+        return self.terms[0].diagonal() + self.terms[1].diagonal()
+
+    def frobenius_norm(self) -> Tensor:
+        return self._joint.frobenius_norm() if self.exact else super().frobenius_norm()
+
+    def _structured(self, what: str) -> Any:
+        """The eigenvalues added up, where the summands have one eigenbasis; raises NotImplementedError otherwise."""
+        for A in self.terms:
+            if not A.exact:
+                A._structured(what)  # raises where there is none
+        if self._joint is None:
+            kinds = " and ".join(type(A).__name__ for A in self.terms)
+            raise NotImplementedError(
+                f"the sum of {kinds} has no {what}: the summands have different eigenvectors; expected summands that "
+                "share them, such as A + c * Identity, or operators made with one eigenbasis. Use "
+                "solve(b, damping=...), which knows the products alone."
+            )
+        return self._joint
+
+
+def _check_parameters(how: str, first: LinearOperator, second: LinearOperator) -> None:
+    shapes = [{k: tuple(p.shape) for k, p in A.parameters.items()} for A in (first, second)]
+    if list(shapes[0].items()) != list(shapes[1].items()):
+        raise ValueError(f"the {how} operators have the parameters {shapes[0]} and {shapes[1]}; expected the same "
+                         "names and shapes in the same order.")  # fmt: skip
 
 
 class _Damped:

@@ -15,7 +15,7 @@ from paraboloid.losses import Loss, Opaque
 from paraboloid.losses.loss import Sum
 from paraboloid.operators.matrix_free.jacobian_form import JacobianForm
 from paraboloid.operators.matrix_free.output_graph import OutputGraph
-from paraboloid.operators.structured.block_diagonal import Blocks
+from paraboloid.operators.partition import Blocks
 
 STRIDE = 0x9E3779B97F4A7C15  # apart from the seed itself, which masks of dropout are drawn from
 

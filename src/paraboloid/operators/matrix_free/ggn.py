@@ -19,7 +19,7 @@ class GGN(JacobianForm):
     positions (convolutions) and many products are asked for, a square root of the matrix takes over: see `Root`.
 
     blocks: "all", or only the diagonal blocks of each "parameter", each "layer" or lists of names: see
-    `paraboloid.operators.blocks`.  A product with every block costs up to 2 gradients for each of them.
+    `paraboloid.operators.partition`.  A product with every block costs up to 2 gradients for each of them.
     """
 
     graph = OutputGraph

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from paraboloid.linalg.probes import normal
 from paraboloid.losses import Loss
-from paraboloid.operators.linear_operator import LinearOperator
 from paraboloid.operators.matrix_free.recorded import Recorded
-from paraboloid.operators.structured.block_diagonal import product
 from paraboloid.operators.vectors import dot
 
 
@@ -57,7 +55,7 @@ class GradientGraph:
         return [torch.zeros_like(w) if t is None else t for t, w in zip(found, v, strict=True)]
 
 
-class Hessian(Recorded, LinearOperator):
+class Hessian(Recorded):
     """The second derivative of the loss as reduced.  Any callable loss works; a loader counts as one big batch.
 
     See `paraboloid.operators` for the arguments, and for what is kept between products.
@@ -66,10 +64,7 @@ class Hessian(Recorded, LinearOperator):
     `samples=` of them.
 
     blocks: "all", or only the diagonal blocks of each "parameter", each "layer" or lists of names: see
-    `paraboloid.operators.blocks`.  A product with every block costs up to 2 gradients for each of them.
+    `paraboloid.operators.partition`.  A product with every block costs up to 2 gradients for each of them.
     """
 
     graph = GradientGraph
-
-    def _product(self, rows: Tensor) -> Tensor:
-        return product(self.replay, self.blocks, rows)

@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from paraboloid.linalg.probes import Seed
-from paraboloid.operators.linear_operator import LinearOperator
 from paraboloid.operators.matrix_free.ggn_root import Root, of_roots
 from paraboloid.operators.matrix_free.recorded import Recorded
-from paraboloid.operators.structured.block_diagonal import Blocks, places, product
+from paraboloid.operators.partition import Blocks, places
 from paraboloid.operators.vectors import join, split
 from paraboloid.quantities.named import DiagGGN
 
 
-class JacobianForm(Recorded, LinearOperator):
+class JacobianForm(Recorded):
     """sum_n J_n^T H_n J_n times the reduction's factor, over the `OutputGraph`s of the data, which know J_n and H_n."""
 
     def _record(self, graph: Any, model: Any, loss_fn: Any, data: Any, blocks: Blocks, **options: Any) -> None:
@@ -25,7 +24,7 @@ class JacobianForm(Recorded, LinearOperator):
 
     def _product(self, rows: Tensor) -> Tensor:
         if (S := self.root.after(len(rows))) is None:
-            return product(self.replay, self.blocks, rows)
+            return super()._product(rows)
         if self.blocks is None:
             return (rows @ S.T) @ S / self.replay.normalizer
         result = torch.empty_like(rows)

@@ -16,10 +16,8 @@ from paraboloid.engine.tape import Tape, record
 from paraboloid.graph.nodes import Graph
 from paraboloid.linalg.probes import normal
 from paraboloid.losses import Loss
-from paraboloid.operators.linear_operator import LinearOperator
-from paraboloid.operators.matrix_free.replay import Replay
+from paraboloid.operators.matrix_free.recorded import Recorded
 from paraboloid.operators.matrix_free.second_order_passes import eager
-from paraboloid.operators.structured.block_diagonal import product, resolve_blocks
 from paraboloid.operators.vectors import dot
 
 MODIFIED = {"abs": torch.abs, "clip": lambda d: d.clamp(min=0)}
@@ -89,7 +87,7 @@ class BendGraph:
         return self.pull([w, *(torch.zeros_like(d) for d in self.d)], range(len(self.parameters)))
 
 
-class PCH(LinearOperator):
+class PCH(Recorded):
     """The positive-curvature Hessian: the Hessian's diagonal blocks, made positive semi-definite.
 
     With d_k the second derivative that the smooth elementwise activation k adds to the Hessian in its input, and J_k
@@ -141,11 +139,6 @@ class PCH(LinearOperator):
                 )
             return BendGraph(f, y, loss, parameters, tape, modify)
 
-        self.replay = Replay(
-            model, loss_fn, data, graph, output=output, seed=seed, max_memory=max_memory, inside=inside
+        self._record(
+            graph, model, loss_fn, data, blocks, output=output, seed=seed, max_memory=max_memory, inside=inside
         )  # fmt: skip
-        self.parameters = self.replay.parameters
-        self.blocks = resolve_blocks(self.parameters, blocks)
-
-    def _product(self, rows: Tensor) -> Tensor:
-        return product(self.replay, self.blocks, rows)

@@ -12,11 +12,11 @@ from torch import Tensor
 from paraboloid.linalg.eigenform import Eigenform, check_positive, check_semidefinite
 from paraboloid.linalg.operand import check_count
 from paraboloid.operators.linear_operator import LinearOperator
-from paraboloid.operators.structured.block_diagonal import places
+from paraboloid.operators.partition import block_names, places
 from paraboloid.passes.modes import precisely
 
 
-class Diagonalised(LinearOperator):
+class Diagonalised(LinearOperator, kind="Diagonalised"):
     """A block-diagonal matrix by its eigenvalues and eigenvectors: every function of it is exact.
 
     forms   one `Eigenform` for each block
@@ -38,6 +38,13 @@ class Diagonalised(LinearOperator):
             raise ValueError(f"the blocks have the sizes {found}; expected those of {self.names}: {expected}.")
 
     exact = True
+
+    def _state(self) -> dict[str, Any]:
+        return {"blocks": self.blocks, "forms": [form.state() for form in self.forms]}
+
+    @classmethod
+    def _of_state(cls, state: dict[str, Any], parameters: Mapping[str, Tensor]) -> Diagonalised:
+        return cls(parameters, [Eigenform.of_state(form) for form in state["forms"]], state["blocks"])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -233,14 +240,6 @@ class Eigenvectors:
 def common_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """What numbers of these types are kept in together: at least float32."""
     return reduce(torch.promote_types, dtypes, torch.float32)
-
-
-def block_names(parameters: Mapping[str, Tensor], blocks: Sequence[Sequence[int]]) -> list[str]:
-    names = list(parameters)
-    return [
-        f"parameter {names[b[0]]!r}" if len(b) == 1 else f"the block of parameters {[names[i] for i in b]}"
-        for b in blocks
-    ]
 
 
 def dense_of(size: int, at: Sequence[slice | Tensor], matrices: Sequence[Tensor], like: LinearOperator) -> Tensor:

@@ -25,7 +25,8 @@ from paraboloid.engine.outer_products import Outer
 from paraboloid.linalg.eigenform import Basis, Eigenform
 from paraboloid.linalg.kronecker_product import Decomposed, KroneckerProduct, Side
 from paraboloid.operators.matrix_free.pulls import Pulls
-from paraboloid.operators.structured.diagonalised import Diagonalised, block_names
+from paraboloid.operators.partition import block_names
+from paraboloid.operators.structured.diagonalised import Diagonalised
 from paraboloid.operators.structured.kronecker_factored import KroneckerFactored
 from paraboloid.quantities.named import check_sharing, fisher_source
 from paraboloid.reductions.eigenbasis import Turned, eigen_scale

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from paraboloid.linalg.kron import Kron
-from paraboloid.linalg.kronecker_product import Decomposed, KroneckerProduct
+from paraboloid.linalg.kronecker_product import Decomposed, KroneckerProduct, Side
 from paraboloid.operators.linear_operator import LinearOperator
-from paraboloid.operators.structured.diagonalised import Diagonalised, block_names, common_dtype, dense_of
+from paraboloid.operators.partition import block_names
+from paraboloid.operators.structured.diagonalised import Diagonalised, common_dtype, dense_of
 
 
-class KroneckerFactored(LinearOperator):
+class KroneckerFactored(LinearOperator, kind="KroneckerFactored"):
     """A block-diagonal matrix with the block left (x) right for each parameter, from bare factors.
 
         K = pb.operators.KroneckerFactored(dict(model.named_parameters()), krons)
@@ -52,6 +54,14 @@ class KroneckerFactored(LinearOperator):
     def dtype(self) -> torch.dtype:
         """That of the factors: at least float32, which parameters may not be."""
         return next(iter(self.products.values())).left.data.dtype
+
+    def _state(self) -> dict[str, Any]:
+        return {"factors": {k: [[s.kind, s.data] for s in (p.left, p.right)] for k, p in self.products.items()}}
+
+    @classmethod
+    def _of_state(cls, state: dict[str, Any], parameters: Mapping[str, Tensor]) -> KroneckerFactored:
+        factors = {k: [Side(kind, data) for kind, data in sides] for k, sides in state["factors"].items()}
+        return cls(parameters, {k: KroneckerProduct(*sides) for k, sides in factors.items()})
 
     @cached_property
     def krons(self) -> dict[str, Kron]:

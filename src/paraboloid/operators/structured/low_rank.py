@@ -16,7 +16,7 @@ from paraboloid.operators.structured.diagonalised import Diagonalised
 from paraboloid.passes.modes import own_arithmetic, precisely
 
 
-class LowRank(LinearOperator):
+class LowRank(LinearOperator, kind="LowRank"):
     """V diag(values) V^T + diagonal, [D, D].
 
     parameters  by name, in the order of flat vectors
@@ -47,6 +47,13 @@ class LowRank(LinearOperator):
         core = values.diag() if values.dim() == 1 else values
         self.vectors, self.values = _orthonormal(vectors.to(self.dtype), core.to(self.dtype))
         self.remainder = diagonal
+
+    def _state(self) -> dict[str, Any]:
+        return {"vectors": self.vectors, "values": self.values, "diagonal": self.remainder}
+
+    @classmethod
+    def _of_state(cls, state: dict[str, Any], parameters: Mapping[str, Tensor]) -> LowRank:
+        return cls(parameters, state["vectors"], state["values"], state["diagonal"])
 
     @classmethod
     def from_operator(
