@@ -11,7 +11,7 @@ MAY_IMPORT = {
     "passes": set(),
     "layers": set(),
     "distributed": {"passes"},
-    "data": set(),
+    "data": {"passes"},
     "losses": {"passes"},
     "linalg": {"passes"},
     "engine": {"passes", "layers"},
@@ -34,7 +34,7 @@ MAY_IMPORT = {
         "problems", "report",
     },
     "": {
-        "linalg", "logging", "losses", "noise", "operators", "optim", "posteriors", "problems", "quadratics",
+        "passes", "linalg", "logging", "losses", "noise", "operators", "optim", "posteriors", "problems", "quadratics",
         "quantities", "jobs", "report",
     },
 }  # fmt: skip

@@ -4,6 +4,7 @@ from paraboloid import linalg, logging, losses, noise, operators, optim, posteri
 from paraboloid.linalg.kron import Kron
 from paraboloid.losses import Loss
 from paraboloid.operators import EKFAC, GGN, KFAC, KFLR, PCH, DiagonalGGN, EmpiricalFisher, Fisher, Hessian, LowRank
+from paraboloid.passes.memory import free_memory
 from paraboloid.posteriors import Posterior, laplace, load_posterior
 from paraboloid.problems import Problem
 from paraboloid.quadratics.bias_prediction import predicted_bias
@@ -36,6 +37,7 @@ __all__ = [
     "Statistics",
     "bias",
     "cross_fit",
+    "free_memory",
     "laplace",
     "linalg",
     "load_posterior",

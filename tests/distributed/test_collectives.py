@@ -13,8 +13,8 @@ from oracle import close
 from torch import nn
 
 import paraboloid as pb
-from paraboloid.distributed import collectives
 from paraboloid.linalg.kron import Kron
+from paraboloid.passes.memory import BUCKETS
 
 WORLD, TIMEOUT = 2, 200
 pytestmark = pytest.mark.skipif(
@@ -138,7 +138,7 @@ def alone(tmp_path):
 
 def test_one_rank_is_an_ordinary_batch(alone, monkeypatch):
     """Also when the sums take several messages."""
-    monkeypatch.setattr(collectives, "BUCKET_BYTES", 100)
+    monkeypatch.setattr(BUCKETS, "default", 100)
     model, x = one_rank.models.make("gpt", 4)
     batch = x, torch.randint(6, (4, 3), generator=torch.Generator().manual_seed(0))
     wanted = [*one_rank.SUMS, *one_rank.LOCAL, "diag_ggn_mc", "kfac"]

@@ -1,4 +1,4 @@
-"""Fresh memory in large pages behaves as any tensor."""
+"""Limits and what changes them; memory in large pages, which behaves as any tensor; and how to give it back."""
 
 import io
 import pickle
@@ -6,13 +6,64 @@ import pickle
 import pytest
 import torch
 
+import paraboloid as pb
+from paraboloid.engine import tape
 from paraboloid.passes import memory
+
+CPU, DEVICE = torch.device("cpu"), torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "least", "expected"),
+    [
+        (None, None, 0, 100), (None, CPU, 0, 100), (None, DEVICE, 0, 6400), (None, CPU, 300, 300),
+        (80, CPU, 0, 20), (80, DEVICE, 300, 20), (0, CPU, 0, 0), (3, None, 0, 0),
+    ],
+)  # fmt: skip
+def test_what_changes_a_limit(given, device, least, expected):
+    limit = memory.Limit("what a test holds", 100, share=4, device=64)
+    assert limit.of(given, device, least) == expected
+    assert limit.count(30, given, device, least) == max(1, expected // 30)
+    assert limit.count(0, given, device, least) == max(1, expected)
+
+
+def test_a_limit_without_a_share_is_not_changed_by_the_user():
+    assert memory.Limit("what a test holds", 100).of(8) == 100
+
+
+def test_every_limit_says_what_it_bounds():
+    limits = {name: value for name, value in vars(memory).items() if isinstance(value, memory.Limit)}
+    assert len(limits) > 15 and all(value.bounds and value.default > 0 for value in limits.values())
+    assert len({value.bounds for value in limits.values()}) == len(limits)
+
+
+def test_memory_is_given_back_and_results_stay_the_same():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(600, 200)
+    batch = torch.randn(8, 600), torch.arange(8)
+    wanted = ["sample_grads", "variance", "kfac"]
+
+    def found():
+        return pb.statistics(model, torch.nn.CrossEntropyLoss(), batch, wanted)
+
+    first = found()
+    kept = {q: {k: torch.as_tensor(v).clone() for k, v in first[q].items()} for q in wanted[:2]}
+    assert kept["sample_grads"]["weight"].nbytes > memory.LARGE.default
+    del first
+    assert memory.pool.free and model in tape._certified
+    pb.free_memory()
+    assert not memory.pool.free and not memory.pool.returned and not len(tape._certified)
+    again = found()
+    assert all(torch.equal(again[q][k], v) for q, values in kept.items() for k, v in values.items())
+    sample_grads = again["sample_grads"]["weight"]
+    pb.free_memory()  # what somebody holds stays
+    assert torch.equal(sample_grads, kept["sample_grads"]["weight"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_a_large_tensor_is_as_good_as_any(dtype):
     like = torch.zeros(1, dtype=dtype)
-    count = memory.LARGE_BYTES // like.element_size()
+    count = memory.LARGE.default // like.element_size()
     t = memory.pooled((2, count // 2, 1), like)
     assert (t.shape, t.dtype, t.is_contiguous(), t.requires_grad) == ((2, count // 2, 1), dtype, True, False)
     t.fill_(1)

@@ -2,7 +2,6 @@
 
 import gc
 import resource
-import sys
 import warnings
 import weakref
 
@@ -15,6 +14,7 @@ from torch.overrides import _get_current_function_mode_stack
 import paraboloid as pb
 from paraboloid.data.batches import call
 from paraboloid.engine import tape as tape_module
+from paraboloid.passes.memory import GRADIENTS
 
 CE, MSE = nn.CrossEntropyLoss(), nn.MSELoss()
 
@@ -228,14 +228,13 @@ def test_success_leaves_nothing_behind_either(name):
 
 def test_inputs_are_unfolded_once_for_all_vectors(monkeypatch):
     """Exact roots of several groups of vectors: each convolution's input is copied out once, and not kept afterwards."""
-    module = sys.modules["paraboloid.quantities.door"]
     from paraboloid.engine.outer_products import Right
 
     kept = []
     keep, forget = Right.keep, Right.forget
     monkeypatch.setattr(Right, "keep", lambda self: (kept.append(self), keep(self)))
     monkeypatch.setattr(Right, "forget", lambda self: (forget(self), kept.append(None)))
-    monkeypatch.setattr(module, "GROUP_BYTES", 1)  # one vector at a time
+    monkeypatch.setattr(GRADIENTS, "default", 1)  # one vector at a time
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(27, 4)).double()
     x, y = torch.randn(5, 1, 6, 6, dtype=torch.float64), torch.arange(5) % 4
@@ -243,6 +242,6 @@ def test_inputs_are_unfolded_once_for_all_vectors(monkeypatch):
     assert len([right for right in kept if right is not None]) == 2
     assert kept.count(None) == 2
     assert all(right._kept is None for right in kept if right is not None)
-    monkeypatch.setattr(module, "GROUP_BYTES", 2**24)
+    monkeypatch.setattr(GRADIENTS, "default", 2**24)
     for name, value in pb.statistics(model, nn.CrossEntropyLoss(), (x, y), "diag_ggn")["diag_ggn"].items():
         torch.testing.assert_close(found[name], value)

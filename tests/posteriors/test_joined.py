@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import paraboloid as pb
-from paraboloid.data.joined import BYTES, joined
+from paraboloid.data.joined import joined
+from paraboloid.passes.memory import JOINED
 
 
 def mlp():
@@ -32,7 +33,7 @@ def test_what_is_joined():
     batches = data(7, 5, 12)
     (only,) = joined(batches, mlp(), None)
     assert torch.equal(only[0], torch.cat([x for x, _ in batches])) and len(only[1]) == 24
-    wide = torch.zeros(BYTES // 8 // 100, 100, dtype=torch.float64)
+    wide = torch.zeros(JOINED.default // 8 // 100, 100, dtype=torch.float64)
     found = list(joined([(wide, torch.zeros(len(wide)))] * 2, mlp(), None))
     assert [len(x) for x, _ in found] == [len(wide)] * 2
     tokens = [(torch.zeros(3, 5, dtype=torch.int64), torch.zeros(3))] * 2

@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 
 from paraboloid import problems
 from paraboloid.operators import GGN, Fisher, Hessian
+from paraboloid.passes.memory import MEASURED
 from paraboloid.quadratics.local_model import quadratic
 from paraboloid.quadratics.measure_bias import Bias, bias
 
@@ -249,7 +250,7 @@ def test_the_full_data_may_be_read_for_each_measurement(monkeypatch):
     assert len(passes) == 1 + 3  # kept: once; anew: the check, the gradient, all directions together
     for which in ("same", "other", "full"):
         torch.testing.assert_close(anew.curvature[which], kept.curvature[which])
-    monkeypatch.setattr(module, "MEASURE_BYTES", 1)
+    monkeypatch.setattr(MEASURED, "default", 1)
     apart = bias(model, CE, data(20), batch_size=5, k=2, repeats=3, max_memory=0)
     assert len(passes) == 4 + 5
     torch.testing.assert_close(apart.curvature["full"], kept.curvature["full"])

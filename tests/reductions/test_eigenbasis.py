@@ -9,6 +9,7 @@ from torch import nn
 
 import paraboloid as pb
 from paraboloid.data.batches import call
+from paraboloid.passes.memory import GRADIENTS
 
 WITHOUT_FACTORS = {"low rank", "reparametrised", "old style"}
 CE = nn.CrossEntropyLoss()
@@ -111,7 +112,7 @@ def test_rotated_inputs_are_kept_while_they_fit(monkeypatch):
         return result
 
     monkeypatch.setattr(eigenbasis.Turned, "keep", counted)
-    monkeypatch.setattr("paraboloid.operators.matrix_free.pulls.GROUP_BYTES", 1)
+    monkeypatch.setattr(GRADIENTS, "default", 1)
     loader = [(x[:2], y[:2]), (x[2:], y[2:])]
     for data, memory, fits in (
         ((x, y), None, {True}), ((x, y), 4000, {True, False}), ((x, y), 1, {False}),

@@ -1,1 +1,1 @@
-"""What a batch is, and how batches are taken from data sets and joined; imports from no other room."""
+"""What a batch is, and how batches are taken from data sets and joined; imports from `passes`."""

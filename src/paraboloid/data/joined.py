@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.data import batches as batch_data
+from paraboloid.passes.memory import JOINED
 
-BYTES, PARAMETERS = 2**19, 1_000_000  # of the inputs of a joined batch, and of the models that it pays for
+PARAMETERS = 1_000_000  # of the largest models that it pays for
 
 
 def joined(data: Any, model: nn.Module, max_memory: int | None) -> Any:
@@ -31,7 +32,7 @@ class _Joined:
     def __iter__(self) -> Iterator[batch_data.Batch]:
         held: list[tuple[Tensor, Tensor]] = []
         for x, y in batch_data.batches(self.data):
-            if held and not (_fits(held[0], (x, y)) and sum(a.nbytes for a, _ in held) + x.nbytes <= BYTES):
+            if held and not (_fits(held[0], (x, y)) and sum(a.nbytes for a, _ in held) + x.nbytes <= JOINED.of()):
                 yield _together(held)
                 held = []
             if _is_plain(x):

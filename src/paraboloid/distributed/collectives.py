@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from paraboloid.passes import trees
+from paraboloid.passes.memory import BUCKETS
 
-BUCKET_BYTES = 64 * 2**20  # summed by one message
 SEED_STEP = 1_000_003  # between the seeds of consecutive ranks
 T = TypeVar("T")
 
@@ -105,7 +105,7 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[int]]:
         bucket, size = [], 0
         for i, t in enumerate(tensors):
             if t.dtype == dtype:
-                if bucket and size + t.nbytes > BUCKET_BYTES:
+                if bucket and size + t.nbytes > BUCKETS.of():
                     yield bucket
                     bucket, size = [], 0
                 bucket.append(i)

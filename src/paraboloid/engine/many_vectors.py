@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paraboloid.passes.memory import gives_back
 from paraboloid.passes.modes import rounding
 
 # What became of it, by model: the sequences of calls for which it was found right, or None after a failure.
 _found_right: weakref.WeakKeyDictionary[nn.Module, set[tuple[str, ...]] | None] = weakref.WeakKeyDictionary()
+gives_back(_found_right.clear)
 
 
 def wanted(f: Tensor) -> bool:

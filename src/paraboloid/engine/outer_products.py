@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from paraboloid.engine.patches import unfold
-from paraboloid.passes.memory import pooled_product, roomy
-
-CHUNK_BYTES = 4 * 2**20  # default size of a materialised piece: large enough for BLAS, small enough for caches
+from paraboloid.passes.memory import PIECES, Limit, pooled_product
 
 
 @dataclass
@@ -159,10 +157,11 @@ class Outer:
         assert J is not None  # there is at least one sample
         return self.finish(J, (V,))
 
-    def chunks(self, elements: int, memory: int | None = None) -> Iterator[slice]:
-        """Ranges of samples whose pieces of `elements` numbers per sample stay within `memory` bytes."""
-        memory = memory or roomy(CHUNK_BYTES, self.left.device)
-        step = max(1, memory // max(1, elements * self.left.element_size()))
+    def chunks(
+        self, elements: int, max_memory: int | None = None, limit: Limit = PIECES, least: int = 0
+    ) -> Iterator[slice]:
+        """Ranges of samples whose pieces of `elements` numbers per sample stay within the limit."""
+        step = limit.count(elements * self.left.element_size(), max_memory, self.left.device, least)
         for start in range(0, self.left.shape[1], step):
             yield slice(start, min(start + step, self.left.shape[1]))
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from paraboloid.passes.memory import pooled
+from paraboloid.passes.memory import gives_back, pooled
 
 RUN = 16  # to start on a run of memory that is shorter takes longer than to copy it
 SAMPLES = 8  # fewer do not pay for looking up a place
@@ -56,3 +56,6 @@ def _places(shape: tuple[int, ...], steps: tuple[int, ...], q_axes: int) -> Tens
     for size, step in zip(shape, steps, strict=True):
         at = at.unsqueeze(-1) + step * torch.arange(size, dtype=torch.int32)
     return at.flatten(1 + q_axes).flatten(1, q_axes).mT.flatten()
+
+
+gives_back(_places.cache_clear)

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from paraboloid.passes.memory import COMPARED
 from paraboloid.passes.modes import rounding
 
 WIDE, NARROW = 12, 3  # largest k; the narrow spread is for float16, which ends at 2^16
-CHUNK_ELEMENTS = 2**20  # compared at a time
 
 
 class Layout(NamedTuple):
@@ -102,7 +102,7 @@ def _fits(g: Tensor, h: Tensor, w: Tensor, layout: Layout, tolerance: Tensor) ->
     axis, sizes = layout
     g, h = g.unflatten(axis, sizes).movedim(axis + 1, 0), h.unflatten(axis, sizes).movedim(axis + 1, 0)
     column = w.to(g).view(-1, *[1] * (g.dim() - 1))
-    step = max(1, CHUNK_ELEMENTS * len(g) // g.numel())
+    step = max(1, COMPARED.of() * len(g) // g.nbytes)
     ranges = [slice(i, i + step) for i in range(0, len(g), step)]
     worst = [(h[n] / column[n]).sub_(g[n]).abs_().max() for n in ranges]
     return bool(torch.stack(worst).max() <= tolerance)

@@ -26,7 +26,7 @@ from paraboloid.engine.recorder import Call, Recorder, tensors
 from paraboloid.engine.sample_independence import Layout, certify
 from paraboloid.layers.normalization import uses_batch_statistics
 from paraboloid.passes import trees
-from paraboloid.passes.memory import pooled
+from paraboloid.passes.memory import gives_back, pooled
 from paraboloid.passes.modes import eager_code, own_arithmetic, rounding
 from paraboloid.passes.random_state import copied_buffers
 from paraboloid.passes.schedule import doubling
@@ -34,6 +34,7 @@ from paraboloid.passes.schedule import doubling
 SIGNATURES = 512  # recorded sequences of calls and shapes that are remembered per model
 Layouts = list[Layout | None]  # one for each call; None: nothing flows back to it
 _certified: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[int, list[Layouts]]]] = weakref.WeakKeyDictionary()
+gives_back(_certified.clear)
 
 
 class Reach(NamedTuple):

@@ -29,6 +29,7 @@ from paraboloid.graph.nodes import Graph
 from paraboloid.graph.signed_root import Spread, add_bends, add_signed_root, spread
 from paraboloid.graph.single_use import Parts, Recorded, single_uses
 from paraboloid.losses import Loss
+from paraboloid.passes.memory import gives_back
 from paraboloid.passes.modes import rounding
 from paraboloid.passes.schedule import doubling
 
@@ -38,6 +39,7 @@ PRODUCT_COST = 3  # pulls that a product with the Hessian takes
 
 Squares = Mapping[str, Tensor | None]
 _calls: weakref.WeakKeyDictionary[Any, dict[int, int]] = weakref.WeakKeyDictionary()
+gives_back(_calls.clear)
 
 
 def diag_hessian(

@@ -42,9 +42,9 @@ from paraboloid.graph.weight_diagonal import coefficients, elements
 from paraboloid.layers.convolutions import per_axis
 from paraboloid.linalg.kron import Kron
 from paraboloid.losses import Loss
+from paraboloid.passes.memory import SECOND_DERIVATIVES
 from paraboloid.reductions.kronecker_factors import EXACT_VECTOR, Factors, input_factor, scale_factors
 
-WHOLE_BYTES = 64 * 2**20  # default limit for a whole matrix
 CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
 TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 PRODUCTS = {
@@ -90,8 +90,7 @@ class _Descent:
         self.recorded, self.parts = recorded, parts
         self.f, self.N = recorded.f, len(recorded.f)
         self.graph = Graph(self.f, [c.edge for c in recorded.calls])
-        memory = WHOLE_BYTES if recorded.memory is None else recorded.memory // 4
-        self.largest = math.isqrt(max(1, memory // self.f.element_size()))
+        self.largest = math.isqrt(SECOND_DERIVATIVES.count(self.f.element_size(), recorded.max_memory))
         for call, layout in zip(recorded.calls, recorded.plan.layouts, strict=True):
             if layout is not None and (layout.axis, layout.sizes[0]) != (0, 1):
                 raise NotImplementedError(
@@ -240,7 +239,7 @@ class _Descent:
             return Kron(self._vector_block(M, part, ones), ones.new_ones(1, 1))
         o, at, scale = elements(part, ones.shape, ones)
         left = _within(M, at[0], scale[0], ones.numel() // self.N).to(o.left.dtype)
-        sums = {"gradient": left}, {"input": input_factor(o, "expand", self.recorded.memory)}
+        sums = {"gradient": left}, {"input": input_factor(o, "expand", self.recorded.max_memory)}
         rows, columns = reversed(sums) if o.flip else sums
         positions = (
             (o.right() >= 0).sum().double() if o.lookup and o.right else torch.tensor(float(self.N * at.shape[2]))

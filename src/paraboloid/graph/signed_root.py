@@ -89,7 +89,7 @@ def add_signed_root(recorded: Recorded, parts: Parts, signed: Set[int], found: d
         outers = recorded.tape.pull(recorded.f, v)
         for name in (name for i in signed for name in parts[i]):
             (o,) = outers[name]
-            found[name] += weighted_squares(o, w, recorded.memory)
+            found[name] += weighted_squares(o, w, recorded.max_memory)
 
 
 def _signed_root(recorded: Recorded) -> tuple[Tensor, Tensor]:
@@ -163,7 +163,7 @@ def _pull(recorded: Recorded, parts: Parts, bend: Bend, at: Tensor, calls: list[
             if g is None:
                 continue
             for name, part in parts[i].items():
-                found[name] += weighted_squares(part.outer(g, None), d[rows].sign(), recorded.memory)
+                found[name] += weighted_squares(part.outer(g, None), d[rows].sign(), recorded.max_memory)
 
 
 def _pulled(edge: GradientEdge, edges: list[GradientEdge], v: Tensor, batched: bool) -> list[Any]:

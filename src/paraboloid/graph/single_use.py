@@ -14,8 +14,8 @@ from paraboloid.engine.recorder import Call
 from paraboloid.engine.tape import Plan, Tape
 from paraboloid.layers import RULES, elementwise
 from paraboloid.losses import Loss
+from paraboloid.passes.memory import SECOND_DERIVATIVES
 
-COLUMN_BYTES = 64 * 2**20  # default limit for the columns that are pulled back at a time
 Parts = dict[int, dict[str, Part]]  # call -> name -> part
 
 
@@ -28,7 +28,7 @@ class Recorded:
     loss: Loss
     f: Tensor
     y: Tensor
-    memory: int | None
+    max_memory: int | None
 
     @property
     def calls(self) -> list[Call]:
@@ -41,8 +41,7 @@ class Recorded:
 
     def count(self, elements: int) -> int:
         """How many columns are pulled at a time, if each takes so many elements."""
-        memory = COLUMN_BYTES if self.memory is None else self.memory // 4
-        return max(1, memory // max(1, elements * self.f.element_size()))
+        return SECOND_DERIVATIVES.count(elements * self.f.element_size(), self.max_memory)
 
 
 def single_uses(recorded: Recorded) -> tuple[Parts, list[str]]:

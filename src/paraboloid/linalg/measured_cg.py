@@ -10,8 +10,7 @@ from torch import Tensor
 from paraboloid.linalg.conjugate_gradients import Iterates
 from paraboloid.linalg.krylov import orthogonalise
 from paraboloid.linalg.stopping import stopping_rule
-
-KEPT_BYTES = 256 * 2**20  # of residuals that are kept to orthogonalise the next one against
+from paraboloid.passes.memory import RESIDUALS
 
 
 def measured_iterates(
@@ -45,7 +44,7 @@ def measured_iterates(
     M = torch.ones_like(b) if preconditioner is None else preconditioner
     stop = stopping_rule("martens", tol, progress)
     steps, xs, values = [], [], []
-    root, most = M.sqrt(), min(max_iterations, KEPT_BYTES // max(1, b.nbytes))
+    root, most = M.sqrt(), min(max_iterations, RESIDUALS.of() // max(1, b.nbytes))
     kept, count = b.new_empty(most, len(b)), 0  # of root * r, whose inner product is that of CG
     z = M * r
     d, rz = z.clone(), r @ z

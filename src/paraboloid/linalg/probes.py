@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from paraboloid.passes.memory import PROBES
+
 Seed = int | torch.Generator
-BLOCK_BYTES = 2**26  # upper aim for a block of probe vectors
 
 
 def generator_of(seed: Seed, device: torch.device) -> torch.Generator:
@@ -29,8 +30,8 @@ def signs(shape: tuple[int, ...], like, generator: torch.Generator) -> Tensor:
 
 
 def block_size(size: int, dtype: torch.dtype) -> int:
-    """How many vectors of `size` elements make a block of about BLOCK_BYTES."""
-    return max(1, BLOCK_BYTES // (size * dtype.itemsize))
+    """How many vectors of `size` elements make a block of probes."""
+    return PROBES.count(size * dtype.itemsize)
 
 
 def blocks(samples: int, size: int, dtype: torch.dtype) -> list[int]:

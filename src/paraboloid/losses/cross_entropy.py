@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from paraboloid.losses.elementwise import check_not_negative
 from paraboloid.losses.loss import FROM_TORCH, Loss, NoTargets, check_lengths, check_reduction, full
-from paraboloid.passes.memory import roomy
-
-ROOT_BYTES = 2**20  # of columns of the Hessian's root that are made at a time
+from paraboloid.passes.memory import CACHED
 
 
 class CrossEntropy(Loss):
@@ -173,7 +171,7 @@ def _cholesky_columns(p: Tensor, scale: Tensor) -> Iterator[Tensor]:
     # Quotients of at most 1 only: rest * tail underflows long before its quotient with p is negligible.
     down = (rest * (p[:, :-1] / below[:, :-1])).sqrt_().mul_(-scale)
     diagonal = (p[:, :-1] * (rest / below[:, :-1])).sqrt_().mul_(scale)
-    step, classes = max(1, roomy(ROOT_BYTES, p.device) // p.nbytes), torch.arange(C, device=p.device)
+    step, classes = CACHED.count(p.nbytes, device=p.device), torch.arange(C, device=p.device)
     for start in range(0, C - 1, step):
         j = slice(start, min(start + step, C - 1))
         columns = p / below[:, 1:][:, j].transpose(0, 1).unsqueeze(2)

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from paraboloid.engine.outer_products import Outer
 from paraboloid.noise.centres import Block, Centres, is_dense
-from paraboloid.passes.memory import pooled
+from paraboloid.passes.memory import UNFOLDED, pooled
 from paraboloid.reductions.sums import pieces, reduce
 
 ORDERS = ("gram", "matrix")
-PIECE = 2 * 2**20  # default bytes of unfolded inputs at a time: they are used at once, from the cache
 
 
 def order(T: int, p: int, q: int, columns: int) -> str:
@@ -66,7 +65,7 @@ def products(
     by = by or order_of(o, centres)
     if by == "matrix":
         return _from_matrices(uses, centres, memory, keep)
-    ranges = o.chunks(G * T * o.q, memory or PIECE)
+    ranges = o.chunks(G * T * o.q, memory, UNFOLDED)
     crosses, norms = [], []
     for n in ranges:
         right = o.right(n)
@@ -115,7 +114,7 @@ def _matrices(uses: list[Outer], block: Block, memory: int | None, out: Tensor |
     o, (G, p, q) = uses[0], block
     left = o.left[0].mT  # [N G p T]
     assert o.right is not None
-    ranges = list(o.chunks(G * q * max(p, left.shape[3]), memory or PIECE))
+    ranges = list(o.chunks(G * q * max(p, left.shape[3]), memory, UNFOLDED))
     for n, right in zip(ranges, o.right.pieces(ranges), strict=True):
         yield torch.matmul(left[n], right.detach(), out=None if out is None else out[n])
 

@@ -16,9 +16,9 @@ from paraboloid.noise.centre_products import mean_sides, order_of, products, sum
 from paraboloid.noise.centres import Centres, block_of, is_dense, start
 from paraboloid.noise.gradients import Gradients, pull
 from paraboloid.passes import trees
+from paraboloid.passes.memory import ASSIGNED
 
 UPDATES = ("singular", "mean")
-KEEP_BYTES = 256 * 2**20  # default limit for unfolded inputs that are kept from the assignment to the update
 Layers = Iterable[str] | Callable[[str], bool] | None
 
 
@@ -212,8 +212,7 @@ class GradientClustering:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Assign one batch and add to the sums from which the centres are refitted."""
         uses = {k: merge(u) for k, u in self._pulled(data, batch, parameters, verify).items()}
-        keep = KEEP_BYTES if self.max_memory is None else self.max_memory // 2
-        memory = None if self.max_memory is None else max(1, self.max_memory // 4)
+        keep, memory = ASSIGNED.of(self.max_memory), self.max_memory
         centres = {name: self._centres_of(name, u, parameters[name]) for name, u in uses.items()}
         keep_inputs({k: u for k, u in uses.items() if self._reads_twice(u, centres[k])}, keep)
         distances, norms = torch.zeros(()), torch.zeros(())

@@ -14,10 +14,10 @@ from paraboloid.data.batches import Output
 from paraboloid.linalg.operand import check_count
 from paraboloid.noise.estimators import Estimator, resolve
 from paraboloid.noise.gradients import Gradients
+from paraboloid.passes.memory import LEFT_OUT
 
 EPSILON = 1e-7  # under the normalised variance, so that a coordinate without any gradient counts as 0
 GROUPS = 10  # of draws, for the jackknife of the normalised variance
-GROUP_BYTES = 2**29  # limit for their sums
 REFERENCES = ("draws", "full")
 ESTIMATORS = ("sgb", "sg2b", "svrg", "gc")
 
@@ -178,7 +178,7 @@ def measure(
     else:
         e = full.double()
     D = len(e)
-    groups = max(1, min(draws, GROUPS, GROUP_BYTES // (16 * D)))
+    groups = min(draws, GROUPS, LEFT_OUT.count(16 * D))
     noise, second = (e.new_zeros(groups, D) for _ in range(2))
     single_noise, single_second = [], []
     for n in range(draws):

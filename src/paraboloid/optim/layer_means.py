@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paraboloid.distributed import collectives
-from paraboloid.engine.outer_products import CHUNK_BYTES, Right
+from paraboloid.engine.outer_products import Right
 from paraboloid.engine.recorder import Call, Recorder
 from paraboloid.layers import RULES, Use
 from paraboloid.passes import trees
-from paraboloid.passes.memory import roomy
+from paraboloid.passes.memory import PIECES
 from paraboloid.passes.modes import autocast_dtype, eager_code, own_arithmetic
 from paraboloid.reductions.kronecker_factors import LARGE, add_gram, mirror
 
@@ -192,7 +192,7 @@ def _moments(use: Use, x: Tensor, h: Tensor) -> Tensor:
     products = h.new_empty(1, size, size)
     samples = h.shape[0] // (use.right(slice(0, 1))[0].numel() // use.q)  # rows of the rule's `right`
     right = Right(use.right, (1, samples, 1), dtype=h.dtype, q_axes=use.q_axes)
-    most = max(roomy(CHUNK_BYTES, h.device), 4 * products.nbytes)
+    most = PIECES.of(None, h.device, least=4 * products.nbytes)
     step = max(1, most * samples // max(1, h.shape[0] * size * h.element_size()))
     for start in range(0, samples, step):
         columns = right.columns(slice(start, min(start + step, samples))).detach()  # [1 q nT]

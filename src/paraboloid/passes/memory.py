@@ -1,19 +1,67 @@
-"""Memory for large results on a CPU: in large pages, and used again when a result has gone."""
+"""How much memory a piece of work may take, the pool that large results come from, and how to give it all back."""
 
 from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from threading import Lock
 
 import numpy as np
 import torch
 from torch import Tensor
 
-LARGE_BYTES = 2 * 2**20
-POOL_BYTES = 2**30  # of memory without a user that is kept at most
-DEVICE_FACTOR = 64
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+
+
+@dataclass
+class Limit:
+    """An upper aim in bytes for what is held at a time for one purpose: `bounds` says what.
+
+    Where the caller gives `max_memory` the limit is its part 1 / `share`, or stays as it is where no share is stated.
+    Else it is `default` on a CPU, often sized for its caches, and `device` times that elsewhere, where every further
+    piece costs launches.
+    """
+
+    bounds: str
+    default: int
+    share: int | None = None
+    device: int = 1
+
+    def of(self, max_memory: int | None = None, device: torch.device | None = None, least: int = 0) -> int:
+        """The limit; at least `least` unless `max_memory` decides."""
+        if max_memory is not None and self.share is not None:
+            return max_memory // self.share
+        return max(least, self.default if device is None or device.type == "cpu" else self.device * self.default)
+
+    def count(
+        self, size: int, max_memory: int | None = None, device: torch.device | None = None, least: int = 0
+    ) -> int:
+        """How many things of `size` bytes to hold at a time: one, if the limit is smaller."""
+        return max(1, self.of(max_memory, device, least) // max(1, size))
+
+
+GRADIENTS = Limit("gradients at the layers' outputs, of the vectors that are pulled together", 8 * MIB, 2, device=64)
+PIECES = Limit("pulled-back vectors that a reduction forms: much for BLAS, little for caches", 4 * MIB, 4, device=64)
+FACTORS = Limit("positions side by side whose products are added to a factor", 4 * MIB, 8, device=64)
+UNFOLDED = Limit("unfolded inputs that are used at once, from the cache", 2 * MIB, 4)
+INPUTS = Limit("inputs, unfolded or rotated, that are kept for the vectors that follow", 256 * MIB, 4)
+ASSIGNED = Limit("unfolded inputs that are kept from the assignment to clusters to their update", 256 * MIB, 2)
+RECORDINGS = Limit("recordings, and what was pulled back, kept from pass to pass and product to product", GIB, 1)
+SECOND_DERIVATIVES = Limit("columns that are pulled back together, or one whole matrix of KFRA", 64 * MIB, 4)
+JACOBIANS = Limit("what a prediction makes of a chunk of inputs", 128 * MIB, 2, device=16)
+DENSE = Limit("a dense matrix or rows of a posterior; above it an error says what fits", 8 * GIB)
+CACHED = Limit("what is formed and used at once, to stay in the cache", MIB, device=64)
+COMPARED = Limit("gradients that are compared to certify sample independence", 4 * MIB)
+PROBES = Limit("random vectors that are multiplied together", 64 * MIB)
+RESIDUALS = Limit("residuals against which the next one is orthogonalised", 256 * MIB)
+MEASURED = Limit("directions that are collected before they are measured on the full data", 256 * MIB)
+LEFT_OUT = Limit("sums over groups of draws, for a jackknife", 512 * MIB)
+JOINED = Limit("inputs of small batches that are joined", 512 * KIB)
+BUCKETS = Limit("what ranks sum by one message", 64 * MIB)
+POOLED = Limit("memory of results that have gone, kept for those to come", GIB)
+LARGE = Limit("results below it take torch's own memory, not the pool's", 2 * MIB)
 
 
 class Pool:
@@ -60,12 +108,25 @@ class Pool:
             self.free.clear()
 
 
-pool = Pool(POOL_BYTES)
+pool = Pool(POOLED.default)
+_given_back: list[Callable[[], object]] = [pool.clear]
 
 
-def roomy(size: int, device: torch.device) -> int:
-    """Bytes of a piece that is sized for a CPU's caches; elsewhere more, for there each piece costs launches."""
-    return size if device.type == "cpu" else DEVICE_FACTOR * size
+def gives_back(clear: Callable[[], object]) -> None:
+    """`free_memory` shall call this: it empties something that the library keeps for later."""
+    _given_back.append(clear)
+
+
+def free_memory() -> None:
+    """Give back the memory that the library keeps without a user: it asks for it again when there is work.
+
+    Large results on a CPU come from a pool that keeps up to 1 GiB of what has gone, because fresh memory is slow; this
+    empties it.  It also forgets what was found out about models on earlier calls, so that sample independence and rules
+    are checked again on the next one.  No result changes, and what objects hold stays theirs: an operator's recordings
+    go with the operator.  What torch keeps on a GPU goes by `torch.cuda.empty_cache()`.
+    """
+    for clear in _given_back:
+        clear()
 
 
 def pooled_product(left: Tensor, right: Tensor) -> Tensor:
@@ -84,6 +145,6 @@ def pooled(shape: Sequence[int], like: Tensor) -> Tensor:
     torch's does not by default.
     """
     size = torch.Size(shape).numel() * like.element_size()
-    if like.device.type != "cpu" or size < LARGE_BYTES:
+    if like.device.type != "cpu" or size < LARGE.default:
         return like.new_empty(shape)
     return torch.from_numpy(pool.take(size)).view(like.dtype).view(tuple(shape))

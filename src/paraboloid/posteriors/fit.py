@@ -17,6 +17,7 @@ from paraboloid.operators import GGN
 from paraboloid.operators.matrix_free.pulls import Pulls
 from paraboloid.operators.structured.kfac import measured, measured_scales, summed_factors
 from paraboloid.passes import trees
+from paraboloid.passes.memory import DENSE
 from paraboloid.posteriors.likelihood import Likelihood
 from paraboloid.posteriors.structures.diagonal import Diagonal
 from paraboloid.posteriors.structures.full import Full
@@ -28,7 +29,6 @@ from paraboloid.reductions.kronecker_factors import scale_product
 
 STRUCTURES = ("full", "diag", "kron", "ekfac", "lowrank", "functional")
 FISHERS = ("exact", "mc", "empirical")
-MOST_BYTES = 8 * 2**30  # of a dense matrix or of rows, above which an error says what fits
 
 
 @dataclass
@@ -104,8 +104,8 @@ class _Watched:
 
 def check_memory(what: str, size: int, instead: str) -> None:
     """Raise ValueError for tensors that would not fit; say how large they are, and what would."""
-    if size > MOST_BYTES:
-        raise ValueError(f"{what} would take {size / 2**30:.1f} GiB; expected at most {MOST_BYTES / 2**30:.0f}. "
+    if size > DENSE.of():
+        raise ValueError(f"{what} would take {size / 2**30:.1f} GiB; expected at most {DENSE.of() / 2**30:.0f}. "
                          f"{instead}")  # fmt: skip
 
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from paraboloid.data.batches import Chunks, Output, sample_count, take
 from paraboloid.linalg.operand import check_count
 from paraboloid.passes import trees
+from paraboloid.passes.memory import MEASURED
 from paraboloid.quadratics.bias_result import WHICH, Bias
 from paraboloid.quadratics.local_model import CURVATURES, Quadratic, quadratic
 
 DIRECTIONS = ("eigen", "cg", "kfac", "ekfac")
 CHUNK = 512  # samples of the full data that are evaluated together
 PARTS = 16  # of a subset that stands for the full data: its standard error is that of their mean
-MEASURE_BYTES = 2**28  # directions that are collected before they are measured on the full data
 EIGEN_TOLERANCE = 1e-4  # relative residual of eigenvectors; curvatures along them are off by its square
 
 
@@ -128,7 +128,7 @@ def bias(
         found["same"].append((downhill * slopes, curvatures))
         found["other"].append(other.along(rows))
         waiting.append(rows)
-        if sum(r.nbytes for r in waiting) + rows.nbytes > MEASURE_BYTES:
+        if sum(r.nbytes for r in waiting) + rows.nbytes > MEASURED.of():
             measure_on_full()
         if progress is not None:
             progress(repeat + 1, repeats)

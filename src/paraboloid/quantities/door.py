@@ -18,15 +18,12 @@ from paraboloid.engine.twice_differentiable import twice_differentiable
 from paraboloid.losses import Loss
 from paraboloid.losses.loss import full
 from paraboloid.passes import trees
-from paraboloid.passes.memory import roomy
+from paraboloid.passes.memory import GRADIENTS, INPUTS
 from paraboloid.passes.modes import own_arithmetic
 from paraboloid.passes.random_state import isolated
 from paraboloid.quantities.named import GRADIENT, Group, Quantity, Scale, Source, check_samples, resolve
 from paraboloid.quantities.over_ranks import Values, check_summable, combine
 from paraboloid.reductions.sums import Recent, reduce
-
-GROUP_BYTES = 8 * 2**20  # default limit for the gradients at layer outputs that are held at a time
-KEEP_BYTES = 256 * 2**20  # default limit for unfolded inputs that are kept from pull to pull
 
 
 class Statistics(Mapping[str, dict[str, Any]]):
@@ -141,21 +138,20 @@ class Recording(Tape):
         """The running values after all vectors; autograd's own gradient is added to `totals` if given."""
         running: Values = {q.name: dict.fromkeys(self.parameters) for q in quantities}
         needs = frozenset[str]().union(*(q.needs for q in quantities))
-        size = max(1, sum(c.shape.numel() for c in self.calls) * f.element_size())
-        count = max(1, (roomy(GROUP_BYTES, f.device) if max_memory is None else max_memory // 2) // size)
-        memory = None if max_memory is None else max(1, max_memory // 4)
+        size = sum(c.shape.numel() for c in self.calls) * f.element_size()
+        count = GRADIENTS.count(size, max_memory, f.device)
         vs, kept = list(islice(vectors, count)), []
         while vs:
             following = list(islice(vectors, count))
             outers = self.pull(f, torch.stack(vs) if len(vs) > 1 else vs[0][None], totals, batch_statistics=mixed)
             if following and needs and not kept:
-                kept = keep_inputs(outers, KEEP_BYTES if max_memory is None else max_memory // 4)
+                kept = keep_inputs(outers, INPUTS.of(max_memory))
             vs = following
             recent = Recent()
             with torch.no_grad():
                 for name in self.parameters:
                     uses = outers.pop(name)
-                    group = Group(reduce(uses, needs, memory, recent), uses, memory, name, recent)
+                    group = Group(reduce(uses, needs, max_memory, recent), uses, max_memory, name, recent)
                     held: set[int] = set()
                     for q in quantities:
                         try:

@@ -19,8 +19,6 @@ from paraboloid.linalg.eigenform import Basis
 from paraboloid.passes.memory import pooled_product
 from paraboloid.reductions.sums import pieces, reduce, same_memory
 
-KEEP_BYTES = 256 * 2**20  # default limit for the rotated inputs of all parameters that are kept
-
 
 @dataclass
 class Turned:
@@ -29,7 +27,7 @@ class Turned:
     Those that fit into `room` bytes are kept, the first ones first.
     """
 
-    room: int = KEEP_BYTES
+    room: int
     kept: dict[str, dict[int, Tensor]] = field(default_factory=dict)
 
     def start(self, name: str) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paraboloid.engine.outer_products import CHUNK_BYTES, Outer, merge
+from paraboloid.engine.outer_products import Outer, merge
 from paraboloid.linalg.kron import Kron
 from paraboloid.linalg.kronecker_product import KroneckerProduct, Side
-from paraboloid.passes.memory import roomy
+from paraboloid.passes.memory import FACTORS
 from paraboloid.reductions.sums import Recent, pieces, reduce, samples
 
 LARGE = 256  # rows from which halving by symmetry pays
@@ -49,8 +49,7 @@ def input_factor(o: Outer, sharing: str, memory: int | None = None, thin: bool =
         right = o.dense_right().mean(2, keepdim=True) if sharing == "reduce" else o.dense_right()
         return Rows(right.transpose(0, 1).flatten(1, 2).detach())  # it may be the layer's input itself
     A = o.left.new_empty(G, o.q, o.q)
-    size = max(roomy(CHUNK_BYTES, A.device), 4 * A.numel() * A.element_size()) if memory is None else memory // 2
-    for n in o.chunks(G * T * o.q, size):
+    for n in o.chunks(G * T * o.q, memory, FACTORS, least=4 * A.nbytes):
         if sharing == "reduce":
             right = o.dense_right(n)
             count = right.sum((2, 3), keepdim=True).clamp(min=1) if o.lookup else T

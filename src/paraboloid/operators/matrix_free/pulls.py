@@ -16,13 +16,12 @@ from paraboloid.losses import Loss, NoTargets, Sum, settled
 from paraboloid.losses.loss import full
 from paraboloid.operators.matrix_free.second_order_passes import RandomStream
 from paraboloid.passes import trees
-from paraboloid.passes.memory import roomy
+from paraboloid.passes.memory import GRADIENTS, RECORDINGS
 from paraboloid.passes.modes import own_arithmetic
 from paraboloid.passes.random_state import copied_buffers
-from paraboloid.quantities.door import GROUP_BYTES, Recording, output_vectors, record
+from paraboloid.quantities.door import Recording, output_vectors, record
 from paraboloid.quantities.named import Source
 
-KEEP_BYTES = 2**30  # default limit for the recording of a single batch that is kept from pass to pass
 Outers = dict[str, list[Outer]]
 
 
@@ -62,11 +61,6 @@ class Pulls:
         self.kept: list[Outers] | None = None
         if len(self.loss.terms) > 1 and not self.single:
             self._settle()
-
-    @property
-    def memory(self) -> int | None:
-        """For temporary pieces of reductions."""
-        return None if self.max_memory is None else max(1, self.max_memory // 4)
 
     @property
     def factor(self) -> float:
@@ -151,10 +145,9 @@ class Pulls:
             vectors = output_vectors(self.loss, f, y, self.source, generator)
             if self.source.kind == "gradient" and isinstance(self.loss, Sum):  # whose square has to be in its own unit
                 vectors = (self.loss.unit**0.5 * v for v in vectors)
-        size = max(1, sum(c.shape.numel() for c in tape.calls) * f.element_size())
-        most = roomy(GROUP_BYTES, f.device) if self.max_memory is None else self.max_memory // 2
-        count = max(1, most // size)
-        room = KEEP_BYTES if self.max_memory is None else self.max_memory
+        size = sum(c.shape.numel() for c in tape.calls) * f.element_size()
+        count = GRADIENTS.count(size, self.max_memory, f.device)
+        room = RECORDINGS.of(self.max_memory)
         keep = [] if self.single and self.repeated and self.passes == 1 else None
         self.kept = keep
         while True:

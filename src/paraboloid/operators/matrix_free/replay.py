@@ -21,9 +21,9 @@ from paraboloid.operators.matrix_free.second_order_passes import (
 )
 from paraboloid.passes import trees
 from paraboloid.passes.footprint import Footprint
+from paraboloid.passes.memory import RECORDINGS
 
 T = TypeVar("T")
-MAX_MEMORY = 2**30  # bytes of recorded graphs kept between products
 _NO_TARGETS = (
     "every target of every batch is ignored or has zero class weight, so the mean loss is 0/0; expected at least one "
     "target that counts."
@@ -106,7 +106,7 @@ class Replay:
         self.inside = inside  # of every forward pass that a graph is made from
         device = next(iter(self.parameters.values())).device
         self.stream, self.autocast = RandomStream(seed, device), Autocast(device)
-        self.max_memory = MAX_MEMORY if max_memory is None else max_memory
+        self.max_memory = RECORDINGS.of(max_memory)
         self.versions = self._versions()
         self.samples, self.normalizer, self.total = 0, 0.0, 0.0
         self.order: list[float] | None = [] if ordered else None  # of each batch, a number that follows its order

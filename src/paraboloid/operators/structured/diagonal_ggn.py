@@ -39,7 +39,7 @@ def DiagonalGGN(
     )
 
     def add(name, value, uses):
-        return _plus(value, reduce(uses, {"squares"}, pulls.memory)["squares"])
+        return _plus(value, reduce(uses, {"squares"}, pulls.max_memory)["squares"])
 
     sums = pulls.summed(add, _plus)
     return Diagonalised(pulls.parameters, [diagonal_form(pulls.factor * value.flatten()) for value in sums.values()])

@@ -28,6 +28,7 @@ from paraboloid.operators.matrix_free.pulls import Pulls
 from paraboloid.operators.partition import block_names
 from paraboloid.operators.structured.diagonalised import Diagonalised
 from paraboloid.operators.structured.kronecker_factored import KroneckerFactored
+from paraboloid.passes.memory import INPUTS
 from paraboloid.quantities.named import check_sharing, fisher_source
 from paraboloid.reductions.eigenbasis import Turned, eigen_scale
 from paraboloid.reductions.kronecker_factors import Factors, add_factors, merged, scale_product
@@ -140,7 +141,7 @@ def summed_factors(pulls: Pulls, sharing: str, thin: bool) -> dict[str, Factors]
     recent = Recent()
 
     def add(name: str, value: Factors | None, uses: list[Outer]) -> Factors:
-        return add_factors(value, uses, sharing, pulls.memory, thin, recent)
+        return add_factors(value, uses, sharing, pulls.max_memory, thin, recent)
 
     return pulls.summed(add, merged)
 
@@ -148,7 +149,7 @@ def summed_factors(pulls: Pulls, sharing: str, thin: bool) -> dict[str, Factors]
 def measured_scales(pulls: Pulls, forms: Mapping[str, Eigenform]) -> dict[str, Tensor]:
     """The exact eigenvalues along the eigenvectors of `forms`, from one pass."""
 
-    turned = Turned() if pulls.max_memory is None else Turned(pulls.max_memory // 4)
+    turned = Turned(INPUTS.of(pulls.max_memory))
 
     def add(name, value, uses):
         if name not in forms:
@@ -156,7 +157,7 @@ def measured_scales(pulls: Pulls, forms: Mapping[str, Eigenform]) -> dict[str, T
         if value is None:  # a new batch
             turned.start(name)
         bases, several = (forms[name].left, forms[name].right), pulls.vectors > len(uses[0].left)
-        scale = eigen_scale(uses, *bases, pulls.memory, pulls.vectors, turned if several else None, name)
+        scale = eigen_scale(uses, *bases, pulls.max_memory, pulls.vectors, turned if several else None, name)
         return scale if value is None else value.add_(scale)
 
     sums = pulls.summed(add, lambda total, value: value if total is None else total.add_(value))

@@ -14,12 +14,12 @@ from paraboloid.data import batches as batch_data
 from paraboloid.engine.outer_products import Outer, merge
 from paraboloid.engine.tape import Tape, record
 from paraboloid.passes import trees
-from paraboloid.passes.memory import roomy
+from paraboloid.passes.memory import CACHED
 from paraboloid.passes.random_state import isolated
 from paraboloid.posteriors.weights import only
 from paraboloid.reductions.sums import pieces
 
-PRODUCT_BYTES, SAMPLES = 2**20, 128  # of products that are made at a time, to stay in the cache; and samples of them
+SAMPLES = 128  # of products that are made at a time, to stay in the cache
 
 
 @dataclass
@@ -61,7 +61,7 @@ def _times(uses: list[Outer], rows: Tensor) -> Tensor:
     blocks = rows.view(R, o.q, p).mT if o.flip else rows.view(R, p, o.q)
     N, on_cpu = len(right), right.device.type == "cpu"
     step = min(N, SAMPLES) if on_cpu else N
-    rows_at_a_time = max(1, roomy(PRODUCT_BYTES, right.device) // (step * p * rows.element_size()))
+    rows_at_a_time = CACHED.count(step * p * rows.element_size(), device=right.device)
     found = right.new_empty(N, len(o.left), R)
     for start in range(0, R, rows_at_a_time):
         some = blocks[start : start + rows_at_a_time]
@@ -134,7 +134,7 @@ def gram(left: Tensor, weights: Tensor | float, diagonal: bool) -> Tensor:
     if len(weights) == 1:
         return _squares(left, weights[0, 0])
     V_first, ones, w = left.transpose(0, 1), left.new_ones(d), weights[:, 0]  # [V n d], [n d]
-    step = max(1, roomy(PRODUCT_BYTES, w.device) // (w.shape.numel() * left.element_size()))
+    step = CACHED.count(w.shape.numel() * left.element_size(), device=w.device)
     return torch.cat([piece.square().mul_(w) @ ones for piece in V_first.split(step)]).T
 
 
@@ -142,6 +142,6 @@ def _squares(left: Tensor, w: Tensor) -> Tensor:
     """sum_d left[n, v, d]^2 w[d], [n V], in pieces that stay in the cache, along the order in memory."""
     swap = left.transpose(0, 1).is_contiguous()
     rows = (left.transpose(0, 1) if swap else left).reshape(-1, len(w))
-    step = max(1, roomy(PRODUCT_BYTES, w.device) // (len(w) * left.element_size()))
+    step = CACHED.count(len(w) * left.element_size(), device=w.device)
     found = torch.cat([piece.square() @ w for piece in rows.split(step)])
     return found.view(left.shape[1], -1).T if swap else found.view(left.shape[:2])

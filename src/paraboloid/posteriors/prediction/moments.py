@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paraboloid.passes.memory import JACOBIANS
 from paraboloid.passes.trees import mapped
 from paraboloid.posteriors.prediction.jacobian import Jacobian, pull_outputs, recorded
 
-CHUNK_BYTES, DEVICE_BYTES = 2**27, 2**31  # of Jacobians held at a time on a CPU and elsewhere, without max_memory
 PROBE = 8  # samples of the first chunk, which tells what a sample takes
 Covariance = Callable[[Jacobian], Tensor]
 
@@ -27,8 +27,7 @@ def moments(
     tell.
     """
     N = length(inputs)
-    most = CHUNK_BYTES if next(_tensors(inputs)).device.type == "cpu" else DEVICE_BYTES
-    limit = most if max_memory is None else max_memory // 2
+    limit = JACOBIANS.of(max_memory, next(_tensors(inputs)).device)
     known = {} if known is None else known
     like = (formed, tuple((t.shape[1:], t.dtype) for t in _tensors(inputs)))
     means, parts, start = [], [], 0
