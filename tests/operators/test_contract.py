@@ -6,7 +6,8 @@ import torch
 from operators.oracle import LOSSES, classes, dense_ggn, dense_hessian, make_inputs, make_model
 from torch import nn
 
-from paraboloid.operators import GGN, Estimate, Hessian, Identity, LinearOperator, TensorEstimate
+from paraboloid.linalg import hutchinson_trace
+from paraboloid.operators import GGN, Estimate, Hessian, Identity, LinearOperator, Product, TensorEstimate
 from paraboloid.operators.matrix_free.batching import Batching
 
 N = 6
@@ -286,3 +287,74 @@ def test_sums_need_the_same_parameters():
         ValueError, match=r"the summed operators have the parameters .*; expected the same names and shapes"
     ):
         G + other
+
+
+def test_differences_and_quotients():
+    model, loss_fn, batch = problem()
+    G, H = GGN(model, loss_fn, batch), Hessian(model, loss_fn, batch)
+    dense, other, V = G.to_dense(), H.to_dense(), random(G.shape[0], 2)
+    for A, expected in (
+        (-G, -dense), (G - H, dense - other), (G / 2, dense / 2), (-(G - 3 * H) / 4, (3 * other - dense) / 4),
+        (np.float32(2) * G, 2 * dense), (G * np.int64(3), 3 * dense),
+    ):  # fmt: skip
+        assert isinstance(A, LinearOperator)
+        torch.testing.assert_close(A @ V, expected @ V, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(A.to_dense(), expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(A.diagonal(), expected.diagonal(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close((-G).eigsh(1)[0], torch.linalg.eigvalsh(-dense)[-1:], atol=1e-12, rtol=1e-10)
+    with pytest.raises(ValueError, match="the operator is divided by 0; expected a number other than 0"):
+        G / 0
+    for wrong in (lambda: G / "2", lambda: G - 1, lambda: 1 - G, lambda: 1 / G):
+        with pytest.raises(TypeError):
+            wrong()
+
+
+def test_structure_survives_signs_and_quotients():
+    one = Identity(GGN(*problem()).parameters)
+    positive_definite = -(one / -2) - one / 4
+    torch.testing.assert_close(positive_definite.logdet(), torch.tensor(0.25).double().log() * one.shape[0])
+    torch.testing.assert_close(positive_definite.inverse().diagonal(), 4 * one.diagonal())
+    torch.testing.assert_close((one / 4).sqrt_matmul(one.diagonal()), one.diagonal() / 2)
+
+
+def test_products_of_operators():
+    model, loss_fn, batch = problem()
+    G, H = GGN(model, loss_fn, batch), Hessian(model, loss_fn, batch)
+    dense, other, V = G.to_dense(), H.to_dense(), random(G.shape[0], 2)
+    for P, expected in (
+        (G @ H, dense @ other), ((G @ H).T, other @ dense), (-(G @ H) / 2, -dense @ other / 2),
+        (G @ H @ G, dense @ other @ dense), (G @ (H @ G), dense @ other @ dense),
+        ((G @ H) @ (H @ G), dense @ other @ other @ dense), (3 * (G @ (G - H)), 3 * dense @ (dense - other)),
+    ):  # fmt: skip
+        assert isinstance(P, Product)
+        assert (P.shape, P.dtype, P.device.type) == (G.shape, torch.float64, "cpu")
+        torch.testing.assert_close(P @ V, expected @ V, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(V.T @ P, V.T @ expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(V[:, 0] @ P, V[:, 0] @ expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(P.to_dense(), expected, rtol=1e-10, atol=1e-12)
+        S, v = P.to_scipy(), V.numpy()
+        for found, wanted in ((S @ v, expected @ V), (S.T @ v, expected.T @ V), (S.T @ v[:, 0], expected.T @ V[:, 0])):
+            np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-10, atol=1e-12)
+    trace = hutchinson_trace(G @ H, samples=1000, seed=0)
+    assert abs(trace - (dense * other).sum().item()) < 5 * trace.standard_error
+    assert not hasattr(G @ H, "eigsh")  # which is for symmetric matrices
+    assert repr(G @ H) == f"{G!r} @ {H!r}"
+    with pytest.raises(ValueError, match=r"the multiplied operators have the parameters .*; expected the same names"):
+        G @ GGN(*problem("mlp"))
+
+
+def test_vectors_from_the_left(model_and_operator):
+    _, A = model_and_operator
+    D, V = A.shape[0], random(3, A.shape[0])
+    torch.testing.assert_close(V @ A, V @ A.to_dense(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(V[0] @ A, A @ V[0], rtol=0, atol=0)
+    pieces = V[0].split([p.numel() for p in A.parameters.values()])
+    v = {k: t.view_as(p) for (k, p), t in zip(A.parameters.items(), pieces, strict=True)}
+    for k, expected in (A @ v).items():
+        torch.testing.assert_close((v @ A)[k], expected, rtol=0, atol=0)
+    torch.testing.assert_close(V @ (2 * A + A), 3 * (V @ A), rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match=rf"the directions are \(3, {D - 1}\); expected a tensor \[k, {D}\]"):
+        V[:, 1:] @ A
+    for product in (lambda v: v @ A, lambda v: A @ v):  # NumPy is no torch, from neither side
+        with pytest.raises(ValueError, match="the vector is a ndarray; expected a tensor"):
+            product(V[0].numpy())

@@ -3,6 +3,7 @@
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from operators.oracle import LOSSES, MODELS, dense_ggn, make_inputs, make_model
@@ -311,6 +312,16 @@ def test_data_that_change_between_the_passes():
         pb.EKFAC(make_model("mlp"), CE, Moving())
 
 
+def test_counts_may_be_numpys():
+    model, batch = make_model("mlp"), (make_inputs("mlp", 3, 1), torch.tensor([0, 1, 2]))
+    for make in (pb.KFAC, pb.EKFAC, pb.DiagonalGGN):
+        found, expected = (make(model, CE, batch, samples=n).diagonal() for n in (np.int64(2), 2))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    for samples in (0, True, 2.0):
+        with pytest.raises(ValueError, match=f"samples is {samples}; expected an integer of at least 1"):
+            pb.DiagonalGGN(model, CE, batch, samples)
+
+
 def test_wrong_options():
     model, batch = make_model("mlp"), (make_inputs("mlp", 3, 1), torch.tensor([0, 1, 2]))
     for make in (pb.KFAC, pb.EKFAC):
@@ -318,8 +329,9 @@ def test_wrong_options():
             make(model, CE, batch, fisher="true")
         with pytest.raises(ValueError, match="sharing is 'sum'; expected 'expand' or 'reduce'"):
             make(model, CE, batch, sharing="sum")
-        with pytest.raises(ValueError, match="samples is 0; expected an integer >= 1"):
-            make(model, CE, batch, samples=0)
+        for samples in (0, True, 2.0):
+            with pytest.raises(ValueError, match=f"samples is {samples}; expected an integer of at least 1"):
+                make(model, CE, batch, samples=samples)
         with pytest.raises(TypeError, match="is not one that paraboloid knows"):
             make(model, lambda f, y: f.sum(), batch)
         with pytest.raises(

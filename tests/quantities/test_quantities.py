@@ -231,7 +231,7 @@ def test_transposed_tying_keeps_its_factors():
     [
         (lambda: pb.quantities.KFAC("true"), "fisher is 'true'; expected one of"),
         (lambda: pb.quantities.KFAC(sharing="sum"), "sharing is 'sum'; expected"),
-        (lambda: pb.quantities.KFAC(samples=0), "samples is 0; expected an integer >= 1"),
+        (lambda: pb.quantities.KFAC(samples=0), "samples is 0; expected an integer of at least 1"),
         (lambda: pb.quantities.DiagGGN(samples=-1), "samples is -1; expected"),
         (lambda: pb.quantities.resolve([3]), "a quantity is 3; expected a name or an object"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -49,9 +50,10 @@ class Operand:
         return (A @ v).detach().to(v.dtype)
 
 
-def check_count(name: str, count: int, least: int = 1, most: int | None = None) -> int:
-    """Raise ValueError unless `count` is an integer in least..most."""
-    if not isinstance(count, int) or isinstance(count, bool) or count < least or (most is not None and count > most):
+def check_count(name: str, count: Any, least: int = 1, most: int | None = None) -> int:
+    """`count` as an int; raises ValueError unless it is an integer (NumPy's too) in least..most."""
+    whole: bool = isinstance(count, Integral) and not isinstance(count, bool)
+    if not (whole and least <= int(count) and (most is None or int(count) <= most)):
         limits = f"an integer of at least {least}" if most is None else f"an integer in {least}..{most}"
         raise ValueError(f"{name} is {count!r}; expected {limits}.")
-    return count
+    return int(count)

@@ -20,6 +20,7 @@ from paraboloid.operators.matrix_free.fisher import EmpiricalFisher, Fisher
 from paraboloid.operators.matrix_free.ggn import GGN
 from paraboloid.operators.matrix_free.hessian import Hessian
 from paraboloid.operators.matrix_free.pch import PCH
+from paraboloid.operators.product import Product
 from paraboloid.operators.saving import load
 from paraboloid.operators.structured.block_diagonal import BlockDiagonal
 from paraboloid.operators.structured.diagonal_ggn import DiagonalGGN
@@ -30,6 +31,6 @@ from paraboloid.operators.structured.low_rank import LowRank
 
 __all__ = [
     "EKFAC", "GGN", "KFAC", "KFLR", "PCH", "BlockDiagonal", "DiagonalGGN", "Diagonalised", "EmpiricalFisher",
-    "Estimate", "Fisher", "Hessian", "Identity", "KroneckerFactored", "LinearOperator", "LowRank", "Scaled", "Sum",
-    "TensorEstimate", "load",
+    "Estimate", "Fisher", "Hessian", "Identity", "KroneckerFactored", "LinearOperator", "LowRank", "Product", "Scaled",
+    "Sum", "TensorEstimate", "load",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from paraboloid.linalg.estimate import Estimate, TensorEstimate, mean_estimate
 from paraboloid.linalg.operand import check_count
 from paraboloid.linalg.probes import Seed, block_size, blocks, generator_of, signs
 from paraboloid.operators import saving
+from paraboloid.operators.product import Product, as_scipy
 from paraboloid.passes import trees
 from paraboloid.passes.modes import precisely
 
@@ -28,6 +30,7 @@ class LinearOperator:
     cost below holds for operators known by their products alone.
     """
 
+    __array_ufunc__ = None  # so that NumPy leaves v @ A to us
     parameters: Mapping[str, Tensor]
     kind: ClassVar[str] = ""  # what files call it; empty where it has no state
     exact = False  # whether its eigenvalues are at hand without products
@@ -60,11 +63,20 @@ class LinearOperator:
     def __matmul__(self, v: Any) -> Any:
         """The product with a dict by parameter name (entries may carry a trailing axis K), a tensor [D] or [D, K].
 
-        The result has the form of v, and the dtype of the parameters.
+        The result has the form of v, and the dtype of the parameters.  With another operator: their `Product`.
         """
+        if isinstance(v, LinearOperator | Product):
+            factors = v.factors if isinstance(v, Product) else (v,)
+            _check_parameters("multiplied", self, factors[0])
+            return Product(self, *factors)
         columns = self.columns(v)
         product = self._product(columns.T.contiguous() if columns.dim() == 2 else columns.unsqueeze(0))
         return self.like(product.T if columns.dim() == 2 else product.squeeze(0), v)
+
+    @precisely
+    def __rmatmul__(self, v: Any) -> Any:
+        """v @ A, of v's form: the matrix is symmetric, so A @ v for a dict or [D], and A times the rows of [K, D]."""
+        return self._product(self.rows(v)) if isinstance(v, Tensor) and v.dim() == 2 else self @ v
 
     def columns(self, v: Vector) -> Tensor:
         """A vector in any accepted form as a flat [D] or [D, K] tensor of the operator's dtype."""
@@ -223,29 +235,26 @@ class LinearOperator:
 
     def to_scipy(self):
         """The same operator as a `scipy.sparse.linalg.LinearOperator`, float64 in and out, on the CPU's side."""
-        from scipy.sparse.linalg import LinearOperator as ScipyOperator
-
-        def multiply(v):
-            columns = torch.from_numpy(v).to(self.device, self.dtype)
-            return (self @ columns).double().cpu().numpy()
-
-        def multiply_vector(v):
-            return multiply(v.reshape(-1).astype("float64"))
-
-        def multiply_matrix(V):
-            return multiply(V.astype("float64"))
-
-        products: dict[str, Any] = {"matvec": multiply_vector, "rmatvec": multiply_vector}
-        products |= {"matmat": multiply_matrix, "rmatmat": multiply_matrix, "dtype": "float64"}
-        return ScipyOperator(self.shape, **products)
+        return as_scipy(self, self)
 
     def __add__(self, other: Any) -> LinearOperator:
         return Sum(self, other) if isinstance(other, LinearOperator) else NotImplemented
 
+    def __sub__(self, other: Any) -> LinearOperator:
+        return Sum(self, -other) if isinstance(other, LinearOperator) else NotImplemented
+
     def __mul__(self, scale: Any) -> LinearOperator:
-        return Scaled(self, float(scale)) if isinstance(scale, int | float) else NotImplemented
+        return Scaled(self, float(scale)) if isinstance(scale, Real) else NotImplemented
 
     __rmul__ = __mul__
+
+    def __truediv__(self, scale: Any) -> LinearOperator:
+        if scale == 0:
+            raise ValueError(f"the operator is divided by {scale}; expected a number other than 0.")
+        return Scaled(self, 1 / float(scale)) if isinstance(scale, Real) else NotImplemented
+
+    def __neg__(self) -> LinearOperator:
+        return Scaled(self, -1.0)
 
     def __repr__(self) -> str:
         size = self.shape[0]

@@ -27,6 +27,7 @@ from paraboloid.graph.hessian_diagonal import diag_hessian
 from paraboloid.graph.kfra_recursion import kfra
 from paraboloid.linalg.eigenform import Eigenform
 from paraboloid.linalg.kron import Kron
+from paraboloid.linalg.operand import check_count
 from paraboloid.quantities.quantity import GRADIENT, NOTHING, ROOT, Group, Quantity, Scale, Source
 from paraboloid.reductions import kronecker_factors
 from paraboloid.reductions.eigenbasis import eigen_scale
@@ -134,13 +135,7 @@ class Variance(Quantity):
 
 
 def _sampled(samples: int | None) -> Source:
-    return ROOT if samples is None else Source("sampled", _count("samples", samples))
-
-
-def _count(name: str, value: int) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}; expected an integer >= 1.")
-    return value
+    return ROOT if samples is None else Source("sampled", check_count("samples", samples))
 
 
 FISHERS = {"mc": "kfac", "exact": "kflr", "empirical": "kfac_empirical"}
@@ -150,7 +145,7 @@ def fisher_source(fisher: str, samples: int = 1) -> Source:
     """What a Fisher pulls back; raises ValueError for an unknown one and for samples < 1."""
     if fisher not in FISHERS:
         raise ValueError(f"fisher is {fisher!r}; expected one of {list(FISHERS)}.")
-    return {"mc": _sampled(_count("samples", samples)), "exact": ROOT, "empirical": GRADIENT}[fisher]
+    return {"mc": _sampled(check_count("samples", samples)), "exact": ROOT, "empirical": GRADIENT}[fisher]
 
 
 def check_sharing(sharing: str) -> str:
