@@ -10,9 +10,10 @@ from torch.nn.utils import weight_norm as weight_norm_by_hook
 import paraboloid as pb
 from paraboloid.jobs.inspection.subject import layers
 from paraboloid.logging import scalars
-from paraboloid.operators.structured.block_diagonal import resolve_blocks
+from paraboloid.operators.partition import resolve_blocks
 from paraboloid.passes import trees
 from paraboloid.passes.parameter_layers import layer_of, layers_of
+from paraboloid.passes.torch_internals import WRAPPERS
 from paraboloid.posteriors import load_posterior
 from paraboloid.posteriors.prior_tuning.evidence import groups_of
 
@@ -122,7 +123,7 @@ def test_the_layers_of_operators_priors_noise_logging_and_report_are_the_same(na
     assert logged == (set(expected) if len(expected) > 1 else set())
 
 
-@pytest.mark.parametrize("wrapper", trees.WRAPPERS)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_wrappers_are_no_part_of_a_layer(wrapper):
     assert layer_of(f"{wrapper}a.{wrapper}b.weight") == "a.b"
     assert layer_of(f"{wrapper}weight") == ""

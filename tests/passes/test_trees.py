@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from paraboloid.passes import trees
+from paraboloid.passes.wrappers import plain_name
 
 
 class Model(nn.Module):
@@ -26,7 +27,7 @@ def test_parameters_are_the_trainable_ones_once_and_in_order():
 
 @pytest.mark.parametrize("name", ["_orig_mod.a.weight", "_fsdp_wrapped_module.a._checkpoint_wrapped_module.weight"])
 def test_wrappers_leave_no_trace_in_names(name):
-    assert trees.plain_name(name) == "a.weight"
+    assert plain_name(name) == "a.weight"
 
 
 def test_wrapped_models_have_the_plain_names():

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from paraboloid.passes import trees
+from paraboloid.passes import trees, wrappers
 from paraboloid.passes.memory import BUCKETS
 
 SEED_STEP = 1_000_003  # between the seeds of consecutive ranks
@@ -41,11 +41,8 @@ def rank_seed(seed: int, group: Any) -> int:
 def wrapper_group(model: nn.Module) -> Any:
     """The group over which backward() would average the gradients of a DistributedDataParallel model; None for others,
     and inside its `no_sync()`."""
-    inside: Any = model
-    while not isinstance(inside, nn.parallel.DistributedDataParallel):
-        if not isinstance(inside := getattr(inside, "_orig_mod", None), nn.Module):
-            return None
-    return inside.process_group if inside.require_backward_grad_sync else None
+    wrapper = wrappers.distributed(model)
+    return wrapper.process_group if wrapper is not None and wrapper.require_backward_grad_sync else None
 
 
 def gathered(item: T, group: Any) -> list[T]:

@@ -7,8 +7,7 @@ that requires grad: a parameter, or derived from parameters.  A *call* is an ope
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,16 @@ from paraboloid.engine.reindexed_weights import STRETCHES, Alias, alias_of
 from paraboloid.layers import LOWERINGS, RULES
 from paraboloid.layers.normalization import Hook, constant_statistics, uses_batch_statistics
 from paraboloid.passes.modes import autocast_dtype
+from paraboloid.passes.torch_internals import (
+    DisableTorchFunction,
+    base_of,
+    is_view,
+    own_tensors,
+    seen_inside,
+    unsafe_view,
+    version,
+    versions,
+)
 
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # attributes: parameters, buffers, hooks
 # In-place calls whose rule needs no value of what is mutated: a sum, and running statistics in training mode.
@@ -55,19 +64,6 @@ def _call(op, args, kwargs, z: Tensor, weights, below, held) -> Call:
 
 CONTAINERS = (tuple, list, dict)
 KEEPERS = (Tensor, *CONTAINERS)
-_VERSION = Tensor._version.__get__  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def version(t: Tensor) -> int:
-    """How often t was modified in place; tensors made under inference_mode do not count."""
-    return 0 if t.is_inference() else t._version
-
-
-def versions(ts: Sequence[Tensor]) -> list[int]:
-    try:
-        return list(map(_VERSION, ts))
-    except RuntimeError:  # one of inference_mode
-        return [version(t) for t in ts]
 
 
 def tensors(*trees: Any) -> list[Tensor]:
@@ -91,28 +87,20 @@ def _unshared(z: Tensor, inputs: list[Tensor]) -> Tensor:
 
     An in-place activation on such a view would be routed around the call's output in the graph.
     """
-    if not z._is_view() or any(z._base is t or z._base is t._base for t in inputs):
+    if not is_view(z) or any((base := base_of(z)) is t or base is base_of(t) for t in inputs):
         return z
-    return torch.ops.aten._unsafe_view(z, z.shape)
+    return unsafe_view(z, z.shape)
 
 
 def lowered(op: Callable) -> Callable | None:
     """What to run in place of an operation without a rule, so that the calls inside it are recorded.
 
     A recurrent layer is unrolled.  A composite Python function (`F.multi_head_attention_forward` and its like hide the
-    products inside behind one call) runs with its own code, made blind to torch-function modes.
+    products inside behind one call) runs with its own code.
     """
     if op in RULES or op in LOWERINGS:
         return LOWERINGS.get(op)
-    if not isinstance(op, types.FunctionType):
-        return None
-    switches = [n for n in op.__code__.co_names if n.startswith("has_torch_function")]
-    if not switches or "__class__" in op.__code__.co_freevars:  # a Tensor method calls super(), which is itself again
-        return None
-    blind = op.__globals__ | dict.fromkeys(switches, lambda *_: False)
-    function = types.FunctionType(op.__code__, blind, op.__name__, op.__defaults__, op.__closure__)
-    function.__kwdefaults__ = op.__kwdefaults__
-    return function
+    return seen_inside(op)
 
 
 class Recorder(TorchFunctionMode):
@@ -129,7 +117,7 @@ class Recorder(TorchFunctionMode):
         self.batch_norms: list[tuple[Any, Hook]] = []  # those that ran in training mode: graph node, and what holds it
         known: list[Tensor] = []
         for module in model.modules():
-            known += tensors(module._parameters, module._buffers)
+            known += tensors(*own_tensors(module))
             # Plain attributes may be constants (positions, masks), or an input that the module kept: numbers are data.
             for name, value in vars(module).items():
                 if name not in OF_EVERY_MODULE and isinstance(value, KEEPERS):
@@ -175,7 +163,7 @@ class Recorder(TorchFunctionMode):
             if len(still) == len(inputs) or op in HARMLESS:  # the completeness walk finds what other calls hide
                 self.calls.append(_call(op, args, kwargs, z, weights, below, still))
                 if self.noted is not None:
-                    with torch._C.DisableTorchFunction():
+                    with DisableTorchFunction():
                         self.noted(self.calls[-1], z)
         return z
 

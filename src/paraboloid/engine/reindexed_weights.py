@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paraboloid.passes.torch_internals import base_of
+
 STRETCHES = {
     Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to, Tensor.contiguous, Tensor.clone,
     torch.clone, Tensor.to, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16,
@@ -78,7 +80,7 @@ def _only_stretched(before: torch.Size, after: torch.Size) -> bool:
 
 def _viewed(z: Tensor, known: Mapping[int, Alias]) -> Alias | None:
     """A view whose elements lie one after another in its base: a slice of rows, another shape, a transposed matrix."""
-    base = z._base
+    base = base_of(z)
     if base is None or not base.requires_grad or z.dtype != base.dtype or z.numel() == 0:
         return None
     source = known.get(id(base), itself(base))

@@ -30,6 +30,7 @@ from paraboloid.passes.memory import gives_back, pooled
 from paraboloid.passes.modes import eager_code, own_arithmetic, rounding
 from paraboloid.passes.random_state import copied_buffers
 from paraboloid.passes.schedule import doubling
+from paraboloid.passes.torch_internals import LEAF, REENTRANT_CHECKPOINT, DisableTorchFunction
 
 SIGNATURES = 512  # recorded sequences of calls and shapes that are remembered per model
 Layouts = list[Layout | None]  # one for each call; None: nothing flows back to it
@@ -100,12 +101,12 @@ class Tape:
             if node is None or node in seen:
                 continue
             seen.add(node)
-            if type(node).__name__ == "CheckpointFunctionBackward":
+            if type(node).__name__ == REENTRANT_CHECKPOINT:
                 raise RuntimeError(
                     "the model uses torch.utils.checkpoint with use_reentrant=True, through which no gradient of a "
                     "layer's output can be taken; pass use_reentrant=False there, or switch checkpointing off."
                 )
-            if (leaf := getattr(node, "variable", None)) is not None:
+            if (leaf := getattr(node, LEAF, None)) is not None:
                 missed.add(self.names.get(id(leaf)))
             if (call := at.get(node)) is not None:
                 stack += call.below
@@ -130,7 +131,8 @@ class Tape:
             if node is not None and node not in seen:
                 seen.add(node)
                 stack += [n for n, _ in node.next_functions]
-        return {self.names[id(n.variable)] for n in seen if hasattr(n, "variable") and id(n.variable) in self.names}
+        leaves = {id(leaf) for n in seen if (leaf := getattr(n, LEAF, None)) is not None}
+        return {self.names[i] for i in leaves & self.names.keys()}
 
     def where(self, call: Call) -> str:
         names = [self.names.get(id(w)) or f"a tensor derived from {sorted(self.leaves(w))}" for w in call.weights]
@@ -277,7 +279,7 @@ class Tape:
         Raises ValueError where the samples are not independent (batch statistics, softmax over the batch), and
         RuntimeError where a tensor of the forward pass was modified afterwards.
         """
-        with torch._C.DisableTorchFunction(), own_arithmetic(f.device), copied_buffers(self.model):
+        with DisableTorchFunction(), own_arithmetic(f.device), copied_buffers(self.model):
             if v.shape[1:] != f.shape or v.dim() == 0 or len(v) == 0:
                 raise ValueError(f"v has shape {tuple(v.shape)}; expected [V, *output shape] = [V, {list(f.shape)}].")
             plan = self.plan(f, batch_statistics)

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from paraboloid.layers.embeddings import bags
+from paraboloid.passes.torch_internals import weight_norm
 
 
 @contextmanager
@@ -27,7 +28,7 @@ class TwiceDifferentiable(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch._VF._weight_norm:  # the fused kernel's double backward takes ||v|| for a constant
+        if func is weight_norm:  # the fused kernel's double backward takes ||v|| for a constant
             return _weight_norm(*args, **kwargs)
         if func is F.embedding_bag:  # has no double backward
             return _embedding_bag(*args, **kwargs)

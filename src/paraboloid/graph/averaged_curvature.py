@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from paraboloid.graph.nodes import shape_of
+from paraboloid.passes.torch_internals import shape_of
 
 BASE = 128  # digits of positions that pass through the graph: exact even in bfloat16
 

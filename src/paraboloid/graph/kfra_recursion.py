@@ -11,7 +11,6 @@ them, it is that of KFLR.  Source: Botev, Ritter & Barber 2017, arXiv:1706.03662
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import torch
@@ -36,13 +35,14 @@ from paraboloid.graph.averaged_curvature import (
     pass_spatial,
     pass_view,
 )
-from paraboloid.graph.nodes import VIEWS, Graph, pointwise, shape_of
+from paraboloid.graph.nodes import VIEWS, Graph, pointwise
 from paraboloid.graph.single_use import Recorded, single_uses
 from paraboloid.graph.weight_diagonal import coefficients, elements
 from paraboloid.layers.convolutions import per_axis
 from paraboloid.linalg.kron import Kron
 from paraboloid.losses import Loss
 from paraboloid.passes.memory import SECOND_DERIVATIVES
+from paraboloid.passes.torch_internals import maxima, operation, output_count, shape_of
 from paraboloid.reductions.kronecker_factors import EXACT_VECTOR, Factors, input_factor, scale_factors
 
 CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
@@ -151,7 +151,7 @@ class _Descent:
             i = self.graph.calls.get((node, edge.output_nr))
             if i is not None and (op := self.recorded.calls[i].op) in CONVOLUTIONS | TRANSPOSED | set(PRODUCTS):
                 return op in PRODUCTS
-            if _name(node) in SELECTIONS or "Pool" in _name(node) or len(self.graph.active[node]) != 1:
+            if operation(node) in SELECTIONS or "Pool" in operation(node) or len(self.graph.active[node]) != 1:
                 return False
             edge = GradientEdge(*node.next_functions[self.graph.active[node][0]])
             node = edge.node
@@ -191,7 +191,7 @@ class _Descent:
 
     def _through_node(self, M: Curvature, edge: GradientEdge) -> tuple[Curvature, GradientEdge]:
         node: Any = edge.node
-        name, active = _name(node), self.graph.active[node]
+        name, active = operation(node), self.graph.active[node]
         if len(active) != 1:
             raise NotImplementedError(
                 f"'kfra' needs a chain of layers; found a branch: the graph node {node.name()} has {len(active)} inputs"
@@ -216,11 +216,11 @@ class _Descent:
         if name in SELECTIONS:
             shape = shape_of(below)
             plane = shape[2:].numel()
-            chosen = node._saved_result1.flatten(2) + plane * torch.arange(shape[1], device=self.f.device).unsqueeze(1)
+            chosen = maxima(node).flatten(2) + plane * torch.arange(shape[1], device=self.f.device).unsqueeze(1)
             groups = self._groups(below) if M.whole else self._channels(below)
             return pass_selection(M, chosen.flatten(1), shape.numel() // self.N, groups), below
         ones = torch.ones(shape_of(edge), dtype=self.f.dtype, device=self.f.device)
-        derivative = node(ones, *[None] * (len(node._input_metadata) - 1))
+        derivative = node(ones, *[None] * (output_count(node) - 1))
         derivative = derivative[active[0]] if isinstance(derivative, tuple) else derivative
         return pass_pointwise(M, derivative.reshape(self.N, -1).to(M.K.dtype)), below
 
@@ -290,10 +290,6 @@ def _zero(p: Tensor) -> Kron:
     rows, columns = (len(p), p[0].numel()) if p.dim() > 1 else (p.numel(), 1)
     right = p.new_ones(1, 1) if p.dim() < 2 else p.new_zeros(columns, columns)
     return Kron(p.new_zeros(rows, rows), right)
-
-
-def _name(node: Any) -> str:
-    return re.sub(r"Backward\d*$", "", node.name())
 
 
 def _arguments(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):

@@ -11,7 +11,6 @@ of unknown name is probed: autograd's derivative of `node(g)`, taken along a ran
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from paraboloid.passes.modes import rounding
+from paraboloid.passes.torch_internals import operation, output_count, shape_of, trained_statistics
 
 # Elementwise with one active input, each output entry depending on the input entry at its place.
 PIECEWISE = {
@@ -35,7 +35,7 @@ SMOOTH = {
 # Every output entry is one input entry, or nothing.
 VIEWS = {
     "View", "UnsafeView", "ReshapeAlias", "Alias", "Clone", "ToCopy", "Unsqueeze", "Squeeze", "T", "Transpose",
-    "Permute", "Select", "Slice", "ConstantPadNd", "Detach",
+    "Permute", "Select", "Slice", "ConstantPadNd",
 }  # fmt: skip
 # Linear, or piecewise linear, in all inputs together.
 SUMS = {
@@ -45,7 +45,7 @@ SUMS = {
     "ReplicationPad1D", "ReplicationPad2D", "ReplicationPad3D", "AvgPool2D", "AvgPool3D", "AdaptiveAvgPool2D",
     "AdaptiveAvgPool3D", "MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D",
     "Max", "Min", "Amax", "Amin", "Maximum", "Minimum", "UpsampleNearest1D", "UpsampleNearest2D",
-    "UpsampleNearest3D", "UpsampleLinear1D", "UpsampleBilinear2D", "UpsampleTrilinear3D", "Diagonal", "Movedim",
+    "UpsampleNearest3D", "UpsampleLinear1D", "UpsampleBilinear2D", "UpsampleTrilinear3D", "Diagonal",
 }  # fmt: skip
 # Linear in each input: fine while one of the factors is inactive.  Addmm and its like add their first input.
 PRODUCTS = {
@@ -58,7 +58,7 @@ ADDED_PRODUCTS = {
 
 def kind_of(node: Any, active: Sequence[int]) -> str:
     """ "linear", "smooth" (a diagonal second derivative), or "unknown", by name; see the module."""
-    name = re.sub(r"Backward\d*$", "", node.name())
+    name = operation(node)
     if name in PIECEWISE or name in VIEWS or name in SUMS:
         return "linear"
     if name in PRODUCTS and len(active) == 1:
@@ -69,26 +69,21 @@ def kind_of(node: Any, active: Sequence[int]) -> str:
         return "linear" if active[0] == 0 else "smooth" if _same_size(node, active[0]) else "unknown"
     if name in SMOOTH and len(active) == 1 and _same_size(node, active[0]):
         return "smooth"
-    if name in ("NativeBatchNorm", "CudnnBatchNorm") and tuple(active) == (0,) and not node._saved_training:
+    if name in ("NativeBatchNorm", "CudnnBatchNorm") and tuple(active) == (0,) and not trained_statistics(node):
         return "linear"
     return "unknown"
 
 
 def pointwise(node: Any, active: Sequence[int]) -> bool:
     """Whether each output entry depends on at most one entry of the one active input, and none is used twice."""
-    name = re.sub(r"Backward\d*$", "", node.name())
+    name = operation(node)
     if len(active) != 1:
         return False
     if name in VIEWS:
         return True
     elementwise = name in PIECEWISE or name in SMOOTH or name in ("Add", "Sub", "Mul", "Div", "Where")
-    batch_norm = name in ("NativeBatchNorm", "CudnnBatchNorm") and not node._saved_training
+    batch_norm = name in ("NativeBatchNorm", "CudnnBatchNorm") and not trained_statistics(node)
     return (elementwise or batch_norm) and _same_size(node, active[0])
-
-
-def shape_of(edge: GradientEdge) -> torch.Size:
-    """The shape of the tensor that a graph edge stands for."""
-    return torch.Size(edge.node._input_metadata[edge.output_nr].shape)
 
 
 def _same_size(node: Any, i: int) -> bool:
@@ -97,7 +92,7 @@ def _same_size(node: Any, i: int) -> bool:
 
 
 def outputs(node: Any) -> list[GradientEdge]:
-    return [GradientEdge(node, i) for i in range(len(node._input_metadata))]
+    return [GradientEdge(node, i) for i in range(output_count(node))]
 
 
 def inputs(node: Any, active: Sequence[int]) -> list[GradientEdge]:
@@ -155,7 +150,7 @@ class Graph:
         found = iter(torch.autograd.grad(f, edges, gradient.to(f.dtype), retain_graph=True, allow_unused=True))
         smooth, full, self.others = [], 0, []
         for node in wanted:
-            gs = [next(found) for _ in node._input_metadata]
+            gs = [next(found) for _ in range(output_count(node))]
             kind, below = kinds[node], inputs(node, self.active[node])
             if all(g is None for g in gs):
                 continue
@@ -190,7 +185,7 @@ class Graph:
                 yield None, d, GradientEdge(node, nr)
                 return
             with torch.no_grad():
-                rest = [None] * (len(node._input_metadata) - 1)
+                rest = [None] * (output_count(node) - 1)
                 pulled, factor = (_first(node(t, *rest), active[0]) for t in (d, torch.ones_like(d)))
                 d = pulled * factor
             node, nr = node.next_functions[active[0]]

@@ -23,10 +23,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from paraboloid.engine.outer_products import Outer
 from paraboloid.engine.recorder import Call
 from paraboloid.engine.sample_independence import certify
-from paraboloid.graph.nodes import Bend, Graph, shape_of
+from paraboloid.graph.nodes import Bend, Graph
 from paraboloid.graph.single_use import Parts, Recorded
 from paraboloid.graph.weight_diagonal import coordinates, from_diagonal, separable, squared, units
 from paraboloid.losses.loss import full
+from paraboloid.passes.torch_internals import shape_of
 from paraboloid.reductions import sums
 
 # Products with a weight matrix, and whether it stands transposed: z = x W instead of x W^T.

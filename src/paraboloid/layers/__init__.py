@@ -1,4 +1,4 @@
-"""One small rule per operation: what its `left` and `right` are; imports from no other room.
+"""One small rule per operation: what its `left` and `right` are; imports from `passes`.
 
 Rules know nothing of samples; the engine regroups their rows.  To teach the library a new operation, decorate a
 function with ``@rule(operation)``.

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paraboloid.layers.registry import lowering
+from paraboloid.passes.torch_internals import DisableTorchFunction
 
 State = tuple[Tensor, ...]
 Cell = Callable[[Tensor, Tensor, State], State]  # (from the input, from the hidden state, state) -> next state
@@ -53,7 +54,7 @@ def _direction(cell: Cell, x: Tensor, state: State, weights: Sequence[Tensor], b
     out = []
     for step in reversed(steps) if reverse else steps:
         hidden = F.linear(state[0], w_hh, b_hh)
-        with torch._C.DisableTorchFunction():  # arithmetic on data, in which a recorder would find nothing
+        with DisableTorchFunction():  # arithmetic on data, in which a recorder would find nothing
             state = cell(step, hidden, state)
         if projection is not None:
             state = F.linear(state[0], projection), *state[1:]

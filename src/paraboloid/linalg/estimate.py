@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from paraboloid.passes.torch_internals import PLAIN_RESULTS
+
 
 class Estimate(float):
     """A stochastic estimate: a float, with the standard error of the mean that it is (infinite if unknown)."""
@@ -29,7 +31,7 @@ class TensorEstimate(Tensor):
     """A stochastic estimate: a tensor with `standard_error`, a tensor of its shape.  Arithmetic gives plain tensors."""
 
     standard_error: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[reportAssignmentType]
+    __torch_function__ = PLAIN_RESULTS
 
 
 def mean_estimate(draws: Tensor) -> Estimate:

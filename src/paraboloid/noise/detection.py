@@ -18,8 +18,8 @@ from paraboloid.noise.centre_products import products
 from paraboloid.noise.centres import Centres, block_of, is_dense, start
 from paraboloid.noise.clustering import GradientClustering
 from paraboloid.noise.gradients import Gradients, pull
-from paraboloid.passes import trees
 from paraboloid.passes.random_state import isolated
+from paraboloid.passes.wrappers import unwrapped
 
 SCORES = ("distance", "norm", "loss")
 
@@ -76,7 +76,7 @@ def sample_losses(
     found = []
     for _, (inputs, y) in data.batches(torch.arange(data.samples), batch_size):
         with isolated(model, y.device, 0):
-            f = batch_data.call(trees.unwrapped(model), inputs, output)
+            f = batch_data.call(unwrapped(model), inputs, output)
         loss.check(f, y)
         found.append(loss.sample_losses(full(f), y).double().cpu())
     return torch.cat(found)

@@ -16,6 +16,8 @@ from paraboloid.losses.loss import full
 from paraboloid.passes import trees
 from paraboloid.passes.modes import own_arithmetic
 from paraboloid.passes.random_state import isolated
+from paraboloid.passes.torch_internals import DisableTorchFunction
+from paraboloid.passes.wrappers import Elsewhere, unwrapped
 
 CHUNK = 512  # samples whose gradients are summed in one backward pass
 
@@ -27,8 +29,8 @@ def pull(
     inputs, y = batch
     with isolated(model, y.device, seed):
         with torch.inference_mode(False), torch.enable_grad(), record(model, verify) as tape:
-            f = call(trees.unwrapped(model), inputs, output)
-        with torch._C.DisableTorchFunction(), own_arithmetic(f.device):
+            f = call(unwrapped(model), inputs, output)
+        with DisableTorchFunction(), own_arithmetic(f.device):
             loss.check(f, y)
             check_finite(loss.value(full(f), y))
             return tape.pull(f, loss.gradient(f, y)[None])
@@ -96,14 +98,9 @@ class Gradients:
         inputs, y = take(self.dataset, indices, self.device)
         parameters = self.parameters
         with isolated(self.model, self.device, self.seed), torch.inference_mode(False), torch.enable_grad():
-            model: Any = trees.unwrapped(self.model)
-            if at is None:
-                used = parameters
-                f = call(model, inputs, self.output)
-            else:
-                used = {name: at[name].clone().requires_grad_() for name in parameters}
-                model = Elsewhere(model, used)
-                f = call(model, inputs, self.output)
+            used = parameters if at is None else {name: at[name].clone().requires_grad_() for name in parameters}
+            model: Any = unwrapped(self.model) if at is None else Elsewhere(self.model, used)
+            f = call(model, inputs, self.output)
             self.loss.check(f, y)
             v = self.loss.gradient(f, y)
             if weights is not None:
@@ -113,15 +110,3 @@ class Gradients:
             torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters.values(), strict=True)
         ]  # fmt: skip
         return torch.cat([g.flatten() for g in pieces])
-
-
-class Elsewhere:
-    """The model at other parameter values, as a callable."""
-
-    def __init__(self, model: nn.Module, values: dict[str, Tensor]):
-        self.model = model
-        names = {trees.plain_name(name): name for name, _ in model.named_parameters()}
-        self.values = {names[name]: value for name, value in values.items()}
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return torch.func.functional_call(self.model, self.values, args, kwargs)

@@ -17,6 +17,7 @@ from paraboloid.optim.hooks import distributed_group
 from paraboloid.optim.options import check_choices, check_count, check_number, check_share
 from paraboloid.passes import trees
 from paraboloid.passes.random_state import isolated, seeded
+from paraboloid.passes.wrappers import unwrapped
 from paraboloid.quadratics.local_model import CURVATURES, Quadratic, quadratic
 from paraboloid.quantities.door import statistics
 
@@ -222,7 +223,7 @@ class HessianFree(Frame):
             self._write(theta)
             try:
                 with isolated(self.model, self.generator.device, seed), torch.no_grad():
-                    loss = self.loss.value(batches.call(trees.unwrapped(self.model), batch[0], self.output), batch[1])
+                    loss = self.loss.value(batches.call(unwrapped(self.model), batch[0], self.output), batch[1])
             finally:
                 for p, value in before:
                     p.copy_(value)
@@ -265,7 +266,7 @@ class HessianFree(Frame):
         """One pass that leaves running statistics as a training step does; all others leave no trace."""
         if any(m.training and getattr(m, "track_running_stats", False) for m in self.model.modules()):
             with seeded(self.generator.device, seed):
-                batches.call(trees.unwrapped(self.model), batch[0], self.output)
+                batches.call(unwrapped(self.model), batch[0], self.output)
 
     # --- state ---------------------------------------------------------------------------------------------------
 

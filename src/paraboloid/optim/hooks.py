@@ -23,6 +23,8 @@ from torch.utils.hooks import RemovableHandle
 from paraboloid.distributed import collectives
 from paraboloid.engine.twice_differentiable import twice_differentiable
 from paraboloid.losses import CrossEntropy, Loss
+from paraboloid.passes.torch_internals import compiled_in_place, running_data_parallel
+from paraboloid.passes.wrappers import distributed
 from paraboloid.quantities.door import Recording
 
 NOTHING_SEEN = (
@@ -61,7 +63,7 @@ class Capture:
         twice: bool = False,
         group: Any = None,
     ):
-        if getattr(model, "_compiled_call_impl", None) is not None:
+        if compiled_in_place(model):
             raise ValueError(
                 "the model was compiled in place by model.compile(), which compiles its hooks too; expected "
                 "compiled = torch.compile(model), given to the optimiser and called in the loop."
@@ -120,7 +122,7 @@ class Capture:
 
     def _check_wrapper(self) -> None:
         """A bare model inside a data-parallel wrapper would use each rank's own curvature, and ranks drift."""
-        active = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+        active = running_data_parallel()
         if active is not None and self.group is None and active is not self.model:
             raise RuntimeError("the model runs inside DistributedDataParallel, but the optimiser was given the bare "
                                "model, so it would use the curvature of this rank's samples alone. Give it the wrapped "
@@ -271,8 +273,5 @@ def distributed_group(model: nn.Module, all_reduce: Any) -> Any:
     """The process group over which curvature is summed; "auto": that of a DistributedDataParallel model."""
     if all_reduce != "auto":
         return collectives.group_of(all_reduce)
-    inside: Any = model
-    while not isinstance(inside, nn.parallel.DistributedDataParallel):
-        if not isinstance(inside := getattr(inside, "_orig_mod", None), nn.Module):
-            return None
-    return inside.process_group
+    wrapper = distributed(model)
+    return None if wrapper is None else wrapper.process_group

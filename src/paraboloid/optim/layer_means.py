@@ -23,6 +23,7 @@ from paraboloid.layers import RULES, Use
 from paraboloid.passes import trees
 from paraboloid.passes.memory import PIECES
 from paraboloid.passes.modes import autocast_dtype, eager_code, own_arithmetic
+from paraboloid.passes.wrappers import unwrapped
 from paraboloid.reductions.kronecker_factors import LARGE, add_gram, mirror
 
 LAYERS = (F.linear, F.conv1d, F.conv2d, F.conv3d, torch.matmul, Tensor.matmul, Tensor.__matmul__)
@@ -60,7 +61,7 @@ class Readings:
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]):
-        self.root = trees.unwrapped(model)
+        self.root = unwrapped(model)
         self.names = {id(p): name for name, p in parameters.items()}
         self.layers: dict[str, Layer] = {}
         self.irregular: set[str] = set()  # weights that are also used in another way

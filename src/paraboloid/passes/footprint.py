@@ -6,10 +6,15 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+
+from paraboloid.passes.torch_internals import (
+    StorageWeakRef,
+    TorchDispatchMode,
+    flop_registry,
+    packet_of,
+    storage_place,
+    tree_leaves,
+)
 
 
 class Footprint(TorchDispatchMode):
@@ -24,7 +29,7 @@ class Footprint(TorchDispatchMode):
     def __init__(self, besides: Iterable[Tensor]):
         super().__init__()
         self.counts = True
-        self.besides = {t.untyped_storage()._cdata for t in besides}
+        self.besides = {storage_place(t.untyped_storage()) for t in besides}
         self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
         self.flops = 0
 
@@ -34,10 +39,10 @@ class Footprint(TorchDispatchMode):
         for t in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(t, Tensor):
                 storage = t.untyped_storage()
-                place = storage._cdata
+                place = storage_place(storage)
                 if place not in self.besides and place not in self.seen:
                     self.seen[place] = (StorageWeakRef(storage), storage.nbytes())
-        if self.counts and (count := flop_registry.get(func._overloadpacket)) is not None:
+        if self.counts and (count := flop_registry.get(packet_of(func))) is not None:
             self.flops += count(*args, **kwargs, out_val=result)
         return result
 

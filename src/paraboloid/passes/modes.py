@@ -11,6 +11,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from paraboloid.passes.torch_internals import COMPILER
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -74,7 +76,7 @@ class _Eager:
 
     def enter(self) -> None:
         with self.lock:
-            if self.stance is None and "torch._dynamo" in sys.modules:  # looking is cheap, importing it is not
+            if self.stance is None and COMPILER in sys.modules:  # looking is cheap, importing it is not
                 try:
                     self.stance = torch.compiler.set_stance("force_eager")
                 except RuntimeError as e:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from paraboloid.passes import trees
+from paraboloid.passes.wrappers import plain_name
 
 
 def layer_of(name: str) -> str:
@@ -14,7 +14,7 @@ def layer_of(name: str) -> str:
     `a.parametrizations.weight.original0` belongs to `a`.  A child module with weights of its own, such as the low-rank
     pair beside a layer, is a layer of its own; a weight used in several is where `named_parameters` finds it first.
     """
-    path = f".{trees.plain_name(name)}"
+    path = f".{plain_name(name)}"
     owner, inside, _ = path.partition(".parametrizations.")
     return (owner if inside else path.rpartition(".")[0])[1:]
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from paraboloid.passes.torch_internals import own_buffers
+
 
 @contextmanager
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
@@ -41,12 +43,12 @@ def copied_buffers(model: Any) -> Iterator[None]:
 
     For backward passes: a checkpoint runs its part of the forward pass again, which would move running statistics.
     """
-    training = [m for m in model.modules() if m.training and m._buffers] if hasattr(model, "modules") else []
-    originals = [(m, dict(m._buffers)) for m in training]
+    training = [m for m in model.modules() if m.training and own_buffers(m)] if hasattr(model, "modules") else []
+    originals = [(m, dict(own_buffers(m))) for m in training]
     for m, buffers in originals:
-        m._buffers.update({name: None if b is None else b.detach().clone() for name, b in buffers.items()})
+        own_buffers(m).update({name: None if b is None else b.detach().clone() for name, b in buffers.items()})
     try:
         yield
     finally:
         for m, buffers in originals:
-            m._buffers.update(buffers)
+            own_buffers(m).update(buffers)

@@ -9,26 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-
-
-def plain_name(name: str) -> str:
-    """The parameter's name in the plain module: what torch.compile, FSDP and checkpoint wrappers insert is removed."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
-
-
-def unwrapped(model: Any) -> Any:
-    """The module inside data-parallel wrappers (and torch.compile's around those); any other model as it is."""
-    inside = model
-    while True:
-        if isinstance(inside, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = inside = inside.module
-        elif isinstance(getattr(inside, "_orig_mod", None), nn.Module):
-            inside = inside._orig_mod
-        else:
-            return model
+from paraboloid.passes.wrappers import plain_parameters
 
 
 def mapped(function: Callable[[Tensor], Any], tree: Any) -> Any:
@@ -49,7 +30,7 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Raises ValueError for a model without any, for complex or integer ones, and for parameters on several devices.
     """
-    found = {plain_name(name): p for name, p in unwrapped(model).named_parameters() if p.requires_grad}
+    found = {name: p for name, p in plain_parameters(model).items() if p.requires_grad}
     if not found:
         raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True, so there is nothing to "
                          "differentiate; expected at least one.")  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from paraboloid.data import batches as batch_data
 from paraboloid.linalg.operand import check_count
 from paraboloid.linalg.probes import Seed, generator_of
-from paraboloid.passes import trees
+from paraboloid.passes.wrappers import plain_parameters
 from paraboloid.posteriors import prior as priors
 from paraboloid.posteriors import saving
 from paraboloid.posteriors.fit import Fitting, curvature
@@ -209,7 +209,7 @@ class Posterior:
 
     def check_weights(self) -> None:
         """Raise RuntimeError if the model's weights are not those that the posterior was fitted at."""
-        current = {trees.plain_name(k): p for k, p in trees.unwrapped(self.model).named_parameters()}
+        current = plain_parameters(self.model)
         for name, w in self.weights.items():
             if name not in current or not torch.equal(current[name].detach(), w):
                 raise RuntimeError(f"parameter {name!r} is not what it was when the posterior was fitted; a posterior "

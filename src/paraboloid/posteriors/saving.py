@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.linalg.eigenform import Basis, Eigenform
-from paraboloid.passes import trees
+from paraboloid.passes.wrappers import plain_parameters
 from paraboloid.posteriors.likelihood import Likelihood
 from paraboloid.posteriors.structures.diagonal import Diagonal
 from paraboloid.posteriors.structures.full import Full
@@ -103,7 +103,7 @@ def read(path: str | Path, model: nn.Module, likelihood: Likelihood) -> State:
         raise ValueError(f"the posterior was fitted with a {state['kind']} likelihood, but loss_fn is a "
                          f"{likelihood.kind} one; expected the same.")  # fmt: skip
     weights = state["weights"]
-    current = {trees.plain_name(k): p.detach() for k, p in trees.unwrapped(model).named_parameters()}
+    current = {k: p.detach() for k, p in plain_parameters(model).items()}
     shapes = {k: tuple(w.shape) for k, w in weights.items()}
     found = {k: tuple(current[k].shape) if k in current else None for k in weights}
     if shapes != found:

@@ -14,6 +14,7 @@ from paraboloid.engine.tape import record
 from paraboloid.passes import trees
 from paraboloid.passes.parameter_layers import layer_of
 from paraboloid.passes.random_state import isolated
+from paraboloid.passes.wrappers import unwrapped
 
 Weights = str | Sequence[str] | Callable[[str], bool]
 
@@ -51,7 +52,7 @@ def _within(name: str, place: str) -> bool:
 def _last_layer(model: nn.Module, parameters: Mapping[str, nn.Parameter], data: Any, output: Any) -> list[str]:
     inputs, target = next(batch_data.batches(data))
     with isolated(model, target.device, 0), torch.enable_grad(), record(model, verify=False) as tape:
-        f = batch_data.call(trees.unwrapped(model), inputs, output)
+        f = batch_data.call(unwrapped(model), inputs, output)
     calls = tape.reached(f, tape.calls).calls if f.requires_grad else []
     if not calls:
         raise ValueError("no layer with trainable parameters was found between the inputs and the output; expected one "

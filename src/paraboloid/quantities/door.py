@@ -21,6 +21,8 @@ from paraboloid.passes import trees
 from paraboloid.passes.memory import GRADIENTS, INPUTS
 from paraboloid.passes.modes import own_arithmetic
 from paraboloid.passes.random_state import isolated
+from paraboloid.passes.torch_internals import DisableTorchFunction
+from paraboloid.passes.wrappers import unwrapped
 from paraboloid.quantities.named import GRADIENT, Group, Quantity, Scale, Source, check_samples, resolve
 from paraboloid.quantities.over_ranks import Values, check_summable, combine
 from paraboloid.reductions.sums import Recent, reduce
@@ -87,7 +89,7 @@ class Recording(Tape):
         wanted = resolve(quantities)
         if (group := collectives.group_of(all_reduce)) is not None:
             check_summable(wanted)
-        with torch._C.DisableTorchFunction(), own_arithmetic(output.device):
+        with DisableTorchFunction(), own_arithmetic(output.device):
             loss.check(output, target)
             if group is None:
                 check_samples(wanted, len(output))
@@ -123,7 +125,7 @@ class Recording(Tape):
         self, output: Tensor, vectors: Iterable[Tensor], quantity: Quantity, max_memory: int | None = None
     ) -> dict[str, Any]:
         """A quantity of given vectors in output space in the place of its own, by parameter name; with the factor 1."""
-        with torch._C.DisableTorchFunction(), own_arithmetic(output.device):
+        with DisableTorchFunction(), own_arithmetic(output.device):
             found = self._reduce(output, iter(vectors), [quantity], None, max_memory, not quantity.per_sample)
             return self._finished(quantity, found, Scale(len(output), 1.0))
 
@@ -260,7 +262,7 @@ def statistics(
     with isolated(model, target.device, collectives.rank_seed(seed, collectives.group_of(all_reduce))):
         twice = twice_differentiable() if any(q.twice for q in resolve(quantities)) else nullcontext()
         with torch.inference_mode(False), torch.enable_grad(), record(model, verify) as tape, twice:
-            f = batch_data.call(trees.unwrapped(model), inputs, output)
+            f = batch_data.call(unwrapped(model), inputs, output)
         return tape.statistics(
             loss_fn, f, target, quantities, seed=seed, generator=generator, max_memory=max_memory,
             accumulate_grad=accumulate_grad, all_reduce=all_reduce,

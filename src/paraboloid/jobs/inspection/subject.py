@@ -15,6 +15,7 @@ from torch.utils.data import Subset
 from paraboloid.data.batches import Batch
 from paraboloid.passes import trees
 from paraboloid.passes.parameter_layers import layers_of
+from paraboloid.passes.wrappers import plain_name
 from paraboloid.problems import Problem, read
 
 CHUNK = 256  # samples that are differentiated at a time
@@ -74,9 +75,7 @@ def subject(problem: Problem, samples: int, seed: int) -> Subject:
 
 def layers(model: nn.Module) -> list[Layer]:
     """The trainable parameters grouped by the module that owns them, in the model's order."""
-    kinds = {
-        trees.plain_name(name): type_before_parametrizations(module).__name__ for name, module in model.named_modules()
-    }
+    kinds = {plain_name(name): type_before_parametrizations(module).__name__ for name, module in model.named_modules()}
     found = trees.parameters(model)
     return [
         Layer(name, kinds.get(name, "parameter"), {k: found[k] for k in members})

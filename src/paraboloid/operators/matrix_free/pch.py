@@ -17,8 +17,8 @@ from paraboloid.graph.nodes import Graph
 from paraboloid.linalg.probes import normal
 from paraboloid.losses import Loss
 from paraboloid.operators.matrix_free.recorded import Recorded
-from paraboloid.operators.matrix_free.second_order_passes import eager
 from paraboloid.operators.vectors import dot
+from paraboloid.passes.wrappers import innermost
 
 MODIFIED = {"abs": torch.abs, "clip": lambda d: d.clamp(min=0)}
 
@@ -126,7 +126,7 @@ class PCH(Recorded):
 
         @contextmanager
         def inside() -> Iterator[None]:
-            with record(eager(model), verify=False) as tape:
+            with record(innermost(model), verify=False) as tape:
                 tapes[:] = [tape]
                 yield
 

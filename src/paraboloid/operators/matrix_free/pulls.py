@@ -19,6 +19,8 @@ from paraboloid.passes import trees
 from paraboloid.passes.memory import GRADIENTS, RECORDINGS
 from paraboloid.passes.modes import own_arithmetic
 from paraboloid.passes.random_state import copied_buffers
+from paraboloid.passes.torch_internals import DisableTorchFunction
+from paraboloid.passes.wrappers import unwrapped
 from paraboloid.quantities.door import Recording, output_vectors, record
 from paraboloid.quantities.named import Source
 
@@ -83,7 +85,7 @@ class Pulls:
         for groups in self.batches():
             values: dict[str, Any] = dict.fromkeys(self.parameters)
             for outers in groups:
-                with own_arithmetic(self.device), torch._C.DisableTorchFunction(), torch.no_grad():
+                with own_arithmetic(self.device), DisableTorchFunction(), torch.no_grad():
                     for name in self.parameters:
                         uses = outers[name] if self.kept is not None else outers.pop(name)
                         try:
@@ -122,12 +124,12 @@ class Pulls:
                 return
             inputs, y = batch
             with self.stream, copied_buffers(self.model), _differentiable(), record(self.model) as tape:
-                f = batch_data.call(trees.unwrapped(self.model), inputs, self.output)
+                f = batch_data.call(unwrapped(self.model), inputs, self.output)
             yield tape, f, y
 
     def _count(self, f: Tensor, y: Any) -> float:
         """Check a batch at the door; its summed loss."""
-        with own_arithmetic(self.device), torch._C.DisableTorchFunction(), torch.no_grad():
+        with own_arithmetic(self.device), DisableTorchFunction(), torch.no_grad():
             self.loss.check(f, y)
             if self.passes == 1:
                 self.samples += len(f)
@@ -141,7 +143,7 @@ class Pulls:
     def _groups(self, generator: torch.Generator) -> Iterator[Outers]:
         assert self.recording is not None
         tape, f, y = self.recording
-        with own_arithmetic(self.device), torch._C.DisableTorchFunction():
+        with own_arithmetic(self.device), DisableTorchFunction():
             vectors = output_vectors(self.loss, f, y, self.source, generator)
             if self.source.kind == "gradient" and isinstance(self.loss, Sum):  # whose square has to be in its own unit
                 vectors = (self.loss.unit**0.5 * v for v in vectors)
@@ -151,7 +153,7 @@ class Pulls:
         keep = [] if self.single and self.repeated and self.passes == 1 else None
         self.kept = keep
         while True:
-            with own_arithmetic(self.device), torch._C.DisableTorchFunction():
+            with own_arithmetic(self.device), DisableTorchFunction():
                 vs = list(islice(vectors, count))
                 if not vs:
                     return

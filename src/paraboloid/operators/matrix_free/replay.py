@@ -16,12 +16,13 @@ from paraboloid.operators.matrix_free.second_order_passes import (
     Autocast,
     RandomStream,
     TwiceDifferentiable,
-    eager,
     undisturbed,
 )
 from paraboloid.passes import trees
 from paraboloid.passes.footprint import Footprint
 from paraboloid.passes.memory import RECORDINGS
+from paraboloid.passes.torch_internals import version
+from paraboloid.passes.wrappers import innermost
 
 T = TypeVar("T")
 _NO_TARGETS = (
@@ -99,7 +100,8 @@ class Replay:
         inside: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
         self.parameters: dict[str, nn.Parameter] = trees.parameters(model)
-        self.model, self.loss, self.data, self.graph, self.output = eager(model), as_loss(loss_fn), data, graph, output
+        self.model, self.loss, self.output = innermost(model), as_loss(loss_fn), output
+        self.data, self.graph = data, graph
         if isinstance(data, Iterator):
             raise ValueError(f"data is a {type(data).__name__}, which can be read only once; expected a batch, or what "
                              "can be iterated again, such as a list of batches or a DataLoader.")  # fmt: skip
@@ -315,7 +317,7 @@ class Replay:
             )
 
     def _versions(self) -> list[tuple[int, int]]:
-        return [(p._version, p.data_ptr()) for p in self.parameters.values()]
+        return [(version(p), p.data_ptr()) for p in self.parameters.values()]
 
     def _check_total(self, total: float) -> None:
         dtype = next(iter(self.parameters.values())).dtype

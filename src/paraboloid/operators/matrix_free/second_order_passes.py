@@ -13,17 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from paraboloid.engine.twice_differentiable import TwiceDifferentiable as TwiceDifferentiable
 from paraboloid.passes.modes import eager_code
 from paraboloid.passes.random_state import copied_buffers
-
-
-def eager(model: Any) -> Any:
-    """The plain module inside torch.compile's and data-parallel wrappers, which cannot be differentiated twice."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        else:
-            return model
+from paraboloid.passes.torch_internals import compiled_in_place, inside_compiled
 
 
 @contextmanager
@@ -44,14 +34,10 @@ def undisturbed(model: Any) -> Iterator[None]:
                 stack.enter_context(torch.autocast(device, enabled=False))
         if any(isinstance(m, nn.RNNBase) for m in modules) and torch.backends.cudnn.is_available():
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        if any(_compiled(m) for m in modules):
+        if any(compiled_in_place(m) or inside_compiled(m) for m in modules):
             stack.enter_context(eager_code())
         stack.enter_context(copied_buffers(model))
         yield
-
-
-def _compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 class RandomStream:

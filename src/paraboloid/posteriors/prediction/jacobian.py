@@ -16,6 +16,7 @@ from paraboloid.engine.tape import Tape, record
 from paraboloid.passes import trees
 from paraboloid.passes.memory import CACHED
 from paraboloid.passes.random_state import isolated
+from paraboloid.passes.wrappers import unwrapped
 from paraboloid.posteriors.weights import only
 from paraboloid.reductions.sums import pieces
 
@@ -80,7 +81,7 @@ def recorded(
     device = next(iter(trees.parameters(model).values())).device
     with only(model, names), isolated(model, device, 0), torch.inference_mode(False), torch.enable_grad():
         with record(model, verify) as tape:
-            f = batch_data.call(trees.unwrapped(model), inputs, output)
+            f = batch_data.call(unwrapped(model), inputs, output)
         yield tape, f
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from paraboloid.data import batches as batch_data
 from paraboloid.linalg.operand import check_count
-from paraboloid.passes import trees
 from paraboloid.passes.random_state import isolated
+from paraboloid.passes.wrappers import Elsewhere
 from paraboloid.posteriors.prediction.sharpness import sharpened
 
 LINKS = ("probit", "bridge", "mc", "weights")
@@ -129,16 +129,11 @@ def _mean(values: Iterable[Tensor]) -> Tensor:
 def _network_draws(posterior: Any, x: Any, samples: int, seed: int) -> Iterator[Tensor]:
     """Outputs of networks with weights drawn from the posterior, one network at a time."""
     posterior.check_weights()
-    model, drawn = trees.unwrapped(posterior.model), posterior.sample(samples, seed)
-    names = {trees.plain_name(k): k for k, _ in model.named_parameters()}
-
-    def network(parameters: dict[str, Tensor]) -> Any:
-        return lambda *args, **kwargs: torch.func.functional_call(model, parameters, args, kwargs)
-
+    drawn = posterior.sample(samples, seed)
     for s in range(samples):
-        parameters = {names[k]: w[s] for k, w in drawn.items()}
-        with isolated(model, next(iter(drawn.values())).device, 0):
-            f = batch_data.call(network(parameters), x, posterior.output)
+        network: Any = Elsewhere(posterior.model, {k: w[s] for k, w in drawn.items()})
+        with isolated(network.model, next(iter(drawn.values())).device, 0):
+            f = batch_data.call(network, x, posterior.output)
         yield f
 
 

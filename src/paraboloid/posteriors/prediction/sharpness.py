@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from paraboloid.data import batches as batch_data
-from paraboloid.passes import trees
 from paraboloid.passes.random_state import isolated
+from paraboloid.passes.wrappers import unwrapped
 
 SAMPLES = 10_000  # of the data, the first ones, by which the exponent is chosen
 LOWEST, HIGHEST, HALVINGS = 1e-3, 1e3, 60
@@ -33,7 +33,7 @@ def matched(posterior: Any, data: Any) -> float:
     predicted, own, seen = [], 0.0, 0
     for inputs, _ in batch_data.batches(data):
         with torch.no_grad(), isolated(posterior.model, next(iter(posterior.weights.values())).device, 0):
-            f = batch_data.call(trees.unwrapped(posterior.model), inputs, posterior.output)
+            f = batch_data.call(unwrapped(posterior.model), inputs, posterior.output)
         predicted.append(_logits(posterior.predict(inputs), kind))
         own += _entropy(f, kind).sum().item()
         seen += len(f)

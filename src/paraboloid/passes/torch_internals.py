@@ -1,0 +1,124 @@
+"""Every private or undocumented part of torch that we touch, named by what it tells; a test says what depends on each.
+
+Names stand for torch's own objects where a call of ours in between would cost; they are then C functions or constants.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils.flop_counter import flop_registry as flop_registry
+
+_torch: Any = torch  # some names below are not among its typed ones
+
+# --- calls of torch -----------------------------------------------------------------------------------------------
+
+DisableTorchFunction: Any = _torch._C.DisableTorchFunction  # context: modes and subclasses do not see what runs inside
+PLAIN_RESULTS = _torch._C._disabled_torch_function_impl  # as `__torch_function__`: a subclass whose results are tensors
+weight_norm: Callable[..., Tensor] = _torch._VF._weight_norm  # what torch.nn.utils.parametrizations.weight_norm calls
+unsafe_view: Callable[..., Tensor] = torch.ops.aten._unsafe_view  # a view that autograd takes for a tensor of its own
+foreach_add, foreach_add_ = _torch._foreach_add, _torch._foreach_add_
+foreach_mul, foreach_mul_ = _torch._foreach_mul, _torch._foreach_mul_
+foreach_norm = _torch._foreach_norm
+packet_of = attrgetter("_overloadpacket")  # of an operation that a dispatch mode sees: the key of `flop_registry`
+
+
+def seen_inside(op: Callable) -> Callable | None:
+    """A composite Python function of torch with its own code, which shows modes the calls that it consists of; else
+    None.  Such a function begins by asking `has_torch_function..`, a name that its copy reads as no."""
+    if not isinstance(op, types.FunctionType):
+        return None
+    switches = [n for n in op.__code__.co_names if n.startswith("has_torch_function")]
+    if not switches or "__class__" in op.__code__.co_freevars:  # a Tensor method calls super(), which is itself again
+        return None
+    blind = op.__globals__ | dict.fromkeys(switches, lambda *_: False)
+    function = types.FunctionType(op.__code__, blind, op.__name__, op.__defaults__, op.__closure__)
+    function.__kwdefaults__ = op.__kwdefaults__
+    return function
+
+
+# --- tensors ------------------------------------------------------------------------------------------------------
+
+is_view: Callable[[Tensor], bool] = Tensor._is_view
+base_of: Callable[[Tensor], Tensor | None] = _torch.Tensor._base.__get__  # what autograd takes for the owner of a view
+storage_place = attrgetter("_cdata")  # of an untyped storage: the same for all tensors in it
+_VERSION = _torch.Tensor._version.__get__
+
+
+def version(t: Tensor) -> int:
+    """How often t was modified in place; tensors made under inference_mode do not count."""
+    return 0 if t.is_inference() else t._version
+
+
+def versions(ts: Sequence[Tensor]) -> list[int]:
+    try:
+        return list(map(_VERSION, ts))
+    except RuntimeError:  # one of inference_mode
+        return [version(t) for t in ts]
+
+
+# --- modules ------------------------------------------------------------------------------------------------------
+
+own_tensors = attrgetter("_parameters", "_buffers")  # two dicts of a module, without its children's
+own_buffers = attrgetter("_buffers")
+# What torch.compile, fully sharded data parallel and checkpoint wrappers put into parameters' names.
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+COMPILER = "torch._dynamo"  # the module that is imported by the first torch.compile
+
+
+def inside_compiled(model: Any) -> nn.Module | None:
+    """The module that `torch.compile(module)` runs; None where the model is not of this kind."""
+    inside = getattr(model, "_orig_mod", None)
+    return inside if isinstance(inside, nn.Module) else None
+
+
+def compiled_in_place(module: Any) -> bool:
+    """Whether `module.compile()` was called, which compiles hooks with it."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def running_data_parallel() -> nn.Module | None:
+    """The DistributedDataParallel wrapper whose forward pass is under way."""
+    return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+
+
+# --- autograd's graph ---------------------------------------------------------------------------------------------
+
+LEAF = "variable"  # attribute of the nodes that add to a leaf's .grad: the leaf
+REENTRANT_CHECKPOINT = "CheckpointFunctionBackward"  # the type of its node
+
+
+def operation(node: Any) -> str:
+    """What a node of autograd's graph goes back through, as torch names it: "Relu" for a ReluBackward0."""
+    return re.sub(r"Backward\d*$", "", node.name())
+
+
+def shape_of(edge: GradientEdge) -> torch.Size:
+    """The shape of the tensor that a graph edge stands for."""
+    node: Any = edge.node
+    return torch.Size(node._input_metadata[edge.output_nr].shape)
+
+
+def output_count(node: Any) -> int:
+    """How many results the operation of a node had; `node(*gradients)` takes as many."""
+    return len(node._input_metadata)
+
+
+def trained_statistics(node: Any) -> bool:
+    """Whether a batch norm's node normalised with the statistics of its batch."""
+    return node._saved_training
+
+
+def maxima(node: Any) -> Tensor:
+    """Where a max pooling found its results, as flat places within a plane of the input."""
+    return node._saved_result1
