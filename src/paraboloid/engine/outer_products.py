@@ -43,6 +43,10 @@ class Right:
             return
         self._kept = self()
 
+    def squared(self) -> Right:
+        """The same with every number squared."""
+        return self if self.lookup else replace(self, rows=lambda n: self.rows(n).square(), _kept=None)
+
     def forget(self) -> None:
         self._kept = None
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from paraboloid.engine.outer_products import Outer, Right, general
 from paraboloid.engine.reindexed_weights import Alias, Piece, itself
 from paraboloid.engine.sample_independence import Layout
-from paraboloid.layers import RULES, Use
+from paraboloid.layers import Use
 from paraboloid.passes.modes import autocast
 
 Via = Callable[[Tensor], Tensor] | None
@@ -25,18 +25,21 @@ Via = Callable[[Tensor], Tensor] | None
 class Part:
     """One weight of one call, ready for gradients g [V *z]; `root` is a parameter or derived from some.
 
-    `use` is what the call's rule says of the weight; None for a fallback.
+    outer(g, via, power=1) has left, or with power=2 the squares of all factors and of right, for diagonal matrices.
+    `use` is what the call's rule says of the weight; None for a fallback.  elements() -> (at, scale), both [N G T p]:
+    the element of z (a flat position, or -1) and the factor of each entry of left; None where rows lie in a table.
     """
 
     root: Tensor
-    outer: Callable[[Tensor, Via], Outer]
+    outer: Callable[..., Outer]
     use: Use | None = None
+    elements: Callable[[], tuple[Tensor, Tensor]] | None = None
 
 
 def rule_parts(call: Any, layout: Layout, aliases: Mapping[int, Alias]) -> list[Part] | None:
     """The parts of every weight of the call by its rule, or None where no rule applies to these arguments."""
     wanted = {id(w) for w in call.weights}
-    uses = [u for u in RULES.get(call.op, lambda *_, **__: ())(*call.args, **call.kwargs) if id(u.weight) in wanted]
+    uses = [u for u in call.uses() if id(u.weight) in wanted]
     if {id(u.weight) for u in uses} != wanted:
         return None
     parts: list[Part] = []
@@ -50,7 +53,7 @@ def rule_parts(call: Any, layout: Layout, aliases: Mapping[int, Alias]) -> list[
 
 def blocked(call: Any, layout: Layout, aliases: Mapping[int, Alias]) -> list[Tensor]:
     """The weights of the call that no rule can treat: none is known, or the samples lie along their own axes."""
-    uses = {id(u.weight): u for u in RULES.get(call.op, lambda *_, **__: ())(*call.args, **call.kwargs)}
+    uses = {id(u.weight): u for u in call.uses()}
     return [
         w for w in call.weights
         if id(w) not in uses or _parts(call.shape, layout, uses[id(w)], aliases.get(id(w))) is None
@@ -65,6 +68,7 @@ def _parts(shape: torch.Size, layout: Layout, use: Use, alias: Alias | None) -> 
         alias = itself(use.weight)
         places = [Place(alias.pieces[0], slice(None), 0, 0)]
     axis, (a, N, b) = layout
+    shape_of_z = shape
     if use.shape is not None:
         if use.shape[axis] != shape[axis]:
             return None  # joined to the data along the samples' own axis
@@ -76,31 +80,44 @@ def _parts(shape: torch.Size, layout: Layout, use: Use, alias: Alias | None) -> 
     split = (math.prod(sizes[:at]) * a, N, b * math.prod(sizes[at + 1 :]))
     made: dict[int, Right] = {}  # by place: every pull has the same input side, which may be kept unfolded
 
-    def outer(place: Place, g: Tensor, via: Via) -> Outer:
-        root, flip = place.piece.root, use.flip ^ alias.turned
-        precision = accumulation(root.dtype)
-        left = use.left(g.to(precision))  # under autocast g is shorter than the weight
+    def rowed(left: Tensor) -> Tensor:
+        """[V N G a b T p], the sample's rows a and b apart."""
         if use.rows is None:
             left = left.movedim([i + 1 for i in rows], list(range(1, len(rows) + 1)))
-            left = left.reshape(len(g), -1, 1, 1, alias.shape.numel())
-        left = left.unflatten(1, split).permute(0, 2, 4, 1, 3, 5, 6).flatten(3, 5)  # [V N G abT p]
-        left = left.to(precision)
+            left = left.reshape(len(left), -1, 1, 1, alias.shape.numel())
+        return left.unflatten(1, split).permute(0, 2, 4, 1, 3, 5, 6)
+
+    def outer(place: Place, g: Tensor, via: Via, power: int = 1) -> Outer:
+        root, flip = place.piece.root, use.flip ^ alias.turned
+        precision = accumulation(root.dtype)
+        left = rowed(use.pull(g.to(precision), power)).to(precision)  # under autocast g is shorter than the weight
         if use.right is None:
-            left = place.put(left.sum(3, keepdim=True) if left.shape[3] > 1 else left, -1)
+            several = left.shape[3:6].numel() > 1
+            left = place.put(left.sum((3, 4, 5)).unsqueeze(3) if several else left.flatten(3, 5), -1)
             if place.piece.table is not None:
                 return _table_rows(left, *place.piece.table)
             return Outer(left, None, root.shape, via=via, kind="vector")
-        q = use.q
+        left, q = left.flatten(3, 5), use.q
         if flip and place.moves:
             q = root.numel() // left.shape[-1]
         elif place.moves:
             left = place.put(left, -1)
         if id(place) not in made:
             made[id(place)] = Right(_rows(use, place, flip), split, use.lookup, precision, use.q_axes)
-        return Outer(left, made[id(place)], root.shape, q, flip, via)
+        right = made[id(place)] if power == 1 else made[id(place)].squared()
+        return Outer(left, right, root.shape, q, flip, via)
+
+    def elements(place: Place) -> tuple[Tensor, Tensor]:
+        root = place.piece.root
+        stays = use.right is not None and use.flip ^ alias.turned  # the root's other rows are on the right
+        like = root.detach().new_empty(0, dtype=accumulation(root.dtype))
+        at, scale = (rowed(t).flatten(3, 5)[0] for t in use.elements(shape_of_z, like))
+        at, scale = (t if stays else place.put(t, -1) for t in (at, scale))
+        return at - 1, torch.where(at > 0, scale, 0)
 
     return [
-        Part(p.piece.table[0] if p.piece.table and use.right is None else p.piece.root, partial(outer, p), use)
+        Part(p.piece.table[0], partial(outer, p), use)
+        if p.piece.table and use.right is None else Part(p.piece.root, partial(outer, p), use, partial(elements, p))
         for p in places if p.piece.root.requires_grad
     ]  # fmt: skip
 
@@ -198,7 +215,7 @@ def fallback_parts(call: Any, layout: Layout) -> list[Part]:
         mask = mask.view(N, *[1] * axis, a * N * b, *[1] * (len(call.shape) - axis - 1))
         with torch.enable_grad(), autocast(g.device, call.autocast):
             fresh = {id(t): t.detach().requires_grad_() for t in call.weights}
-            z = call.op(*_swap(call.args, fresh), **_swap(call.kwargs, fresh))
+            z = call.op(*swapped(call.args, fresh), **swapped(call.kwargs, fresh))
             J = vjp(z, fresh[id(w)], (g[:, None] * mask).flatten(0, 1))
         J = J.unflatten(0, (len(g), N)).to(accumulation(w.dtype))
         if via is None:
@@ -209,13 +226,14 @@ def fallback_parts(call: Any, layout: Layout) -> list[Part]:
     return [Part(w, lambda g, via, w=w: outer(w, g, via)) for w in weights]
 
 
-def _swap(tree: Any, fresh: dict[int, Tensor]) -> Any:
+def swapped(tree: Any, fresh: dict[int, Tensor]) -> Any:
+    """Arguments without their graph, some of them (by id) exchanged for others."""
     if isinstance(tree, Tensor):
         return fresh.get(id(tree), tree.detach())
     if isinstance(tree, dict):
-        return {k: _swap(t, fresh) for k, t in tree.items()}
+        return {k: swapped(t, fresh) for k, t in tree.items()}
     if isinstance(tree, tuple | list):
-        return (tuple if isinstance(tree, tuple) else list)(_swap(t, fresh) for t in tree)
+        return (tuple if isinstance(tree, tuple) else list)(swapped(t, fresh) for t in tree)
     return tree
 
 

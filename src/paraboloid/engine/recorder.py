@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from paraboloid.engine.reindexed_weights import STRETCHES, Alias, alias_of
-from paraboloid.layers import LOWERINGS, RULES
+from paraboloid.layers import LOWERINGS, RULES, Use
 from paraboloid.layers.normalization import Hook, constant_statistics, uses_batch_statistics
 from paraboloid.passes.modes import autocast_dtype
 from paraboloid.passes.torch_internals import (
@@ -56,6 +56,19 @@ class Call:
     def is_fresh(self) -> bool:
         """Whether nothing that it used was modified since."""
         return versions([t for t, _ in self.held]) == [had for _, had in self.held]
+
+    def uses(self) -> list[Use]:
+        """What the operation's rule says of these arguments; nothing where there is none that takes them."""
+        try:
+            found = RULES[self.op](*self.args, **self.kwargs)
+        except (KeyError, TypeError):  # TypeError: keywords other than the rule's own
+            return []
+        return list(found)
+
+    def product(self) -> Use | None:
+        """The use of a weight that multiplies rows of an input, where there is exactly one in the call."""
+        found = [u for u in self.uses() if u.right is not None and not u.lookup]
+        return found[0] if len(found) == 1 else None
 
 
 def _call(op, args, kwargs, z: Tensor, weights, below, held) -> Call:

@@ -14,9 +14,9 @@ from paraboloid.layers import (
     recurrent,
     transposed_convolutions,
 )
-from paraboloid.layers.registry import EMPTY, LOWERINGS, RULES, Rule, Use, channel, lowering, rule, spread
+from paraboloid.layers.registry import EMPTY, LOWERINGS, RULES, Rule, Use, channel, lowering, matrix, rule, spread
 
 __all__ = [
     "EMPTY", "LOWERINGS", "RULES", "Rule", "Use", "activations", "channel", "convolutions", "elementwise", "embeddings",
-    "lowering", "matrix_products", "normalization", "recurrent", "rule", "spread", "transposed_convolutions",
+    "lowering", "matrix", "matrix_products", "normalization", "recurrent", "rule", "spread", "transposed_convolutions",
 ]  # fmt: skip

@@ -11,4 +11,4 @@ from paraboloid.layers.registry import channel, rule, spread
 def prelu(x, weight):
     """One slope for everything, or one for each channel (axis 1)."""
     shared = weight.numel() == 1
-    yield (spread if shared else channel)(weight, lambda g: g * x.clamp(max=0))
+    yield (spread if shared else channel)(weight, factor=lambda: x.clamp(max=0), affine=True)

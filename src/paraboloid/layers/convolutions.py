@@ -48,7 +48,8 @@ def convolution(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1)
 
     q = weight[0].numel()
     yield Use(
-        weight, (0,), lambda g: g.flatten(3).unflatten(2, (groups, -1)).mT, right, q=q, q_axes=1 + D, groups=groups
-    )
+        weight, (0,), right=right, q=q, q_axes=1 + D, groups=groups, input=x,
+        arrange=lambda g: g.flatten(3).unflatten(2, (groups, -1)).mT,
+    )  # fmt: skip
     if bias is not None:
-        yield channel(bias, lambda g: g)
+        yield channel(bias)

@@ -10,39 +10,39 @@ from paraboloid.layers.registry import rule, spread
 
 @rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__)
 def add(x, y, *, alpha=1):
-    yield spread(x, lambda g: g)
-    yield spread(y, lambda g: alpha * g if alpha != 1 else g)
+    yield spread(x)
+    yield spread(y, factor=alpha)
 
 
 @rule(torch.sub, Tensor.sub, Tensor.__sub__, torch.subtract, Tensor.subtract)
 def sub(x, y, *, alpha=1):
-    yield spread(x, lambda g: g)
-    yield spread(y, lambda g: -alpha * g)
+    yield spread(x)
+    yield spread(y, factor=-alpha)
 
 
 @rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply, Tensor.multiply)
 def mul(x, y):
-    yield spread(x, lambda g: g * y)
-    yield spread(y, lambda g: g * x)
+    yield spread(x, factor=y, affine=True)
+    yield spread(y, factor=x, affine=True)
 
 
 @rule(torch.div, Tensor.div, Tensor.__truediv__, torch.divide, torch.true_divide)
 def div(x, y, *, rounding_mode=None):
     if rounding_mode is None:
-        yield spread(x, lambda g: g / y)
-        yield spread(y, lambda g: -g * x / (y * y))
+        yield spread(x, factor=lambda: 1 / y, affine=True)
+        yield spread(y, factor=lambda: -x / (y * y), affine=False)
 
 
 @rule(Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to)
 def expand(x, *shape, implicit=False):
-    yield spread(x, lambda g: g)
+    yield spread(x)
 
 
 @rule(Tensor.repeat)
 def repeat(x, *counts):
     counts = counts[0] if isinstance(counts[0], tuple | list) else counts
     if all(1 in (c, d) for c, d in zip(reversed(counts), reversed(x.shape), strict=False)):
-        yield spread(x, lambda g: g)
+        yield spread(x)
 
 
 @rule(torch.cat, torch.concat, torch.concatenate)
@@ -50,5 +50,6 @@ def cat(tensors, dim=0):
     axis = dim % tensors[0].dim()
     start = 0
     for t in tensors:
-        yield spread(t, lambda g, start=start, length=t.shape[axis]: g.narrow(axis + 1, start, length), t.shape)
+        piece = (axis + 1, start, t.shape[axis])
+        yield spread(t, arrange=lambda g, piece=piece: g.narrow(*piece), shape=t.shape)
         start += t.shape[axis]

@@ -16,14 +16,10 @@ def embedding(idx, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale
     if padding_idx is not None and padding_idx < 0:
         padding_idx += len(weight)
 
-    def left(g):
-        if padding_idx is not None:
-            g = g.masked_fill((idx == padding_idx).unsqueeze(-1), 0)
-        return g.reshape(len(g), -1, 1, 1, weight.shape[1])
-
+    factor = None if padding_idx is None else lambda: (idx != padding_idx).reshape(-1, 1, 1, 1)
     yield Use(
-        weight, tuple(range(idx.dim())), left, lambda rows: idx.reshape(-1, 1, 1)[rows], flip=True, q=len(weight),
-        lookup=True,
+        weight, tuple(range(idx.dim())), right=lambda rows: idx.reshape(-1, 1, 1)[rows], flip=True, q=len(weight),
+        lookup=True, arrange=lambda g: g.reshape(len(g), -1, 1, 1, weight.shape[1]), factor=factor, affine=True,
     )  # fmt: skip
 
 
@@ -39,12 +35,11 @@ def embedding_bag(
     if max_norm is not None or scale_grad_by_freq or mode == "max":
         return  # as above; the largest entry of a bag is found by the operation itself
     idx, factor = bags(idx, weight, offsets, mode, per_sample_weights, include_last_offset, padding_idx)
-    factor = factor.detach()
-
-    def left(g):
-        return (g.unsqueeze(2) * factor.unsqueeze(-1)).unsqueeze(2)  # [V bags 1 T p]
-
-    yield Use(weight, (0,), left, lambda rows: idx[rows].unsqueeze(1), flip=True, q=len(weight), lookup=True)
+    yield Use(
+        weight, (0,), right=lambda rows: idx[rows].unsqueeze(1), flip=True, q=len(weight), lookup=True,
+        arrange=lambda g: g[:, :, None, None].expand(-1, -1, 1, idx.shape[1], -1),
+        factor=factor.detach()[:, None, :, None], affine=True,
+    )  # fmt: skip
 
 
 def bags(

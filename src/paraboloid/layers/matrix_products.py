@@ -6,27 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paraboloid.layers.registry import Use, rule, spread
-
-
-def matrix(x: Tensor, weight: Tensor, flip: bool, scale: float = 1) -> Use:
-    """z = x W^T (or x W when the weight is stored flipped): left is g, right is x; all but the last axis are rows."""
-    p = weight.shape[1] if flip else weight.shape[0]
-    return Use(
-        weight, tuple(range(x.dim() - 1)), lambda g: (scale * g if scale != 1 else g).reshape(len(g), -1, 1, 1, p),
-        lambda rows: x.reshape(-1, 1, 1, x.shape[-1])[rows], flip, x.shape[-1],
-    )  # fmt: skip
+from paraboloid.layers.registry import Use, matrix, rule, spread
 
 
 def vector(x: Tensor, weight: Tensor) -> Use:
     """z = x w, without the last axis of x."""
-    return spread(weight, lambda g: g.unsqueeze(-1) * x, x.shape)
+    return spread(
+        weight, shape=x.shape, arrange=lambda g: g.unsqueeze(-1).expand(*g.shape, x.shape[-1]), factor=x, affine=True
+    )
 
 
 @rule(F.linear)
 def linear(x, weight, bias=None):
-    yield matrix(x, weight, flip=False) if weight.dim() == 2 else vector(x, weight)
-    yield spread(bias, lambda g: g)
+    yield matrix(x, weight) if weight.dim() == 2 else vector(x, weight)
+    yield spread(bias)
 
 
 @rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.mv, Tensor.mv)
@@ -37,7 +30,7 @@ def matmul(x, weight):
 
 @rule(torch.addmm, Tensor.addmm)
 def addmm(bias, x, weight, *, beta=1, alpha=1):
-    yield spread(bias, lambda g: beta * g)
+    yield spread(bias, factor=beta)
     yield matrix(x, weight, flip=True, scale=alpha)
 
 
@@ -50,5 +43,5 @@ def bilinear(x, y, weight, bias=None):
         return (a.unsqueeze(2) * b.unsqueeze(1)).flatten(1)[:, None, None]
 
     p, q = len(weight), weight[0].numel()
-    yield Use(weight, tuple(range(x.dim() - 1)), lambda g: g.reshape(len(g), -1, 1, 1, p), right, q=q)
-    yield spread(bias, lambda g: g)
+    yield Use(weight, tuple(range(x.dim() - 1)), right=right, q=q, arrange=lambda g: g.reshape(len(g), -1, 1, 1, p))
+    yield spread(bias)

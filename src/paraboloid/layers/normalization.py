@@ -1,4 +1,4 @@
-"""Scale and shift of normalisation layers: z = weight * xhat + bias, so left is g * xhat and g."""
+"""Scale and shift of normalisation layers: z = weight * xhat + bias, so the factors are xhat and one."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from paraboloid.layers.registry import channel, rule, spread
 
 @rule(F.layer_norm)
 def layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
-    yield spread(weight, lambda g: g * F.layer_norm(x, normalized_shape, eps=eps))
-    yield spread(bias, lambda g: g)
+    yield spread(weight, factor=lambda: F.layer_norm(x, normalized_shape, eps=eps), affine=True)
+    yield spread(bias)
 
 
 @rule(F.rms_norm)
 def rms_norm(x, normalized_shape, weight=None, eps=None):
-    yield spread(weight, lambda g: g * F.rms_norm(x, normalized_shape, eps=eps))
+    yield spread(weight, factor=lambda: F.rms_norm(x, normalized_shape, eps=eps), affine=True)
 
 
 @rule(F.group_norm)
 def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5):
-    yield channel(weight, lambda g: g * F.group_norm(x, num_groups, eps=eps))
-    yield channel(bias, lambda g: g)
+    yield channel(weight, factor=lambda: F.group_norm(x, num_groups, eps=eps), affine=True)
+    yield channel(bias)
 
 
 @rule(F.instance_norm)
@@ -34,8 +34,8 @@ def instance_norm(
     def xhat() -> Tensor:
         return F.instance_norm(x, eps=eps) if use_input_stats else F.batch_norm(x, running_mean, running_var, eps=eps)
 
-    yield channel(weight, lambda g: g * xhat())
-    yield channel(bias, lambda g: g)
+    yield channel(weight, factor=xhat, affine=True)
+    yield channel(bias)
 
 
 @rule(F.batch_norm)
@@ -43,8 +43,8 @@ def batch_norm(x, running_mean, running_var, weight=None, bias=None, training=Fa
     """In training mode with the statistics of this batch: the rows of left add up to the gradient, but they are not the
     samples' own (see `uses_batch_statistics`)."""
     fixed = (None, None) if training else (running_mean, running_var)
-    yield channel(weight, lambda g: g * F.batch_norm(x, *fixed, training=training, eps=eps))
-    yield channel(bias, lambda g: g)
+    yield channel(weight, factor=lambda: F.batch_norm(x, *fixed, training=training, eps=eps), affine=True)
+    yield channel(bias)
 
 
 def uses_batch_statistics(op: Callable, args: tuple, kwargs: dict) -> bool:

@@ -13,27 +13,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Factor = float | Tensor | Callable[[], Tensor] | None
+
 
 @dataclass(frozen=True)
 class Use:
-    """One weight in one call with output z.
+    """One weight in one call with output z: how the weight's gradient follows from the gradient g at z.
 
-    `rows` are the axes of z that run over samples and positions, in the order in which `left` and `right` flatten them
-    into R rows; None means every axis that the weight is broadcast along.
+        sum over rows and positions of  left[row, g, t, p] right[row, g, t, q],      left = factor * arrange(g)
 
-    left(g)      gradients at the output, [V *z] -> [V R G T p]; for rows=None any tensor that the weight's gradient is
-                 the sum of, over those axes
+    The builders `matrix`, `spread` and `channel` make most of them.
+
+    weight       the argument of the call
+    rows         the axes of z that run over samples and positions, in the order in which `arrange` and `right` flatten
+                 them into R rows; None means every axis that the weight is broadcast along
+    arrange(g)   the elements of g [V *z] where they belong, [V R G T p]: only views, copies and zeros, so that integers
+                 pass unchanged.  For rows=None [V *shape], of which the weight's gradient is the sum over those axes.
+                 None: g as it is
+    factor       what arrange(g) is multiplied by, broadcast behind V: a number, a tensor, or a function that makes it
+                 when it is needed; None: one
     right(rows)  range of rows -> [R G T q], or int64 [R G T] for a lookup into the weight's q rows (EMPTY where left is
                  zero and nothing is looked up); None means one; with `q_axes`, [R G *q-axes *T-axes], which may be a
-                 strided view (an unfolded image)
+                 strided view (an unfolded image).  It does not depend on the weight
     flip         the weight is stored as q x p
-    shape        of left(g) without V, where it is not that of z
+    shape        of arrange(g) without V for rows=None, where it is not that of z
     groups       G, for a grouped convolution
+    affine       whether z is affine in the weight.  None: yes where the factor is no tensor; else autograd is asked
+    input        the argument that `right` only re-indexes (each element at most once in a row, zeros elsewhere), if z
+                 depends on it as W right and in no other way: then curvature passes the layer (KFRA, diag_hessian)
+    left(g)      instead of factor and arrange: factor * arrange(g) in one function, from which they are found by
+                 dividing; such a layer has no K-BFGS
     """
 
     weight: Any
     rows: tuple[int, ...] | None
-    left: Callable[[Tensor], Tensor]
+    left: Callable[[Tensor], Tensor] | None = None
     right: Callable[[slice], Tensor] | None = None
     flip: bool = False
     q: int = 1
@@ -41,6 +55,38 @@ class Use:
     shape: torch.Size | None = None
     q_axes: int | None = None
     groups: int = 1
+    arrange: Callable[[Tensor], Tensor] | None = None
+    factor: Factor = None
+    affine: bool | None = None
+    input: Tensor | None = None
+
+    def pull(self, g: Tensor, power: int = 1) -> Tensor:
+        """factor^power * arrange(g): `left` itself, and with its factors squared."""
+        if self.left is not None:
+            return self.left(g) if power == 1 else self.left(g) * self.left(torch.ones_like(g))
+        g = self.arranged(g)
+        c = self.factor() if callable(self.factor) else self.factor
+        if c is None or (not isinstance(c, Tensor) and c == 1):
+            return g
+        return g * c if power == 1 else g * c * c
+
+    def arranged(self, g: Tensor) -> Tensor:
+        return g if self.arrange is None else self.arrange(g)
+
+    def elements(self, shape: torch.Size, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The element of z that each entry of `left` is, as a flat position from one (zero: none), and its factor."""
+        flat = torch.arange(1, shape.numel() + 1, device=like.device).view(1, *shape)
+        if self.left is None:
+            at = self.arranged(flat)
+            return at, self.pull(like.new_ones(1, *shape)).expand(at.shape)
+        scale = self.left(torch.ones_like(flat, dtype=torch.float64))  # in which any position is exact
+        at = torch.where(scale == 0, 0, self.left(flat.double()) / scale).round().long()
+        return at, scale.to(like.dtype)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether `left` is g itself, re-indexed and multiplied by a number."""
+        return self.left is None and not (isinstance(self.factor, Tensor) or callable(self.factor))
 
 
 EMPTY = -1  # no row of a lookup: the filling of ragged bags
@@ -72,11 +118,37 @@ def lowering(*operations: Callable) -> Callable[[Callable], Callable]:
     return register
 
 
-def spread(weight: Any, left: Callable[[Tensor], Tensor], shape: torch.Size | None = None) -> Use:
-    """A weight that is broadcast: its gradient is left(g) summed over the axes it is broadcast along."""
-    return Use(weight, None, left, shape=shape)
+def matrix(x: Tensor, weight: Any, flip: bool = False, scale: float = 1) -> Use:
+    """z = scale x W^T + (what depends neither on x nor on W), or x W where the weight is stored flipped.
+
+    All but the last axis of x are rows.
+    """
+    p = weight.shape[1] if flip else weight.shape[0]
+    return Use(
+        weight, tuple(range(x.dim() - 1)), right=lambda rows: x.reshape(-1, 1, 1, x.shape[-1])[rows], flip=flip,
+        q=x.shape[-1], arrange=lambda g: g.reshape(len(g), -1, 1, 1, p), factor=scale, input=x,
+    )  # fmt: skip
 
 
-def channel(weight: Any, left: Callable[[Tensor], Tensor]) -> Use:
-    """A weight [C] that lives on axis 1 of the output [R C ...]: left(g) is summed over the axes behind."""
-    return Use(weight, (0,), lambda g: left(g).unsqueeze(-1).flatten(3).sum(3)[:, :, None, None])
+def spread(
+    weight: Any, left: Callable[[Tensor], Tensor] | None = None, shape: torch.Size | None = None, *,
+    arrange: Callable[[Tensor], Tensor] | None = None, factor: Factor = None, affine: bool | None = None,
+) -> Use:  # fmt: skip
+    """A weight that is broadcast: its gradient is factor * g, summed over the axes it is broadcast along."""
+    return Use(weight, None, left, shape=shape, arrange=arrange, factor=factor, affine=affine)
+
+
+def channel(
+    weight: Any, left: Callable[[Tensor], Tensor] | None = None, *, factor: Factor = None, affine: bool | None = None
+) -> Use:
+    """A weight [C] that lives on axis 1 of the output [R C ...]: factor * g is summed over the axes behind."""
+
+    def arrange(g: Tensor) -> Tensor:
+        return g.unsqueeze(-1).flatten(3).mT.unsqueeze(2)  # [V R 1 T C]
+
+    def arranged() -> Tensor:
+        return arrange((factor() if callable(factor) else factor).unsqueeze(0))[0]
+
+    if left is not None:
+        return Use(weight, (0,), lambda g: arrange(left(g)), affine=affine)
+    return Use(weight, (0,), arrange=arrange, factor=None if factor is None else arranged, affine=affine)

@@ -20,7 +20,7 @@ def transposed_convolution(x, weight, bias=None, stride=1, padding=0, output_pad
         return  # unbatched input: left to the fallback
     kernel, stride, dilation = tuple(weight.shape[2:]), per_axis(stride, D), per_axis(dilation, D)
 
-    def left(g: Tensor) -> Tensor:
+    def arrange(g: Tensor) -> Tensor:
         z = padded(g.flatten(0, 1), kernel, padding, dilation)
         for axis in range(D):
             reach = (x.shape[2 + axis] - 1) * stride[axis] + dilation[axis] * (kernel[axis] - 1) + 1
@@ -31,6 +31,8 @@ def transposed_convolution(x, weight, bias=None, stride=1, padding=0, output_pad
     def right(rows: slice) -> Tensor:
         return x[rows].unflatten(1, (groups, -1))
 
-    yield Use(weight, (0,), left, right, flip=True, q=len(weight) // groups, q_axes=1, groups=groups)
+    yield Use(
+        weight, (0,), right=right, flip=True, q=len(weight) // groups, q_axes=1, groups=groups, arrange=arrange, input=x
+    )
     if bias is not None:
-        yield channel(bias, lambda g: g)
+        yield channel(bias)

@@ -1,8 +1,8 @@
 """Read a layer's mean inputs, outputs and output gradients off a closure that evaluates and backpropagates.
 
 A layer is a weight [p, ..] that linear layers and convolutions use, with its bias: z = W abar, abar = [a; 1], for every
-sample and position.  What is read are means over both; gradients at the outputs are summed over the batch (of the loss
-as it is backpropagated, a mean) and averaged over positions.
+sample and position.  Any operation is one whose rule says so.  What is read are means over both; gradients at the
+outputs are summed over the batch (of the loss as it is backpropagated, a mean) and averaged over positions.
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ from torch import Tensor, nn
 from paraboloid.distributed import collectives
 from paraboloid.engine.outer_products import Right
 from paraboloid.engine.recorder import Call, Recorder
-from paraboloid.layers import RULES, Use
+from paraboloid.layers import Use
 from paraboloid.passes import trees
 from paraboloid.passes.memory import PIECES
 from paraboloid.passes.modes import autocast_dtype, eager_code, own_arithmetic
 from paraboloid.passes.wrappers import unwrapped
 from paraboloid.reductions.kronecker_factors import LARGE, add_gram, mirror
-
-LAYERS = (F.linear, F.conv1d, F.conv2d, F.conv3d, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 @dataclass
@@ -100,7 +98,9 @@ class Readings:
             self.irregular.update(self.names[id(w)] for w in call.weights if id(w) in self.names)
             return
         name = self.names[id(use.weight)]
-        layer = Layer(name, None if bias is None else self.names.get(id(bias)), use.flip)
+        layer = Layer(name, None if bias is None else self.names.get(id(bias.weight)), use.flip)
+        if name not in self.layers and not _is_row_by_row(use, bias, z):
+            self.irregular.add(name)
         if self.layers.setdefault(name, layer) != layer:
             self.irregular.add(name)
             return
@@ -109,9 +109,9 @@ class Readings:
             h = _arranged(use, z)
             reading.rows += h.shape[0]
             reading.outputs = _plus(reading.outputs, h.sum(0))
-            reading.samples[self.passes] = max(reading.samples.get(self.passes, 0), len(call.args[0]))
+            reading.samples[self.passes] = max(reading.samples.get(self.passes, 0), len(z))
             if self.moments:
-                products = _moments(use, call.args[0], h)
+                products = _moments(use, h)
                 reading.products = products if reading.products is None else reading.products.add_(products)
 
         place = call.edge.output_nr  # a hook that held the call would hold its own node
@@ -154,41 +154,51 @@ class Readings:
         return sums
 
 
-def _layer_of(call: Call, names: Mapping[int, str]) -> tuple[Use | None, Any]:
-    """The call's use of a weight as a matrix, and its bias; None where it is no such layer."""
-    if call.op not in LAYERS or call.op not in RULES or not call.args or call.args[0].dim() < 2:
-        return None, None  # by keyword, or a single sample without a batch axis
-    uses = [u for u in RULES[call.op](*call.args, **call.kwargs) if u.weight is not None]
-    matrices = [u for u in uses if u.right is not None and not u.lookup and u.groups == 1]
+def _layer_of(call: Call, names: Mapping[int, str]) -> tuple[Use | None, Use | None]:
+    """The call's uses of a weight as a matrix, and of its bias; None where it is no such layer."""
+    uses = [u for u in call.uses() if u.weight is not None]
+    matrices = [u for u in uses if u.right is not None]
+    biases = [u for u in uses if u.right is None]
+    if len(call.shape) < 2 or len(matrices) != 1 or len(biases) > 1:
+        return None, None  # a single sample without a batch axis, or no layer
+    (use,) = matrices
     if (
-        len(matrices) != 1
-        or id(matrices[0].weight) not in names
-        or (matrices[0].flip and matrices[0].weight.dim() != 2)
-    ):
+        id(use.weight) not in names or use.lookup or use.groups > 1 or (use.flip and use.weight.dim() != 2)
+        or any(u.left is not None or u.factor not in (None, 1) for u in uses if u.weight.requires_grad)
+    ):  # fmt: skip
         return None, None
-    others = [u.weight for u in uses if u is not matrices[0]]
-    if len(others) > 1 or any(id(w) not in names for w in others if w.requires_grad):
+    bias = biases[0] if biases and biases[0].weight.requires_grad else None
+    if bias is not None and (id(bias.weight) not in names or bias.weight.dim() != 1):
         return None, None
-    bias = others[0] if others and others[0].requires_grad else None
-    return matrices[0], bias
+    return use, bias
+
+
+def _is_row_by_row(use: Use, bias: Use | None, z: Tensor) -> bool:
+    """Whether rows [p] of the weight's outputs are z, each element once, and the bias is added to every row."""
+    flat = torch.arange(z.numel(), device=z.device).view(1, *z.shape)
+    at = use.arranged(flat)
+    columns = at.reshape(-1, at.shape[-1]).sort(0)[0]
+    if not torch.equal(columns.flatten().sort()[0], flat.flatten()):
+        return False
+    if bias is None:
+        return True
+    added = bias.arranged(flat)
+    return added.shape[-1] == columns.shape[1] and torch.equal(added.reshape(columns.shape).sort(0)[0], columns)
 
 
 def _arranged(use: Use, z: Tensor) -> Tensor:
     """Outputs, or gradients there, as [rows, p] in at least float32."""
     z = z.detach()
-    z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
-    if use.q_axes is None:  # p is the last axis of a product
-        return z.reshape(-1, z.shape[-1])
-    left = use.left(z.unsqueeze(0))  # [1 R 1 T p]
-    return left.reshape(-1, left.shape[-1])
+    rows = use.arranged((z.float() if z.dtype in (torch.float16, torch.bfloat16) else z).unsqueeze(0))  # [1 R 1 T p]
+    return rows.reshape(-1, rows.shape[-1])
 
 
-def _moments(use: Use, x: Tensor, h: Tensor) -> Tensor:
+def _moments(use: Use, h: Tensor) -> Tensor:
     """sum of [a; 1] [a; 1]^T over rows: its last column is the sum of [a; 1]."""
     assert use.right is not None
     size = use.q + 1
     if use.q_axes is None and size < LARGE:
-        rows = F.pad(x.detach().reshape(-1, use.q).to(h.dtype), (0, 1), value=1.0)
+        rows = F.pad(use.right(slice(None)).detach().reshape(-1, use.q).to(h.dtype), (0, 1), value=1.0)
         return rows.T @ rows
     products = h.new_empty(1, size, size)
     samples = h.shape[0] // (use.right(slice(0, 1))[0].numel() // use.q)  # rows of the rule's `right`
