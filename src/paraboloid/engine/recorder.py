@@ -127,6 +127,7 @@ class Recorder(TorchFunctionMode):
         self.candidates: list[Call] = []  # operations on weights alone, of which some may turn out to be calls
         self.clean: dict[int, tuple[Tensor, int]] = {}
         self.alias: dict[int, Alias] = {}
+        self.hooked = False  # whether a hook may change gradients on their way
         self.batch_norms: list[tuple[Any, Hook]] = []  # those that ran in training mode: graph node, and what holds it
         known: list[Tensor] = []
         for module in model.modules():
@@ -150,6 +151,7 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, op, types_, args=(), kwargs=None):
         kwargs = kwargs or {}
+        self.hooked = self.hooked or op is Tensor.register_hook
         inputs = tensors(*args, *kwargs.values())
         before = versions(inputs)
         clean = list(map(self._is_clean, inputs))

@@ -23,6 +23,7 @@ from paraboloid.engine.derived_weights import promote, replay
 from paraboloid.engine.outer_products import Outer, general
 from paraboloid.engine.per_sample import Part, fallback_parts, rule_parts, vjp
 from paraboloid.engine.recorder import Call, Recorder, tensors
+from paraboloid.engine.sample_axes import sample_axes
 from paraboloid.engine.sample_independence import Layout, certify
 from paraboloid.layers.normalization import uses_batch_statistics
 from paraboloid.passes import trees
@@ -59,13 +60,14 @@ class Plan:
 class Tape:
     """The recording of one forward pass of `model`.  Use it through `paraboloid.record`.
 
-    verify: how often sample independence is certified: "auto" (the first time a sequence of calls and shapes is seen,
-    and on calls 2, 4, 8, ...), "always" (once for every recorded graph) or False.
+    verify: how often sample independence is certified by numbers: "auto" (the first time a sequence of calls and shapes
+    is seen, on its calls 2, 4, 8, ..., and wherever the graph alone does not prove it), "once" (without calls 2, 4,
+    ...), "always" (for every recorded graph) or False.
     """
 
     def __init__(self, model: nn.Module, verify: str | bool = "auto"):
-        if verify not in ("auto", "always", False):
-            raise ValueError(f"verify is {verify!r}; expected 'auto', 'always' or False.")
+        if verify not in ("auto", "once", "always", False):
+            raise ValueError(f"verify is {verify!r}; expected 'auto', 'once', 'always' or False.")
         self.model, self.verify = model, verify
         self.parameters = trees.parameters(model)
         self.names = {id(p): name for name, p in self.parameters.items()}
@@ -166,6 +168,9 @@ class Tape:
         due = self.verify == "always" or (self.verify == "auto" and (doubling(count + 1) or not steps))
         recorder, check = self.recorder, None
         replayed = None if due else replay(calls, steps, recorder.candidates, recorder.alias)
+        if replayed is not None and self.verify:
+            proved = None if recorder.hooked else sample_axes(f, [c.edge for c in replayed[0]], mixed)
+            replayed = None if proved is None else (replayed[0], proved)
         if replayed is not None:
             calls, layouts = replayed
         else:

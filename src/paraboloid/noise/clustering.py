@@ -53,7 +53,7 @@ class GradientClustering:
                   and sums being decayed averages over the batches ("online")
     seed          of the first centres, the order of the samples, splits, and dropout in a model in training mode
     verify        how often sample independence is certified: "auto" (on the first batch of a pass, and there as
-                  `pb.record` does; other batches only where their calls or shapes are new), "always" or False
+                  `pb.record` does; other batches "once"), "once", "always" or False
 
     After `fit`: `assignments` [N] int64, `sizes` [K], `distances` [N] (squared, to the own cluster's centre when it was
     assigned), `square_norms` [N], `distortions` [K] (sum of its distances), `centres` (name -> Centres), `passes`,
@@ -182,7 +182,7 @@ class GradientClustering:
         for indices, batch in data.batches(order, size):
             if self.decay is not None:
                 weights = self.decay * self.mass
-            verify = self.verify if seen == 0 or self.verify == "always" else False
+            verify = "once" if seen and self.verify == "auto" else self.verify
             cluster, distances, norms = self._batch(data, batch, parameters, weights, running, verify)
             found["assignments"][indices] = cluster
             found["distances"][indices] = distances[torch.arange(len(cluster)), cluster]

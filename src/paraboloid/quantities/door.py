@@ -246,8 +246,9 @@ def statistics(
                      one big batch, the samples of all ranks together, whatever the number of each; per-sample ones
                      (sample_grads, square_norms, gram, sqrt_ggn, ...) stay those of this rank.  All ranks must call
     output           picks the output tensor from a structured result, e.g. ``lambda o: o.logits``
-    verify           how often sample independence is certified (two extra pulls): "auto" (when a sequence of calls and
-                     shapes is first seen and on its calls 2, 4, 8, ...), "always" or False
+    verify           how often sample independence is certified by numbers (two extra pulls): "auto" (when a sequence
+                     of calls and shapes is first seen, on its calls 2, 4, 8, ..., and wherever the graph alone is no
+                     proof), "once" (not on calls 2, 4, ...), "always" or False
 
     Returns `Statistics`: ``stats["variance"]["conv1.weight"]``, ``stats.loss``, ``stats.output``,
     ``stats.total(name)``.
