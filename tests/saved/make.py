@@ -13,18 +13,20 @@ folder may lack the cases that the tables of these modules got later.
     VERSION/optimisers.pt.xz   name -> `state_dict()` and parameters, and the parameters after each of the next steps
     VERSION/clusterings.pt.xz  name -> `state_dict()` of clusterings and samplers, and what comes next
     VERSION/runs.pt.xz         name -> checkpoint of `paraboloid train`, as bytes, and the losses after one more epoch
+    monte_carlo.pt.xz          values by seed; made again (`--monte-carlo`) where a change of them is meant
 
 Those of 0.1.0.dev0 were made with torch 2.13 on one thread of an x86 processor; float64, but for cases named float32.
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from saved import clusterings, files, operators, optimisers, posteriors, runs, settings
+from saved import clusterings, files, monte_carlo, operators, optimisers, posteriors, runs, settings
 
 import paraboloid as pb
 
@@ -95,16 +97,21 @@ def write_runs(path: Path) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--monte-carlo", action="store_true", help="only monte_carlo.pt.xz, in place of the old one")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"the package is {Path(pb.__file__).parent}, version {pb.__version__}")
     settings.draw()
-    folder = HERE / pb.__version__
-    folder.mkdir()  # an error where it exists
-    write_posteriors(folder / "posteriors")
-    write_operators(folder / "operators.pt.xz")
-    write_optimisers(folder / "optimisers.pt.xz")
-    write_clusterings(folder / "clusterings.pt.xz")
-    write_runs(folder / "runs.pt.xz")
+    if not options.monte_carlo:
+        folder = HERE / pb.__version__
+        folder.mkdir()  # an error where it exists
+        write_posteriors(folder / "posteriors")
+        write_operators(folder / "operators.pt.xz")
+        write_optimisers(folder / "optimisers.pt.xz")
+        write_clusterings(folder / "clusterings.pt.xz")
+        write_runs(folder / "runs.pt.xz")
+    files.write(monte_carlo.values(), HERE / "monte_carlo.pt.xz")
 
 
 if __name__ == "__main__":
