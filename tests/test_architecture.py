@@ -26,7 +26,7 @@ MAY_IMPORT = {
         "operators", "quadratics",
     },
     "posteriors": {"passes", "data", "losses", "linalg", "engine", "reductions", "quantities", "operators"},
-    "logging": {"passes", "data", "losses", "linalg", "quantities"},
+    "logging": {"passes", "data", "losses", "linalg", "quantities", "noise"},
     "problems": {"passes", "data", "losses"},
     "report": set(),
     "jobs": {

@@ -50,7 +50,7 @@ def test_noise_to_signal_is_the_same_for_every_reduction(reduction):
     model, batch = setup()
     stats = pb.statistics(model, nn.MSELoss(reduction=reduction), batch, ["grad", "variance", "sample_grads"])
     g = torch.cat([v.flatten(1) for v in stats["sample_grads"].values()], 1)
-    expected = g.var(0, unbiased=False).sum() / g.mean(0).square().sum()
+    expected = g.var(0).sum() / (g.mean(0).square().sum() - g.var(0).sum() / len(g))
     found = scalars(stats, per="model")
     assert found["noise_to_signal"] == pytest.approx(expected.item())
     assert set(found) == {

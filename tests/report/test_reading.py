@@ -77,11 +77,23 @@ def test_noise(record, ratio, words):
     assert words in reading.noise(record["noise"])[0]
 
 
-def test_a_zero_gradient_is_noise_only(record):
-    record["noise"]["checkpoints"][-1]["total"]["noise_to_signal"] = None
-    assert reading.noise(record["noise"]) == [
-        "The gradient on all data is zero at the end of training: a batch of 64 sees noise only."
-    ]
+UNTOLD = "the mean gradient cannot be told from its noise, even over all samples measured"
+
+
+def test_a_signal_within_its_noise_is_said_to_be(record):
+    last = record["noise"]["checkpoints"][-1]["total"]
+    last["noise_to_signal"] = last["noise_scale"] = None
+    first, *others = reading.noise(record["noise"])
+    assert first == f"At the end of training {UNTOLD}: how much noise a batch of 64 carries cannot be told."
+    assert not any("would be equal" in sentence for sentence in others)
+
+
+def test_a_signal_within_its_noise_at_the_start_or_in_a_layer(record):
+    record["noise"]["checkpoints"][0]["total"]["noise_to_signal"] = None
+    record["noise"]["checkpoints"][-1]["layers"][1]["noise_to_signal"] = None
+    found = reading.noise(record["noise"])
+    assert f"At the start {UNTOLD}." in found
+    assert f"It cannot be told in conv2, where {UNTOLD}." in found
 
 
 def test_a_model_taken_as_given(record):

@@ -1,4 +1,4 @@
-"""Quantities as numbers for a logger (`scalars`, TensorBoard, Lightning); imports from `quantities` and below.
+"""Quantities as numbers for a logger (`scalars`, TensorBoard, Lightning); imports from `noise` and below.
 
 `TensorBoard` and `LightningCallback` need the extras `paraboloid[tensorboard]` and `paraboloid[lightning]`; neither
 package is imported before it is used.

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from paraboloid.linalg.kron import Kron
+from paraboloid.noise import moments
+from paraboloid.noise.noise_scale import parts
 from paraboloid.passes.parameter_layers import layers_of
 from paraboloid.quantities.door import TOTALS, Statistics
 
@@ -23,10 +25,10 @@ def scalars(stats: Statistics, *, per: str = "layer") -> dict[str, float]:
     mean, norm       of a value's entries: average and Euclidean norm.  Of a Kronecker block: of its diagonal and of the
                      whole block, never formed
     mean, max        of ||g_n||^2 over the samples ("square_norms")
-    noise_to_signal  sum of the variance / ||mean g||^2, where "variance" and "grad" are both there: how often the
-                     gradient's noise in one sample outweighs what the samples have in common; a batch of B averages it
-                     down to 1/B.  ||mean g||^2 holds noise too, so that the ratio saturates near N.
-                     Source: the simple noise scale of McCandlish et al. 2018, arXiv:1812.06162
+    noise_to_signal  where "variance" and "grad" are both there: how often the gradient's noise in one sample outweighs
+                     what the samples have in common; a batch of B averages it down to 1/B.  It is the `noise_scale` of
+                     `pb.noise.measures`, and NaN where that is None: these samples do not tell the gradient from its
+                     noise
 
     With `all_reduce`, numbers of per-sample quantities are those of this rank.
     """
@@ -39,11 +41,11 @@ def scalars(stats: Statistics, *, per: str = "layer") -> dict[str, float]:
             for number, value in _numbers(name, values).items():
                 found["/".join(part for part in (name, group, number) if part)] = value
     if "variance" in stats and "grad" in stats:
-        factor = stats.normalizer / stats.samples  # the gradient of the loss as reduced -> mean of the samples' own
-        for group, members in _groups(stats["variance"], per).items():
-            noise = torch.stack([stats["variance"][k].double().sum() for k in members]).sum()
-            signal = torch.stack([(factor * stats["grad"][k].double()).square().sum() for k in members]).sum()
-            found["/".join(part for part in ("noise_to_signal", group) if part)] = noise / signal
+        N, mean, squares = moments.of(stats)
+        for group, members in _groups(mean, per).items():
+            noise, _, signal = parts([mean[k] for k in members], [squares[k] for k in members], N)
+            ratio = torch.where(signal > 0, noise / signal, torch.nan)
+            found["/".join(part for part in ("noise_to_signal", group) if part)] = ratio
     return dict(zip(found, torch.stack([v.double() for v in found.values()]).tolist(), strict=True))
 
 

@@ -16,7 +16,7 @@ from paraboloid.noise.estimators import Estimator, resolve
 from paraboloid.noise.gradients import Gradients
 from paraboloid.passes.memory import LEFT_OUT
 
-EPSILON = 1e-7  # under the normalised variance, so that a coordinate without any gradient counts as 0
+EPSILON = 1e-7  # added to sums of squares over draws
 GROUPS = 10  # of draws, for the jackknife of the normalised variance
 REFERENCES = ("draws", "full")
 ESTIMATORS = ("sgb", "sg2b", "svrg", "gc")
@@ -28,7 +28,7 @@ class NoiseMeasure:
 
     average_variance             mean of ||g^ - e||^2 / D, for D trainable parameters
     normalized_variance          1/D sum_j [sum (g^_j - e_j)^2 / (sum g^_j^2 + 1e-7)], the sums over draws, as the
-                                 authors' code has it; 1 is noise without signal
+                                 authors' code has it: with many draws mean_j variance_j / E g^_j^2; 1 is pure noise
     shared_normalized_variance   sum ||g^ - e||^2 / sum ||g^||^2: one denominator for all coordinates, as in the text
 
     Each with its standard error over the draws, given e (NaN for a single draw): for the ratios by a jackknife over up
@@ -190,8 +190,10 @@ def measure(
         single_second.append(float(square.sum()))
     each, squares = torch.tensor(single_noise, dtype=torch.float64), torch.tensor(single_second, dtype=torch.float64)
     a, b = noise.sum(0), second.sum(0)
-    value = _per_coordinate(a, b)
-    left_out = [_per_coordinate(a - x, b - y) for x, y in zip(noise, second, strict=True)] if groups > 1 else []
+    value = normalized_variance(a, b, EPSILON)
+    left_out = (
+        [normalized_variance(a - x, b - y, EPSILON) for x, y in zip(noise, second, strict=True)] if groups > 1 else []
+    )
     shared = float(each.sum() / (squares.sum() + EPSILON * D))
     without = (each.sum() - each) / (squares.sum() - squares + EPSILON * D) if draws > 1 else torch.empty(0)
     return NoiseMeasure(
@@ -200,8 +202,9 @@ def measure(
     )  # fmt: skip
 
 
-def _per_coordinate(noise: Tensor, second: Tensor) -> float:
-    return float((noise / (second + EPSILON)).mean())
+def normalized_variance(noise: Tensor, second: Tensor, epsilon: float = 0.0) -> float:
+    """1/D sum_j noise_j / (second_j + epsilon), for the variance and second moment of every coordinate; 0 / 0 is 0."""
+    return float(torch.where(noise == 0, 0.0, noise / (second + epsilon)).mean())
 
 
 def _jackknife(left_out: list[float]) -> float:

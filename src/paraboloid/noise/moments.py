@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from paraboloid.data.batches import Batch, Output
 from paraboloid.losses import Loss
 from paraboloid.passes import trees
-from paraboloid.quantities.door import statistics
+from paraboloid.quantities.door import Statistics, statistics
 
 
 class Moments(NamedTuple):
@@ -34,13 +34,19 @@ def moments(
     seen = 0
     for batch in batches:
         wanted = ["grad", "variance"] if len(batch[1]) > 1 else ["grad"]  # a single sample has no variance
-        stats = statistics(model, loss, batch, wanted, output=output, max_memory=max_memory)
-        n, unreduced = stats.samples, stats.normalizer / stats.samples
+        n, found, inside = of(statistics(model, loss, batch, wanted, output=output, max_memory=max_memory))
         for k in mean:
-            delta = stats["grad"][k].double() * unreduced - mean[k]
+            delta = found[k] - mean[k]
             mean[k] += delta * (n / (seen + n))
             squares[k] += delta.square() * (seen * n / (seen + n))
             if n > 1:
-                squares[k] += n * stats["variance"][k].double()
+                squares[k] += inside[k]
         seen += n
     return Moments(seen, mean, squares)
+
+
+def of(stats: Statistics) -> Moments:
+    """Those behind "grad" and "variance" (without it no squares), whatever the loss's reduction."""
+    n, unreduced = stats.samples, stats.normalizer / stats.samples
+    squares = {k: n * v.double() for k, v in stats["variance"].items()} if "variance" in stats else {}
+    return Moments(n, {k: g.double() * unreduced for k, g in stats["grad"].items()}, squares)

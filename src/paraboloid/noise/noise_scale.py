@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from paraboloid.data import batches as batch_data
 from paraboloid.data.batches import Output
 from paraboloid.losses import Loss
-from paraboloid.noise.moments import moments
+from paraboloid.noise.moments import Moments, moments
 from paraboloid.passes.parameter_layers import layers_of
 
 
@@ -22,7 +22,8 @@ class Noise:
     """Noise of single-sample gradients g_n over N samples; g is their mean, D parameters. All unbiased but `snr`.
 
     variance       1/D sum_j 1/(N-1) sum_n (g_nj - g_j)^2
-    signal         1/D (||g||^2 - sum of variances / N): the squared mean gradient without the noise's part
+    signal         1/D (||g||^2 - sum of variances / N): the squared mean gradient without the noise's part; where it is
+                   not positive, N samples do not tell the gradient from its noise
     snr            mean over coordinates of g_j^2 / variance_j (GSNR, Liu et al. 2020, arXiv:2001.07384); where neither
                    is anything, 0.  Noise alone gives 1 / N
     noise_scale    variance / signal: the batch size at which noise and signal are equal, "critical batch size"
@@ -63,23 +64,32 @@ def measures(
     `data` is a batch or an iterable of batches, each of which takes one forward pass and one pull.  Gradients are those
     of the unreduced loss.  Raises ValueError for fewer than two samples.
     """
-    seen, mean, squares = moments(model, Loss.from_torch(loss_fn), batch_data.batches(data), output, max_memory)
-    if seen < 2:
-        raise ValueError(f"the data holds {seen} sample; expected at least 2, of which there is a variance.")
-    variance = {k: s / (seen - 1) for k, s in squares.items()}
-    layers = {layer: _noise(names, mean, variance, seen) for layer, names in layers_of(mean).items()}
-    return Measures(_noise(mean, mean, variance, seen), layers)
+    return measured(moments(model, Loss.from_torch(loss_fn), batch_data.batches(data), output, max_memory))
 
 
-def _noise(names: Iterable[str], mean: dict[str, Tensor], variance: dict[str, Tensor], N: int) -> Noise:
+def measured(found: Moments) -> Measures:
+    """The measures that follow from the moments."""
+    N, mean, squares = found
+    if N < 2:
+        raise ValueError(f"the data holds {N} sample; expected at least 2, of which there is a variance.")
+    layers = {layer: _noise(names, mean, squares, N) for layer, names in layers_of(mean).items()}
+    return Measures(_noise(mean, mean, squares, N), layers)
+
+
+def parts(mean: Iterable[Tensor], squares: Iterable[Tensor], N: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the variances, ||g||^2 and its unbiased value ||g||^2 - noise / N, over tensors of `Moments`."""
+    noise = torch.stack([s.sum() for s in squares]).sum() / (N - 1)
+    square = torch.stack([g.square().sum() for g in mean]).sum()
+    return noise, square, square - noise / N
+
+
+def _noise(names: Iterable[str], mean: dict[str, Tensor], squares: dict[str, Tensor], N: int) -> Noise:
     names = list(names)
     D = sum(mean[k].numel() for k in names)
-    noise = sum(float(variance[k].sum()) for k in names)
-    square = sum(float(mean[k].square().sum()) for k in names)
-    signal = square - noise / N
+    noise, square, signal = torch.stack(parts([mean[k] for k in names], [squares[k] for k in names], N)).tolist()
     snr = 0.0
     for k in names:
-        ratio = mean[k].square() / variance[k]
+        ratio = mean[k].square() / squares[k] * (N - 1)
         snr += float(torch.where(mean[k] == 0, 0.0, ratio).sum())
     each = noise * (N - 1) / N + square  # mean ||g_n||^2
     return Noise(

@@ -73,7 +73,7 @@ def _key_numbers(record: Record) -> list[tuple[str, str, str]]:
         (f"same batch of {size}", *_times(reading.top_ratio(row))),
         (f"another batch of {size}", *_times(reading.top_ratio(row, "other"))),
         ("batch size to trust", trusted, f"bias below {numbers.percent(section['tolerance'])}"),
-        ("critical batch size", numbers.number(last["noise_scale"], 2), "noise equals signal"),
+        ("critical batch size", numbers.number(last["noise_scale"]), noise.critical(last)),
         ("largest eigenvalue", numbers.number(top), f"trace {numbers.number(trace)}"),
     ]
     curve = record["training"]["curve"]

@@ -10,6 +10,7 @@ from typing import Any
 from paraboloid.report.numbers import count, number, percent, short, with_error
 
 Section = dict[str, Any]
+_UNTOLD = "the mean gradient cannot be told from its noise, even over all samples measured"
 
 
 def training(section: Section) -> list[str]:
@@ -32,18 +33,21 @@ def training(section: Section) -> list[str]:
 def noise(section: Section) -> list[str]:
     """Noise against signal at the start and at the end, and which layer is noisiest."""
     first, last = section["checkpoints"][0], section["checkpoints"][-1]
-    batch, ratio = count(section["batch_size"]), last["total"]["noise_to_signal"]
+    batch, ratio, start = count(section["batch_size"]), *(p["total"]["noise_to_signal"] for p in (last, first))
     if ratio is None:
-        return [f"The gradient on all data is zero at the end of training: a batch of {batch} sees noise only."]
-    amount = f"{number(ratio)} times as much noise as signal"
-    sentences = [f"At the end of training a gradient from {batch} samples carries {amount}."]
-    start, scale = first["total"]["noise_to_signal"], last["total"]["noise_scale"]
-    if start is not None and first["step"] != last["step"]:
-        sentences.append(f"At the start the ratio was {number(start)}.")
-    if scale is not None:
-        equal = f"batches of {number(scale, 2)} samples drawn with replacement"
+        sentences = [f"At the end of training {_UNTOLD}: how much noise a batch of {batch} carries cannot be told."]
+    else:
+        amount = f"{number(ratio)} times as much noise as signal"
+        sentences = [f"At the end of training a gradient from {batch} samples carries {amount}."]
+    if first["step"] != last["step"]:
+        sentences.append(
+            f"At the start {_UNTOLD}." if start is None else f"At the start the ratio was {number(start)}."
+        )
+    if ratio is not None:
+        equal = f"batches of {number(last['total']['noise_scale'])} samples"
         sentences.append(f"Noise and signal would be equal in {equal}.")
     layers = [layer for layer in last["layers"] if layer["noise_to_signal"] is not None]
+    untold = [layer["name"] for layer in last["layers"] if layer["noise_to_signal"] is None]
     if len(layers) > 1:
         top = max(layers, key=lambda layer: layer["noise_to_signal"])
         low = min(layers, key=lambda layer: layer["noise_to_signal"])
@@ -51,6 +55,8 @@ def noise(section: Section) -> list[str]:
             f"By layer it runs from {number(low['noise_to_signal'])} in {low['name']} to "
             f"{number(top['noise_to_signal'])} in {top['name']}."
         )
+    if untold and ratio is not None:
+        sentences.append(f"It cannot be told in {', '.join(untold)}, where {_UNTOLD}.")
     if (clusters := section.get("clusters")) is not None and clusters["variance_ratio"] is not None:
         sentences.append(
             f"A batch of {count(clusters['batch_size'])} with one sample from each gradient cluster has "

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from paraboloid.jobs.inspection import subject as subjects
-from paraboloid.jobs.inspection.noise import EPSILON, gradient_noise
+from paraboloid.jobs.inspection.noise import gradient_noise
 from paraboloid.jobs.inspection.subject import subject
 from paraboloid.problems import Problem
 
@@ -48,12 +48,15 @@ def test_noise_is_the_variance_over_all_mini_batches(loss, chunk, monkeypatch):
 
     found = gradient_noise(subject(p, 100, 0), 3, lambda: None)["total"]
     assert found["average_variance"] == pytest.approx(variance.mean().item(), rel=1e-10)
-    normalized = (variance / (batches.square().mean(0) + EPSILON)).mean().item()
+    normalized = (variance / batches.square().mean(0)).mean().item()
     assert found["normalized_variance"] == pytest.approx(normalized, rel=1e-10)
-    assert found["signal"] == pytest.approx(mean.square().mean().item(), rel=1e-10)
-    assert found["noise_to_signal"] == pytest.approx((variance.sum() / mean.square().sum()).item(), rel=1e-10)
-    scale = (g.var(0, correction=1).sum() / mean.square().sum()).item()
-    assert found["noise_scale"] == pytest.approx(scale, rel=1e-10)
+    single = g.var(0, correction=1).sum()
+    signal = mean.square().sum() - single / 7
+    assert found["signal"] == pytest.approx(signal.item() / g.shape[1], rel=1e-10)
+    assert (signal > 0) == (p.loss_fn.weight is not None)  # both cases are here
+    scale = (single / signal).item() if signal > 0 else None
+    assert found["noise_scale"] == (scale and pytest.approx(scale, rel=1e-10))
+    assert found["noise_to_signal"] == (scale and pytest.approx(scale / 3, rel=1e-10))
 
 
 def test_layers_add_up_to_the_total():
@@ -69,7 +72,7 @@ def test_layers_add_up_to_the_total():
 def test_the_whole_data_has_no_noise():
     found = gradient_noise(subject(problem(LOSSES["mean"]), 100, 0), 64, lambda: None)["total"]
     assert found["average_variance"] == 0
-    assert found["noise_to_signal"] == 0
+    assert found["normalized_variance"] == 0
 
 
 def test_without_any_gradient_the_ratios_are_undefined():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paraboloid.data.batches import take
 from paraboloid.jobs.inspection.subject import Subject
-from paraboloid.noise import GradientClustering, members, strata
+from paraboloid.noise import GradientClustering, measures, members, strata
 from paraboloid.noise.monitor import Snapshots
 
 CLUSTERS = 10
@@ -32,9 +32,11 @@ def clustered(subject: Subject, seed: int, tick: Callable[[], None]) -> dict[str
         clusters.fit(subject.dataset, passes=1)
         tick()
     found = strata(model, loss_fn, subject.dataset, clusters.assignments)
-    single = strata(model, loss_fn, subject.dataset, torch.zeros(N, dtype=torch.int64)).variance()
     filled = int((clusters.sizes > 0).sum())
-    plain = single / filled * (N - filled) / (N - 1) if N > 1 else 0.0
+    single = measures(model, loss_fn, subject.batches).total.variance * sum(
+        p.numel() for p in subject.parameters.values()
+    )
+    plain = single * (1 / filled - 1 / N)
     tick()
     return {
         "batch_size": filled,

@@ -2,74 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from paraboloid.data.batches import Batch
 from paraboloid.jobs.inspection.subject import Subject
 from paraboloid.losses import Loss
-from paraboloid.quantities.door import statistics
-
-# Added to the second moment under the normalised variance, so that a parameter without any gradient counts as 0.
-EPSILON = 1e-7
+from paraboloid.noise.comparison import normalized_variance
+from paraboloid.noise.moments import Moments, moments
+from paraboloid.noise.noise_scale import Noise, measured
 
 
 def gradient_noise(subject: Subject, batch_size: int, tick: Callable[[], None]) -> dict[str, Any]:
-    """Noise of the mean gradient of `batch_size` samples drawn without replacement, by layer and in total; exact.
+    """Noise of mean gradients of m = `batch_size` samples, by layer and in total; exact, without weight decay.
 
-    With g the mean of the sample gradients g_n, of the unreduced loss, over all N samples, coordinate j has the
-    variance (N - m) / (N - 1) / m * mean_n (g_nj - g_j)^2. Weight decay takes no part.
+    average_variance, normalized_variance  of batches drawn without replacement from the N samples, whose coordinate j
+                                           has the variance (1/m - 1/N) 1/(N-1) sum_n (g_nj - g_j)^2: what
+                                           `pb.noise.compare` estimates for SG-B
+    signal, noise_scale                    those of `pb.noise.measures`
+    noise_to_signal                        noise_scale / m; both are None where the signal is not positive
     """
-    mean, variance = moments(subject, tick)
-    N, m = subject.size, min(batch_size, subject.size)
-    factor = (N - m) / (N - 1) / m if N > 1 else 0.0
+    found = moments(subject.model, Loss.from_torch(subject.problem.loss_fn), _ticked(subject, tick))
+    m, noise = min(batch_size, found.samples), measured(found)
     rows = [
-        {"name": layer.name, **_summary({k: mean[k] for k in layer.parameters}, variance, factor)}
+        {"name": layer.name, **_summary(noise.layers[layer.name], found, list(layer.parameters), m)}
         for layer in subject.layers
     ]
-    total = _summary(mean, variance, factor)
-    single, signal = sum(v.sum().item() for v in variance.values()), sum(g.square().sum().item() for g in mean.values())
-    return {
-        "layers": rows,
-        "total": {**total, "noise_scale": N / (N - 1) * single / signal if signal and N > 1 else None},
-    }
+    return {"layers": rows, "total": _summary(noise.total, found, list(found.mean), m)}
 
 
-def moments(subject: Subject, tick: Callable[[], None]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Mean and variance (1/N) of the sample gradients over all samples, in float64, one tensor for each parameter.
-
-    Batches are merged by the update of Chan, Golub and LeVeque 1979, which does not subtract large numbers.
-    """
-    loss = Loss.from_torch(subject.problem.loss_fn)
-    mean = {k: torch.zeros_like(p, dtype=torch.float64) for k, p in subject.parameters.items()}
-    squares = {k: torch.zeros_like(m) for k, m in mean.items()}
-    seen = 0
+def _ticked(subject: Subject, tick: Callable[[], None]) -> Iterator[Batch]:
     for batch in subject.batches:
-        stats = statistics(subject.model, loss, batch, ["grad", "variance"])
-        n = len(stats.output)
-        unreduced = loss.normalizer(stats.output, batch[1]) / n  # from the reduced loss to the mean over samples
-        for k in mean:
-            delta = stats["grad"][k].double() * unreduced - mean[k]
-            mean[k] += delta * (n / (seen + n))
-            squares[k] += n * stats["variance"][k].double() + delta.square() * (seen * n / (seen + n))
-        seen += n
+        yield batch
         tick()
-    return mean, {k: s / seen for k, s in squares.items()}
 
 
-def _summary(mean: dict[str, Tensor], variance: dict[str, Tensor], factor: float) -> dict[str, float | None]:
-    """Noise and signal over the parameters in `mean`; `factor` takes single samples to mini-batches."""
-    size = sum(g.numel() for g in mean.values())
-    noise = factor * sum(variance[k].sum().item() for k in mean)
-    signal = sum(g.square().sum().item() for g in mean.values())
-    normalized = sum(
-        (factor * variance[k] / (factor * variance[k] + g.square() + EPSILON)).sum().item() for k, g in mean.items()
-    )
+def _summary(noise: Noise, found: Moments, names: list[str], m: int) -> dict[str, float | None]:
+    share = 1 / m - 1 / noise.samples  # takes the variance of single samples to that of their batches
+    mean = torch.cat([found.mean[k].flatten() for k in names])
+    variance = torch.cat([found.squares[k].flatten() for k in names]) * (share / (noise.samples - 1))
     return {
-        "average_variance": noise / size,
-        "normalized_variance": normalized / size,
-        "signal": signal / size,
-        "noise_to_signal": noise / signal if signal else None,
+        "average_variance": share * noise.variance,
+        "normalized_variance": normalized_variance(variance, variance + mean.square()),
+        "signal": noise.signal,
+        "noise_to_signal": None if noise.noise_scale is None else noise.noise_scale / m,
+        "noise_scale": noise.noise_scale,
     }

@@ -46,7 +46,7 @@ def key_numbers(record: dict[str, Any]) -> list[tuple[str, str, str]]:
     found = [
         (f"noise of a batch of {size}", number(last["noise_to_signal"]), "times the signal"),
         ("normalised variance", number(last["normalized_variance"], 2), "1 is pure noise"),
-        ("critical batch size", number(last["noise_scale"], 2), "noise equals signal"),
+        ("critical batch size", number(last["noise_scale"]), critical(last)),
     ]
     if (clustered := noise.get("clusters")) is not None:
         found.append(("by gradient clusters", f"{number(clustered['variance_ratio'], 2)}×", "the variance"))
@@ -54,6 +54,11 @@ def key_numbers(record: dict[str, Any]) -> list[tuple[str, str, str]]:
         *found,
         ("parameters", count(record["problem"]["parameters"]), f"{len(record['problem']['layers'])} layers"),
     ]
+
+
+def critical(total: dict[str, Any]) -> str:
+    """The remark under the critical batch size."""
+    return "noise equals signal" if total["noise_scale"] is not None else "the signal is within its noise"
 
 
 def _estimators(noise: dict[str, Any]) -> Table:
@@ -94,7 +99,10 @@ def _over_time(noise: dict[str, Any]) -> Table:
             [short(point["epoch"]), *_cells(point["total"]), number(point["total"]["noise_scale"])]
             for point in noise["checkpoints"]
         ],
-        note=Markup("Critical batch: tr&#8239;Σ / ‖g‖² samples, where noise and signal are equal."),
+        note=Markup(
+            "Critical batch: tr&#8239;Σ / ‖g‖² samples, where noise and signal are equal; a dash where the "
+            "gradient cannot be told from its noise."
+        ),
     )
 
 
