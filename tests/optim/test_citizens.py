@@ -227,9 +227,10 @@ def test_batch_norm_in_training_mode(make):
 
 def test_a_diagonal_with_batch_norm_in_training_mode_is_refused():
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
-    MAKERS["diag"](model)
+    opt = MAKERS["diag"](model)
     with pytest.raises(ValueError, match="no per-sample gradients"):
         LOSS(model(batch()[0]), batch()[1])
+    opt.remove()
 
 
 @ALL
@@ -325,8 +326,7 @@ def test_hooks_go_with_the_optimiser(make):
     assert not (model._forward_hooks or model._forward_pre_hooks or loss._forward_hooks)
     opt = make(model, loss)
     train_step(model, opt, *batch(), loss)
-    del opt
-    gc.collect()
+    del opt  # at once, without waiting for the garbage collector
     assert not (model._forward_hooks or model._forward_pre_hooks or loss._forward_hooks)
 
 

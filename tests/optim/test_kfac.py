@@ -9,7 +9,7 @@ from torch import nn
 
 import paraboloid as pb
 from paraboloid.linalg.operand import LinAlgError
-from paraboloid.optim.step_size import adapted
+from paraboloid.optim.acceptance import adapted
 from paraboloid.passes.schedule import due
 
 LOSS = nn.CrossEntropyLoss()
@@ -264,8 +264,8 @@ def test_damping_adapts_to_the_reduction_ratio():
     ratio = (LOSS(model(x), y).item() - old) / float(g @ delta + delta @ (K @ delta) / 2)
     found = opt.diagnostics()
     assert found["reduction_ratio"] == pytest.approx(ratio, rel=1e-8)
-    assert found["damping"] == [adapted(1.0, ratio, 1)]
-    assert adapted(1.0, 0.9, 1) == 0.95 and adapted(1.0, 0.5, 1) == 1.0 and adapted(1.0, float("nan"), 1) == 1 / 0.95
+    assert found["damping"] == [adapted(1.0, ratio, 0.95, 1 / 0.95)]
+    assert [adapted(1.0, r, 0.5, 2.0) for r in (0.9, 0.5, 0.1, float("nan"))] == [0.5, 1.0, 2.0, 2.0]
     with pytest.raises(ValueError, match=r"expected step\(closure\)"):
         opt.step()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +33,7 @@ class FisherFactors(Quantity):
     name, per_sample = "fisher_factors", False
     over_ranks = "running"
 
-    def __init__(self, names: set[str], fisher: str, samples: int, sharing: str, halves: bool = False):
+    def __init__(self, names: Container[str], fisher: str, samples: int, sharing: str, halves: bool = False):
         self.source = fisher_source(fisher, samples)
         self.names, self.sharing, self.halves = names, check_sharing(sharing), halves
         self.least_samples = 2 if halves else 1
@@ -72,7 +72,7 @@ class Held(Quantity):
     name, per_sample = "held", False
     over_ranks = "local"
 
-    def __init__(self, names: set[str], fisher: str, samples: int, half: bool = False):
+    def __init__(self, names: Container[str], fisher: str, samples: int, half: bool = False):
         self.source, self.names, self.half = fisher_source(fisher, samples), names, half
         self.least_samples = 2 if half else 1
 
@@ -164,22 +164,3 @@ def of_samples(o: Outer, start: int, stop: int) -> Outer:
         return inner(slice(start + low, start + high))
 
     return replace(o, left=left, right=Right(rows, (1, stop - start, 1), lookup=inner.lookup, dtype=o.left.dtype))
-
-
-def finite(tree: Any) -> bool:
-    """Whether all tensors in Kronecker blocks (or mappings of them) are free of NaN and infinities."""
-    found: list[Tensor] = []
-    _collect(tree, found)
-    return not found or bool(torch.stack([t.isfinite().all() for t in found]).all())
-
-
-def _collect(tree: Any, found: list[Tensor]) -> None:
-    if isinstance(tree, Kron):
-        found += [tree.left, tree.right]
-    elif isinstance(tree, Tensor):
-        found.append(tree)
-    elif isinstance(tree, Mapping):
-        _collect(tuple(tree.values()), found)
-    elif isinstance(tree, tuple | list):
-        for item in tree:
-            _collect(item, found)

@@ -38,3 +38,9 @@ def norm(xs: Sequence[Tensor]) -> Tensor:
 def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     """The sum of all products, [], in float64."""
     return torch.stack([(x * y).sum().double() for x, y in zip(xs, ys, strict=True)]).sum()
+
+
+def finite(xs: Sequence[Tensor]) -> bool:
+    """Whether no entry is NaN or infinite."""
+    # a norm is many times faster than isfinite(), but may overflow where no entry does
+    return not xs or bool(norm(xs).isfinite()) or all(bool(x.isfinite().all()) for x in xs)

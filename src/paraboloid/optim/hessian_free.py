@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from paraboloid.data import batches
 from paraboloid.data.batches import Output
 from paraboloid.linalg.measured_cg import measured_iterates
+from paraboloid.linalg.operand import check_count
 from paraboloid.losses import Loss
+from paraboloid.optim.acceptance import adapted, reduction_ratio
 from paraboloid.optim.base import Frame
 from paraboloid.optim.hooks import distributed_group
-from paraboloid.optim.options import check_choices, check_count, check_number, check_share
+from paraboloid.optim.options import check_choices, check_number, check_share
 from paraboloid.passes import trees
 from paraboloid.passes.random_state import isolated, seeded
 from paraboloid.passes.wrappers import unwrapped
@@ -59,6 +61,9 @@ class HessianFree(Frame):
     Sources: Martens 2010, Deep learning via Hessian-free optimization; Martens & Sutskever 2012; debiasing:
     Tatzel et al. 2024, arXiv:2410.14325.
     """
+
+    OPTIONS = ("curvature", "debias", "seed", "max_iterations", "progress", "backtrack", "line_search",
+               "adapt_damping", "warm_start", "preconditioner")  # fmt: skip
 
     def __init__(
         self,
@@ -185,10 +190,11 @@ class HessianFree(Frame):
         self._write(theta + rate * p)
         predicted = predictions[place]
         actual = (objective(theta + p) if rate != 1 else value) - start
-        ratio = actual / predicted if predicted else float("nan")
+        ratio = reduction_ratio(actual, predicted)
         if self.adapt_damping:
             for group in self.param_groups:
-                group["damping"] *= LOWER if ratio > 3 / 4 else RAISE if not ratio >= 1 / 4 else 1.0
+                damping = group["damping"]
+                group["damping"] = adapted(damping, ratio, LOWER * damping, RAISE * damping)
         if rate == 0:
             self.counters["rejected"] += 1
         for parameter, direction in self._pieces(xs[-1] if rate else torch.zeros_like(p)):
@@ -222,7 +228,7 @@ class HessianFree(Frame):
             before = [(p, p.clone()) for p in self.names]
             self._write(theta)
             try:
-                with isolated(self.model, self.generator.device, seed), torch.no_grad():
+                with isolated(self.model, self.device, seed), torch.no_grad():
                     loss = self.loss.value(batches.call(unwrapped(self.model), batch[0], self.output), batch[1])
             finally:
                 for p, value in before:
@@ -265,7 +271,7 @@ class HessianFree(Frame):
     def _move_statistics(self, batch: Any, seed: int) -> None:
         """One pass that leaves running statistics as a training step does; all others leave no trace."""
         if any(m.training and getattr(m, "track_running_stats", False) for m in self.model.modules()):
-            with seeded(self.generator.device, seed):
+            with seeded(self.device, seed):
                 batches.call(unwrapped(self.model), batch[0], self.output)
 
     # --- state ---------------------------------------------------------------------------------------------------

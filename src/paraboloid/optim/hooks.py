@@ -78,13 +78,13 @@ class Capture:
         self._last: tuple[Recording, Any, Any] | None = None
         self._seen: tuple[Tensor, Tensor] | None = None
         self._handles: list[RemovableHandle] = [
-            model.register_forward_pre_hook(_weakly(self._before), with_kwargs=True),
-            model.register_forward_hook(_weakly(self._after), with_kwargs=True, always_call=True),
+            model.register_forward_pre_hook(weakly(self._before), with_kwargs=True),
+            model.register_forward_hook(weakly(self._after), with_kwargs=True, always_call=True),
         ]
         if isinstance(loss_fn, nn.Module):
-            self._handles.append(loss_fn.register_forward_hook(_weakly(self._loss_called), with_kwargs=True))
+            self._handles.append(loss_fn.register_forward_hook(weakly(self._loss_called), with_kwargs=True))
         else:
-            self._handles.append(self.loss.register_hook(_weakly(self._on_loss)))
+            self._handles.append(self.loss.register_hook(weakly(self._on_loss)))
         weakref.finalize(self, _remove, self._handles)
 
     def remove(self) -> None:
@@ -170,11 +170,7 @@ class Capture:
                                "contains both (pb.Loss objects add up), and call that.")  # fmt: skip
         self._seen = f, y
         value = self.loss.value(f.detach(), y) if value is None else value
-        finite = torch.isfinite(value.detach())
-        if self.group is not None:
-            finite = finite.to(torch.int32)
-            dist.all_reduce(finite, dist.ReduceOp.MIN, group=self.group)
-        if not finite:
+        if not everywhere(torch.isfinite(value.detach()), self.group):
             self.nonfinite = True
             return
         self.passes += 1
@@ -188,13 +184,12 @@ class Capture:
         self._on_loss(f, y)
 
 
-def _weakly(method: Callable[..., None]) -> Callable[..., None]:
+def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
     """The method as a hook that does not keep its object alive: an optimiser nobody holds takes its hooks with it."""
     held = weakref.WeakMethod(method)
 
-    def hook(*args: Any) -> None:
-        if (alive := held()) is not None:
-            alive(*args)
+    def hook(*args: Any) -> Any:
+        return None if (alive := held()) is None else alive(*args)
 
     return hook
 
@@ -267,6 +262,14 @@ def _is_running(frame: FrameType) -> bool:
             return True
         at = at.f_back
     return False
+
+
+def everywhere(flag: Tensor, group: Any) -> bool:
+    """Whether it is true on all ranks of the group."""
+    if group is not None:
+        flag = flag.to(torch.int32)
+        dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
+    return bool(flag)
 
 
 def distributed_group(model: nn.Module, all_reduce: Any) -> Any:

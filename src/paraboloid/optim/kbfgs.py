@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -10,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.data import batches
-from paraboloid.distributed import collectives
+from paraboloid.linalg.operand import check_count
 from paraboloid.losses import Loss
 from paraboloid.optim import foreach
-from paraboloid.optim.base import Closure, Frame, gradient_of, value_of
+from paraboloid.optim.base import Frame
 from paraboloid.optim.bfgs import (
     DenseInverse,
     LimitedMemoryInverse,
@@ -22,9 +23,11 @@ from paraboloid.optim.bfgs import (
     is_safe,
     update_inverse,
 )
-from paraboloid.optim.hooks import distributed_group
+from paraboloid.optim.closures import Closure, Evaluation
+from paraboloid.optim.direction import Move, averaged, coupled_decay, descend
+from paraboloid.optim.hooks import distributed_group, everywhere
 from paraboloid.optim.layer_means import Layer, Readings
-from paraboloid.optim.options import check_count, check_number, check_share
+from paraboloid.optim.options import check_number, check_share
 from paraboloid.passes import trees
 from paraboloid.passes.random_state import isolated
 
@@ -133,10 +136,8 @@ class KBFGS(Frame):
         defaults = {"lr": check_number("lr", lr, 0), "damping": check_number("damping", damping, 0, above=True),
                     "momentum": check_share("momentum", momentum), "decay": check_share("decay", decay),
                     "weight_decay": check_number("weight_decay", weight_decay, 0)}  # fmt: skip
-        super().__init__(model, defaults, params, seed=0)
-        self.loss_fn, self._group = loss_fn, distributed_group(model, all_reduce)
-        self._by_name = {name: p for p, name in self.names.items()}
-        self._group_of = {self.names[p]: group for group in self.param_groups for p in group["params"]}
+        super().__init__(model, defaults, params, 0, distributed_group(model, all_reduce))
+        self.loss_fn = loss_fn
         self._layers_found: dict[str, LayerState] = {}
         self._warm = 0  # batches that made A so far; -1 after warm_start
         self.counters["second_not_finite"] = 0
@@ -147,12 +148,16 @@ class KBFGS(Frame):
     # --- reading -------------------------------------------------------------------------------------------------
 
     def _read(self) -> Readings:
-        return Readings(self.model, self._by_name)
+        return Readings(self.model, {name: p for p, name in self.names.items()})
 
-    def _state_of(self, layer: Layer, mean: dict[str, Any]) -> LayerState | None:
+    def _groups(self) -> dict[str, dict[str, Any]]:
+        """Each parameter's group as it is now: schedules and loaded states change them."""
+        return {self.names[p]: group for group in self.param_groups for p in group["params"]}
+
+    def _state_of(self, layer: Layer, mean: dict[str, Any], groups: dict[str, Any]) -> LayerState | None:
         """The layer's state; made when it is first seen.  None for one whose bias lies in another group."""
         if layer.weight not in self._layers_found:
-            if layer.bias is not None and self._group_of[layer.bias] is not self._group_of[layer.weight]:
+            if layer.bias is not None and groups[layer.bias] is not groups[layer.weight]:
                 return None
             p = len(mean["h"])
             self._layers_found[layer.weight] = LayerState(layer, self._inverse(p, mean["h"]), p, mean["h"])
@@ -163,22 +168,22 @@ class KBFGS(Frame):
         """A of every layer as the unweighted mean over a loader's batches at the present parameters, one forward pass
         each, and Ha its damped inverse.  Call it before the first step.  Raises ValueError for an empty loader."""
         sums: dict[str, Any] = {}
-        count = 0
+        count, groups = 0, self._groups()
         for inputs, _ in batches.batches(loader):
             readings = self._read()
-            with isolated(self.model, self.generator.device, count), torch.enable_grad(), readings.evaluation(True):
+            with isolated(self.model, self.device, count), torch.enable_grad(), readings.evaluation(True):
                 result = self.model(**inputs) if isinstance(inputs, dict) else self.model(
                     *inputs if isinstance(inputs, tuple | list) else (inputs,)
                 )  # fmt: skip
                 del result
             count += 1
             for name, mean in readings.means(self._group).items():
-                state = self._state_of(readings.layers[name], mean)
+                state = self._state_of(readings.layers[name], mean, groups)
                 if state is not None:
                     total = sums.setdefault(name, [torch.zeros_like(mean["A"]), float(mean["positions"])])
                     total[0] += mean["A"]
         for name, (A, positions) in sums.items():
-            self._layers_found[name].start(A / count, positions, self._group_of[name]["damping"])
+            self._layers_found[name].start(A / count, positions, groups[name]["damping"])
         self._warm = -1
 
     # --- the step ------------------------------------------------------------------------------------------------
@@ -193,33 +198,34 @@ class KBFGS(Frame):
             )
         readings = self._read()
         with readings.evaluation(moments=True):
-            loss = self._first(closure)
+            first = Evaluation(closure, self.model, self._parameters())
         self._check_model(trees.parameters(self.model))
-        if not (torch.isfinite(torch.as_tensor(value_of(loss))) or self._group):
-            self._skip("the loss is NaN or infinite")
-            return loss
-        if not self._finite():
-            return loss
-        before = readings.means(self._group)
+        if (moves := self._moves(self._group is not None or math.isfinite(first.value))) is None:
+            return first.loss
+        before, groups = readings.means(self._group), self._groups()
         self._check_backward(readings, before)
-        self._learn_inputs(readings, before)
-        self._move(before)
-        after = self._evaluate_again(closure, readings)
+        self._learn_inputs(readings, before, groups)
+        for m in moves:
+            coupled_decay(m)
+            averaged(m)
+            self._precondition(m, before)
+            descend(m)
+        after = self._evaluate_again(first, readings)
         for name, state in self._layers_found.items():
             if name in before and state.Ha is not None:
-                group = self._group_of[name]
+                group = groups[name]
                 if after is not None and name in after:
                     state.update_output_side(before[name], after[name], group["damping"], group["decay"])
                 state.update_input_side(before[name]["a"], group["damping"])
         self.counters["steps"] += 1
-        return loss
+        return first.loss
 
     def _check_backward(self, readings: Readings, means: dict[str, Any]) -> None:
         if means and all(readings.found[name].gradients is None for name in means):
             raise RuntimeError("the closure's backward pass reached none of the model's layers; expected it to "
                                "evaluate the model and call backward() on the loss.")  # fmt: skip
 
-    def _learn_inputs(self, readings: Readings, means: dict[str, dict[str, Any]]) -> None:
+    def _learn_inputs(self, readings: Readings, means: dict[str, dict[str, Any]], groups: dict[str, Any]) -> None:
         """A, and Ha anew as long as there was no warm start."""
         if self._warm == 0:
             warnings.warn(
@@ -228,10 +234,10 @@ class KBFGS(Frame):
             )  # fmt: skip
         warming = 0 <= self._warm < WARM_UP
         for name, mean in means.items():
-            state = self._state_of(readings.layers[name], mean)
+            state = self._state_of(readings.layers[name], mean, groups)
             if state is None:
                 continue
-            group = self._group_of[name]
+            group = groups[name]
             if state.A is None or warming:
                 share = 1 / (self._warm + 1) if state.A is not None else 1.0
                 A = mean["A"] if state.A is None else state.A.lerp(mean["A"], share)
@@ -241,56 +247,29 @@ class KBFGS(Frame):
         if warming:
             self._warm += 1
 
-    def _move(self, means: dict[str, Any]) -> None:
-        """The momentum gradients, and W <- W - lr Hg M Ha."""
-        for group in self.param_groups:
-            ps = self._with_gradient(group)
-            if not ps:
+    def _precondition(self, m: Move, means: dict[str, Any]) -> None:
+        """Hg M Ha for the layers, M itself for other parameters."""
+        place = {name: i for i, name in enumerate(m.names)}
+        for name, i in place.items():
+            state = self._layers_found.get(name)
+            if state is None or name not in means or state.Ha is None:
                 continue
-            for p in ps:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffers = [self.state[p]["momentum_buffer"] for p in ps]
-            foreach.scale_(buffers, group["momentum"])
-            gradients = [gradient_of(p, group["weight_decay"]) for p in ps]
-            foreach.add_(buffers, gradients, alpha=1 - group["momentum"])
-        moved = set()
-        for name, state in self._layers_found.items():
-            if name in means and self._by_name[name].grad is not None and state.Ha is not None:
-                self._move_layer(state)
-                moved |= {name, state.layer.bias}
-        for group in self.param_groups:
-            for p in self._with_gradient(group):
-                if self.names[p] not in moved:
-                    p.add_(self.state[p]["momentum_buffer"], alpha=-group["lr"])
+            weight, bias, flip = m.params[i], state.layer.bias, state.layer.flip
+            M = m.direction[i].T if flip else m.direction[i].flatten(1)
+            if bias is not None:
+                M = torch.cat([M, m.direction[place[bias]].unsqueeze(1)], 1)
+            D = state.direction(M.to(state.s.dtype)).to(weight.dtype)
+            if bias is not None:
+                m.direction[place[bias]], D = D[:, -1], D[:, :-1]
+            m.direction[i] = D.T if flip else D.reshape(weight.shape)
 
-    def _move_layer(self, state: LayerState) -> None:
-        weight = self._by_name[state.layer.weight]
-        bias = None if state.layer.bias is None else self._by_name[state.layer.bias]
-        M = self.state[weight]["momentum_buffer"]
-        M = M.T if state.layer.flip else M.flatten(1)
-        if bias is not None:
-            M = torch.cat([M, self.state[bias]["momentum_buffer"].unsqueeze(1)], 1)
-        D = state.direction(M.to(state.s.dtype)).to(weight.dtype)
-        lr = self._group_of[state.layer.weight]["lr"]
-        if bias is not None:
-            bias.add_(D[:, -1], alpha=-lr)
-            D = D[:, :-1]
-        weight.add_(D.T if state.layer.flip else D.reshape(weight.shape), alpha=-lr)
-
-    def _evaluate_again(self, closure: Closure, readings: Readings) -> dict[str, dict[str, Any]] | None:
+    def _evaluate_again(self, first: Evaluation, readings: Readings) -> dict[str, dict[str, Any]] | None:
         """The means at the new parameters, on the same batch; None where they are not finite."""
-        with self._again(), readings.evaluation(moments=False):
-            loss = value_of(closure())
+        with readings.evaluation(moments=False):
+            loss = first.again()
         after = readings.means(self._group)
-        finite = loss == loss and abs(loss) != float("inf")
-        found = [mean[key] for mean in after.values() for key in ("h", "g")]
-        finite = finite and (not found or bool(foreach.norm(found).isfinite()))
-        if self._group is not None:
-            flag = torch.tensor(int(finite), device=self.generator.device)
-            finite = int(collectives.summed(flag, self._group, flag.device)) == torch.distributed.get_world_size(
-                self._group
-            )
+        finite = math.isfinite(loss) and foreach.finite([mean[key] for mean in after.values() for key in ("h", "g")])
+        finite = everywhere(torch.tensor(finite, device=self.device), self._group)
         self.counters["second_not_finite"] += not finite
         return after if finite else None
 
@@ -316,10 +295,11 @@ class KBFGS(Frame):
     def diagnostics(self) -> dict[str, Any]:
         """Counters, and for each parameter its structure ("quasi-newton", or "identity" for other parameters); for
         layers also the damping, the last curvature s . y / s . s, updates of Hg and updates that a gate skipped."""
-        found: dict[str, Any] = {name: {"structure": "identity"} for name in self._by_name}
+        found: dict[str, Any] = {name: {"structure": "identity"} for name in self.names.values()}
+        groups = self._groups()
         for name, state in self._layers_found.items():
             ss = float(state.s @ state.s)
-            layer = {"structure": "quasi-newton", "damping": self._group_of[name]["damping"],
+            layer = {"structure": "quasi-newton", "damping": groups[name]["damping"],
                      "positions": state.positions,
                      "curvature": float(state.s @ state.y) / ss if ss else None, **state.counts}  # fmt: skip
             found[name] = layer
@@ -333,6 +313,8 @@ class KBFGSL(KBFGS):
 
     Everything else is as in `KBFGS`.  Source: arXiv:2006.08877, section 4.
     """
+
+    OPTIONS = ("memory",)
 
     def __init__(self, model: nn.Module, loss_fn: nn.Module | Loss, *, memory: int = 100, **options: Any):
         self.memory = check_count("memory", memory)

@@ -26,13 +26,6 @@ def check_share(name: str, value: float) -> float:
     return value
 
 
-def check_count(name: str, value: int) -> int:
-    """`value`, or ValueError where it is not an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}; expected an integer of at least 1.")
-    return value
-
-
 def check_choices(choices: Mapping[str, tuple[Any, tuple]]) -> None:
     for name, (value, known) in choices.items():
         if value not in known:
@@ -52,6 +45,7 @@ def check_samplable(loss: Loss, fisher: str) -> None:
 
 def group_defaults(lr, momentum, nesterov, weight_decay, decoupled, damping) -> dict[str, Any]:
     check_number("lr", lr, 0)
+    check_number("damping", damping, 0)
     check_share("momentum", momentum)
     check_number("weight_decay", weight_decay, 0)
     if nesterov and momentum == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from paraboloid.linalg.kron import Kron
 from paraboloid.losses import Loss
-from paraboloid.optim import foreach
-from paraboloid.optim.accumulation import Pooled
-from paraboloid.optim.base import Closure, Frame, gradient_of
-from paraboloid.optim.fisher_factors import FisherFactors, finite
-from paraboloid.optim.hooks import NOTHING_SEEN, Capture, Observed, distributed_group
-from paraboloid.optim.options import check_number, check_samplable, check_share
-from paraboloid.optim.preconditioner import Block
+from paraboloid.optim import direction
+from paraboloid.optim.base import Frame
+from paraboloid.optim.closures import Closure
+from paraboloid.optim.curvature import Curvature
+from paraboloid.optim.fisher_factors import FisherFactors
+from paraboloid.optim.hooks import distributed_group
+from paraboloid.optim.measurement import Measurement
+from paraboloid.optim.options import check_samplable, check_share, group_defaults
 from paraboloid.quantities.named import FISHERS, QUANTITIES
 
 FISHER_OF = {name: fisher for fisher, name in FISHERS.items()}
@@ -47,6 +48,8 @@ class Preconditioned(Frame):
     Source: Dangel, Kunstner & Hennig 2020, arXiv:1912.10985, section 4 and eq. 26 (with exact inverses).
     """
 
+    OPTIONS = ("curvature", "decay")
+
     def __init__(
         self,
         model: nn.Module,
@@ -66,90 +69,89 @@ class Preconditioned(Frame):
     ):
         if curvature not in CURVATURES:
             raise ValueError(f"curvature is {curvature!r}; expected one of {CURVATURES}.")
-        defaults = {
-            "lr": check_number("lr", lr, 0), "damping": check_number("damping", damping, 0),
-            "weight_decay": check_number("weight_decay", weight_decay, 0),
-            "momentum": check_share("momentum", momentum), "nesterov": False,
-        }  # fmt: skip
-        self.curvature, self.decay, self.max_memory = curvature, check_share("decay", decay), max_memory
-        super().__init__(model, defaults, params, seed)
-        self._group = distributed_group(model, all_reduce)
-        self._blocks = {name: Block(name) for name in self.names.values()}
-        if curvature in FISHER_OF:
-            self._quantity: Any = FisherFactors(set(self._blocks), FISHER_OF[curvature], 1, "expand")
-        else:
-            self._quantity = QUANTITIES[curvature]()
-        self._pooled = Pooled()
+        defaults = group_defaults(lr, momentum, False, weight_decay, False, damping)
+        self.curvature, self.decay = curvature, check_share("decay", decay)
+        super().__init__(model, defaults, params, seed, distributed_group(model, all_reduce))
+        self._compose()
         check_samplable(Loss.from_torch(loss_fn), "mc" if curvature in ("kfac", "diag_ggn_mc") else "exact")
-        self._capture = Capture(model, loss_fn, lambda: True, self._measure, verify, self._quantity.twice, self._group)
+        self._measured = Measurement(self, loss_fn, verify=verify, twice=self._curvature.quantity.twice,
+                                     max_memory=max_memory, by_samples=curvature in MOMENTS)  # fmt: skip
+
+    def _compose(self) -> None:
+        super()._compose()
+        self._curvature = BatchCurvature(self.names.values(), self.curvature, self.decay)
+        self._blocks = self._curvature.blocks
+        self._parts = [direction.coupled_decay, self._curvature.precondition, direction.momentum, direction.descend]
+
+    def _added(self, names: Iterable[str]) -> None:
+        self._curvature.add(names)
 
     def observe(self, output: Tensor, target: Tensor) -> None:
         """Tell the optimiser the output and target of a loss computed by a function; before ``backward()``."""
-        self._capture.observe(output, target)
+        self._measured.capture.observe(output, target)
 
     def remove(self) -> None:
         """Take the optimiser's hooks off the model and the loss."""
-        self._capture.remove()
+        self._measured.capture.remove()
 
-    def _measure(self, seen: Observed) -> None:
-        self._check_model(seen.tape.parameters)
-        stats = seen.tape.statistics(
-            self._capture.loss, seen.output, seen.target, [self._quantity], generator=self.generator,
-            max_memory=self.max_memory, all_reduce=self._group or False,
-        )  # fmt: skip
-        moment = self.curvature in MOMENTS
-        self._pooled.add(stats, self._capture.loss.reduction == "sum" and not moment, by_samples=moment)
+    def _wanted(self) -> bool:
+        return True
+
+    def _quantities(self) -> list[Any]:
+        return [self._curvature.quantity]
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step; returns the closure's loss, if one was given."""
-        loss = self._first(closure)
+        first = self._evaluated(closure)
         try:
-            if self._capture.nonfinite:
-                self._skip("the loss is NaN or infinite")
-            elif self._finite():
-                self._update()
-                self._move()
+            if (moves := self._moves(not self._measured.capture.nonfinite)) is not None:
+                self._curvature.update(self._measured, self._dampings())
+                for m in moves:
+                    for part in self._parts:
+                        part(m)
                 self.counters["steps"] += 1
         finally:
-            self._capture.forget()
-            self._pooled = Pooled()
-        return loss
+            self._measured.forget()
+        return None if first is None else first.loss
 
-    def _update(self) -> None:
-        if self._capture.passes == 0:
-            raise RuntimeError(f"Preconditioned {NOTHING_SEEN}")
-        (found,) = self._pooled.values.values()
-        if not finite(found):
-            self.counters["skipped_curvature"] = self.counters.get("skipped_curvature", 0) + 1
-            return
-        for group in self.param_groups:
-            for p in group["params"]:
-                block = self._blocks[self.names[p]]
-                if (value := found.get(block.name)) is None:
-                    continue
-                block.average(as_kron(value), self.decay)
-                damping = group["damping"] + group["weight_decay"]
-                if block.structure == "diagonal" or isinstance(value, Tensor):
-                    block.inverse, block.damping = diagonal_inverse(block.kron, damping, block.name), damping
-                elif block.decompose(carried=False):
-                    block.invert(damping, split=False)
+    def _state(self) -> dict[str, Any]:
+        return {"blocks": self._curvature.state()}
 
-    def _move(self) -> None:
-        for group in self.param_groups:
-            ps = self._with_gradient(group)
-            d = [self._blocks[self.names[p]].apply(gradient_of(p, group["weight_decay"])) for p in ps]
-            if ps:
-                foreach.add_(ps, self._with_momentum(group, ps, d), alpha=-group["lr"])
+    def _load(self, state: dict[str, Any]) -> None:
+        self._curvature.load(state["blocks"])
 
     def diagnostics(self) -> dict[str, Any]:
         """Counters, and for each parameter its structure, damping, mean curvature and failed inversions."""
-        return {"skipped_curvature": 0, **self.counters, "layers": self._layers()}
+        layers = self._curvature.diagnostics({name: p.numel() for p, name in self.names.items()})
+        return {"skipped_curvature": 0, **self.counters, "layers": layers}
 
 
-def as_kron(value: Any) -> Any:
-    """A diagonal [*shape] as a block whose right factor is one; blocks as they are."""
-    return Kron(value.flatten().clone(), value.new_ones(1, 1)) if isinstance(value, Tensor) else value
+class BatchCurvature(Curvature):
+    """A quantity of `pb.statistics` for every parameter, inverted in every step."""
+
+    def __init__(self, names: Iterable[str], curvature: str, decay: float):
+        super().__init__(names, decay)
+        self.quantity: Any = (
+            FisherFactors(self.blocks.keys(), FISHER_OF[curvature], 1, "expand") if curvature in FISHER_OF
+            else QUANTITIES[curvature]()
+        )  # fmt: skip
+
+    def update(self, measured: Measurement, dampings: Mapping[str, float]) -> None:
+        """Average what the step measured, and invert it."""
+        if (found := measured.found()) is None:
+            return
+        (values,) = found.values()
+        for name, block in self.blocks.items():
+            if (value := values.get(name)) is None:
+                continue
+            if isinstance(value, Tensor):  # a diagonal
+                value = Kron(value.flatten().clone(), value.new_ones(1, 1))
+            block.average(value, self.decay)
+            if block.structure == "diagonal":
+                block.inverse, block.damping = diagonal_inverse(block.kron, dampings[name], name), dampings[name]
+            elif block.decompose(carried=False):
+                block.invert(dampings[name], split=False)
 
 
 def diagonal_inverse(kron: Any, damping: float, name: str) -> Any:

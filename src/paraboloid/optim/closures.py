@@ -1,0 +1,67 @@
+"""A step's closure, evaluated once and then again on the same batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paraboloid.passes.random_state import copied_buffers
+
+Closure = Callable[[], Any]
+
+
+class Evaluation:
+    """The first call of a closure in a step, with its gradients in place; `loss` is what it returned.
+
+    Raises RuntimeError where it left no gradient on any of the parameters.
+    """
+
+    def __init__(self, closure: Closure, model: nn.Module, parameters: Iterable[Tensor]):
+        self.closure, self.model, self.parameters = closure, model, list(parameters)
+        self.device = self.parameters[0].device
+        self._random = (
+            torch.get_rng_state(),
+            (torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None),
+        )
+        with torch.enable_grad():
+            self.loss = closure()
+        if not any(p.grad is not None for p in self.parameters):
+            raise RuntimeError("the closure left no gradient on any parameter; expected it to clear the gradients, "
+                               "evaluate the loss, call backward() on it and return it.")  # fmt: skip
+
+    @property
+    def value(self) -> float:
+        return _number(self.loss)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """For calling the closure once more: the first call's random state, no moved buffers (running statistics), and
+        the gradients of the first call put back."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        gradients = [(p, p.grad, p.grad.clone()) for p in self.parameters if p.grad is not None]
+        with torch.random.fork_rng(devices=devices), copied_buffers(self.model), torch.enable_grad():
+            cpu, cuda = self._random
+            torch.set_rng_state(cpu)
+            if cuda is not None:
+                torch.cuda.set_rng_state(cuda, self.device)
+            try:
+                yield
+            finally:
+                for p in self.parameters:
+                    p.grad = None
+                for p, grad, value in gradients:
+                    p.grad = grad
+                    grad.data.copy_(value)
+
+    def again(self) -> float:
+        """The closure's value at the present parameters, see `replayed`."""
+        with self.replayed():
+            return _number(self.closure())
+
+
+def _number(loss: Any) -> float:
+    return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)

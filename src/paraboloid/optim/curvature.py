@@ -1,0 +1,155 @@
+"""The curvature that an optimiser keeps: a block for every parameter, measured, averaged over steps, inverted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from paraboloid.distributed import collectives
+from paraboloid.linalg.operand import check_count
+from paraboloid.optim.direction import Move
+from paraboloid.optim.fisher_factors import Eigenvalues, FisherFactors, Held
+from paraboloid.optim.measurement import Measurement
+from paraboloid.optim.options import check_choices, check_share
+from paraboloid.optim.preconditioner import Block
+from paraboloid.passes.schedule import due
+from paraboloid.quantities.named import FISHERS
+
+
+class Curvature:
+    """A `Block` for every parameter, by name.
+
+    decay  of their running averages
+    """
+
+    def __init__(self, names: Iterable[str], decay: float):
+        self.blocks = {name: Block(name) for name in names}
+        self.decay = decay
+
+    def add(self, names: Iterable[str]) -> None:
+        """Parameters that came later; they take their plain gradient until they are measured."""
+        self.blocks |= {name: Block(name) for name in names}
+
+    def precondition(self, m: Move) -> None:
+        """(C + damping I)^-1 d, block by block."""
+        m.direction = [self.blocks[name].apply(d) for name, d in zip(m.names, m.direction, strict=True)]
+
+    def quadratic(self, name: str, d: Tensor) -> float:
+        """d . C d of one block, undamped; 0 where nothing was measured."""
+        block = self.blocks[name]
+        return 0.0 if block.kron is None else float(block.quadratic(d))
+
+    def state(self) -> dict[str, Any]:
+        return {name: block.state() for name, block in self.blocks.items()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        for name, block in self.blocks.items():
+            block.load(state[name])
+
+    def diagnostics(self, sizes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+        """Structure, damping, curvature (the mean eigenvalue) and failed inversions of each block."""
+        return {
+            name: {"structure": b.structure, "damping": b.damping, "curvature": b.trace() / sizes[name],
+                   "failures": b.failures} for name, b in self.blocks.items()
+        }  # fmt: skip
+
+
+class FisherCurvature(Curvature):
+    """Kronecker-factored Fisher information: factors every `factor_interval` steps, inverses every `inverse_interval`.
+
+    split   damping is split between two factors, which are inverted; else eigenbases, in which it is exact
+    half    factors from the first half of a batch, eigenvalues from the second
+    exact   eigenvalues of their own (EKFAC): averages of sum_{v,n} (u . (J_n^T v) w)^2 in the present eigenbasis
+    """
+
+    def __init__(
+        self, names: Iterable[str], *, fisher: str, samples: int, sharing: str, decay: float, factor_interval: int,
+        inverse_interval: int, split: bool, half: bool, exact: bool,
+    ):  # fmt: skip
+        check_choices({"fisher": (fisher, tuple(FISHERS))})
+        super().__init__(names, check_share("factor_decay", decay))
+        self.factor_interval = check_count("factor_interval", factor_interval)
+        self.inverse_interval = check_count("inverse_interval", inverse_interval)
+        self.split, self.half, self.exact, self.new = split, half, exact, False
+        self._sampling: dict[str, Any] = {"fisher": fisher, "samples": samples}
+        self._factors = FisherFactors(self.blocks.keys(), **self._sampling, sharing=sharing, halves=half)
+        self._whole = FisherFactors(self.blocks.keys(), **self._sampling, sharing=sharing)
+
+    def add(self, names: Iterable[str]) -> None:
+        super().add(names)
+        self.new = True
+
+    def factors_due(self, t: int) -> bool:
+        return self.new or due(t, self.factor_interval)
+
+    def _inverse_due(self, t: int) -> bool:
+        return due(t, self.inverse_interval) or any(b.kron is None for b in self.blocks.values())
+
+    @property
+    def _forms(self) -> dict[str, Any]:
+        return {name: b.form for name, b in self.blocks.items() if b.form is not None}
+
+    def quantities(self, t: int) -> list[Any]:
+        """What a pass of step t is to measure."""
+        if not self.factors_due(t):
+            return []
+        if not self.exact:
+            return [self._factors]
+        if self._inverse_due(t):  # the eigenbasis is not there yet
+            return [self._factors, Held(self.blocks.keys(), **self._sampling, half=self.half)]
+        return [self._factors, Eigenvalues(self._forms, **self._sampling, half=self.half)]
+
+    def warm_start(self, measured: Measurement, batches: Iterable[Any]) -> None:
+        """The plain mean over batches, with which the averages begin."""
+        for batch in batches:
+            found = measured.elsewhere(batch, [self._factors])["fisher_factors"]
+            self._average(found, None, decay=1.0)
+
+    def update(self, t: int, measured: Measurement, dampings: Mapping[str, float], measure_on: Any = None) -> None:
+        """Average what step t measured (eigenvalues: of the batch measure_on), and invert what is due."""
+        if self.factors_due(t) and (found := measured.found()) is not None:
+            renew = self._inverse_due(t)
+            other = None if measure_on is None else measured.elsewhere(measure_on, [self._whole])["fisher_factors"]
+            self._average(found["fisher_factors"], other, self.decay)
+            self.new = False
+            if renew and not self.split:
+                for block in self.blocks.values():
+                    if block.kron is not None:
+                        block.decompose(carried=self.exact)
+            if self.exact:
+                self._average_values(measured, measure_on)
+            if renew or not self.split:
+                self._invert(dampings)
+        # an eigendecomposition serves every damping; the split inverses wait for their interval
+        if not self.split and any(b.damping not in (0.0, dampings[name]) for name, b in self.blocks.items()):
+            self._invert(dampings)
+
+    def _average(self, found: Mapping[str, Any], other: Mapping[str, Any] | None, decay: float) -> None:
+        for name, block in self.blocks.items():
+            if found.get(name) is None:
+                continue
+            first, second = found[name] if self.half else (found[name], None)
+            block.average(first, decay)
+            second = second if other is None else other[name]
+            if second is not None:
+                block.average(second, decay, other=True)
+
+    def _average_values(self, measured: Measurement, measure_on: Any) -> None:
+        forms, pooled = self._forms, measured.pooled
+        values = pooled.values.get("eigenvalues", {})
+        if measure_on is not None:
+            values = measured.elsewhere(measure_on, [Eigenvalues(forms, **self._sampling)])["eigenvalues"]
+        for name, form in forms.items():
+            held = pooled.held.get(name, []) if measure_on is None else []
+            found = pooled.pool([h.eigenvalues(form) for h in held]) if held else values.get(name)
+            if held and measured.group is not None:
+                found = collectives.summed(found, measured.group, form.values.device)
+            if found is not None:
+                self.blocks[name].average_values(found, self.decay)
+
+    def _invert(self, dampings: Mapping[str, float]) -> None:
+        for name, block in self.blocks.items():
+            if block.kron is not None:
+                block.invert(dampings[name], self.split)

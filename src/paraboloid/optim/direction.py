@@ -1,0 +1,131 @@
+"""How a gradient becomes a step: small parts that are applied to each parameter group, one after the other.
+
+A part takes a `Move` and changes its direction (or, last, the parameters).  An optimiser is a list of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paraboloid.optim import foreach
+from paraboloid.optim.options import check_choices, check_number
+
+GRAFTS = ("sgd", "adam")
+
+
+@dataclass
+class Move:
+    """One group's step in the making, for the parameters that have a gradient; `states` are torch's, by parameter."""
+
+    group: dict[str, Any]
+    names: list[str]
+    params: list[Tensor]
+    states: list[dict[str, Any]]
+    gradient: list[Tensor]
+    direction: list[Tensor]  # what will be subtracted lr times
+
+    def kept(self, name: str) -> list[Tensor]:
+        """A tensor of each parameter's state; zeros where it is new."""
+        for p, state in zip(self.params, self.states, strict=True):
+            if name not in state:
+                state[name] = torch.zeros_like(p)
+        return [state[name] for state in self.states]
+
+
+Part = Callable[[Move], None]
+
+
+def coupled_decay(m: Move) -> None:
+    """The gradient of loss + weight_decay ||theta||^2 / 2, where decay is not decoupled."""
+    if m.group["weight_decay"] and not m.group.get("decoupled"):
+        m.gradient = m.direction = foreach.added(m.gradient, m.params, alpha=m.group["weight_decay"])
+
+
+def decoupled_decay(m: Move) -> None:
+    """theta <- (1 - lr weight_decay) theta, where decay is decoupled."""
+    if m.group["weight_decay"] and m.group.get("decoupled"):
+        foreach.scale_(m.params, 1 - m.group["lr"] * m.group["weight_decay"])
+
+
+def momentum(m: Move) -> None:
+    """Heavy ball b <- momentum b + d, or Nesterov's d + momentum b."""
+    mu = m.group["momentum"]
+    if mu:
+        buffers = m.kept("momentum_buffer")
+        foreach.scale_(buffers, mu)
+        foreach.add_(buffers, m.direction)
+        m.direction = foreach.added(m.direction, buffers, alpha=mu) if m.group.get("nesterov") else buffers
+
+
+def averaged(m: Move) -> None:
+    """Momentum as a running average, b <- momentum b + (1 - momentum) d, without bias correction."""
+    mu, buffers = m.group["momentum"], m.kept("momentum_buffer")
+    foreach.scale_(buffers, mu)
+    foreach.add_(buffers, m.direction, alpha=1 - mu)
+    m.direction = buffers
+
+
+def descend(m: Move) -> None:
+    """theta <- theta - lr d."""
+    foreach.add_(m.params, m.direction, alpha=-m.group["lr"])
+
+
+class Graft:
+    """Each parameter's direction gets the length that SGD (the gradient) or Adam (betas .9, .999) would give it.
+
+    Source: Agarwal et al. 2020, arXiv:2002.11803.
+    """
+
+    def __init__(self, kind: str | None):
+        check_choices({"graft": (kind, (None, *GRAFTS))})
+        self.kind = kind
+
+    def __call__(self, m: Move) -> None:
+        if self.kind is not None:
+            m.direction = [self._grafted(*each) for each in zip(m.states, m.gradient, m.direction, strict=True)]
+
+    def _grafted(self, state: dict[str, Any], g: Tensor, d: Tensor) -> Tensor:
+        length, size = (g if self.kind == "sgd" else _adam(state, g)).norm(), d.norm()
+        return d * (length / size) if size > 0 else d
+
+
+def _adam(state: dict[str, Any], g: Tensor) -> Tensor:
+    if "graft_step" not in state:
+        state |= {"graft_step": 0, "graft_m": torch.zeros_like(g), "graft_v": torch.zeros_like(g)}
+    state["graft_step"] += 1
+    state["graft_m"].lerp_(g, 0.1)
+    state["graft_v"].mul_(0.999).addcmul_(g, g, value=1e-3)
+    t = state["graft_step"]
+    m, v = state["graft_m"] / (1 - 0.9**t), state["graft_v"] / (1 - 0.999**t)
+    return m / (v.sqrt() + 1e-8)
+
+
+class TrustRegion:
+    """Shortens a group's direction so that the step -lr d stays inside.
+
+    kl_clip   lr^2 d . g <= kl_clip.  With d = (F + damping I)^-1 g the left side is about twice the Kullback-Leibler
+              divergence between the model's predictions before and after (Ba et al. 2017, section 5)
+    max_step  lr ||d|| <= max_step
+    """
+
+    def __init__(self, kl_clip: float | None = None, max_step: float | None = None):
+        for name, value in (("kl_clip", kl_clip), ("max_step", max_step)):
+            if value is not None:
+                check_number(name, value, 0, above=True)
+        self.kl_clip, self.max_step = kl_clip, max_step
+
+    def __call__(self, m: Move) -> None:
+        factor, lr = 1.0, m.group["lr"]
+        if self.kl_clip is not None:
+            size = lr**2 * float(foreach.dot(m.gradient, m.direction))
+            factor = min(factor, (self.kl_clip / size) ** 0.5 if size > 0 else 1.0)
+        if self.max_step is not None:
+            size = lr * float(foreach.norm(m.direction))
+            factor = min(factor, self.max_step / size if size > 0 else 1.0)
+        if factor < 1:
+            m.direction = foreach.scaled(m.direction, factor)
