@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset, default_collate
 
-Batch = tuple[Any, Any]
-Output = Callable[[Any], Tensor]
+Inputs = Any  # of a model: a tensor, a tuple or list of arguments, a mapping of keywords, or an object of its own
+Batch = tuple[Inputs, Any]
+Data = Batch | Mapping[str, Any] | Iterable[Any]  # a batch, or an iterable of batches
+Output = Callable[[Any], Tensor]  # picks the tensor from what the model returns
 
 
 def as_batch(data: Any) -> Batch | None:
@@ -102,13 +104,14 @@ def take(dataset: Any, indices: Tensor, device: torch.device) -> Batch:
 
 
 class Chunks:
-    """All samples of a map-style dataset, in order, as batches of `size`; can be iterated again."""
+    """Samples of a map-style dataset (all, or those of `indices`) as batches of `size`; can be iterated again."""
 
-    def __init__(self, dataset: Any, size: int, device: torch.device):
-        self.dataset, self.size, self.device, self.samples = dataset, size, device, sample_count(dataset)
+    def __init__(self, dataset: Any, size: int, device: torch.device, indices: Tensor | None = None):
+        self.dataset, self.size, self.device = dataset, size, device
+        self.indices = torch.arange(sample_count(dataset)) if indices is None else indices
 
     def __iter__(self) -> Iterator[Batch]:
-        for indices in torch.arange(self.samples).split(self.size):
+        for indices in self.indices.split(self.size):
             yield take(self.dataset, indices, self.device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from numbers import Integral
 from typing import Any
 
@@ -48,6 +49,12 @@ class Operand:
             return torch.from_numpy(np.asarray(self.A @ v.numpy())).to(v.dtype)
         A = self.A.to(v.dtype) if isinstance(self.A, Tensor) else self.A
         return (A @ v).detach().to(v.dtype)
+
+
+def check_choice(name: str, value: object, allowed: Collection[object]) -> None:
+    """Raise ValueError unless the value is one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; expected one of {allowed}.")
 
 
 def check_count(name: str, count: Any, least: int = 1, most: int | None = None) -> int:

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.data.batches import Output, as_batch
-from paraboloid.linalg.operand import check_count
+from paraboloid.linalg.operand import check_choice, check_count
 from paraboloid.operators.matrix_free.jacobian_form import JacobianForm
-from paraboloid.quadratics.local_model import CURVATURES, Quadratic, quadratic
-
-DIRECTIONS = ("eigen", "cg", "kfac", "ekfac")
+from paraboloid.quadratics.local_model import CURVATURES, DIRECTIONS, Quadratic, chosen, quadratic
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,8 +88,7 @@ def cross_fit(
         ("directions", directions, DIRECTIONS), ("curvature", curvature, tuple(CURVATURES)),
         ("chosen_by", chosen_by, ("fold", "rest")),
     ):  # fmt: skip
-        if value not in allowed:
-            raise ValueError(f"{name} is {value!r}; expected one of {list(allowed)}.")
+        check_choice(name, value, list(allowed))
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
     parts = list(order.tensor_split(folds))
 
@@ -104,7 +101,7 @@ def cross_fit(
     for i in range(folds):
         one, rest = parts[i], torch.cat(parts[:i] + parts[i + 1 :])
         chooser, measurer = (fit(one), fit(rest)) if chosen_by == "fold" else (fit(rest), fit(one))
-        rows = choose(chooser, directions, k, damping, seed)
+        rows = chosen(chooser, directions, k, damping, seed)
         found.append((rows, *measurer.along(rows), *chooser.along(rows)))
         if curvature != "hessian":
             errors.append(curvature_error(measurer, rows))
@@ -112,15 +109,6 @@ def cross_fit(
     return CrossFit(
         rows, slope, curvatures, same_slope, same_curvature, torch.stack(errors) if errors else None
     )  # fmt: skip
-
-
-def choose(q: Quadratic, directions: str, k: int, damping: float, seed: int) -> Tensor:
-    """k directions of a quadratic by their name, rows [k, D]."""
-    if directions == "eigen":
-        return q.eigen_directions(k, seed=seed)
-    if directions == "cg":
-        return q.conjugate_directions(k, damping, seed=seed)
-    return q.kron_directions(k, corrected=directions == "ekfac")
 
 
 def curvature_error(q: Quadratic, rows: Tensor) -> Tensor:

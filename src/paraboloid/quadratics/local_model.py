@@ -21,6 +21,7 @@ from paraboloid.operators.vectors import join
 from paraboloid.passes import trees
 
 CURVATURES: dict[str, type[GGN | Hessian | Fisher]] = {"ggn": GGN, "hessian": Hessian, "fisher": Fisher}
+DIRECTIONS = ("eigen", "cg", "kfac", "ekfac")
 KRONECKER: dict[str, Callable[..., KroneckerFactored | Diagonalised]] = {"kfac": KFAC, "ekfac": EKFAC}
 
 
@@ -126,6 +127,15 @@ class Quadratic:
             raise ValueError(f"the curvature + damping is 0 along direction {flat}; expected a number other than 0 to "
                              f"divide the slope by. Give a damping above {damping}.")  # fmt: skip
         return (-slopes / curvatures) @ rows
+
+
+def chosen(q: Quadratic, directions: str, k: int, damping: float, seed: int, tol: float | None = None) -> Tensor:
+    """k directions of a quadratic by their name, rows [k, D]; eigenvectors to a relative residual `tol`."""
+    if directions == "eigen":
+        return q.eigen_directions(k, tol=tol, seed=seed)
+    if directions == "cg":
+        return q.conjugate_directions(k, damping, seed=seed)
+    return q.kron_directions(k, corrected=directions == "ekfac")
 
 
 def quadratic(

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from paraboloid.data.batches import Chunks, Output, sample_count, take
-from paraboloid.linalg.operand import check_count
+from paraboloid.data.batches import Chunks, Data, Output, sample_count, take
+from paraboloid.linalg.operand import check_choice, check_count
 from paraboloid.passes import trees
 from paraboloid.passes.memory import MEASURED
 from paraboloid.quadratics.bias_result import WHICH, Bias
-from paraboloid.quadratics.local_model import CURVATURES, Quadratic, quadratic
+from paraboloid.quadratics.local_model import CURVATURES, DIRECTIONS, Quadratic, chosen, quadratic
 
-DIRECTIONS = ("eigen", "cg", "kfac", "ekfac")
 CHUNK = 512  # samples of the full data that are evaluated together
 PARTS = 16  # of a subset that stands for the full data: its standard error is that of their mean
 EIGEN_TOLERANCE = 1e-4  # relative residual of eigenvectors; curvatures along them are off by its square
@@ -61,90 +61,108 @@ def bias(
     Same-batch curvatures along top eigenvectors are overstated, for the batch's noise helped to choose them; an
     independent batch is unbiased for the data without the first batch.  Source: arXiv:2410.14325.
     """
-    samples = sample_count(dataset)
-    for name, count in (("batch_size", batch_size), ("repeats", repeats)):
-        check_count(name, count)
-    if 2 * batch_size > samples:
-        raise ValueError(f"batch_size is {batch_size} for {samples} samples; expected at most {samples // 2}, so that "
-                         "two disjoint batches exist.")  # fmt: skip
-    if directions not in DIRECTIONS:
-        raise ValueError(f"directions is {directions!r}; expected one of {list(DIRECTIONS)}.")
-    if curvature not in CURVATURES:
-        raise ValueError(f"curvature is {curvature!r}; expected one of {list(CURVATURES)}.")
-    if full_samples is not None and not PARTS <= full_samples <= samples:
-        raise ValueError(f"full_samples is {full_samples}; expected an integer in {PARTS}..{samples}, the number of "
-                         "samples, or None for all.")  # fmt: skip
-    parameters = trees.parameters(model)
-    size = sum(p.numel() for p in parameters.values())
+    samples, parameters = sample_count(dataset), trees.parameters(model)
+    size, device = sum(p.numel() for p in parameters.values()), next(iter(parameters.values())).device
+    _check_counts(samples, batch_size, repeats, full_samples)
+    check_choice("directions", directions, list(DIRECTIONS))
+    check_choice("curvature", curvature, list(CURVATURES))
     check_count("k", k, most=size)
     if isinstance(overlap, Tensor) and overlap.shape != (k, size):
         raise ValueError(f"overlap has shape {tuple(overlap.shape)}; expected the directions of all data, [{k}, "
                          f"{size}], or True.")  # fmt: skip
-    device = next(iter(parameters.values())).device
 
-    def fit(data: Any) -> Quadratic:
+    def fit(data: Data) -> Quadratic:
         return quadratic(model, loss_fn, data, curvature, weight_decay, output=output, seed=seed, max_memory=max_memory)
 
     def choose(q: Quadratic) -> Tensor:
-        if directions == "eigen":
-            return q.eigen_directions(k, tol=EIGEN_TOLERANCE, seed=seed)
-        if directions == "cg":
-            return q.conjugate_directions(k, damping, seed=seed)
-        return q.kron_directions(k, corrected=directions == "ekfac")
+        return chosen(q, directions, k, damping, seed, EIGEN_TOLERANCE)
 
-    chunk = max(CHUNK, batch_size)
-    everything = Chunks(dataset, chunk, device)
-    if full_samples is None:
-        full = AllData([fit(everything)])
-    else:
-        chosen = torch.randperm(samples, generator=torch.Generator().manual_seed(seed + 1))[:full_samples]
-        parts = [Selected(dataset, part, chunk, device) for part in chosen.tensor_split(PARTS)]
-        full = AllData([fit(part) for part in parts], [len(p.indices) for p in parts], samples)
-        everything = Selected(dataset, chosen, chunk, device)
+    chunks = partial(Chunks, dataset, max(CHUNK, batch_size), device)
+    full, everything = _all_data(samples, full_samples, seed, fit, chunks)
+    basis = None
+    if overlap is not False:
+        known = isinstance(overlap, Tensor)
+        basis = orthonormal(overlap if known else choose(full.parts[0] if full.sizes is None else fit(everything)))
+    measured, overlaps = Measurements(full), list[Tensor]()
     generator = torch.Generator().manual_seed(seed)
-    found: dict[str, list[tuple[Tensor, ...]]] = {which: [] for which in WHICH}
-    waiting: list[Tensor] = []  # directions not yet measured on the full data, which may have to be read for it
-
-    def measure_on_full() -> None:
-        found["full"].extend(zip(*(values.split(k) for values in full.along(torch.cat(waiting))), strict=True))
-        waiting.clear()
-
-    overlaps: list[Tensor] = []
-    if overlap is False:
-        basis = None
-    elif isinstance(overlap, Tensor):
-        basis = orthonormal(overlap)
-    else:
-        basis = orthonormal(choose(full.parts[0] if len(full.parts) == 1 else fit(everything)))
     for repeat in range(repeats):
-        first, second = torch.randperm(samples, generator=generator)[: 2 * batch_size].split(batch_size)
-        same, other = (fit(take(dataset, indices, device)) for indices in (first, second))
+        batches = torch.randperm(samples, generator=generator)[: 2 * batch_size].split(batch_size)
+        same, other = (fit(take(dataset, indices, device)) for indices in batches)
         rows = choose(same)
         if basis is not None:
             overlaps.append((orthonormal(rows) @ basis.T).square().sum() / k)
+        measured.add(rows, same, other)
+        if progress is not None:
+            progress(repeat + 1, repeats)
+    slope, values, *errors = measured.finished()
+    return Bias(
+        values, slope, batch_size, samples, directions, curvature, weight_decay, seed, full_samples,
+        dict(zip(("slope", "curvature"), (error["full"] for error in errors), strict=True)) if errors else None,
+        torch.stack(overlaps).double().cpu() if overlaps else None,
+    )  # fmt: skip
+
+
+def _check_counts(samples: int, batch_size: int, repeats: int, full_samples: int | None) -> None:
+    check_count("batch_size", batch_size)
+    check_count("repeats", repeats)
+    if 2 * batch_size > samples:
+        raise ValueError(f"batch_size is {batch_size} for {samples} samples; expected at most {samples // 2}, so that "
+                         "two disjoint batches exist.")  # fmt: skip
+    if full_samples is not None and not PARTS <= full_samples <= samples:
+        raise ValueError(f"full_samples is {full_samples}; expected an integer in {PARTS}..{samples}, the number of "
+                         "samples, or None for all.")  # fmt: skip
+
+
+def _all_data(
+    samples: int, full_samples: int | None, seed: int, fit: Callable[[Data], Quadratic], chunks: Callable[..., Chunks]
+) -> tuple[AllData, Chunks]:
+    """What stands for all data: its quadratic, and its samples."""
+    if full_samples is None:
+        everything = chunks()
+        return AllData([fit(everything)]), everything
+    drawn = torch.randperm(samples, generator=torch.Generator().manual_seed(seed + 1))[:full_samples]
+    parts = drawn.tensor_split(PARTS)
+    return AllData([fit(chunks(part)) for part in parts], [len(part) for part in parts], samples), chunks(drawn)
+
+
+class Measurements:
+    """Slopes and curvatures along directions, on the batch that chose them, on another and on all data.
+
+    Directions wait for the measurement on all data, which may have to be read for each.
+    """
+
+    def __init__(self, full: AllData):
+        self.full, self.waiting = full, list[Tensor]()
+        self.found: dict[str, list[tuple[Tensor, ...]]] = {which: [] for which in WHICH}
+
+    def add(self, rows: Tensor, same: Quadratic, other: Quadratic) -> None:
+        """Directions [k, D] that the batch of `same` chose; they are turned downhill there."""
         slopes, curvatures = same.along(rows)
         downhill = torch.where(slopes > 0, -1.0, 1.0).to(rows)
         rows = downhill.unsqueeze(1) * rows
-        found["same"].append((downhill * slopes, curvatures))
-        found["other"].append(other.along(rows))
-        waiting.append(rows)
-        if sum(r.nbytes for r in waiting) + rows.nbytes > MEASURED.of():
-            measure_on_full()
-        if progress is not None:
-            progress(repeat + 1, repeats)
-    if waiting:
-        measure_on_full()
+        self.found["same"].append((downhill * slopes, curvatures))
+        self.found["other"].append(other.along(rows))
+        self.waiting.append(rows)
+        if sum(r.nbytes for r in self.waiting) + rows.nbytes > MEASURED.of():
+            self._on_full()
 
-    def stacked(which: str, i: int) -> Tensor:
-        return torch.stack([values[i] for values in found[which]]).double().cpu()
+    def _on_full(self) -> None:
+        values = (each.split(len(self.waiting[0])) for each in self.full.along(torch.cat(self.waiting)))
+        self.found["full"].extend(zip(*values, strict=True))
+        self.waiting.clear()
 
-    return Bias(
-        {which: stacked(which, 1) for which in WHICH},
-        {which: stacked(which, 0) for which in WHICH},
-        batch_size, samples, directions, curvature, weight_decay, seed, full_samples,
-        None if full_samples is None else {"slope": stacked("full", 2), "curvature": stacked("full", 3)},
-        torch.stack(overlaps).double().cpu() if overlaps else None,
-    )  # fmt: skip
+    def finished(self) -> list[dict[str, Tensor]]:
+        """[repeats, k] by where it was measured: slopes, curvatures, and of a subset of all data their errors."""
+        if self.waiting:
+            self._on_full()
+        return [
+            {
+                which: torch.stack([values[i] for values in found]).double().cpu()
+                for which, found in self.found.items()
+                if i < len(found[0])
+            }
+            for i in range(len(self.found["full"][0]))
+        ]
 
 
 class AllData:
@@ -165,17 +183,6 @@ class AllData:
         rest = 1 - drawn / self.samples  # nothing is uncertain once all samples were drawn
         spreads = [(weights.unsqueeze(1) * (v - m)).square().sum(0) for v, m in zip(values, means, strict=True)]
         return (*means, *(spread.mul(rest * n / (n - 1)).sqrt() for spread in spreads))
-
-
-class Selected:
-    """Some samples of a map-style dataset as batches of `size`; can be iterated again."""
-
-    def __init__(self, dataset: Any, indices: Tensor, size: int, device: torch.device):
-        self.dataset, self.indices, self.size, self.device = dataset, indices, size, device
-
-    def __iter__(self) -> Iterator[Any]:
-        for indices in self.indices.split(self.size):
-            yield take(self.dataset, indices, self.device)
 
 
 def orthonormal(rows: Tensor) -> Tensor:
