@@ -7,6 +7,7 @@ with rounding, so the comparison is nearly exact, and their spread (2^-12 to 2^1
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,11 @@ def sample_weights(N: int, generator: torch.Generator, spread: int = WIDE) -> Te
     powers = 2 * spread + 1
     order = torch.cat([torch.randperm(2 * powers, generator=generator) for _ in range(-(-N // (2 * powers)))])[:N]
     return 2.0 ** (order % powers - spread) * (1 - 2 * (order // powers))
+
+
+def vanishing(dtype: torch.dtype, spread: int = WIDE) -> float:
+    """Up to where gradients underflow once they are weighted: numbers of this size say nothing about samples."""
+    return 2.0**spread * torch.finfo(dtype).tiny
 
 
 def layouts_of(shape: Sequence[int], N: int) -> Iterator[Layout]:
@@ -60,6 +66,7 @@ def certify(
     gs: list[Tensor | None] = [None] * len(calls)
     layouts: list[Layout | None] = [None] * len(calls)
     mixing: list[int] = []
+    vanished: list[tuple[int, float]] = []
     half = f.dtype == torch.float16  # powers of two commute with rounding, but float16 has few of them
 
     def compare(i: int, grads: tuple[Tensor | None, ...]) -> None:
@@ -70,7 +77,11 @@ def certify(
             return
         gs[i] = g.detach()
         half = half or g.dtype == torch.float16
-        tolerance = rounding(torch.float16 if half else g.dtype, g.device) ** 0.6 * g.abs().max()
+        largest = g.abs().max()
+        floor = vanishing(g.dtype, spread)
+        tolerance = rounding(torch.float16 if half else g.dtype, g.device) ** 0.6 * largest + floor
+        if 0 < largest <= floor:
+            vanished.append((i, float(largest)))
         fitting = (layout for layout in layouts_of(calls[i].shape, N) if _fits(g, h, w, layout, tolerance))
         layouts[i] = next(fitting, None)
         if layouts[i] is None:
@@ -93,6 +104,13 @@ def certify(
             "there are no per-sample gradients here. Something between it and the output mixes or reorders the "
             "samples: BatchNorm in training mode (call model.eval()), a softmax or mean over the batch, a flip. (A "
             "constant tensor that is no buffer of the model counts as data: register it.)"
+        )
+    if vanished:
+        i, size = min(vanished)
+        warnings.warn(
+            f"the gradients at {len(vanished)} of {len(calls)} calls have vanished: at {where(calls[i])} the largest "
+            f"entry is {size:.2g}, where {f.dtype} has few digits left. What such calls add is zero up to rounding.",
+            stacklevel=2,
         )
     return layouts, (u, gs, truth)
 

@@ -185,6 +185,9 @@ class Tape:
                         break  # the weights that were taken for data are none
                 calls, steps = further, [*steps, layouts]
                 further = promote(calls, layouts, recorder.candidates, recorder.alias)
+            proved = None if recorder.hooked else sample_axes(f, [c.edge for c in calls], mixed)
+            if proved is not None:  # where gradients have vanished, numbers fit any layout
+                layouts = [None if layout is None else p for layout, p in zip(layouts, proved, strict=True)]
         if not mixed:
             self._refuse_batch_statistics(calls, layouts)
         if calls is not first:
