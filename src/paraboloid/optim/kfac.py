@@ -236,11 +236,11 @@ class KFAC(Frame):
     # --- state ---------------------------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Any]:
-        return {"blocks": self._curvature.state(), "ratio": self._ratio}
+        return {"blocks": self._curvature.state(), "ratio": self._ratio, "new": self._curvature.new}
 
     def _load(self, state: dict[str, Any]) -> None:
         self._curvature.load(state["blocks"])
-        self._ratio = state.get("ratio")
+        self._ratio, self._curvature.new = state.get("ratio"), state.get("new", False)
 
     def diagnostics(self) -> dict[str, Any]:
         """Counters; the last reduction ratio; and for each parameter its structure, damping, curvature (the mean
