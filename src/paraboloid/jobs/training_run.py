@@ -19,6 +19,7 @@ from paraboloid.losses import Loss
 from paraboloid.noise import GradientClustering, StratifiedBatchSampler
 from paraboloid.noise.monitor import Reclustering
 from paraboloid.passes import trees
+from paraboloid.passes.modes import evaluating
 from paraboloid.problems.seeding import seeded
 
 CHECKPOINT, RECORD = "checkpoint.pt", "record.json"
@@ -117,16 +118,12 @@ class Clustered:
         return self.length
 
     def _renew(self) -> None:
-        training = self.model.training
-        self.model.eval()  # the samples' own gradients: no batch statistics, no dropout
-        try:
+        with evaluating(self.model):  # the samples' own gradients: no batch statistics, no dropout
             if self.sampler is None:
                 self.clusters.fit(self.dataset, 256, 3)
                 self.sampler = StratifiedBatchSampler(self.clusters.assignments, seed=self.seed)
             else:
                 Reclustering(self.clusters, self.dataset, self.sampler, every=self.every)(self.steps)
-        finally:
-            self.model.train(training)
 
     def next(self) -> Tensor:
         if self.sampler is None or self.steps % self.every == 0:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from paraboloid.data.batches import Output
 from paraboloid.logging.layer_scalars import scalars
 from paraboloid.losses import Loss
+from paraboloid.passes.modes import evaluating
 from paraboloid.quantities.door import statistics
 from paraboloid.quantities.named import Quantity
 
@@ -73,7 +74,7 @@ class LightningCallback(Callback):
         self._measured = step
         model = pl_module if self.model is None else self.model(pl_module)
         pair = batch if self.batch is None else self.batch(batch)
-        with _eval_mode(model) if self.eval_mode else nullcontext(), trainer.precision_plugin.forward_context():
+        with evaluating(model) if self.eval_mode else nullcontext(), trainer.precision_plugin.forward_context():
             stats = statistics(
                 model, self.loss_fn, pair, self.quantities, seed=self.seed + step, max_memory=self.max_memory,
                 output=self.output, all_reduce=trainer.world_size > 1,
@@ -81,14 +82,3 @@ class LightningCallback(Callback):
         numbers = {f"{self.prefix}/{name}": value for name, value in scalars(stats, per=self.per).items()}
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=step)
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from paraboloid.data.batches import Output
 from paraboloid.linalg.operand import check_count
 from paraboloid.noise.estimators import Estimator, resolve
 from paraboloid.noise.gradients import Gradients
+from paraboloid.noise.noise_scale import plain
 from paraboloid.passes.memory import LEFT_OUT
 
 EPSILON = 1e-7  # added to sums of squares over draws
@@ -83,9 +85,7 @@ class Comparison(Mapping[str, NoiseMeasure]):
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for strict JSON: undefined numbers are None."""
-        measures = {
-            name: {k: v if math.isfinite(v) else None for k, v in asdict(m).items()} for name, m in self.items()
-        }
+        measures = {name: plain(m) for name, m in self.items()}
         settings = {"batch_size": self.batch_size, "seed": self.seed, "reference": self.reference}
         return {**settings, "estimators": measures}
 
@@ -124,30 +124,48 @@ def compare(
 
     Raises ValueError for arguments out of range.  Source: Faghri et al. 2020, arXiv:2007.04532.
     """
-    check_count("batch_size", batch_size)
-    check_count("draws", draws)
-    if reference not in REFERENCES:
-        raise ValueError(f"reference is {reference!r}; expected one of {REFERENCES}.")
-    data = Gradients(model, loss_fn, dataset, seed, output)
-    found: dict[str, NoiseMeasure] = {}
-    chosen = resolve(estimators, seed)
-    for estimator in chosen:
-        estimator.prepare(data, batch_size)
-    full = data.full() if reference == "full" else None
-    for i, estimator in enumerate(chosen):
-        name = estimator.name
-        refresh(estimator, data, progress)
-        generator = torch.Generator().manual_seed(seed + 7919 * (i + 1))
-        step = None if progress is None else lambda done, total, name=name: progress(name, done, total)
-        found[name] = measure(estimator, data, draws, generator, full, step)
-    return Comparison(found, batch_size, seed, reference)
+    compared = Compared(
+        model, loss_fn, dataset, batch_size, estimators, draws, seed, reference=reference, output=output,
+        progress=progress,
+    )  # fmt: skip
+    return compared.measured(0, compared.estimators)
 
 
-def refresh(estimator: Estimator, data: Gradients, progress: Callable[[str, int, int], None] | None) -> None:
-    if progress is not None and hasattr(estimator, "progress"):
-        label = f"{estimator.name} clustering"
-        estimator.progress = lambda done, total: progress(label, done, total)  # type: ignore[attr-defined]
-    estimator.refresh(data)
+class Compared:
+    """Estimators on their data, to be measured once or again and again; arguments as in `compare`."""
+
+    def __init__(
+        self, model: nn.Module, loss_fn: Any, dataset: Any, batch_size: int = 10, estimators: Any = ESTIMATORS,
+        draws: int = 10, seed: int = 0, *, reference: str = "draws", output: Output | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ):  # fmt: skip
+        for name, value in (("batch_size", batch_size), ("draws", draws)):
+            check_count(name, value)
+        if reference not in REFERENCES:
+            raise ValueError(f"reference is {reference!r}; expected one of {REFERENCES}.")
+        self.data, self.reference, self.progress = Gradients(model, loss_fn, dataset, seed, output), reference, progress
+        self.batch_size, self.draws, self.seed = batch_size, draws, seed
+        self.estimators = resolve(estimators, seed)
+        for estimator in self.estimators:
+            estimator.prepare(self.data, batch_size)
+
+    def renew(self, estimator: Estimator) -> None:
+        if (progress := self.progress) is not None and hasattr(estimator, "progress"):
+            label = f"{estimator.name} clustering"
+            estimator.progress = lambda done, total: progress(label, done, total)  # type: ignore[attr-defined]
+        estimator.refresh(self.data)
+
+    def measured(self, moment: int, stale: Sequence[Estimator] = ()) -> Comparison:
+        """All of them at the current parameters, by draws of this moment; the stale ones are renewed before."""
+        full = self.data.full() if self.reference == "full" else None
+        found = {}
+        for i, estimator in enumerate(self.estimators):
+            if estimator in stale:
+                self.renew(estimator)
+            generator = torch.Generator().manual_seed(self.seed + 7919 * (i + 1) + 104729 * moment)
+            step = None if self.progress is None else partial(self.progress, estimator.name)
+            found[estimator.name] = measure(estimator, self.data, self.draws, generator, full, step)
+        return Comparison(found, self.batch_size, self.seed, self.reference)
 
 
 @torch.no_grad()

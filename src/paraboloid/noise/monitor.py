@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import nn
 
-from paraboloid.data.batches import Output
 from paraboloid.linalg.operand import check_count
 from paraboloid.noise.clustering import GradientClustering
-from paraboloid.noise.comparison import ESTIMATORS, Comparison, measure, refresh
-from paraboloid.noise.estimators import SVRG, resolve
-from paraboloid.noise.gradients import Gradients
+from paraboloid.noise.comparison import ESTIMATORS, Compared, Comparison
+from paraboloid.noise.estimators import SVRG
+from paraboloid.noise.noise_scale import plain
 from paraboloid.noise.sampler import StratifiedBatchSampler
 
 
-class Monitor:
+class Monitor(Compared):
     """Call it after every step, ``monitor(step)``: compares the estimators every `every` steps.
 
     The estimators' own state (SVRG's reference, the clusters) is renewed only every `refresh` steps, so that what is
@@ -30,83 +25,50 @@ class Monitor:
 
     def __init__(
         self, model: nn.Module, loss_fn: Any, dataset: Any, batch_size: int = 10, estimators: Any = ESTIMATORS,
-        draws: int = 10, seed: int = 0, *, every: int = 100, refresh: int = 1000, reference: str = "draws",
-        output: Output | None = None, progress: Callable[[str, int, int], None] | None = None,
+        draws: int = 10, seed: int = 0, *, every: int = 100, refresh: int = 1000, **options: Any,
     ):  # fmt: skip
-        for name, value in (("batch_size", batch_size), ("draws", draws), ("every", every), ("refresh", refresh)):
+        for name, value in (("every", every), ("refresh", refresh)):
             check_count(name, value)
-        self.data = Gradients(model, loss_fn, dataset, seed, output)
-        self.batch_size, self.draws, self.seed = batch_size, draws, seed
-        self.every, self.refresh, self.reference, self.progress = every, refresh, reference, progress
-        self.estimators = resolve(estimators, seed)
-        for estimator in self.estimators:
-            estimator.prepare(self.data, batch_size)
+        super().__init__(model, loss_fn, dataset, batch_size, estimators, draws, seed, **options)
+        self.every, self.refresh = every, refresh
         self.records: list[dict[str, Any]] = []
         self._refreshed: int | None = None
 
     def __call__(self, step: int, model: nn.Module | None = None, point: Any = None) -> Comparison | None:
         """Measure if the step is due; steps given by `pb.problems.train` (with a point) always are."""
-        stale = self._refreshed is None or step // self.refresh > self._refreshed // self.refresh
-        if stale:
+        if self._refreshed is None or step // self.refresh > self._refreshed // self.refresh:
             for estimator in self.estimators:
-                refresh(estimator, self.data, self.progress)
+                self.renew(estimator)
             self._refreshed = step
         if point is None and step % self.every:
             return None
-        full = self.data.full() if self.reference == "full" else None
-        found = {}
-        for i, estimator in enumerate(self.estimators):
-            generator = torch.Generator().manual_seed(self.seed + 7919 * (i + 1) + 104729 * step)
-            found[estimator.name] = measure(estimator, self.data, self.draws, generator, full)
+        found = self.measured(step)
         self.records.append({"step": step, **found})
-        return Comparison(found, self.batch_size, self.seed, self.reference)
+        return found
 
     def to_json(self) -> list[dict[str, Any]]:
         """The records as plain data for strict JSON."""
-        return [
-            {
-                name: value if name == "step" else {k: _finite(v) for k, v in asdict(value).items()}
-                for name, value in record.items()
-            }
-            for record in self.records
-        ]
+        return [{k: v if k == "step" else plain(v) for k, v in record.items()} for record in self.records]
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-class Snapshots:
+class Snapshots(Compared):
     """Compare the estimators at one snapshot of the parameters after the other: call it at each of them.
 
     SVRG's reference is the snapshot before (at the first one, it itself); clusters are fitted at each.  Arguments as in
-    `compare`.
+    `compare`, around the exact mean gradient.
     """
 
-    def __init__(
-        self, model: nn.Module, loss_fn: Any, dataset: Any, batch_size: int = 10, estimators: Any = ESTIMATORS,
-        draws: int = 10, seed: int = 0, *, output: Output | None = None,
-    ):  # fmt: skip
-        for name, value in (("batch_size", batch_size), ("draws", draws)):
-            check_count(name, value)
-        self.data = Gradients(model, loss_fn, dataset, seed, output)
-        self.batch_size, self.draws, self.seed, self.count = batch_size, draws, seed, 0
-        self.estimators = resolve(estimators, seed)
-        for estimator in self.estimators:
-            estimator.prepare(self.data, batch_size)
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, reference="full", **options)
+        self.count = 0
 
     def __call__(self) -> Comparison:
-        full, found = self.data.full(), {}
-        for i, estimator in enumerate(self.estimators):
-            behind = isinstance(estimator, SVRG)
-            if not behind or self.count == 0:
-                estimator.refresh(self.data)
-            generator = torch.Generator().manual_seed(self.seed + 7919 * (i + 1) + 104729 * self.count)
-            found[estimator.name] = measure(estimator, self.data, self.draws, generator, full)
-            if behind:
-                estimator.refresh(self.data)
+        behind = [estimator for estimator in self.estimators if isinstance(estimator, SVRG)]
+        found = self.measured(self.count, [e for e in self.estimators if self.count == 0 or e not in behind])
+        for estimator in behind:
+            self.renew(estimator)
         self.count += 1
-        return Comparison(found, self.batch_size, self.seed, "full")
+        return found
 
 
 class Reclustering:

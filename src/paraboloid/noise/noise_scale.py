@@ -49,11 +49,12 @@ class Measures:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for strict JSON: undefined and infinite numbers are None."""
-        return {"total": _plain(self.total), "layers": {name: _plain(n) for name, n in self.layers.items()}}
+        return {"total": plain(self.total), "layers": {name: plain(n) for name, n in self.layers.items()}}
 
 
-def _plain(noise: Noise) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(noise).items()}
+def plain(measures: Any) -> dict[str, Any]:
+    """A dataclass of numbers as a dict for strict JSON: undefined and infinite ones are None."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(measures).items()}
 
 
 def measures(

@@ -10,6 +10,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import nn
 
 from paraboloid.passes.torch_internals import COMPILER
 
@@ -61,6 +62,18 @@ def precisely(method: Callable[P, R]) -> Callable[P, R]:
             return method(*args, **kwargs)
 
     return inside
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards each of its modules in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 class _Eager:

@@ -118,7 +118,7 @@ class Bias:
         totals += [_three_decimals((values @ full / full.sum()).item()) for values in expected.values()]
         lines.append("| all | " + " | ".join(totals) + " |")
         if self.overlap is not None:
-            lines += ["", f"Overlap with the directions of all data: {_with_error(*_mean(self.overlap))}."]
+            lines += ["", f"Overlap with the directions of all data: {_with_error(*mean_error(self.overlap))}."]
         return "\n".join(lines)
 
     def to_json(self, predicted: dict[str, Tensor] | None = None) -> dict[str, Any]:
@@ -136,22 +136,22 @@ class Bias:
             "weight_decay": self.weight_decay,
             "seed": self.seed,
             "full_samples": self.samples if self.full_samples is None else self.full_samples,
-            "full_error": None if self.full_error is None else {k: _plain(v) for k, v in self.full_error.items()},
-            "overlap": None if self.overlap is None else _plain(self.overlap),
-            "step": {which: _plain(self.step(which)) for which in WHICH},
-            "curvature": {which: _plain(self.curvature[which]) for which in WHICH},
-            "slope": {which: _plain(self.slope[which]) for which in WHICH},
+            "full_error": None if self.full_error is None else {k: plain(v) for k, v in self.full_error.items()},
+            "overlap": None if self.overlap is None else plain(self.overlap),
+            "step": {which: plain(self.step(which)) for which in WHICH},
+            "curvature": {which: plain(self.curvature[which]) for which in WHICH},
+            "slope": {which: plain(self.slope[which]) for which in WHICH},
             "ratio": {
                 of: {
                     which: {
-                        "value": _plain(self.ratio(which, of)),
-                        "standard_error": _plain(self.standard_error(which, of)),
+                        "value": plain(self.ratio(which, of)),
+                        "standard_error": plain(self.standard_error(which, of)),
                     }
                     for which in ("same", "other")
                 }
                 for of in OF
             },
-            "predicted": None if predicted is None else {w: _plain(v) for w, v in self._expected(predicted).items()},
+            "predicted": None if predicted is None else {w: plain(v) for w, v in self._expected(predicted).items()},
         }
 
     def plot(self, predicted: dict[str, Tensor] | None = None) -> Figure:
@@ -172,7 +172,7 @@ class Bias:
         every = figure.subplots(1, 3)
         for axes, (name, values) in zip(every, panels.items(), strict=True):
             for shift, which in zip((-0.1, 0.1, 0.0), WHICH, strict=True):
-                mean, error = _mean(values[which])
+                mean, error = mean_error(values[which])
                 color, marker = styles[which]
                 axes.errorbar(
                     [i + shift for i in index], mean.tolist(), error.nan_to_num().tolist(),
@@ -188,7 +188,7 @@ class Bias:
         figure.legend(*every[0].get_legend_handles_labels(), frameon=False, ncols=5, loc="outside lower center")
         title = f"Directions from batches of {self.batch_size}, measured on the same batch, another one and all data"
         if self.overlap is not None:
-            title += f"; overlap with those of all data {_with_error(*_mean(self.overlap))}"
+            title += f"; overlap with those of all data {_with_error(*mean_error(self.overlap))}"
         figure.suptitle(title, fontsize="medium")
         return figure
 
@@ -225,7 +225,7 @@ def _ratio_error(part: Tensor, full: Tensor) -> Tensor:
     return (part - ratio * full).square().sum(0).mul(n / (n - 1)).sqrt() / full.sum(0).abs()
 
 
-def _mean(values: Tensor) -> tuple[Tensor, Tensor]:
+def mean_error(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean over repeats and its standard error, NaN for a single repeat."""
     n = len(values)
     return values.mean(0), values.std(0) / n**0.5 if n > 1 else torch.full_like(values[0], math.nan)
@@ -239,8 +239,10 @@ def _three_decimals(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "–"
 
 
-def _plain(values: Tensor) -> Any:
-    """Nested lists, with None for what is not finite."""
-    if values.dim() > 0:
-        return [_plain(v) for v in values]
-    return values.item() if math.isfinite(values.item()) else None
+def plain(values: Any) -> Any:
+    """A tensor or number as nested lists, with None for what is not finite."""
+    if isinstance(values, Tensor):
+        values = values.tolist()
+    if isinstance(values, list):
+        return [plain(v) for v in values]
+    return values if math.isfinite(values) else None

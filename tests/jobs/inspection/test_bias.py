@@ -10,6 +10,7 @@ from paraboloid.jobs.inspection.bias import expected, summary, top_of_all_data
 from paraboloid.jobs.inspection.subject import subject
 from paraboloid.operators import GGN
 from paraboloid.quadratics.bias_prediction import predicted_bias
+from paraboloid.quadratics.bias_result import Bias
 
 F64 = torch.float64
 
@@ -26,9 +27,13 @@ def arrays(repeats=400, k=5, seed=0):
     return curvature, slope
 
 
+def bias(curvature, slope):
+    return Bias(curvature, slope, 4, 8, "eigen", "ggn", 0.0, 0)
+
+
 def test_ratios_are_ratios_of_sums():
     curvature, slope = arrays()
-    ratios = summary(curvature, slope)["ratios"]
+    ratios = summary(bias(curvature, slope))["ratios"]
     assert [ratio["directions"] for ratio in ratios] == [1, 5]
     expected = (curvature["same"].sum() / curvature["full"].sum()).item()
     assert ratios[1]["curvature"]["same"]["value"] == pytest.approx(expected, rel=1e-12)
@@ -36,7 +41,7 @@ def test_ratios_are_ratios_of_sums():
 
 
 def test_the_standard_error_is_the_spread_over_draws():
-    draws = [summary(*arrays(repeats=20, seed=seed))["ratios"][0]["curvature"]["same"] for seed in range(300)]
+    draws = [summary(bias(*arrays(repeats=20, seed=seed)))["ratios"][0]["curvature"]["same"] for seed in range(300)]
     spread = torch.tensor([draw["value"] for draw in draws]).std().item()
     stated = torch.tensor([draw["standard_error"] for draw in draws]).mean().item()
     assert stated == pytest.approx(spread, rel=0.15)
@@ -45,7 +50,7 @@ def test_the_standard_error_is_the_spread_over_draws():
 def test_the_decrease_promised_and_delivered():
     curvature = {which: torch.tensor([[c]], dtype=F64) for which, c in (("same", 4.0), ("other", 2.0), ("full", 2.0))}
     slope = {which: torch.tensor([[s]], dtype=F64) for which, s in (("same", -2.0), ("other", -0.5), ("full", -1.0))}
-    decrease = summary(curvature, slope)["decrease"]
+    decrease = summary(bias(curvature, slope))["decrease"]
     assert decrease["same"]["promised"]["value"] == pytest.approx(0.5)  # step 1/2: 2/2 - 4/8
     assert decrease["same"]["delivered"]["value"] == pytest.approx(0.25)  # 1/2 - 2/8
     assert decrease["other"]["delivered"]["value"] == pytest.approx(0.1875)  # step 1/4: 1/4 - 2/32
@@ -53,7 +58,7 @@ def test_the_decrease_promised_and_delivered():
 
 def test_one_repeat_has_no_standard_errors():
     curvature, slope = arrays(repeats=1)
-    found = summary(curvature, slope)
+    found = summary(bias(curvature, slope))
     assert found["curvature"]["same"]["standard_error"] == [None] * 5
     assert found["ratios"][0]["curvature"]["same"]["standard_error"] is None
     assert math.isfinite(found["ratios"][0]["curvature"]["same"]["value"])
@@ -62,7 +67,7 @@ def test_one_repeat_has_no_standard_errors():
 def test_a_flat_direction_has_no_ratio_and_no_step():
     curvature, slope = arrays(repeats=4)
     flat = {which: torch.zeros_like(values) for which, values in curvature.items()}
-    found = summary(flat, slope)
+    found = summary(bias(flat, slope))
     assert found["ratios"][0]["curvature"]["same"] == {"value": None, "standard_error": None}
     assert found["decrease"]["same"]["promised"] == {"value": None, "standard_error": None}
 
@@ -92,6 +97,6 @@ def test_what_is_expected_of_a_batch():
 
 def test_the_length_of_the_step():
     curvature, slope = arrays()
-    found = summary(curvature, slope)["step"]
+    found = summary(bias(curvature, slope))["step"]
     assert found["same"]["mean"][0] == pytest.approx(2 / 1.5, rel=0.05)
     assert found["full"]["mean"][0] == pytest.approx(1, rel=0.05)

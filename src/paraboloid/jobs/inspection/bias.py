@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from paraboloid.jobs.inspection.subject import Subject
 from paraboloid.operators import GGN
 from paraboloid.quadratics.bias_prediction import predicted_bias
+from paraboloid.quadratics.bias_result import WHICH, Bias, mean_error, plain
 from paraboloid.quadratics.measure_bias import bias as measure
 
 TOLERANCE = 0.1  # an overstatement below it is small enough to trust the batch
@@ -44,7 +44,7 @@ def bias(
             progress=lambda done, repeats: tick(),
         )
         assert found.overlap is not None
-        row = {"batch_size": batch_size, **summary(found.curvature, found.slope), "overlap": _mean(found.overlap)}
+        row = {"batch_size": batch_size, **summary(found), "overlap": _mean(found.overlap)}
         full = found.curvature["full"].mean(0)
         for ratio in row["ratios"]:
             ratio["predicted"] = expected(
@@ -91,62 +91,50 @@ def expected(
     return {which: (ratio @ share).item() for which, ratio in found.items()}
 
 
-def summary(curvature: dict[str, Tensor], slope: dict[str, Tensor]) -> dict[str, Any]:
-    """Means over repeats, ratios of sums and the decrease along the top direction, from arrays [repeats, k].
+def summary(found: Bias) -> dict[str, Any]:
+    """Means over repeats, ratios of sums and the decrease along the top direction.
 
     Slopes are those of directions turned downhill on their own batch, so that they can be averaged.
     """
-    k = curvature["same"].shape[1]
-    step = {w: torch.where(curvature[w] > 0, -slope[w] / curvature[w], torch.nan) for w in curvature}
+    pair = WHICH[:2]
     return {
-        "curvature": {which: _means(values) for which, values in curvature.items()},
-        "slope": {which: _means(values) for which, values in slope.items()},
-        "step": {which: _means(values) for which, values in step.items()},
+        "curvature": {which: _means(found.curvature[which]) for which in WHICH},
+        "slope": {which: _means(found.slope[which]) for which in WHICH},
+        "step": {which: _means(found.step(which)) for which in WHICH},
         "ratios": [
             {
                 "directions": top,
-                "curvature": {w: _ratio(curvature[w][:, :top], curvature["full"][:, :top]) for w in ("same", "other")},
-                "slope": {w: _ratio(slope[w][:, :top], slope["full"][:, :top]) for w in ("same", "other")},
-                "slope_sum": {which: _mean(values[:, :top].sum(1)) for which, values in slope.items()},
+                **{of: {which: _ratio(found, which, top, of) for which in pair} for of in ("curvature", "slope")},
+                "slope_sum": {which: _mean(found.slope[which][:, :top].sum(1)) for which in WHICH},
             }
-            for top in sorted({min(top, k) for top in SUMS})
+            for top in sorted({min(top, found.k) for top in SUMS})
         ],
-        "decrease": {which: _decrease(curvature, slope, which) for which in ("same", "other")},
+        "decrease": {which: _decrease(found, which) for which in pair},
     }
 
 
-def _decrease(curvature: dict[str, Tensor], slope: dict[str, Tensor], which: str) -> dict[str, Any]:
+def _decrease(found: Bias, which: str) -> dict[str, Any]:
     """Of the Newton step along the top direction with slope and curvature of `which`: promised, and on all data."""
-    c, s = curvature[which][:, 0], slope[which][:, 0]
-    step = torch.where(c > 0, -s / c, torch.nan)
-    promised = -(step * s + 0.5 * step**2 * c)
-    delivered = -(step * slope["full"][:, 0] + 0.5 * step**2 * curvature["full"][:, 0])
-    return {"promised": _mean(promised), "delivered": _mean(delivered)}
+    step = found.step(which)[:, 0]
+
+    def decrease(on: str) -> dict[str, float | None]:
+        return _mean(-(step * found.slope[on][:, 0] + 0.5 * step**2 * found.curvature[on][:, 0]))
+
+    return {"promised": decrease(which), "delivered": decrease("full")}
+
+
+def _ratio(found: Bias, which: str, top: int, of: str) -> dict[str, float | None]:
+    value, error = found.total_ratio(which, top, of), found.total_standard_error(which, top, of)
+    return {"value": plain(value), "standard_error": plain(error)}
 
 
 def _mean(values: Tensor) -> dict[str, float | None]:
     """Mean over repeats and its standard error."""
-    found = _means(values[:, None])
-    return {"value": found["mean"][0], "standard_error": found["standard_error"][0]}
+    value, error = mean_error(values)
+    return {"value": plain(value), "standard_error": plain(error)}
 
 
 def _means(values: Tensor) -> dict[str, list[float | None]]:
-    """Mean over repeats (axis 0) and its standard error, for each column; None for what is undefined."""
-    n = len(values)
-    error = values.std(0, correction=1) / math.sqrt(n) if n > 1 else torch.full_like(values[0], math.nan)
-    return {"mean": _defined(values.mean(0)), "standard_error": _defined(error)}
-
-
-def _ratio(part: Tensor, whole: Tensor) -> dict[str, float | None]:
-    """Sum of `part` over sum of `whole`, summed over columns and repeats, with its standard error by linearisation."""
-    a, b = part.sum(1), whole.sum(1)
-    n, total = len(a), b.sum().item()
-    if total == 0:
-        return {"value": None, "standard_error": None}
-    value = a.sum().item() / total
-    error = math.sqrt(n / (n - 1) * (a - value * b).square().sum().item()) / abs(total) if n > 1 else None
-    return {"value": value, "standard_error": error}
-
-
-def _defined(values: Tensor) -> list[float | None]:
-    return [value if math.isfinite(value) else None for value in values.tolist()]
+    """The same for each direction."""
+    mean, error = mean_error(values)
+    return {"mean": plain(mean), "standard_error": plain(error)}

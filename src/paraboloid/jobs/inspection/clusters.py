@@ -11,7 +11,6 @@ from torch import Tensor
 from paraboloid.data.batches import take
 from paraboloid.jobs.inspection.subject import Subject
 from paraboloid.noise import GradientClustering, measures, members, strata
-from paraboloid.noise.monitor import Snapshots
 
 CLUSTERS = 10
 PASSES = 5
@@ -52,11 +51,6 @@ def clustered(subject: Subject, seed: int, tick: Callable[[], None]) -> dict[str
             for m in members(clusters, SHOWN)
         ],
     }
-
-
-def estimators_over(subject: Subject, batch_size: int, draws: int, seed: int) -> Snapshots:
-    """What measures the estimators at one checkpoint after the other; SVRG's reference is the checkpoint before."""
-    return Snapshots(subject.model, subject.problem.loss_fn, subject.dataset, batch_size, draws=draws, seed=seed)
 
 
 def _sample(subject: Subject, index: int) -> dict[str, Any]:

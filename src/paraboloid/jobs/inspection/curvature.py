@@ -52,7 +52,7 @@ def curvature(
 def products(subject: Subject, samples: int, steps: int, kind: str = "ggn") -> int:
     """How often `curvature` calls `tick`."""
     size = sum(p.numel() for p in subject.parameters.values())
-    return ticks(subject, kind) + samples * min(steps, size)
+    return ticks(kind) + samples * min(steps, size)
 
 
 def _layer(layer: Any, traces: Traces, beta: float) -> dict[str, Any]:

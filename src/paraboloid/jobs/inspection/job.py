@@ -15,7 +15,7 @@ from torch import nn
 import paraboloid
 from paraboloid import problems
 from paraboloid.jobs.inspection.bias import bias
-from paraboloid.jobs.inspection.clusters import PASSES, clustered, estimators_over
+from paraboloid.jobs.inspection.clusters import PASSES, clustered
 from paraboloid.jobs.inspection.curvature import curvature, products
 from paraboloid.jobs.inspection.matrices import NAMES
 from paraboloid.jobs.inspection.noise import gradient_noise
@@ -24,6 +24,7 @@ from paraboloid.jobs.inspection.subject import Layer, Subject, subject
 from paraboloid.losses import Loss
 from paraboloid.noise import Snapshots
 from paraboloid.passes import trees
+from paraboloid.passes.modes import evaluating
 from paraboloid.problems import Problem
 from paraboloid.quantities.door import statistics
 from paraboloid.report import Record, reading
@@ -53,7 +54,7 @@ def inspect(
     report = progress or (lambda stage, done, total: None)
     seconds: dict[str, float] = {}
     with _noted() as notes:
-        with _evaluating(problem.model):
+        with evaluating(problem.model):
             _try_out(problem)
             plan, steps = fitted(asked, problem)
         sizes, dropped = batch_sizes(problem, plan)
@@ -123,10 +124,12 @@ def _train(
 
 
 def _estimators(measured: Subject, batch_size: int, plan: Plan, seed: int) -> Snapshots | None:
-    """What compares the estimators; None where the data does not hold two batches."""
+    """What compares the estimators, SVRG's reference being the checkpoint before; None where the data does not hold two
+    batches."""
     if 2 * batch_size > measured.size:
         return None
-    return estimators_over(measured, batch_size, plan.draws, seed)
+    problem = measured.problem
+    return Snapshots(problem.model, problem.loss_fn, measured.dataset, batch_size, draws=plan.draws, seed=seed)
 
 
 def _noise(
@@ -160,18 +163,6 @@ def _try_out(problem: Problem) -> None:
     device = next(iter(trees.parameters(problem.model).values())).device
     batch = problems.read(problem.train, torch.arange(min(PROBE, len(problem.train))), device)
     statistics(problem.model, loss, batch, ["square_norms"])
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and afterwards each of its modules in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _describe(

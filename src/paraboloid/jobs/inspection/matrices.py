@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +13,8 @@ from paraboloid.data.batches import call
 from paraboloid.jobs.inspection.subject import Subject, by_layer
 from paraboloid.linalg.probes import signs
 from paraboloid.losses import Loss
-from paraboloid.operators import EKFAC, GGN, KFAC, Hessian, LinearOperator
+from paraboloid.operators import EKFAC, GGN, KFAC, DiagonalGGN, Hessian, LinearOperator
 from paraboloid.passes import trees
-from paraboloid.quantities.door import statistics
-from paraboloid.quantities.named import DiagGGN
 
 NAMES = {"ggn": "GGN", "hessian": "Hessian", "kfac": "KFAC", "ekfac": "EKFAC"}
 EXACT_COLUMNS = 128  # of the root of the loss's Hessian (classes, pixels): with more it is estimated
@@ -45,9 +44,9 @@ def _mean(draws: Tensor) -> tuple[float, float | None]:
     return draws.mean().item(), error
 
 
-def ticks(subject: Subject, kind: str) -> int:
+def ticks(kind: str) -> int:
     """How often `matrix` calls `tick`."""
-    return {"ggn": len(subject.batches), "hessian": PROBES}.get(kind, 1)
+    return PROBES if kind == "hessian" else 1
 
 
 def matrix(subject: Subject, kind: str, seed: int, tick: Tick) -> tuple[LinearOperator, Traces]:
@@ -94,23 +93,15 @@ def root_columns(subject: Subject) -> int:
 
 def diagonal_ggn(subject: Subject, seed: int, tick: Tick) -> Traces:
     """From the GGN's diagonal: exact where the root of the loss's Hessian has few columns, else by Monte Carlo with
-    labels drawn from the model.  Batches weigh what the loss divides by."""
-    loss = Loss.from_torch(subject.problem.loss_fn)
+    labels drawn from the model."""
+    model, loss_fn, batches = subject.model, subject.problem.loss_fn, list(subject.batches)
     exact = root_columns(subject) <= EXACT_COLUMNS
-    quantity, count = (DiagGGN(), 1) if exact else (DiagGGN(samples=LABELS), DRAWS)
-    generator = torch.Generator(device=next(iter(subject.parameters.values())).device).manual_seed(seed)
-    draws = [dict.fromkeys((layer.name for layer in subject.layers), 0.0) for _ in range(count)]
-    weight = 0.0
-    for batch in subject.batches:
-        share = 0.0
-        for draw in draws:
-            stats = statistics(subject.model, loss, batch, [quantity], generator=generator)
-            share = float(loss.normalizer(stats.output, batch[1]))
-            for name, trace in by_layer(subject.layers, stats[quantity.name]).items():
-                draw[name] += share * trace
-        weight += share
-        tick()
-    draws = [{name: trace / weight for name, trace in draw.items()} for draw in draws]
+    options: list[dict[str, Any]] = [{}] if exact else [
+        {"samples": LABELS, "seed": DRAWS * seed + draw} for draw in range(DRAWS)
+    ]  # fmt: skip
+    made = (DiagonalGGN(model, loss_fn, batches, **chosen) for chosen in options)
+    draws = [by_layer(subject.layers, _as_tensors(operator.traces())) for operator in made]
+    tick()
     if exact:
         return Traces(draws, "Exact, from the diagonal of the GGN.")
     return Traces(
