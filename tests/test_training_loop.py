@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import paraboloid as pb
 from paraboloid.data.batches import call
-from paraboloid.linalg.kron import Kron
+from paraboloid.linalg.kronecker import Kron
 
 FIRST = ["grad", "sample_grads", "square_norms", "gram", "second_moment", "variance"]
 SUMS = ["grad", "second_moment", "variance", "diag_ggn", "kfac_empirical", "kflr"]

@@ -1,7 +1,7 @@
 """Local quadratic models of deep-learning losses from mini-batches: statistics, curvature, debiasing."""
 
 from paraboloid import linalg, logging, losses, noise, operators, optim, posteriors, quantities
-from paraboloid.linalg.kron import Kron
+from paraboloid.linalg.kronecker import Kron
 from paraboloid.losses import Loss
 from paraboloid.operators import EKFAC, GGN, KFAC, KFLR, PCH, DiagonalGGN, EmpiricalFisher, Fisher, Hessian, LowRank
 from paraboloid.passes.memory import free_memory

@@ -13,7 +13,7 @@ from oracle import close
 from torch import nn
 
 import paraboloid as pb
-from paraboloid.linalg.kron import Kron
+from paraboloid.linalg.kronecker import Kron
 from paraboloid.passes.memory import BUCKETS
 
 WORLD, TIMEOUT = 2, 200

@@ -252,7 +252,7 @@ def test_a_matrix_without_influence_has_no_rows():
         step = A.inverse(0.5) @ {k: torch.ones_like(p) for k, p in model.named_parameters()}
         close(step["table.weight"], torch.full((2000, 3), 2.0).double())
         assert A.frobenius_norm() > 0
-    assert pb.KFAC(model, CE, parts).products["table.weight"].left.data.numel() == 0
+    assert pb.KFAC(model, CE, parts).krons["table.weight"].sides[0].data.numel() == 0
 
 
 class Counted(nn.Module):

@@ -48,8 +48,8 @@ def test_random_networks(drawn, n, loss_name, sharing, seed):
     big = pb.KFLR(model, loss_fn, (x, y), sharing=sharing)
     size = max(max(d.abs().max().item() for d in stats["diag_ggn"].values()), 1e-30)
     for name, form in zip(K.parameters, E.forms, strict=True):
-        kfac = K.products[name].to_dense()
-        torch.testing.assert_close(kfac, big.products[name].to_dense(), rtol=1e-9, atol=1e-10 * size)
+        kfac = K.krons[name].to_dense()
+        torch.testing.assert_close(kfac, big.krons[name].to_dense(), rtol=1e-9, atol=1e-10 * size)
         root = stats["sqrt_ggn"][name].flatten(2).flatten(0, 1)
         exact = root.T @ root / stats.normalizer
         assert form.trace().item() == pytest.approx(exact.trace().item(), rel=1e-9, abs=1e-10 * size)

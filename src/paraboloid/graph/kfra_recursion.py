@@ -39,7 +39,7 @@ from paraboloid.graph.nodes import VIEWS, Graph, pointwise
 from paraboloid.graph.single_use import Recorded, single_uses
 from paraboloid.graph.weight_diagonal import coefficients, elements
 from paraboloid.layers.convolutions import per_axis
-from paraboloid.linalg.kron import Kron
+from paraboloid.linalg.kronecker import Kron
 from paraboloid.losses import Loss
 from paraboloid.passes.memory import SECOND_DERIVATIVES
 from paraboloid.passes.torch_internals import maxima, operation, output_count, shape_of

@@ -58,6 +58,12 @@ class Basis:
             return torch.eye(self.size, dtype=like.dtype, device=like.device).expand(len(like), -1, -1)
         return self.vectors.square()
 
+    def overlap(self, other: Basis) -> Tensor | None:
+        """(u_i . v_j)^2, [G, r, r]; None where both are the unit vectors."""
+        if self.vectors is None or other.vectors is None:
+            return None
+        return (self.vectors.mT @ other.vectors).square()
+
     def completed(self) -> Basis:
         """All p columns: the missing ones are any orthonormal complement."""
         if self.full or self.vectors is None:
@@ -85,6 +91,12 @@ class Eigenform:
         sides = {"left": [self.left.vectors, self.left.size], "right": [self.right.vectors, self.right.size]}
         return {"values": self.values, "rest": self.rest, **sides}
 
+    def carried(self, to: Eigenform) -> Eigenform:
+        """The diagonal of this matrix in the basis of `to`: sum_kl (u_i . u'_k)^2 (w_j . w'_l)^2 values[k, l]."""
+        left, right = self.left.overlap(to.left), self.right.overlap(to.right)
+        values = self.values if left is None else left.mT @ self.values
+        return replace(to, values=values if right is None else values @ right)
+
     @staticmethod
     def of_state(state: dict[str, Any]) -> Eigenform:
         return Eigenform(Basis(*state["left"]), Basis(*state["right"]), state["values"], state["rest"])
@@ -92,6 +104,10 @@ class Eigenform:
     @property
     def device(self) -> torch.device:
         return self.values.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
 
     @property
     def size(self) -> int:
@@ -157,6 +173,19 @@ class Eigenform:
         """Which of the two sides to rotate first: the order with fewer multiplications."""
         (r, s), p, q = self.values.shape[1:], self.left.size, self.right.size
         return q * r * (p + s) <= p * s * (q + r)
+
+    def applied(self, g: Tensor) -> Tensor:
+        """`@` with one gradient, of its dtype; for one group without bookkeeping, and in the arithmetic that is on."""
+        left, right, values = self.left, self.right, self.values
+        if len(values) > 1 or not self.full:
+            return (self @ g.to(values.dtype)).to(g.dtype)
+        U, W = left.vectors, None if right.size == 1 else right.vectors  # of length one, its sign is there twice
+        c = g.to(values.dtype).view(left.size, right.size)
+        c = c if U is None else U[0].mT @ c
+        c = (c if W is None else c @ W[0]) * values[0]
+        c = c if W is None else c @ W[0].mT
+        c = c if U is None else U[0] @ c
+        return c.view(g.shape).to(g.dtype)
 
     @precisely
     def product(self, rows: Tensor) -> Tensor:

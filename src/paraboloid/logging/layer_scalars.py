@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paraboloid.linalg.kron import Kron
+from paraboloid.linalg.kronecker import Kron
 from paraboloid.noise import moments
 from paraboloid.noise.noise_scale import parts
 from paraboloid.passes.parameter_layers import layers_of
@@ -75,8 +75,5 @@ def _moments(value: Any) -> tuple[int, Tensor, Tensor]:
     if not isinstance(value, Kron):
         value = value.double()
         return value.numel(), value.sum(), value.square().sum()
-    sides = [side.double() if value.groups > 1 else side.double()[None] for side in (value.left, value.right)]  # [G ..]
-    diagonals = [s if s.dim() == 2 else s.diagonal(dim1=1, dim2=2) for s in sides]
-    traces = (diagonals[0].sum(1) * diagonals[1].sum(1)).sum()
-    squares = (sides[0].flatten(1).square().sum(1) * sides[1].flatten(1).square().sum(1)).sum()
-    return value.groups * diagonals[0].shape[1] * diagonals[1].shape[1], traces, squares
+    value = value.to(torch.float64)
+    return value.size, value.trace(), value.frobenius_norm().square()

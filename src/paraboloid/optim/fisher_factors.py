@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paraboloid.engine.outer_products import Outer, Right, general
 from paraboloid.linalg.eigenform import Eigenform
-from paraboloid.linalg.kron import Kron
+from paraboloid.linalg.kronecker import Kron
 from paraboloid.quantities.named import check_sharing, fisher_source
 from paraboloid.quantities.quantity import Group, Quantity, Scale
 from paraboloid.reductions import kronecker_factors

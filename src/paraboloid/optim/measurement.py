@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.data.batches import Output
-from paraboloid.linalg.kron import Kron
+from paraboloid.linalg.kronecker import Kron
 from paraboloid.losses import Loss
 from paraboloid.optim import foreach
 from paraboloid.optim.base import Frame

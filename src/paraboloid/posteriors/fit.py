@@ -15,7 +15,7 @@ from paraboloid.linalg.eigenform import Eigenform
 from paraboloid.linalg.operand import check_count
 from paraboloid.operators import GGN
 from paraboloid.operators.matrix_free.pulls import Pulls
-from paraboloid.operators.structured.kfac import measured, measured_scales, summed_factors
+from paraboloid.operators.structured.kfac import measured_scales, summed_factors
 from paraboloid.passes import trees
 from paraboloid.passes.memory import DENSE
 from paraboloid.posteriors.likelihood import Likelihood
@@ -25,7 +25,7 @@ from paraboloid.posteriors.structures.kronecker import CrossFitted, Kronecker
 from paraboloid.posteriors.structures.rows import Rows, compressed
 from paraboloid.quantities.door import Statistics, statistics
 from paraboloid.quantities.named import DiagGGN, Grad, Quantity, SampleGrads, SecondMoment, SqrtGGN, fisher_source
-from paraboloid.reductions.kronecker_factors import scale_product
+from paraboloid.reductions.kronecker_factors import scale_factors
 
 STRUCTURES = ("full", "diag", "kron", "ekfac", "lowrank", "functional")
 FISHERS = ("exact", "mc", "empirical")
@@ -206,8 +206,8 @@ def along(
         scales = measured_scales(pulls, forms)
         found = {k: replace(f, values=scales[k]) for k, f in forms.items()}
     else:
-        products = {k: scale_product(v, 1.0) for k, v in summed_factors(pulls, "expand", thin=True).items()}
-        found = {k: measured(f, products[k]) for k, f in forms.items()}
+        products = {k: scale_factors(v, 1.0) for k, v in summed_factors(pulls, "expand", thin=True).items()}
+        found = {k: products[k].along(f) for k, f in forms.items()}
     fitting.loss += pulls.total
     return found
 

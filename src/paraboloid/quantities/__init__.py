@@ -1,7 +1,7 @@
 """The quantities that `pb.statistics` knows, and the class to derive one from;
 imports from `graph`, `reductions` and below."""
 
-from paraboloid.linalg.kron import Kron
+from paraboloid.linalg.kronecker import Kron
 from paraboloid.quantities.named import (
     FISHERS,
     KFAC,

@@ -26,7 +26,7 @@ from torch import Tensor
 from paraboloid.graph.hessian_diagonal import diag_hessian
 from paraboloid.graph.kfra_recursion import kfra
 from paraboloid.linalg.eigenform import Eigenform
-from paraboloid.linalg.kron import Kron
+from paraboloid.linalg.kronecker import Kron
 from paraboloid.linalg.operand import check_count
 from paraboloid.quantities.quantity import GRADIENT, NOTHING, ROOT, Group, Quantity, Scale, Source
 from paraboloid.reductions import kronecker_factors

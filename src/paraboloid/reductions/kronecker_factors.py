@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from paraboloid.engine.outer_products import Outer, merge
-from paraboloid.linalg.kron import Kron
-from paraboloid.linalg.kronecker_product import KroneckerProduct, Side
+from paraboloid.linalg.kronecker import Kron, Side
 from paraboloid.passes.memory import FACTORS
 from paraboloid.reductions.sums import Recent, pieces, reduce, samples
 
@@ -201,19 +200,10 @@ def scale_factors(value: Factors, a: float) -> Kron:
     decoder), its two factors change places first, so that left (x) right reads in the parameter's own order.
     Sources: Martens & Grosse 2015 (KFAC), Botev et al. 2017 (KFLR), Eschenhagen et al. 2023 (expand, reduce).
     """
-    sides = [side.dense() if isinstance(side, Rows) else side for side in _sides(value, a)]
-    return Kron(*sides, groups=value.groups) if value.groups > 1 else Kron(sides[0][0], sides[1][0])
-
-
-def scale_product(value: Factors, a: float) -> KroneckerProduct:
-    """The same block, each factor as it is kept."""
-    return KroneckerProduct(*(_side(side) for side in _sides(value, a)))
-
-
-def _side(side: Tensor | Rows) -> Side:
-    if isinstance(side, Rows):
-        return Side("rows", side.data)
-    return Side("diagonal" if side.dim() == 2 else "matrix", side)
+    sides: list[Any] = [Side("rows", side.data) if isinstance(side, Rows) else side for side in _sides(value, a)]
+    if value.groups == 1:
+        sides = [side if isinstance(side, Side) else side[0] for side in sides]
+    return Kron(*sides, groups=value.groups)
 
 
 def _sides(value: Factors, a: float) -> list[Any]:

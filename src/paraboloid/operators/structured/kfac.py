@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from paraboloid.data.batches import Output
 from paraboloid.engine.outer_products import Outer
-from paraboloid.linalg.eigenform import Basis, Eigenform
-from paraboloid.linalg.kronecker_product import Decomposed, KroneckerProduct, Side
+from paraboloid.linalg.eigenform import Eigenform
+from paraboloid.linalg.kronecker import Decomposed, Kron
 from paraboloid.operators.matrix_free.pulls import Pulls
 from paraboloid.operators.partition import block_names
 from paraboloid.operators.structured.diagonalised import Diagonalised
@@ -31,7 +31,7 @@ from paraboloid.operators.structured.kronecker_factored import KroneckerFactored
 from paraboloid.passes.memory import INPUTS
 from paraboloid.quantities.named import check_sharing, fisher_source
 from paraboloid.reductions.eigenbasis import Turned, eigen_scale
-from paraboloid.reductions.kronecker_factors import Factors, add_factors, merged, scale_product
+from paraboloid.reductions.kronecker_factors import Factors, add_factors, merged, scale_factors
 from paraboloid.reductions.sums import Recent
 
 
@@ -70,7 +70,7 @@ def KFAC(
         return K
     other, _ = fitted(_pulls(model, loss_fn, measure_on, **options), sharing, thin=True)
     pairs = zip(K.eigenform.forms, other.values(), strict=True)
-    return Diagonalised(K.parameters, [measured(form, product) for form, product in pairs])
+    return Diagonalised(K.parameters, [kron.along(form) for form, kron in pairs])
 
 
 def KFLR(model: nn.Module, loss_fn: Any, data: Any, **options: Any) -> KroneckerFactored | Diagonalised:
@@ -128,11 +128,11 @@ def _pulls(model, loss_fn, data, *, fisher, samples, seed, output, max_memory, r
     )  # fmt: skip
 
 
-def fitted(pulls: Pulls, sharing: str, thin: bool) -> tuple[dict[str, KroneckerProduct], set[str]]:
+def fitted(pulls: Pulls, sharing: str, thin: bool) -> tuple[dict[str, Kron], set[str]]:
     """The factors of every parameter from one pass, summed over all data before the product; whose block is exact."""
     sums = summed_factors(pulls, sharing, thin)
     exact = {name for name, value in sums.items() if value.exact is not None}
-    return {name: scale_product(value, pulls.factor) for name, value in sums.items()}, exact
+    return {name: scale_factors(value, pulls.factor) for name, value in sums.items()}, exact
 
 
 def summed_factors(pulls: Pulls, sharing: str, thin: bool) -> dict[str, Factors]:
@@ -162,16 +162,3 @@ def measured_scales(pulls: Pulls, forms: Mapping[str, Eigenform]) -> dict[str, T
 
     sums = pulls.summed(add, lambda total, value: value if total is None else total.add_(value))
     return {name: (pulls.factor * value).to(forms[name].values) for name, value in sums.items() if value is not None}
-
-
-def measured(form: Eigenform, product: KroneckerProduct) -> Eigenform:
-    """The eigenvalues of a Kronecker product along given eigenvectors: diag(U^T left U) (x) diag(W^T right W)."""
-    left, right = _along(form.left, product.left), _along(form.right, product.right)
-    return replace(form, values=left.unsqueeze(2) * right.unsqueeze(1))
-
-
-def _along(basis: Basis, side: Side) -> Tensor:
-    """u_i . (factor u_i), [G, r]."""
-    if basis.vectors is None:
-        return side.diagonal()
-    return (basis.vectors * side.times(basis.vectors)).sum(1)

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from paraboloid.engine.outer_products import Outer
 from paraboloid.linalg.eigenform import Eigenform
-from paraboloid.linalg.kronecker_product import Decomposed
+from paraboloid.linalg.kronecker import Decomposed
 from paraboloid.passes.trees import mapped
 from paraboloid.posteriors.prediction.jacobian import Jacobian, gram, rows_of, weighted_gram
 from paraboloid.posteriors.prior import Prior
 from paraboloid.reductions.eigenbasis import Gradients, rotate
-from paraboloid.reductions.kronecker_factors import Factors, merged, scale_product
+from paraboloid.reductions.kronecker_factors import Factors, merged, scale_factors
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Kronecker:
     def of_factors(parameters: Mapping[str, Tensor], factors: dict[str, Factors]) -> Kronecker:
         copies = {k: mapped(torch.clone, v) for k, v in factors.items()}  # scaling is done in place
         known: list[Decomposed] = []
-        forms = {k: scale_product(v, 1.0).eigenform(f"parameter {k!r}", known) for k, v in copies.items()}
+        forms = {k: scale_factors(v, 1.0).eigenform(f"parameter {k!r}", known) for k, v in copies.items()}
         return Kronecker(parameters, forms, factors)
 
     def plus(self, other: Kronecker) -> Kronecker:

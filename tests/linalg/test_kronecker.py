@@ -5,7 +5,7 @@ import torch
 
 import paraboloid as pb
 from paraboloid.linalg import eigenform
-from paraboloid.linalg.kronecker_product import KroneckerProduct, Side
+from paraboloid.linalg.kronecker import Kron, Side
 
 
 def close(actual, expected):
@@ -35,12 +35,12 @@ KRONS = {
     "long bias": lambda: pb.Kron(random(6).abs(), ones()),
 }
 THIN = {
-    "rows": lambda: KroneckerProduct(Side("rows", random(1, 2, 5)), Side("rows", random(1, 3, 4, seed=1))),
-    "rows of groups": lambda: KroneckerProduct(Side("rows", random(2, 2, 5)), Side("rows", random(2, 3, 4, seed=1))),
-    "one side": lambda: KroneckerProduct(Side("rows", random(1, 2, 5)), Side("matrix", factor(4, 1))),
-    "more rows than columns": lambda: KroneckerProduct(Side("rows", random(1, 7, 5)), Side("matrix", factor(4, 1))),
-    "diagonal": lambda: KroneckerProduct(Side("rows", random(1, 2, 5)), Side("diagonal", random(1, 4).abs())),
-    "repeated rows": lambda: KroneckerProduct(Side("rows", ones().expand(1, 3, 5)), Side("matrix", factor(4, 1))),
+    "rows": lambda: Kron(Side("rows", random(1, 2, 5)), Side("rows", random(1, 3, 4, seed=1))),
+    "rows of groups": lambda: Kron(Side("rows", random(2, 2, 5)), Side("rows", random(2, 3, 4, seed=1))),
+    "one side": lambda: Kron(Side("rows", random(1, 2, 5)), Side("matrix", factor(4, 1))),
+    "more rows than columns": lambda: Kron(Side("rows", random(1, 7, 5)), Side("matrix", factor(4, 1))),
+    "diagonal": lambda: Kron(Side("rows", random(1, 2, 5)), Side("diagonal", random(1, 4).abs())),
+    "repeated rows": lambda: Kron(Side("rows", ones().expand(1, 3, 5)), Side("matrix", factor(4, 1))),
 }
 BLOCKS = {**KRONS, **THIN}
 
@@ -165,6 +165,4 @@ def test_a_failing_decomposition_names_the_layer_and_the_condition(monkeypatch):
     with pytest.raises(
         torch.linalg.LinAlgError, match=r"the right factor, \[2, 2\].*no convergence. Its condition number is 4"
     ):
-        KroneckerProduct(
-            Side("diagonal", torch.ones(1, 3)), Side("matrix", torch.tensor([[[4.0, 0], [0, 1]]]))
-        ).eigenform()
+        Kron(Side("diagonal", torch.ones(1, 3)), Side("matrix", torch.tensor([[[4.0, 0], [0, 1]]]))).eigenform()
