@@ -13,7 +13,8 @@ def test_a_trial_predicts_and_takes_back():
     g = torch.Generator().manual_seed(0)
     p, gradient, delta, buffer = torch.randn(4, 5, generator=g, dtype=F64)
     C, state = 3.0, {"momentum_buffer": buffer}
-    m = Move({}, ["w"], [p], [state], [gradient], [gradient])
+    m = Move({})
+    m.add("w", p, state, gradient)
     before, kept = p.clone(), buffer.clone()
     trial = Trial([m])
     p += delta

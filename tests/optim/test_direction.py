@@ -14,7 +14,11 @@ def move(seed=0, **group):
     shapes = [(3, 2), (4,)]
     params, gradient, d = ([torch.randn(s, generator=g, dtype=F64) for s in shapes] for _ in range(3))
     options = {"lr": 0.1, "weight_decay": 0.0, "momentum": 0.0, "damping": 0.1, **group}
-    return Move(options, ["w", "b"], params, [{}, {}], gradient, d)
+    m = Move(options)
+    for name, p, each in zip(("w", "b"), params, gradient, strict=True):
+        m.add(name, p, {}, each)
+    m.direction = d
+    return m
 
 
 def flat(tensors):

@@ -232,8 +232,9 @@ def test_nan_skips_the_step():
 
 
 def test_a_model_on_several_ranks_is_refused(monkeypatch):
-    monkeypatch.setattr("paraboloid.optim.hessian_free.distributed_group", lambda *_: "a group")
+    monkeypatch.setattr("paraboloid.optim.base.distributed_group", lambda *_: "a group")
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 0)
     with pytest.raises(ValueError, match="DistributedDataParallel one over 2 ranks; expected a model on one"):
         pb.optim.HessianFree(mlp(), LOSS)
 

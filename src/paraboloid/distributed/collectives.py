@@ -71,6 +71,14 @@ def summed(tree: T, group: Any, device: torch.device) -> T:
     return trees.mapped(take, tree)
 
 
+def everywhere(flag: Tensor, group: Any) -> bool:
+    """Whether it is true on all ranks; without a group, here."""
+    if group is not None:
+        flag = flag.to(torch.int32)
+        dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
+    return bool(flag)
+
+
 def filled(
     gradient: Mapping[str, Tensor | None], parameters: Mapping[str, Tensor]
 ) -> tuple[list[bool], dict[str, Tensor]]:

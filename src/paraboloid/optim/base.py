@@ -14,7 +14,7 @@ from paraboloid.optim import foreach
 from paraboloid.optim.acceptance import total_damping
 from paraboloid.optim.closures import Closure, Evaluation
 from paraboloid.optim.direction import Move
-from paraboloid.passes import trees
+from paraboloid.passes import trees, wrappers
 
 FRAME = ("optimizer", "names", "shapes", "options", "counters", "generator")  # of a state; the rest is the subclass's
 
@@ -24,7 +24,8 @@ class Frame(torch.optim.Optimizer):
 
     params     parameters of the model, or torch's groups (dicts with "params" and options); default: all trainable ones
     seed       of the optimiser's own generator; torch's global random state is never drawn from
-    group      the ranks that step together
+    all_reduce over the ranks that step together: "auto", those of a DistributedDataParallel model; or as in
+               `pb.statistics`
 
     A subclass sets the attributes named in `OPTIONS`, calls this constructor and then `_compose`, which makes the parts
     that follow from its options: a loaded state brings its own.  `_state()` and `_load(state)` are about what is not
@@ -39,13 +40,13 @@ class Frame(torch.optim.Optimizer):
         defaults: dict[str, Any],
         params: Iterable[Any] | None,
         seed: int,
-        group: Any = None,
+        all_reduce: Any = "auto",
     ):
-        self.model, self._group, self._composed = model, group, False
+        self.model, self._group, self._composed = model, distributed_group(model, all_reduce), False
         self.names: dict[Tensor, str] = {}
         super().__init__(list(trees.parameters(model).values()) if params is None else params, defaults)
         self.device = next(iter(self.names)).device
-        self.generator = torch.Generator(device=self.device).manual_seed(collectives.rank_seed(seed, group))
+        self.generator = torch.Generator(device=self.device).manual_seed(collectives.rank_seed(seed, self._group))
         self.counters = {"steps": 0, "skipped": 0, "rejected": 0}
 
     def _compose(self) -> None:
@@ -86,7 +87,9 @@ class Frame(torch.optim.Optimizer):
         """What is added to the curvature of each parameter."""
         found: dict[str, float] = {}
         for group in self.param_groups:
-            found |= dict.fromkeys((self.names[p] for p in group["params"]), total_damping(group))
+            total = total_damping(group)
+            for p in group["params"]:
+                found[self.names[p]] = total
         return found
 
     def _check_model(self, parameters: Mapping[str, Tensor]) -> None:
@@ -107,20 +110,21 @@ class Frame(torch.optim.Optimizer):
     def _moves(self, finite_loss: bool = True) -> list[Move] | None:
         """Each group's step, its direction still the gradient; None, with a warning for the first one, and counted as
         skipped, where the loss or a gradient is NaN or infinite."""
-        moves = []
-        for group in self.param_groups:
-            ps = [p for p in group["params"] if p.grad is not None]
-            for p in ps:
-                if p.grad is not None and p.grad.is_sparse:
-                    raise ValueError(f"parameter {self.names[p]!r} has a sparse gradient; expected a dense one. Build "
-                                     "the embedding with sparse=False.")  # fmt: skip
-            if ps:
-                names, states = [self.names[p] for p in ps], [self.state[p] for p in ps]
-                gradients = [p.grad for p in ps if p.grad is not None]
-                moves.append(Move(group, names, ps, states, gradients, gradients))
         if not finite_loss:
             return self._skip("the loss is NaN or infinite")
-        if not foreach.finite([g for m in moves for g in m.gradient]):
+        moves, gradients = [], []
+        for group in self.param_groups:
+            m = Move(group)
+            for p in group["params"]:
+                if (g := p.grad) is not None:
+                    if g.is_sparse:
+                        raise ValueError(f"parameter {self.names[p]!r} has a sparse gradient; expected a dense one. "
+                                         "Build the embedding with sparse=False.")  # fmt: skip
+                    m.add(self.names[p], p, self.state[p], g)
+            if m.params:
+                moves.append(m)
+                gradients += m.gradient
+        if not foreach.finite(gradients):
             bad = [name for m in moves for name, g in zip(m.names, m.gradient, strict=True) if not g.isfinite().all()]
             return self._skip(f"the gradient of {_some(bad)} has NaN or infinite entries")
         return moves
@@ -176,6 +180,14 @@ class Frame(torch.optim.Optimizer):
     def diagnostics(self) -> dict[str, Any]:
         """What happened so far: steps taken, skipped (NaN or infinite gradients) and rejected."""
         return dict(self.counters)
+
+
+def distributed_group(model: nn.Module, all_reduce: Any) -> Any:
+    """The process group over which curvature is summed."""
+    if all_reduce != "auto":
+        return collectives.group_of(all_reduce)
+    wrapper = wrappers.distributed(model)
+    return None if wrapper is None else wrapper.process_group
 
 
 def _some(names: list[str], most: int = 3) -> str:

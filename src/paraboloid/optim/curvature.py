@@ -109,8 +109,8 @@ class FisherCurvature(Curvature):
 
     def update(self, t: int, measured: Measurement, dampings: Mapping[str, float], measure_on: Any = None) -> None:
         """Average what step t measured (eigenvalues: of the batch measure_on), and invert what is due."""
-        expected = due(t, self.factor_interval) or measured.capture.passes > 0  # parameters may come after the pass
-        if self.factors_due(t) and expected and (found := measured.found()) is not None:
+        expected = self.factors_due(t) if measured.passes else due(t, self.factor_interval)  # new ones may come later
+        if expected and (found := measured.found()) is not None:
             renew = self._inverse_due(t)
             other = None if measure_on is None else measured.elsewhere(measure_on, [self._whole])["fisher_factors"]
             self._average(found["fisher_factors"], other, self.decay)

@@ -6,7 +6,6 @@ A part takes a `Move` and changes its direction (or, last, the parameters).  An 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,16 +17,25 @@ from paraboloid.optim.options import check_choices, check_number
 GRAFTS = ("sgd", "adam")
 
 
-@dataclass
 class Move:
-    """One group's step in the making, for the parameters that have a gradient; `states` are torch's, by parameter."""
+    """One group's step in the making, for the parameters that have a gradient.
 
-    group: dict[str, Any]
-    names: list[str]
-    params: list[Tensor]
-    states: list[dict[str, Any]]
-    gradient: list[Tensor]
-    direction: list[Tensor]  # what will be subtracted lr times
+    states are torch's, by parameter; direction is what will be subtracted lr times, at first the gradient.
+    """
+
+    def __init__(self, group: dict[str, Any]):
+        self.group = group
+        self.names: list[str] = []
+        self.params: list[Tensor] = []
+        self.states: list[dict[str, Any]] = []
+        self.gradient: list[Tensor] = []
+        self.direction = self.gradient
+
+    def add(self, name: str, p: Tensor, state: dict[str, Any], g: Tensor) -> None:
+        self.names.append(name)
+        self.params.append(p)
+        self.states.append(state)
+        self.gradient.append(g)
 
     def kept(self, name: str) -> list[Tensor]:
         """A tensor of each parameter's state; zeros where it is new."""

@@ -1,4 +1,4 @@
-"""torch's fused arithmetic on lists of tensors, under typed names."""
+"""torch's fused arithmetic on lists of tensors, and what is read from all their entries together."""
 
 from __future__ import annotations
 
@@ -7,32 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paraboloid.passes.torch_internals import foreach_add, foreach_add_, foreach_mul, foreach_mul_, foreach_norm
+from paraboloid.passes.torch_internals import foreach_add as added  # (xs, ys, alpha=): x + alpha y
+from paraboloid.passes.torch_internals import foreach_add_ as add_
+from paraboloid.passes.torch_internals import foreach_mul as scaled  # (xs, factor): factor x
+from paraboloid.passes.torch_internals import foreach_mul_ as scale_
+from paraboloid.passes.torch_internals import foreach_norm
 
-
-def scale_(xs: Sequence[Tensor], factor: float) -> None:
-    """x *= factor."""
-    foreach_mul_(list(xs), factor)
-
-
-def scaled(xs: Sequence[Tensor], factor: float) -> list[Tensor]:
-    """factor x."""
-    return list(foreach_mul(list(xs), factor))
-
-
-def add_(xs: Sequence[Tensor], ys: Sequence[Tensor], alpha: float = 1.0) -> None:
-    """x += alpha y."""
-    foreach_add_(list(xs), list(ys), alpha=alpha)
-
-
-def added(xs: Sequence[Tensor], ys: Sequence[Tensor], alpha: float = 1.0) -> list[Tensor]:
-    """x + alpha y."""
-    return list(foreach_add(list(xs), list(ys), alpha=alpha))
+__all__ = ["add_", "added", "dot", "finite", "norm", "scale_", "scaled"]
 
 
 def norm(xs: Sequence[Tensor]) -> Tensor:
     """Of all entries together, [], in float64."""
-    return torch.stack([n.double() for n in foreach_norm(list(xs))]).norm()
+    return torch.stack([n.double() for n in foreach_norm(xs)]).norm()
 
 
 def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:

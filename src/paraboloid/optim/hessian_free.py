@@ -15,7 +15,6 @@ from paraboloid.linalg.operand import check_count
 from paraboloid.losses import Loss
 from paraboloid.optim.acceptance import adapted, reduction_ratio
 from paraboloid.optim.base import Frame
-from paraboloid.optim.hooks import distributed_group
 from paraboloid.optim.options import check_choices, check_number, check_share
 from paraboloid.passes import trees
 from paraboloid.passes.random_state import isolated, seeded
@@ -97,12 +96,11 @@ class HessianFree(Frame):
         self.backtrack, self.line_search, self.adapt_damping = backtrack, line_search, adapt_damping
         self.warm_start, self.preconditioner = check_share("warm_start", warm_start), preconditioner
         self.output, self.max_memory = output, max_memory
-        group = distributed_group(model, "auto")
-        if group is not None and (ranks := torch.distributed.get_world_size(group)) > 1:
+        super().__init__(model, defaults, params, seed)
+        if self._group is not None and (ranks := torch.distributed.get_world_size(self._group)) > 1:
             raise ValueError(f"the model is a DistributedDataParallel one over {ranks} ranks; expected a model on one: "
                              "HessianFree steps by its own rank's batch, and ranks would drift apart. Use KFAC, EKFAC "
                              "or KBFGS there.")  # fmt: skip
-        super().__init__(model, defaults, params, seed)
         self.loss = Loss.from_torch(loss_fn)
         self._last: dict[str, Any] = {"iterations": 0, "reduction_ratio": None, "rate": None, "iterate": None}
 

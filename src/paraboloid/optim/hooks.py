@@ -16,7 +16,6 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -24,7 +23,6 @@ from paraboloid.distributed import collectives
 from paraboloid.engine.twice_differentiable import twice_differentiable
 from paraboloid.losses import CrossEntropy, Loss
 from paraboloid.passes.torch_internals import compiled_in_place, running_data_parallel
-from paraboloid.passes.wrappers import distributed
 from paraboloid.quantities.door import Recording
 
 NOTHING_SEEN = (
@@ -47,29 +45,18 @@ class Observed(NamedTuple):
 class Capture:
     """Hooks on a model and its loss that call `measure(observed)` for every training pass while `wanted()`.
 
-    measure       called inside the loss's call, or by `observe`
-    wanted        asked when a forward pass begins: False costs nothing but the question
-    twice         whether the forward pass is to be differentiated twice
-    group         the ranks that measure together: a loss that is not finite on one counts for all
+    twice  whether the forward pass is to be differentiated twice
+    group  the ranks that measure together: a loss that is not finite on one counts for all
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: Any,
-        wanted: Callable[[], bool],
-        measure: Callable[[Observed], None],
-        verify: str | bool = "auto",
-        twice: bool = False,
-        group: Any = None,
-    ):
+    def __init__(self, model: nn.Module, loss_fn: Any, verify: str | bool, twice: bool, group: Any):
         if compiled_in_place(model):
             raise ValueError(
                 "the model was compiled in place by model.compile(), which compiles its hooks too; expected "
                 "compiled = torch.compile(model), given to the optimiser and called in the loop."
             )
         self.model, self.loss = model, Loss.from_torch(loss_fn)
-        self.wanted, self.measure, self.verify, self.twice, self.group = wanted, measure, verify, twice, group
+        self.verify, self.twice, self.group = verify, twice, group
         self.passes = 0  # measured since the last `forget`
         self.nonfinite = False  # whether a loss since then was NaN or infinite
         self._muted = False
@@ -78,14 +65,22 @@ class Capture:
         self._last: tuple[Recording, Any, Any] | None = None
         self._seen: tuple[Tensor, Tensor] | None = None
         self._handles: list[RemovableHandle] = [
-            model.register_forward_pre_hook(weakly(self._before), with_kwargs=True),
-            model.register_forward_hook(weakly(self._after), with_kwargs=True, always_call=True),
+            model.register_forward_pre_hook(_weakly(self._before), with_kwargs=True),
+            model.register_forward_hook(_weakly(self._after), with_kwargs=True, always_call=True),
         ]
         if isinstance(loss_fn, nn.Module):
-            self._handles.append(loss_fn.register_forward_hook(weakly(self._loss_called), with_kwargs=True))
+            self._handles.append(loss_fn.register_forward_hook(_weakly(self._loss_called), with_kwargs=True))
         else:
-            self._handles.append(self.loss.register_hook(weakly(self._on_loss)))
+            self._handles.append(self.loss.register_hook(_weakly(self._on_loss)))
         weakref.finalize(self, _remove, self._handles)
+
+    def wanted(self) -> bool:
+        """Asked when a forward pass begins: False costs nothing but the question."""
+        raise NotImplementedError
+
+    def measure(self, seen: Observed) -> None:
+        """Called inside the loss's call, or by `observe`."""
+        raise NotImplementedError
 
     def remove(self) -> None:
         """Take the hooks off the model and the loss."""
@@ -170,7 +165,7 @@ class Capture:
                                "contains both (pb.Loss objects add up), and call that.")  # fmt: skip
         self._seen = f, y
         value = self.loss.value(f.detach(), y) if value is None else value
-        if not everywhere(torch.isfinite(value.detach()), self.group):
+        if not collectives.everywhere(torch.isfinite(value.detach()), self.group):
             self.nonfinite = True
             return
         self.passes += 1
@@ -184,12 +179,13 @@ class Capture:
         self._on_loss(f, y)
 
 
-def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+def _weakly(method: Callable[..., None]) -> Callable[..., None]:
     """The method as a hook that does not keep its object alive: an optimiser nobody holds takes its hooks with it."""
     held = weakref.WeakMethod(method)
 
-    def hook(*args: Any) -> Any:
-        return None if (alive := held()) is None else alive(*args)
+    def hook(*args: Any) -> None:
+        if (alive := held()) is not None:
+            alive(*args)
 
     return hook
 
@@ -262,19 +258,3 @@ def _is_running(frame: FrameType) -> bool:
             return True
         at = at.f_back
     return False
-
-
-def everywhere(flag: Tensor, group: Any) -> bool:
-    """Whether it is true on all ranks of the group."""
-    if group is not None:
-        flag = flag.to(torch.int32)
-        dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
-    return bool(flag)
-
-
-def distributed_group(model: nn.Module, all_reduce: Any) -> Any:
-    """The process group over which curvature is summed; "auto": that of a DistributedDataParallel model."""
-    if all_reduce != "auto":
-        return collectives.group_of(all_reduce)
-    wrapper = distributed(model)
-    return None if wrapper is None else wrapper.process_group

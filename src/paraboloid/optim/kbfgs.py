@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.data import batches
+from paraboloid.distributed import collectives
 from paraboloid.linalg.operand import check_count
 from paraboloid.losses import Loss
 from paraboloid.optim import foreach
@@ -25,7 +26,6 @@ from paraboloid.optim.bfgs import (
 )
 from paraboloid.optim.closures import Closure, Evaluation
 from paraboloid.optim.direction import Move, averaged, coupled_decay, descend
-from paraboloid.optim.hooks import distributed_group, everywhere
 from paraboloid.optim.layer_means import Layer, Readings
 from paraboloid.optim.options import check_number, check_share
 from paraboloid.passes import trees
@@ -136,7 +136,7 @@ class KBFGS(Frame):
         defaults = {"lr": check_number("lr", lr, 0), "damping": check_number("damping", damping, 0, above=True),
                     "momentum": check_share("momentum", momentum), "decay": check_share("decay", decay),
                     "weight_decay": check_number("weight_decay", weight_decay, 0)}  # fmt: skip
-        super().__init__(model, defaults, params, 0, distributed_group(model, all_reduce))
+        super().__init__(model, defaults, params, 0, all_reduce)
         self.loss_fn = loss_fn
         self._layers_found: dict[str, LayerState] = {}
         self._warm = 0  # batches that made A so far; -1 after warm_start
@@ -269,7 +269,7 @@ class KBFGS(Frame):
             loss = first.again()
         after = readings.means(self._group)
         finite = math.isfinite(loss) and foreach.finite([mean[key] for mean in after.values() for key in ("h", "g")])
-        finite = everywhere(torch.tensor(finite, device=self.device), self._group)
+        finite = collectives.everywhere(torch.tensor(finite, device=self.device), self._group)
         self.counters["second_not_finite"] += not finite
         return after if finite else None
 

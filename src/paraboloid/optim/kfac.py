@@ -18,7 +18,6 @@ from paraboloid.optim.base import Frame
 from paraboloid.optim.closures import Closure, Evaluation
 from paraboloid.optim.curvature import FisherCurvature
 from paraboloid.optim.direction import Move, Part
-from paraboloid.optim.hooks import distributed_group
 from paraboloid.optim.measurement import Measurement
 from paraboloid.optim.options import check_choices, check_number, check_samplable, group_defaults
 
@@ -119,7 +118,7 @@ class KFAC(Frame):
         self.reject, self.kl_clip, self.max_step = reject, kl_clip, max_step
         self.graft, self.step_size = graft, step_size
         defaults = group_defaults(lr, momentum, nesterov, weight_decay, decoupled, damping)
-        super().__init__(model, defaults, params, seed, distributed_group(model, all_reduce))
+        super().__init__(model, defaults, params, seed, all_reduce)
         self._ratio: float | None = None
         self._compose()
         check_samplable(Loss.from_torch(loss_fn), fisher)
@@ -145,11 +144,11 @@ class KFAC(Frame):
 
     def observe(self, output: Tensor, target: Tensor) -> None:
         """Tell the optimiser the output and target of a loss computed by a function; before ``backward()``."""
-        self._measured.capture.observe(output, target)
+        self._measured.observe(output, target)
 
     def remove(self) -> None:
         """Take the optimiser's hooks off the model and the loss."""
-        self._measured.capture.remove()
+        self._measured.remove()
 
     def warm_start(self, loader: Any) -> None:
         """Measure the factors on every batch of a loader at the present parameters, before the first step: their plain
@@ -178,7 +177,7 @@ class KFAC(Frame):
                              f"{type(self).__name__} made with split=None.")  # fmt: skip
         first = self._evaluated(closure)
         try:
-            if (moves := self._moves(not self._measured.capture.nonfinite)) is not None:
+            if (moves := self._moves(not self._measured.nonfinite)) is not None:
                 self._curvature.update(self.counters["steps"], self._measured, self._dampings(), measure_on)
                 self._take(moves, first)
                 self.counters["steps"] += 1
@@ -195,7 +194,7 @@ class KFAC(Frame):
         predicted = self._move_by_model(moves) if self.step_size == "quadratic" else None
         if trial is None or first is None:
             return
-        with self._measured.capture.muted():
+        with self._measured.muted():
             after = first.again()
         if adapt:
             predicted = trial.predicted(self._curvature.quadratic) if predicted is None else predicted
@@ -215,7 +214,7 @@ class KFAC(Frame):
                                "inputs are either all positional or all by name; call the model and the loss before "
                                "step().")  # fmt: skip
         started = any("last_step" in state for m in moves for state in m.states)
-        with self._measured.capture.muted():
+        with self._measured.muted():
             C = GGN(self.model, self._measured.loss, self._measured.inputs_and_target, output=self._measured.output,
                     seed=self.counters["steps"])  # fmt: skip
             zeros = {k: torch.zeros_like(p) for k, p in C.parameters.items()}

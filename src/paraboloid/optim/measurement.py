@@ -15,12 +15,12 @@ from paraboloid.losses import Loss
 from paraboloid.optim import foreach
 from paraboloid.optim.base import Frame
 from paraboloid.optim.fisher_factors import HeldVectors
-from paraboloid.optim.hooks import NOTHING_SEEN, Capture, Observed, weakly
+from paraboloid.optim.hooks import NOTHING_SEEN, Capture, Observed
 from paraboloid.quantities.door import Statistics, statistics
 from paraboloid.quantities.quantity import Quantity
 
 
-class Measurement:
+class Measurement(Capture):
     """Quantities of an optimiser's training passes, measured when the loss is called.
 
     opt          says in `_wanted()` whether passes are to be watched at all, in `_quantities()` what to measure now
@@ -28,27 +28,18 @@ class Measurement:
     """
 
     def __init__(
-        self,
-        opt: Frame,
-        loss_fn: nn.Module | Loss,
-        *,
-        verify: str | bool,
-        twice: bool = False,
-        max_memory: int | None = None,
-        output: Output | None = None,
-        by_samples: bool = False,
-    ):
+        self, opt: Frame, loss_fn: nn.Module | Loss, *, verify: str | bool, twice: bool = False,
+        max_memory: int | None = None, output: Output | None = None, by_samples: bool = False,
+    ):  # fmt: skip
         self._opt: Any = weakref.proxy(opt)  # no cycle: the hooks go with an optimiser that nobody holds, at once
-        self.group, self.max_memory, self.output, self.by_samples = opt._group, max_memory, output, by_samples
+        self.max_memory, self.output, self.by_samples = max_memory, output, by_samples
         self.pooled, self.inputs_and_target = Pooled(), None
-        wanted, measure = weakly(self._wanted), weakly(self._measure)
-        self.capture = Capture(opt.model, loss_fn, wanted, measure, verify, twice, self.group)
-        self.loss = self.capture.loss
+        super().__init__(opt.model, loss_fn, verify, twice, opt._group)
 
-    def _wanted(self) -> bool:
+    def wanted(self) -> bool:
         return self._opt._wanted()
 
-    def _measure(self, seen: Observed) -> None:
+    def measure(self, seen: Observed) -> None:
         opt = self._opt
         opt._check_model(seen.tape.parameters)
         if quantities := opt._quantities():
@@ -63,7 +54,7 @@ class Measurement:
     def elsewhere(self, batch: Any, quantities: Sequence[Quantity]) -> Mapping[str, Any]:
         """Quantities of another batch at the present parameters."""
         opt = self._opt
-        with self.capture.muted():
+        with self.muted():
             return statistics(
                 opt.model, self.loss, batch, quantities, seed=opt.counters["steps"], generator=opt.generator,
                 max_memory=self.max_memory, all_reduce=self.group or False, output=self.output,
@@ -74,7 +65,7 @@ class Measurement:
 
         Raises RuntimeError where no pass was seen.
         """
-        if self.capture.passes == 0:
+        if self.passes == 0:
             raise RuntimeError(f"{type(self._opt).__name__} {NOTHING_SEEN}")
         if foreach.finite([t for values in self.pooled.values.values() for v in values.values() for t in _tensors(v)]):
             return self.pooled.values
@@ -83,7 +74,7 @@ class Measurement:
 
     def forget(self) -> None:
         """The step is over."""
-        self.capture.forget()
+        super().forget()
         self.pooled, self.inputs_and_target = Pooled(), None
 
 

@@ -15,7 +15,6 @@ from paraboloid.optim.base import Frame
 from paraboloid.optim.closures import Closure
 from paraboloid.optim.curvature import Curvature
 from paraboloid.optim.fisher_factors import FisherFactors
-from paraboloid.optim.hooks import distributed_group
 from paraboloid.optim.measurement import Measurement
 from paraboloid.optim.options import check_samplable, check_share, group_defaults
 from paraboloid.quantities.named import FISHERS, QUANTITIES
@@ -71,7 +70,7 @@ class Preconditioned(Frame):
             raise ValueError(f"curvature is {curvature!r}; expected one of {CURVATURES}.")
         defaults = group_defaults(lr, momentum, False, weight_decay, False, damping)
         self.curvature, self.decay = curvature, check_share("decay", decay)
-        super().__init__(model, defaults, params, seed, distributed_group(model, all_reduce))
+        super().__init__(model, defaults, params, seed, all_reduce)
         self._compose()
         check_samplable(Loss.from_torch(loss_fn), "mc" if curvature in ("kfac", "diag_ggn_mc") else "exact")
         self._measured = Measurement(self, loss_fn, verify=verify, twice=self._curvature.quantity.twice,
@@ -88,11 +87,11 @@ class Preconditioned(Frame):
 
     def observe(self, output: Tensor, target: Tensor) -> None:
         """Tell the optimiser the output and target of a loss computed by a function; before ``backward()``."""
-        self._measured.capture.observe(output, target)
+        self._measured.observe(output, target)
 
     def remove(self) -> None:
         """Take the optimiser's hooks off the model and the loss."""
-        self._measured.capture.remove()
+        self._measured.remove()
 
     def _wanted(self) -> bool:
         return True
@@ -105,7 +104,7 @@ class Preconditioned(Frame):
         """One step; returns the closure's loss, if one was given."""
         first = self._evaluated(closure)
         try:
-            if (moves := self._moves(not self._measured.capture.nonfinite)) is not None:
+            if (moves := self._moves(not self._measured.nonfinite)) is not None:
                 self._curvature.update(self._measured, self._dampings())
                 for m in moves:
                     for part in self._parts:
