@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "graph": {"passes", "layers", "losses", "linalg", "engine", "reductions"},
     "quantities": {"passes", "distributed", "data", "losses", "linalg", "engine", "reductions", "graph"},
     "operators": {"passes", "data", "losses", "linalg", "engine", "reductions", "graph", "quantities"},
-    "quadratics": {"passes", "data", "linalg", "operators"},
+    "quadratics": {"passes", "data", "losses", "linalg", "operators"},
     "noise": {"passes", "data", "losses", "linalg", "engine", "reductions", "quantities"},
     "optim": {
         "passes", "layers", "distributed", "data", "losses", "linalg", "engine", "reductions", "quantities",
@@ -40,7 +40,16 @@ MAY_IMPORT = {
 }  # fmt: skip
 FACE = {"__init__", "__main__", "cli"}
 # (file, file) whose arrow only a type needs, under TYPE_CHECKING
-FOR_A_TYPE = {("operators.saving", "operators.linear_operator")}
+FOR_A_TYPE = {("operators.saving", "operators.linear_operator")} | {
+    (f"posteriors.{name}", "posteriors.posterior")
+    for name in (
+        "saving",
+        "prior_tuning.tuning",
+        "prediction.last_layer",
+        "prediction.predictive",
+        "prediction.sharpness",
+    )
+}
 HOMELESS = {"utils", "util", "helpers", "helper", "common", "misc"}
 MAX_LINES = 400
 

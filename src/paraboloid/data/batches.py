@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,14 @@ Inputs = Any  # of a model: a tensor, a tuple or list of arguments, a mapping of
 Batch = tuple[Inputs, Any]
 Data = Batch | Mapping[str, Any] | Iterable[Any]  # a batch, or an iterable of batches
 Output = Callable[[Any], Tensor]  # picks the tensor from what the model returns
+
+
+class Samples(Protocol):
+    """A map-style dataset, `dataset[i]` being `(input, target)` or a dict with 'labels'; or a pair of tensors."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
 
 
 def as_batch(data: Any) -> Batch | None:
@@ -49,7 +57,7 @@ def batches(data: Any) -> Iterator[Batch]:
                          "once: pass a list or a DataLoader.)")  # fmt: skip
 
 
-def call(model: nn.Module, inputs: Any, output: Output | None = None) -> Tensor:
+def call(model: nn.Module, inputs: Inputs, output: Output | None = None) -> Tensor:
     """The model's output tensor on `inputs`: a dict is passed as keywords, a tuple or list as positional arguments.
 
     `output` picks the tensor from a structured result, e.g. ``lambda o: o.logits``.

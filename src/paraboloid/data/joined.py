@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.data import batches as batch_data
+from paraboloid.data.batches import Data
 from paraboloid.passes.memory import JOINED
 
 PARAMETERS = 1_000_000  # of the largest models that it pays for
 
 
-def joined(data: Any, model: nn.Module, max_memory: int | None) -> Any:
+def joined(data: Data, model: nn.Module, max_memory: int | None) -> Any:
     """The same data with consecutive batches of one input tensor joined up to 512 KiB of inputs; larger ones, and other
     kinds of inputs, as they are.  Only for small models, whose gradients at layers' outputs stay small too."""
     small = sum(p.numel() for p in model.parameters()) <= PARAMETERS
@@ -26,7 +27,7 @@ def joined(data: Any, model: nn.Module, max_memory: int | None) -> Any:
 class _Joined:
     """Can be iterated as often as the data."""
 
-    def __init__(self, data: Any):
+    def __init__(self, data: Data):
         self.data = data
 
     def __iter__(self) -> Iterator[batch_data.Batch]:

@@ -11,11 +11,11 @@ sum: multiply by ``1 / normalizer`` (the factor a) for the loss as reduced.
 from paraboloid.losses.cross_entropy import CrossEntropy
 from paraboloid.losses.elementwise import MSE, BCEWithLogits, Elementwise
 from paraboloid.losses.gaussian import GaussianNLL
-from paraboloid.losses.loss import Loss, NoTargets, Scaled, Sum, settled
+from paraboloid.losses.loss import Loss, LossFunction, NoTargets, Scaled, Sum, settled
 from paraboloid.losses.opaque import Opaque
 from paraboloid.losses.poisson import PoissonNLL
 
 __all__ = [
-    "MSE", "BCEWithLogits", "CrossEntropy", "Elementwise", "GaussianNLL", "Loss", "NoTargets", "Opaque", "PoissonNLL",
-    "Scaled", "Sum", "settled",
+    "MSE", "BCEWithLogits", "CrossEntropy", "Elementwise", "GaussianNLL", "Loss", "LossFunction", "NoTargets", "Opaque",
+    "PoissonNLL", "Scaled", "Sum", "settled",
 ]  # fmt: skip

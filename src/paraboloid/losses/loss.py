@@ -192,6 +192,9 @@ class Loss:
         )
 
 
+LossFunction = Loss | Callable[..., Any]  # what users give: a torch loss module, a `Loss`, or any callable
+
+
 class Scaled(Loss):
     """scale * loss: the unreduced loss is scaled, the normalizer is the loss's own unless another one is given."""
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paraboloid.data.batches import Output
+from paraboloid.data.batches import Output, Samples
 from paraboloid.linalg.operand import check_count
+from paraboloid.losses import LossFunction
 from paraboloid.noise.estimators import Estimator, resolve
 from paraboloid.noise.gradients import Gradients
 from paraboloid.noise.noise_scale import plain
@@ -96,8 +97,8 @@ class Comparison(Mapping[str, NoiseMeasure]):
 
 def compare(
     model: nn.Module,
-    loss_fn: Any,
-    dataset: Any,
+    loss_fn: LossFunction,
+    dataset: Samples,
     batch_size: int = 10,
     estimators: Any = ESTIMATORS,
     draws: int = 10,

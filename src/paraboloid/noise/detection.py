@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from paraboloid.data import batches as batch_data
-from paraboloid.data.batches import Output
+from paraboloid.data.batches import Output, Samples
 from paraboloid.engine.outer_products import merge
 from paraboloid.linalg.operand import check_count
-from paraboloid.losses import Loss
+from paraboloid.losses import Loss, LossFunction
 from paraboloid.losses.loss import full
 from paraboloid.noise.centre_products import products
 from paraboloid.noise.centres import Centres, block_of, is_dense, start
@@ -49,7 +48,7 @@ def members(clusters: GradientClustering, count: int = 5) -> list[Members]:
     return found
 
 
-def suspicion(clusters: GradientClustering, dataset: Any = None, score: str = "loss") -> Tensor:
+def suspicion(clusters: GradientClustering, dataset: Samples | None = None, score: str = "loss") -> Tensor:
     """How much each sample looks mislabelled, [N]; larger is more suspicious.
 
     "loss": its loss, which needs `dataset`; "distance": squared distance of its gradient to its cluster's centre;
@@ -69,7 +68,7 @@ def suspicion(clusters: GradientClustering, dataset: Any = None, score: str = "l
 
 @torch.no_grad()
 def sample_losses(
-    model: nn.Module, loss_fn: Any, dataset: Any, *, batch_size: int = 512, output: Output | None = None
+    model: nn.Module, loss_fn: LossFunction, dataset: Samples, *, batch_size: int = 512, output: Output | None = None
 ) -> Tensor:
     """The unreduced loss of each sample, [N], float64."""
     data, loss = Gradients(model, loss_fn, dataset, output=output), Loss.from_torch(loss_fn)
@@ -88,8 +87,10 @@ def precision_at(scores: Tensor, truth: Tensor, k: int) -> float:
     return float(truth[scores.argsort(descending=True, stable=True)[:k]].double().mean())
 
 
-def duplicates(model: nn.Module, loss_fn: Any, dataset: Any, *, tolerance: float = 1e-4, output: Output | None = None,
-               batch_size: int = 256, sketch: int = 16, seed: int = 0) -> list[list[int]]:  # fmt: skip
+def duplicates(
+    model: nn.Module, loss_fn: LossFunction, dataset: Samples, *, tolerance: float = 1e-4,
+    output: Output | None = None, batch_size: int = 256, sketch: int = 16, seed: int = 0,
+) -> list[list[int]]:  # fmt: skip
     """Groups of samples with equal gradients, up to `tolerance` times their norm; largest group first.
 
     Each gradient is known by its norm and its products with `sketch` random centres of rank one.  Samples whose

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from paraboloid.data.batches import Output
+from paraboloid.data.batches import Output, Samples
+from paraboloid.losses import LossFunction
 from paraboloid.noise.gradients import Gradients
 from paraboloid.noise.moments import moments
 
@@ -39,7 +38,7 @@ class Strata:
 
 
 def strata(
-    model: nn.Module, loss_fn: Any, dataset: Any, assignments: Tensor, *, batch_size: int = 256,
+    model: nn.Module, loss_fn: LossFunction, dataset: Samples, assignments: Tensor, *, batch_size: int = 256,
     output: Output | None = None,
 ) -> Strata:  # fmt: skip
     """Sizes and exact spreads of the clusters, from one pass over the data; memory is a few vectors [D].

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from paraboloid.data.batches import Samples
 from paraboloid.linalg.operand import check_count
+from paraboloid.losses import LossFunction
 from paraboloid.noise.clustering import GradientClustering
 from paraboloid.noise.comparison import ESTIMATORS, Compared, Comparison
 from paraboloid.noise.estimators import SVRG
@@ -24,8 +26,9 @@ class Monitor(Compared):
     """
 
     def __init__(
-        self, model: nn.Module, loss_fn: Any, dataset: Any, batch_size: int = 10, estimators: Any = ESTIMATORS,
-        draws: int = 10, seed: int = 0, *, every: int = 100, refresh: int = 1000, **options: Any,
+        self, model: nn.Module, loss_fn: LossFunction, dataset: Samples, batch_size: int = 10,
+        estimators: Any = ESTIMATORS, draws: int = 10, seed: int = 0, *, every: int = 100, refresh: int = 1000,
+        **options: Any,
     ):  # fmt: skip
         for name, value in (("every", every), ("refresh", refresh)):
             check_count(name, value)
@@ -82,7 +85,7 @@ class Reclustering:
     """
 
     def __init__(
-        self, clusters: GradientClustering, dataset: Any, sampler: StratifiedBatchSampler | None = None, *,
+        self, clusters: GradientClustering, dataset: Samples, sampler: StratifiedBatchSampler | None = None, *,
         every: int = 1000, passes: int = 3, batch_size: int = 256,
     ):  # fmt: skip
         for name, value in (("every", every), ("passes", passes), ("batch_size", batch_size)):

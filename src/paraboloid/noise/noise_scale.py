@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.data import batches as batch_data
-from paraboloid.data.batches import Output
-from paraboloid.losses import Loss
+from paraboloid.data.batches import Data, Output
+from paraboloid.losses import Loss, LossFunction
 from paraboloid.noise.moments import Moments, moments
 from paraboloid.passes.parameter_layers import layers_of
 
@@ -58,7 +58,7 @@ def plain(measures: Any) -> dict[str, Any]:
 
 
 def measures(
-    model: nn.Module, loss_fn: Any, data: Any, *, output: Output | None = None, max_memory: int | None = None
+    model: nn.Module, loss_fn: LossFunction, data: Data, *, output: Output | None = None, max_memory: int | None = None
 ) -> Measures:
     """Variance, signal, gradient signal-to-noise ratio, noise scale and diversity, by layer and in all; exact.
 

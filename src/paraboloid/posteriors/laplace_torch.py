@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paraboloid.data.batches import Data, Inputs
 from paraboloid.posteriors.fit_laplace import laplace
 from paraboloid.posteriors.posterior import Posterior
 
@@ -54,7 +55,7 @@ class Laplace:
             raise RuntimeError("the posterior is not fitted yet; call fit(loader) first.")
         return self._posterior
 
-    def fit(self, train_loader: Any, override: bool = True) -> Laplace:
+    def fit(self, train_loader: Data, override: bool = True) -> Laplace:
         """Fit to a loader of (inputs, targets); override=False adds the loader's data to what was fitted before."""
         if self._posterior is not None and not override:
             self._posterior.update(train_loader)
@@ -64,8 +65,8 @@ class Laplace:
         return self
 
     def optimize_prior_precision(
-        self, method: str = "marglik", val_loader: Any = None, pred_type: str = "glm", link_approx: str = "probit",
-        **options: Any,
+        self, method: str = "marglik", val_loader: Data | None = None, pred_type: str = "glm",
+        link_approx: str = "probit", **options: Any,
     ) -> None:  # fmt: skip
         """ "marglik" (the evidence at the trained weights), "gridsearch" (needs val_loader), or "adapted"."""
         if method not in METHODS:
@@ -76,7 +77,7 @@ class Laplace:
         noise = None if sigma_noise is None else sigma_noise**2
         return self.posterior.log_evidence(prior_precision, noise)
 
-    def __call__(self, x: Any, pred_type: str = "glm", link_approx: str = "probit", n_samples: int = 100) -> Any:
+    def __call__(self, x: Inputs, pred_type: str = "glm", link_approx: str = "probit", n_samples: int = 100) -> Any:
         """Probabilities [N, C]; for a regression (mean [N, C], covariance [N, C, C] of f, without the noise).
 
         pred_type "glm" (the linearised model) or "nn" (networks with sampled weights).

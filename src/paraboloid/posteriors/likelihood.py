@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paraboloid.losses import MSE, BCEWithLogits, CrossEntropy, GaussianNLL, Loss, PoissonNLL, Scaled
+from paraboloid.losses import MSE, BCEWithLogits, CrossEntropy, GaussianNLL, Loss, LossFunction, PoissonNLL, Scaled
 
 KINDS = ("categorical", "bernoulli", "gaussian", "heteroscedastic", "poisson", "other")
 
@@ -36,11 +36,11 @@ class Likelihood:
     """
 
     kind: str
-    loss: Loss
+    loss: Scaled
     constant: Callable[[Any], float] = _nothing
 
     @staticmethod
-    def of(loss_fn: Any) -> Likelihood:
+    def of(loss_fn: LossFunction) -> Likelihood:
         """Raises TypeError for a loss that paraboloid does not know, ValueError for sums that divide differently."""
         loss = Loss.from_torch(loss_fn)
         if len({term.reduction for term in loss.terms}) > 1:
@@ -60,6 +60,11 @@ class Likelihood:
         if isinstance(loss, PoissonNLL):
             return Likelihood("poisson", summed, _nothing if loss.full else _log_factorials)
         return Likelihood("other", summed)
+
+    @property
+    def given(self) -> Any:
+        """The loss itself, of the class that `kind` stands for."""
+        return self.loss.loss
 
     @property
     def takes_noise(self) -> bool:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.data import batches as batch_data
+from paraboloid.data.batches import Data, Output
 from paraboloid.linalg.operand import check_count
+from paraboloid.losses import LossFunction
 from paraboloid.passes import trees
 from paraboloid.posteriors import prior as priors
 from paraboloid.posteriors.fit_laplace import laplace
@@ -20,8 +22,8 @@ from paraboloid.posteriors.prior_tuning.evidence import groups_of
 
 def train_by_evidence(
     model: nn.Module,
-    loss_fn: Any,
-    loader: Any,
+    loss_fn: LossFunction,
+    loader: Data,
     optimizer: torch.optim.Optimizer,
     epochs: int,
     *,
@@ -34,7 +36,7 @@ def train_by_evidence(
     lr: float = 0.1,
     prior_precision: float = 1.0,
     noise_variance: float = 1.0,
-    output: batch_data.Output | None = None,
+    output: Output | None = None,
     callback: Callable[[int, Posterior], None] | None = None,
     **options: Any,
 ) -> Posterior:

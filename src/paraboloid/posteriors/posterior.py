@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paraboloid.data import batches as batch_data
+from paraboloid.data.batches import Data, Inputs, Output
 from paraboloid.linalg.operand import check_count
 from paraboloid.linalg.probes import Seed, generator_of
+from paraboloid.losses import LossFunction
 from paraboloid.passes.wrappers import plain_parameters
 from paraboloid.posteriors import prior as priors
 from paraboloid.posteriors import saving
@@ -48,10 +49,10 @@ class Posterior:
     target: tuple[int, ...]  # shape of a sample's target
     noise_variance: float = 1.0
     temperature: float = 1.0
-    output: batch_data.Output | None = None
+    output: Output | None = None
     max_memory: int | None = None
     options: dict[str, Any] = field(default_factory=dict)  # of the fit
-    data: Any = None  # what it was fitted on, for `tune_prior` and `match_confidence`; not saved
+    data: Data | None = None  # what it was fitted on, for `tune_prior` and `match_confidence`; not saved
     sharpness: float = 1.0  # exponent of the predicted probabilities, see `match_confidence`
     _prior: Any = 1.0
     _sizes: dict[Any, float] = field(default_factory=dict, repr=False)  # what a sample takes to predict
@@ -105,8 +106,8 @@ class Posterior:
     def tune_prior(
         self,
         method: str = "adapted",
-        data: Any = None,
-        validation: Any = None,
+        data: Data | None = None,
+        validation: Data | None = None,
         *,
         per: str = "all",
         noise: bool = False,
@@ -128,7 +129,7 @@ class Posterior:
         tuning.tune(self, method, self.data if data is None else data, validation, per, noise, steps, grid)
         return self
 
-    def match_confidence(self, data: Any = None, *, validation: Any = None) -> Posterior:
+    def match_confidence(self, data: Data | None = None, *, validation: Data | None = None) -> Posterior:
         """Choose `sharpness`, the exponent s of predicted class probabilities p^s / sum p^s, in place; returns self.
 
         So that the mean entropy of the predictions is that of the network's own on `data` (default: what the posterior
@@ -163,7 +164,7 @@ class Posterior:
         pieces = deviations.split([w.numel() for w in self.weights.values()], 1)
         return {k: w + d.view(-1, *w.shape) for (k, w), d in zip(self.weights.items(), pieces, strict=True)}
 
-    def functional(self, x: Any, *, joint: bool = False, diagonal: bool = False) -> tuple[Tensor, Tensor]:
+    def functional(self, x: Inputs, *, joint: bool = False, diagonal: bool = False) -> tuple[Tensor, Tensor]:
         """Mean [N, *shape] and covariance [N, K, K] of the linearised outputs f(x) + J(x) (w - theta).
 
         K is the number of elements of a sample's output.  diagonal=True: the variances alone, of the mean's shape;
@@ -189,7 +190,7 @@ class Posterior:
         )
         return mean, covariance.view_as(mean) if diagonal else covariance
 
-    def functional_samples(self, x: Any, samples: int, seed: int = 0) -> Tensor:
+    def functional_samples(self, x: Inputs, samples: int, seed: int = 0) -> Tensor:
         """Draws of the linearised outputs, [samples, N, *shape]: the same functions for every x and call with a seed.
 
         f(x) + J(x) d for weight deviations d from the posterior, so that values at different inputs belong together.
@@ -215,7 +216,7 @@ class Posterior:
                 raise RuntimeError(f"parameter {name!r} is not what it was when the posterior was fitted; a posterior "
                                    "belongs to one set of weights. Fit a new one.")  # fmt: skip
 
-    def predict(self, x: Any, link: str | None = None, *, samples: int = 1000, seed: int = 0) -> Any:
+    def predict(self, x: Inputs, link: str | None = None, *, samples: int = 1000, seed: int = 0) -> Any:
         """The predictive distribution: probabilities [N, C, ...] of a classification, else a `Prediction` with `.mean`
         and `.variance` of y, split into `.model_variance` and `.noise_variance`.
 
@@ -230,7 +231,7 @@ class Posterior:
 
     # --- more data, and files ---------------------------------------------------------------------------------------
 
-    def update(self, more_data: Any) -> Posterior:
+    def update(self, more_data: Data) -> Posterior:
         """Add the curvature and the likelihood of more data at the same weights, in place; returns self.
 
         Two streamed halves give what one pass over both gives; low rank then keeps the largest `rank` of both, and
@@ -263,7 +264,7 @@ class Posterior:
 
 
 def load_posterior(
-    path: str | Path, model: nn.Module, loss_fn: Any, *, output: batch_data.Output | None = None
+    path: str | Path, model: nn.Module, loss_fn: LossFunction, *, output: Output | None = None
 ) -> Posterior:
     """A posterior that `Posterior.save` wrote, bit for bit, for the same model at the same weights.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from paraboloid.posteriors.structures.full import Full
 from paraboloid.posteriors.structures.kronecker import CrossFitted, Kronecker
 from paraboloid.posteriors.structures.rows import Rows
 from paraboloid.reductions import kronecker_factors
+
+if TYPE_CHECKING:
+    from paraboloid.posteriors.posterior import Posterior
 
 State = dict[str, Any]
 VERSION = 3
@@ -79,7 +82,7 @@ def _unpacked(value: Any, weights: dict[str, Tensor]) -> Any:
     return found(**inside)
 
 
-def save(posterior: Any, path: str | Path) -> None:
+def save(posterior: Posterior, path: str | Path) -> None:
     curvature = posterior.curvature
     state = {
         "version": VERSION,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
 from paraboloid.data import batches as batch_data
+from paraboloid.data.batches import Data, Output
 from paraboloid.engine.tape import record
 from paraboloid.passes import trees
 from paraboloid.passes.parameter_layers import layer_of
@@ -19,7 +19,7 @@ from paraboloid.passes.wrappers import unwrapped
 Weights = str | Sequence[str] | Callable[[str], bool]
 
 
-def choose(model: nn.Module, weights: Weights, data: Any, output: batch_data.Output | None = None) -> list[str]:
+def choose(model: nn.Module, weights: Weights, data: Data, output: Output | None = None) -> list[str]:
     """The names of the chosen parameters, in the order of `named_parameters`.
 
     weights: "all", "last_layer" (the module whose parameters the last recorded call uses), a list of names of
@@ -49,7 +49,9 @@ def _within(name: str, place: str) -> bool:
     return name == place or name.startswith(f"{place}.")
 
 
-def _last_layer(model: nn.Module, parameters: Mapping[str, nn.Parameter], data: Any, output: Any) -> list[str]:
+def _last_layer(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], data: Data, output: Output | None
+) -> list[str]:
     inputs, target = next(batch_data.batches(data))
     with isolated(model, target.device, 0), torch.enable_grad(), record(model, verify=False) as tape:
         f = batch_data.call(unwrapped(model), inputs, output)

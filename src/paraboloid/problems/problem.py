@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from paraboloid import losses
-from paraboloid.data.batches import sample_count
+from paraboloid.data.batches import Samples, sample_count
 from paraboloid.passes import trees
 
 OPTIMIZERS = ("adam", "sgd")
-
-
-class Samples(Protocol):
-    """A map-style dataset: `dataset[i]` is `(input, target)` (or a dict with 'labels') for i = 0..len - 1."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: Any, /) -> Any: ...
 
 
 @dataclass(frozen=True)

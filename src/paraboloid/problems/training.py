@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paraboloid.data.batches import Chunks, call, sample_count, take
+from paraboloid.data.batches import Chunks, Samples, call, sample_count, take
 from paraboloid.passes import trees
-from paraboloid.problems.problem import Problem, Samples, Training, loss_of
+from paraboloid.problems.problem import Problem, Training, loss_of
 from paraboloid.problems.seeding import seeded
 
 CurvePoint = dict[str, Any]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from paraboloid.data.batches import Output, as_batch
+from paraboloid.data.batches import Data, Output, as_batch
 from paraboloid.linalg.operand import check_choice, check_count
+from paraboloid.losses import LossFunction
 from paraboloid.operators.matrix_free.jacobian_form import JacobianForm
 from paraboloid.quadratics.local_model import CURVATURES, DIRECTIONS, Quadratic, chosen, quadratic
 
@@ -50,8 +50,8 @@ class CrossFit:
 
 def cross_fit(
     model: nn.Module,
-    loss_fn: Any,
-    batch: Any,
+    loss_fn: LossFunction,
+    batch: Data,
     k: int = 10,
     folds: int = 2,
     directions: str = "eigen",

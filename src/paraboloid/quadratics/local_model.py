@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from paraboloid.data.batches import Output
+from paraboloid.data.batches import Data, Output
 from paraboloid.linalg.krylov import orthogonalise, random_unit
 from paraboloid.linalg.operand import check_count
 from paraboloid.linalg.probes import Seed, generator_of
+from paraboloid.losses import LossFunction
 from paraboloid.operators import EKFAC, GGN, KFAC, Diagonalised, Fisher, Hessian, Identity, LinearOperator
 from paraboloid.operators.matrix_free.output_graph import OutputGraph
 from paraboloid.operators.matrix_free.replay import Replay
@@ -140,8 +140,8 @@ def chosen(q: Quadratic, directions: str, k: int, damping: float, seed: int, tol
 
 def quadratic(
     model: nn.Module,
-    loss_fn: Any,
-    batch: Any,
+    loss_fn: LossFunction,
+    batch: Data,
     curvature: str | LinearOperator = "ggn",
     weight_decay: float = 0.0,
     *,

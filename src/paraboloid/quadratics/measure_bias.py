@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from paraboloid.data.batches import Chunks, Data, Output, sample_count, take
+from paraboloid.data.batches import Chunks, Data, Output, Samples, sample_count, take
 from paraboloid.linalg.operand import check_choice, check_count
+from paraboloid.losses import LossFunction
 from paraboloid.passes import trees
 from paraboloid.passes.memory import MEASURED
 from paraboloid.quadratics.bias_result import WHICH, Bias
@@ -23,8 +23,8 @@ EIGEN_TOLERANCE = 1e-4  # relative residual of eigenvectors; curvatures along th
 
 def bias(
     model: nn.Module,
-    loss_fn: Any,
-    dataset: Any,
+    loss_fn: LossFunction,
+    dataset: Samples,
     batch_size: int = 128,
     k: int = 10,
     repeats: int = 15,

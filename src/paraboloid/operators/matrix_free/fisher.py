@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paraboloid.data.batches import Output
+from paraboloid.data.batches import Data, Output
 from paraboloid.linalg.operand import check_count
-from paraboloid.losses import Loss, Opaque
+from paraboloid.losses import Loss, LossFunction, Opaque
 from paraboloid.losses.loss import Sum
 from paraboloid.operators.matrix_free.jacobian_form import JacobianForm
 from paraboloid.operators.matrix_free.output_graph import OutputGraph
@@ -81,8 +81,8 @@ class Fisher(JacobianForm):
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: Any,
-        data: Any,
+        loss_fn: LossFunction,
+        data: Data,
         *,
         samples: int = 1,
         blocks: Blocks = "all",

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paraboloid.data.batches import Data
 from paraboloid.linalg.probes import Seed
+from paraboloid.losses import LossFunction
 from paraboloid.operators.matrix_free.ggn_root import Root, of_roots
 from paraboloid.operators.matrix_free.recorded import Recorded
 from paraboloid.operators.partition import Blocks, places
@@ -18,7 +20,9 @@ from paraboloid.quantities.named import DiagGGN
 class JacobianForm(Recorded):
     """sum_n J_n^T H_n J_n times the reduction's factor, over the `OutputGraph`s of the data, which know J_n and H_n."""
 
-    def _record(self, graph: Any, model: Any, loss_fn: Any, data: Any, blocks: Blocks, **options: Any) -> None:
+    def _record(
+        self, graph: Any, model: Any, loss_fn: LossFunction, data: Data, blocks: Blocks, **options: Any
+    ) -> None:
         super()._record(graph, model, loss_fn, data, blocks, **options)
         self.root = Root(self.replay)
 

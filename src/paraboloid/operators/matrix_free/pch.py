@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from paraboloid.data.batches import Output
+from paraboloid.data.batches import Data, Output
 from paraboloid.engine.tape import Tape, record
 from paraboloid.graph.nodes import Graph
 from paraboloid.linalg.probes import normal
-from paraboloid.losses import Loss
+from paraboloid.losses import Loss, LossFunction
 from paraboloid.operators.matrix_free.recorded import Recorded
 from paraboloid.operators.vectors import dot
 from paraboloid.passes.wrappers import innermost
@@ -109,8 +109,8 @@ class PCH(Recorded):
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: Any,
-        data: Any,
+        loss_fn: LossFunction,
+        data: Data,
         *,
         blocks: str = "parameter",
         modify: str = "abs",

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from paraboloid.data.batches import Output
+from paraboloid.data.batches import Data, Output
+from paraboloid.losses import LossFunction
 from paraboloid.operators.linear_operator import LinearOperator
 from paraboloid.operators.matrix_free.replay import Graph, Replay
 from paraboloid.operators.partition import Blocks, places, resolve_blocks
@@ -30,8 +31,8 @@ class Recorded(LinearOperator):
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: Any,
-        data: Any,
+        loss_fn: LossFunction,
+        data: Data,
         *,
         blocks: Blocks = "all",
         output: Output | None = None,
@@ -41,7 +42,7 @@ class Recorded(LinearOperator):
         self._record(self.graph, model, loss_fn, data, blocks, output=output, seed=seed, max_memory=max_memory)
 
     def _record(
-        self, graph: Callable[..., Graph], model: Any, loss_fn: Any, data: Any, blocks: Blocks, **options: Any
+        self, graph: Callable[..., Graph], model: Any, loss_fn: LossFunction, data: Data, blocks: Blocks, **options: Any
     ) -> None:
         self.replay = Replay(model, loss_fn, data, graph, **options)
         self.parameters = self.replay.parameters

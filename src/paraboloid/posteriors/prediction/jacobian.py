@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from paraboloid.data import batches as batch_data
+from paraboloid.data.batches import Inputs, Output
 from paraboloid.engine.outer_products import Outer, merge
 from paraboloid.engine.tape import Tape, record
 from paraboloid.passes import trees
@@ -75,7 +75,7 @@ def _times(uses: list[Outer], rows: Tensor) -> Tensor:
 
 @contextmanager
 def recorded(
-    model: nn.Module, names: list[str], inputs: Any, output: Any, verify: str | bool = "auto"
+    model: nn.Module, names: list[str], inputs: Inputs, output: Output | None, verify: str | bool = "auto"
 ) -> Iterator[tuple[Tape, Tensor]]:
     """(tape, f) of a forward pass in evaluation of the chosen weights' Jacobian; the model is left as it was."""
     device = next(iter(trees.parameters(model).values())).device

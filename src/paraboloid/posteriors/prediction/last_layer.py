@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paraboloid.data.batches import Inputs
 from paraboloid.passes.trees import mapped
 from paraboloid.posteriors.prediction.jacobian import recorded
 from paraboloid.posteriors.prediction.moments import length
@@ -15,10 +16,13 @@ from paraboloid.posteriors.prior import Prior
 from paraboloid.posteriors.structures.diagonal import Diagonal
 from paraboloid.posteriors.structures.kronecker import CrossFitted, Kronecker
 
+if TYPE_CHECKING:
+    from paraboloid.posteriors.posterior import Posterior
+
 CHUNK = 1024  # samples at a time
 
 
-def variances(posterior: Any, inputs: Any, prior: Prior, strength: Any) -> tuple[Tensor, Tensor] | None:
+def variances(posterior: Posterior, inputs: Inputs, prior: Prior, strength: Any) -> tuple[Tensor, Tensor] | None:
     """Mean and variance [N, C] of f = W phi + b under a posterior over W and b alone, features phi [F].
 
     diagonal     var[n, c] = sum_j phi[n, j]^2 var(W)[c, j] + var(b)[c]

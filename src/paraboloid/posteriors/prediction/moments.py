@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paraboloid.data.batches import Inputs, Output
 from paraboloid.passes.memory import JACOBIANS
 from paraboloid.passes.trees import mapped
 from paraboloid.posteriors.prediction.jacobian import Jacobian, pull_outputs, recorded
@@ -17,7 +18,7 @@ Covariance = Callable[[Jacobian], Tensor]
 
 
 def moments(
-    model: nn.Module, names: list[str], inputs: Any, output: Any, covariance: Covariance, formed: int,
+    model: nn.Module, names: list[str], inputs: Inputs, output: Output | None, covariance: Covariance, formed: int,
     max_memory: int | None, known: dict[Any, float] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(f [N, *shape], what `covariance` makes of each chunk's Jacobian, joined along N).
@@ -53,7 +54,7 @@ def _bytes(J: Jacobian, formed: int) -> int:
     return 4 * left + 2 * J.outputs.numel() * formed * J.outputs.element_size()
 
 
-def length(inputs: Any) -> int:
+def length(inputs: Inputs) -> int:
     """Samples of the inputs: axis 0 of their first tensor."""
     return next(_tensors(inputs)).shape[0]
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from paraboloid.data import batches as batch_data
+from paraboloid.data.batches import Inputs
 from paraboloid.linalg.operand import check_count
 from paraboloid.passes.random_state import isolated
 from paraboloid.passes.wrappers import Elsewhere
 from paraboloid.posteriors.prediction.sharpness import sharpened
+
+if TYPE_CHECKING:
+    from paraboloid.posteriors.posterior import Posterior
 
 LINKS = ("probit", "bridge", "mc", "weights")
 
@@ -36,13 +40,13 @@ class Prediction:
         return self.variance.sqrt()
 
 
-def predict(posterior: Any, x: Any, link: str | None, samples: int, seed: int) -> Any:
+def predict(posterior: Posterior, x: Inputs, link: str | None, samples: int, seed: int) -> Any:
     """See `Posterior.predict`."""
     found, kind = _predict(posterior, x, link, samples, seed), posterior.likelihood.kind
     return sharpened(found, posterior.sharpness, kind) if kind in ("categorical", "bernoulli") else found
 
 
-def _predict(posterior: Any, x: Any, link: str | None, samples: int, seed: int) -> Any:
+def _predict(posterior: Posterior, x: Inputs, link: str | None, samples: int, seed: int) -> Any:
     kind = posterior.likelihood.kind
     if link is not None and link not in LINKS:
         raise ValueError(f"link is {link!r}; expected one of {LINKS}.")
@@ -72,17 +76,17 @@ def _predict(posterior: Any, x: Any, link: str | None, samples: int, seed: int) 
     return Prediction(mean, variance, torch.full_like(variance, posterior.noise_variance))
 
 
-def poisson(posterior: Any, mean: Tensor, variance: Tensor) -> Prediction:
+def poisson(posterior: Posterior, mean: Tensor, variance: Tensor) -> Prediction:
     """Moments of a count whose log rate is Gaussian: E y = E rate = exp(m + v / 2), and E rate is the noise's part."""
-    if not posterior.likelihood.loss.loss.log_input:  # the output is the rate
+    if not posterior.likelihood.given.log_input:  # the output is the rate
         return Prediction(mean, variance, mean)
     rate = (mean + variance / 2).exp()
     return Prediction(rate, variance.expm1() * rate.square(), rate)
 
 
-def heteroscedastic(posterior: Any, mean: Tensor, variance: Tensor) -> Prediction:
+def heteroscedastic(posterior: Posterior, mean: Tensor, variance: Tensor) -> Prediction:
     """The mean's own moments, and the expected noise variance: E exp(u) = exp(m + v / 2) of a Gaussian logarithm."""
-    loss = posterior.likelihood.loss.loss
+    loss = posterior.likelihood.given
     if loss.variance is not None:
         noise = torch.as_tensor(loss.variance, dtype=mean.dtype, device=mean.device)
         return Prediction(mean, variance, noise.expand_as(mean))
@@ -92,9 +96,9 @@ def heteroscedastic(posterior: Any, mean: Tensor, variance: Tensor) -> Predictio
     return Prediction(mean[:, :size], variance[:, :size], noise.expand_as(mean[:, :size]))
 
 
-def averaged(posterior: Any, draws: Iterator[Tensor]) -> Any:
+def averaged(posterior: Posterior, draws: Iterator[Tensor]) -> Any:
     """The mixture over draws of the outputs f: mean probabilities, or the mixture's moments of y."""
-    kind, loss = posterior.likelihood.kind, posterior.likelihood.loss.loss
+    kind, loss = posterior.likelihood.kind, posterior.likelihood.given
     if kind in ("categorical", "bernoulli"):
         return _mean(f.softmax(1) if kind == "categorical" else f.sigmoid() for f in draws)
     if kind == "other":
@@ -126,7 +130,7 @@ def _mean(values: Iterable[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def _network_draws(posterior: Any, x: Any, samples: int, seed: int) -> Iterator[Tensor]:
+def _network_draws(posterior: Posterior, x: Inputs, samples: int, seed: int) -> Iterator[Tensor]:
     """Outputs of networks with weights drawn from the posterior, one network at a time."""
     posterior.check_weights()
     drawn = posterior.sample(samples, seed)

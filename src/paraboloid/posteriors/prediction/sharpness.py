@@ -9,14 +9,18 @@ on the data it was fitted to, and less sure elsewhere.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from paraboloid.data import batches as batch_data
+from paraboloid.data.batches import Data
 from paraboloid.passes.random_state import isolated
 from paraboloid.passes.wrappers import unwrapped
+
+if TYPE_CHECKING:
+    from paraboloid.posteriors.posterior import Posterior
 
 SAMPLES = 10_000  # of the data, the first ones, by which the exponent is chosen
 LOWEST, HIGHEST, HALVINGS = 1e-3, 1e3, 60
@@ -27,7 +31,7 @@ def sharpened(p: Tensor, sharpness: float, kind: str) -> Tensor:
     return p if sharpness == 1 else _probabilities(_logits(p, kind) * sharpness, kind)
 
 
-def matched(posterior: Any, data: Any) -> float:
+def matched(posterior: Posterior, data: Data | None) -> float:
     """The exponent with which the mean entropy of the predictions on the data is that of the network's own."""
     kind = posterior.likelihood.kind
     predicted, own, seen = [], 0.0, 0
@@ -42,7 +46,7 @@ def matched(posterior: Any, data: Any) -> float:
     return _crossing(lambda s: sum(_entropy(s * z, kind).sum().item() for z in predicted) - own)
 
 
-def best(posterior: Any, validation: Any) -> float:
+def best(posterior: Posterior, validation: Data) -> float:
     """The exponent with the lowest negative log-likelihood on labelled data, which is convex in it."""
     kind, loss = posterior.likelihood.kind, posterior.likelihood.loss
     batches = [(_logits(posterior.predict(x), kind), y) for x, y in batch_data.batches(validation)]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from paraboloid import linalg
+from paraboloid.data.batches import Data, Output
 from paraboloid.losses import MSE
 from paraboloid.operators.matrix_free.ggn import OutputGraph
 from paraboloid.operators.matrix_free.replay import Replay
@@ -30,7 +31,7 @@ class LinearisedModel:
         self.theta = join([p.detach() for p in replay.parameters.values()])
 
     @staticmethod
-    def of(model: Any, loss: Any, data: Any, output: Any, max_memory: int | None) -> LinearisedModel:
+    def of(model: Any, loss: Any, data: Data, output: Output | None, max_memory: int | None) -> LinearisedModel:
         return LinearisedModel(Replay(model, loss, data, OutputGraph, output=output, max_memory=max_memory))
 
     @property

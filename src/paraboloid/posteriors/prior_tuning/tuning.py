@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from paraboloid.data import batches as batch_data
+from paraboloid.data.batches import Data, Inputs
 from paraboloid.linalg.operand import check_count
 from paraboloid.passes import trees
 from paraboloid.posteriors import prior as priors
@@ -17,10 +18,16 @@ from paraboloid.posteriors.prior_tuning.evidence import groups_of, mackay
 from paraboloid.posteriors.prior_tuning.linearised import LinearisedModel, optimum
 from paraboloid.posteriors.weights import only
 
+if TYPE_CHECKING:
+    from paraboloid.posteriors.posterior import Posterior
+
 METHODS = ("adapted", "evidence", "grid")
 
 
-def tune(posterior: Any, method: str, data: Any, validation: Any, per: str, noise: bool, steps: int, grid: Any) -> None:
+def tune(
+    posterior: Posterior, method: str, data: Data | None, validation: Data | None, per: str, noise: bool, steps: int,
+    grid: Any,
+) -> None:  # fmt: skip
     """See `Posterior.tune_prior`."""
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; expected one of {METHODS}.")
@@ -37,7 +44,7 @@ def tune(posterior: Any, method: str, data: Any, validation: Any, per: str, nois
         by_evidence(posterior, data if method == "adapted" else None, per, noise, steps)
 
 
-def by_evidence(posterior: Any, data: Any, per: str, noise: bool, steps: int) -> None:
+def by_evidence(posterior: Posterior, data: Data | None, per: str, noise: bool, steps: int) -> None:
     """MacKay's updates at the optimum of the linearised model on `data`, or at the trained weights without data."""
     weights, loss, groups, prior = (
         posterior.weights,
@@ -79,7 +86,7 @@ def _apply(curvature: Any, prior: priors.Prior, strength: Any):
     return lambda rows: curvature.apply(rows, prior, strength)
 
 
-def by_grid(posterior: Any, validation: Any, grid: Any) -> None:
+def by_grid(posterior: Posterior, validation: Data | None, grid: Any) -> None:
     """The precision with the lowest negative log-likelihood of the predictions on validation data."""
     if validation is None:
         raise ValueError("method='grid' needs validation=, a batch or an iterable of batches that was not trained on.")
@@ -95,14 +102,14 @@ def by_grid(posterior: Any, validation: Any, grid: Any) -> None:
     posterior.prior_precision = candidates[min(range(len(scores)), key=scores.__getitem__)]
 
 
-def negative_log_predictive(posterior: Any, x: Any, y: Tensor) -> float:
+def negative_log_predictive(posterior: Posterior, x: Inputs, y: Tensor) -> float:
     """-sum log p(y | x) under the posterior's default prediction, without constants."""
     found, kind = posterior.predict(x), posterior.likelihood.kind
     if isinstance(found, Prediction):
         return (found.variance.log() + (y - found.mean).square() / found.variance).sum().item() / 2
     if kind == "bernoulli":
         return torch.nn.functional.binary_cross_entropy(found, y.to(found), reduction="sum").item()
-    loss = posterior.likelihood.loss.loss
+    loss = posterior.likelihood.given
     return torch.nn.functional.nll_loss(
         found.clamp(min=torch.finfo(found.dtype).tiny).log(), y, ignore_index=loss.ignore_index, reduction="sum"
     ).item()
