@@ -130,6 +130,16 @@ def test_a_deep_linear_network_is_kflr():
         close(found["kfra"][k].to_dense(), kron.to_dense(), k)
 
 
+def test_a_table_whose_padding_differs_from_sample_to_sample():
+    """The same curvature for every sample, times the mean of what is padded: it used to be the first sample's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(6, 4, padding_idx=0), nn.Linear(4, 5), nn.Flatten(), nn.Linear(15, 2)).double()
+    x, y = torch.tensor([[1, 2, 0], [0, 0, 3], [4, 5, 5]]), torch.randn(3, 2).double()
+    found = pb.statistics(model, nn.MSELoss(), (x, y), ["kfra", "kflr"])
+    for k, kron in found["kflr"].items():
+        close(found["kfra"][k].to_dense(), kron.to_dense(), k)
+
+
 @pytest.mark.parametrize(
     "layers, shape",
     [

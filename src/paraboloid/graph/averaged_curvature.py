@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from paraboloid.passes.torch_internals import shape_of
+from paraboloid.passes.modes import rounding
+from paraboloid.passes.torch_internals import operation, shape_of
 
-BASE = 128  # digits of positions that pass through the graph: exact even in bfloat16
+SAME = {"ToCopy", "Clone", "Alias", "Detach"}  # nodes that rename nothing
 
 
 @dataclass
@@ -58,41 +59,39 @@ def blocks_of(root: Root, groups: Tensor) -> Blocks:
     return Blocks(groups, X.mT @ X)
 
 
+def in_each_sample(at: Tensor, size: int, node: Any) -> Tensor:
+    """Flat positions [N ..] (-1: none) among samples of `size` elements, as positions in a sample; the same for all."""
+    N = len(at)
+    inside = torch.where(at < 0, -1, at - size * torch.arange(N, device=at.device).view(-1, *[1] * (at.dim() - 1)))
+    if (inside != inside[0]).any() or (inside[0] >= size).any() or (inside < -1).any():
+        raise NotImplementedError(
+            f"'kfra': the graph node {node.name()} moves the samples away from axis 0; kfra needs them there."
+        )
+    return inside[0]
+
+
 def pass_view(M: Curvature, node: Any, N: int) -> Curvature:
     """Through a node whose output elements are input elements, or nothing: they are only renamed."""
+    if operation(node) in SAME:
+        return M
     out, below = shape_of(GradientEdge(node, 0)), shape_of(GradientEdge(*node.next_functions[0]))
     size = out.numel() // N
-    source = _sources(node, out, (M.X if isinstance(M, Root) else M.K).device).view(N, -1)
-    sample = torch.arange(N, device=source.device).unsqueeze(1)
-    found, inside = source >= 0, source - size * sample
-    if (found & ((inside < 0) | (inside >= size))).any() or ((inside != inside[0]) & found).any():
-        raise NotImplementedError(
-            f"the graph node {node.name()} moves the samples away from axis 0; kfra needs them there."
-        )
-    where = torch.where(found[0], inside[0], -1)
+    device = (M.X if isinstance(M, Root) else M.K).device
+    flat = torch.arange(1, out.numel() + 1, dtype=torch.float64, device=device)  # in which any position is exact
+    where = in_each_sample(node(flat.view(out)).view(N, -1).long() - 1, size, node)  # of input elements in the output
+    kept = where >= 0
     if isinstance(M, Root):
         X = M.X.new_zeros(len(M.X), below.numel() // N)
-        X[:, where >= 0] = M.X[:, where[where >= 0]]
+        X[:, kept] = M.X[:, where[kept]]
         return Root(X)
     back = torch.full((size,), -1, device=where.device)
-    back[where[where >= 0]] = torch.arange(len(where), device=where.device)[where >= 0]
+    back[where[kept]] = kept.nonzero().flatten()
     index = back[M.index]
     if M.whole:
         keep = (index[0] >= 0).nonzero().flatten()
         return Blocks(index[:, keep], M.K[:, keep][:, :, keep])
     kept = (index >= 0).all(1)
     return Blocks(index[kept], M.K[kept])
-
-
-def _sources(node: Any, out: torch.Size, device: torch.device) -> Tensor:
-    """The flat position in the output of every input element, -1 where there is none."""
-    flat = torch.arange(1, out.numel() + 1, device=device)
-    found, place = None, 1
-    while place <= out.numel():
-        pulled = node((flat // place % BASE).to(torch.float32).view(out)).long()
-        found, place = pulled * place if found is None else found + pulled * place, place * BASE
-    assert found is not None
-    return found.flatten() - 1
 
 
 def pass_pointwise(M: Blocks, factors: Tensor) -> Blocks:
@@ -109,7 +108,7 @@ def pass_selection(M: Blocks, chosen: Tensor, size: int, groups: Tensor | None) 
     if groups is None:
         groups = torch.arange(size, device=chosen.device).unsqueeze(0)
     T, C = groups.shape
-    group, place = _lookup(groups, size)
+    group, place = lookup(groups, size)
     K = M.K.new_zeros(T, C, C)
     for at in chosen:
         at = at[M.index]  # [t c]
@@ -119,13 +118,22 @@ def pass_selection(M: Blocks, chosen: Tensor, size: int, groups: Tensor | None) 
     return Blocks(groups, K / len(chosen))
 
 
-def _lookup(groups: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def lookup(groups: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Each element's group and its place there; -1 where it is in none."""
     group, place = (torch.full((size,), -1, device=groups.device) for _ in range(2))
     T, C = groups.shape
     group[groups] = torch.arange(T, device=groups.device).unsqueeze(1).expand(T, C)
     place[groups] = torch.arange(C, device=groups.device).expand(T, C)
     return group, place
+
+
+def same_for_all(out: GradientEdge, below: GradientEdge, f: Tensor) -> bool:
+    """Whether the Jacobian between two edges is the same for every sample, as that of a linear layer is."""
+    N, shape = len(f), shape_of(out)
+    v = torch.randn(shape.numel() // N, generator=torch.Generator().manual_seed(0)).to(f).expand(N, -1).reshape(shape)
+    (g,) = torch.autograd.grad([out], [below], [v], retain_graph=True)
+    g = g.reshape(N, -1)
+    return bool((g - g[0]).abs().max() <= rounding(g.dtype, g.device) ** 0.6 * g.abs().max())
 
 
 def pull_rows(rows: Tensor, out: GradientEdge, below: GradientEdge, N: int) -> Tensor:
@@ -162,32 +170,37 @@ def pass_linear(M: Curvature, out: GradientEdge, below: GradientEdge, N: int, fi
     return Root(pull_rows((vectors[:, keep] * values[keep].sqrt()).T, out, below, N))
 
 
-def pass_matrix(M: Blocks, weight: Tensor, below: Tensor) -> Blocks:
-    """Through z = x W^T at every position: W^T K_t W over the groups `below` of x; weight [p, q]."""
-    return Blocks(below, weight.T @ M.K @ weight)
+def pass_rows(M: Blocks, weight: Tensor, at: Tensor, below: Tensor, size: int) -> Blocks | None:
+    """Through z[row] = W x[at[row]], the rows of z being M's groups; at [rows, q], -1 where x is padded; weight [p, q].
 
-
-def pass_kernel(M: Blocks, weight: Tensor, places: Tensor, below: Tensor) -> Blocks:
-    """Through a convolution: K_in[s] = sum_k W_k^T K_out[t] W_k over the output positions t that see s through k.
-
-    weight [p, q, k], places [k, T_out] with the input position that output t sees through k, -1 for padding.
+    K_in[s] = sum_k W_k^T K_out[t] W_k over the rows t that see all of group s of `below` through the columns k.  None
+    where the columns do not fall into whole groups.
     """
-    T, C = below.shape
-    K = M.K.new_zeros(T, C, C)
-    for k, where in enumerate(places):
-        seen = where >= 0
-        K.index_add_(0, where[seen], weight[:, :, k].T @ M.K[seen] @ weight[:, :, k])
+    group, place = lookup(below, size)
+    seen = torch.where(at >= 0, group[at], -1)
+    patterns, owner = seen.unique(dim=1, return_inverse=True)
+    K = M.K.new_zeros(len(below), *below.shape[1:] * 2)
+    for k, where in enumerate(patterns.T):
+        inside, columns = where >= 0, (owner == k).nonzero().flatten()
+        if not inside.any():
+            continue
+        order = place[at[inside][:, columns]]
+        if len(columns) != below.shape[1] or not torch.equal(order, order[:1].expand_as(order)):
+            return None
+        W = weight[:, columns[order[0].argsort()]]
+        K.index_add_(0, where[inside], W.T @ M.K[inside] @ W)
     return Blocks(below, K)
 
 
 def pass_spatial(M: Blocks, out: GradientEdge, below: GradientEdge, N: int, groups: Tensor) -> Blocks:
     """Through a layer that mixes positions and treats all channels alike (average pooling, padding, upsampling)."""
-    T = len(M.index)
-    units = M.K.new_zeros(T, shape_of(out).numel() // N)
-    units.scatter_(1, M.index[:, :1], 1.0)
-    rows = pull_rows(units, out, below, N)
-    P = rows[:, groups[:, 0]]  # [T_out T_in]
-    if not torch.equal((P != 0).sum(), (rows != 0).sum()):
+    units = M.K.new_zeros(len(M.index) + 1, shape_of(out).numel() // N)
+    units[:-1].scatter_(1, M.index[:, :1], 1.0)
+    v = torch.randn(M.index.shape, generator=torch.Generator().manual_seed(0)).to(M.K)
+    units[-1, M.index] = v
+    *rows, mixed = pull_rows(units, out, below, N)
+    P = torch.stack(rows)[:, groups[:, 0]] if groups.shape[1] == v.shape[1] else None  # [T_out T_in]
+    if P is None or (mixed[groups] - P.T @ v).abs().max() > rounding(P.dtype, P.device) ** 0.6 * mixed.abs().max():
         raise NotImplementedError(
             f"the graph node {out.node.name()} mixes channels and positions; kfra passes it with the whole matrix "
             "only: raise max_memory."

@@ -99,13 +99,12 @@ def _ways(recorded: Recorded, parts: Parts, i: int) -> dict[str, str]:
     "positions": from the T x T blocks of H_n, one product per element too.  "parameter": from its own columns.
     """
     parameters, N = recorded.tape.parameters, len(recorded.f)
-    ones = torch.ones(recorded.calls[i].shape, dtype=recorded.f.dtype, device=recorded.f.device)
-    fewer = ones.numel() // N < sum(parameters[name].numel() for name in parts[i])
-    if fewer and all(separable(part, ones) for part in parts[i].values()):
+    fewer = recorded.calls[i].shape.numel() // N < sum(parameters[name].numel() for name in parts[i])
+    if fewer and all(separable(part) for part in parts[i].values()):
         return dict.fromkeys(parts[i], "diagonal")
     ways = dict.fromkeys(parts[i], "parameter")
     for name, part in parts[i].items():
-        if part.use is not None and part.use.right is not None:
-            columns = part.outer(ones[None], None).left.numel() // N
+        if part.use is not None and part.use.right is not None and part.elements is not None:
+            columns = part.elements()[0].numel() // N
             ways[name] = "positions" if columns < parameters[name].numel() else "parameter"
     return ways

@@ -10,15 +10,15 @@ them, it is that of KFLR.  Source: Botev, Ritter & Barber 2017, arXiv:1706.03662
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from paraboloid.engine.per_sample import Part
+from paraboloid.engine.per_sample import Part, swapped
 from paraboloid.engine.recorder import Call
 from paraboloid.engine.tape import Tape
 from paraboloid.graph.averaged_curvature import (
@@ -27,42 +27,25 @@ from paraboloid.graph.averaged_curvature import (
     Root,
     blocks_of,
     channel_groups,
-    pass_kernel,
+    in_each_sample,
+    lookup,
     pass_linear,
-    pass_matrix,
     pass_pointwise,
+    pass_rows,
     pass_selection,
     pass_spatial,
     pass_view,
+    same_for_all,
 )
 from paraboloid.graph.nodes import VIEWS, Graph, pointwise
 from paraboloid.graph.single_use import Recorded, single_uses
-from paraboloid.graph.weight_diagonal import coefficients, elements
-from paraboloid.layers.convolutions import per_axis
+from paraboloid.layers import RULES, Use
 from paraboloid.linalg.kronecker import Kron
 from paraboloid.losses import Loss
 from paraboloid.passes.memory import SECOND_DERIVATIVES
 from paraboloid.passes.torch_internals import maxima, operation, output_count, shape_of
 from paraboloid.reductions.kronecker_factors import EXACT_VECTOR, Factors, input_factor, scale_factors
 
-CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
-TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
-PRODUCTS = {
-    F.linear: 0,
-    torch.matmul: 0,
-    Tensor.matmul: 0,
-    Tensor.__matmul__: 0,
-    torch.mm: 0,
-    Tensor.mm: 0,
-    torch.addmm: 1,
-}
-# The same linear map for every sample, whatever the input.
-SHARED = {
-    "Mean", "Sum", "AvgPool2D", "AvgPool3D", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D", "ReflectionPad1D",
-    "ReflectionPad2D", "ReflectionPad3D", "ReplicationPad1D", "ReplicationPad2D", "ReplicationPad3D", "PixelShuffle",
-    "UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearest3D", "UpsampleLinear1D", "UpsampleBilinear2D", "Flip",
-    "Roll", "Expand", "Cumsum",
-}  # fmt: skip
 SELECTIONS = {"MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D"}
 
 
@@ -149,8 +132,8 @@ class _Descent:
         node: Any = edge.node
         while True:
             i = self.graph.calls.get((node, edge.output_nr))
-            if i is not None and (op := self.recorded.calls[i].op) in CONVOLUTIONS | TRANSPOSED | set(PRODUCTS):
-                return op in PRODUCTS
+            if i is not None and (use := self.recorded.calls[i].product()) is not None:
+                return use.q_axes is None
             if operation(node) in SELECTIONS or "Pool" in operation(node) or len(self.graph.active[node]) != 1:
                 return False
             edge = GradientEdge(*node.next_functions[self.graph.active[node][0]])
@@ -159,35 +142,43 @@ class _Descent:
     # --- one layer down ----------------------------------------------------------------------------------------------
 
     def _through_call(self, M: Curvature, edge: GradientEdge, i: int | None) -> tuple[Curvature, GradientEdge] | None:
-        """Through a convolution or a product with a weight matrix, to its input."""
+        """Through a product of a weight and rows of an input, to that input."""
         call = None if i is None else self.recorded.calls[i]
-        if call is None or call.op not in CONVOLUTIONS | TRANSPOSED | set(PRODUCTS):
+        use = None if call is None else call.product()
+        if call is None or use is None or use.input is None or not use.input.requires_grad or len(call.below) != 1:
             return None
-        at = PRODUCTS.get(call.op, 0)
-        x = call.args[at] if len(call.args) > at else call.kwargs["input"]
-        below = get_gradient_edge(x)
+        below = get_gradient_edge(use.input)
+        if not use.is_constant or below.node is not call.below[0] or not same_for_all(edge, below, self.f):
+            return None
         if isinstance(M, Root) or M.whole:
             M = pass_linear(M, edge, below, self.N, self._fits(below))
-        elif call.op in CONVOLUTIONS and torch.equal(M.index, self._channels(edge)):
-            M = self._through_convolution(M, call, below)
-        elif call.op is F.linear and torch.equal(M.index, self._channels(edge)):
-            weight = call.args[1] if len(call.args) > 1 else call.kwargs["weight"]
-            M = pass_matrix(M, weight.to(M.K.dtype), channel_groups(x.shape, self.N, True, x.device))
         else:
-            raise self._needs_whole(edge.node)
+            passed = self._through_rows(M, call, use)
+            if passed is None:
+                raise self._needs_whole(edge.node)
+            M = passed
         self.last = self._channels_last(below) if self.graph.reach.get(below.node) else False
         return M, below
 
-    def _through_convolution(self, M: Blocks, call: Call, below: GradientEdge) -> Blocks:
-        x, weight, stride, padding, dilation, groups = _arguments(*call.args, **call.kwargs)
-        p, kernel = len(weight), weight.shape[2:]
-        dense = weight.new_zeros(p, x.shape[1], math.prod(kernel))
-        for g in range(groups):
-            rows = slice(g * p // groups, (g + 1) * p // groups)
-            columns = slice(g * weight.shape[1], (g + 1) * weight.shape[1])
-            dense[rows, columns] = weight[rows].flatten(2)
-        places = _places(x.shape[2:], call.shape[2:], kernel, stride, padding, dilation, x.device)
-        return pass_kernel(M, dense.to(M.K.dtype), places, channel_groups(x.shape, self.N, False, x.device))
+    def _through_rows(self, M: Blocks, call: Call, use: Use) -> Blocks | None:
+        """Through the rows of the first sample, if the rows of z are M's groups; None if not."""
+        assert use.input is not None
+        x, N, G = use.input, self.N, use.groups
+        at, scale = (t[0].unflatten(0, (N, -1))[0] for t in use.elements(call.shape, M.K))  # [b G T p]
+        rows = at.transpose(1, 2).flatten(2).flatten(0, 1) - 1
+        if not torch.equal(rows, M.index):
+            return None
+        flat = torch.arange(1, x.numel() + 1, device=x.device).view(x.shape)
+        uses = RULES[call.op](*swapped(call.args, {id(x): flat}), **swapped(call.kwargs, {id(x): flat}))
+        (rows_of,) = (u.right for u in uses if u.right is not None)
+        right = rows_of(slice(None)).unflatten(0, (N, -1))[0]  # [b G T q]
+        if use.q_axes is not None:
+            right = right.flatten(2 + use.q_axes).flatten(2, 1 + use.q_axes).mT
+        weight = use.weight.detach().to(M.K.dtype) * scale.flatten()[0]
+        weight = weight.reshape(G, use.q, -1).mT if use.flip else weight.reshape(G, -1, use.q)
+        seen = right.transpose(1, 2).flatten(2).flatten(0, 1) - 1
+        below = channel_groups(x.shape, N, use.q_axes is None, x.device)
+        return pass_rows(M, torch.block_diag(*weight), seen, below, x.numel() // N)
 
     def _through_node(self, M: Curvature, edge: GradientEdge) -> tuple[Curvature, GradientEdge]:
         node: Any = edge.node
@@ -200,20 +191,22 @@ class _Descent:
         below = GradientEdge(*node.next_functions[active[0]])
         if name in VIEWS:
             return pass_view(M, node, self.N), below
-        if name not in SHARED and name not in SELECTIONS and not pointwise(node, active):
+        selects = name in SELECTIONS
+        shared = not selects and not pointwise(node, active)
+        if shared and not same_for_all(edge, below, self.f):
             raise NotImplementedError(
                 "'kfra' knows linear, convolution, activation and pooling layers; found the graph node "
                 f"{node.name()}. Use 'kflr' or 'kfac'."
             )
-        if name in SHARED and (isinstance(M, Root) or M.whole):
+        if shared and (isinstance(M, Root) or M.whole):
             return pass_linear(M, edge, below, self.N, self._fits(below)), below
         if isinstance(M, Root):
             M = blocks_of(M, self._groups(edge))
-        if name in SHARED:
+        if shared:
             if not torch.equal(M.index, self._channels(edge)):
                 raise self._needs_whole(node)
             return pass_spatial(M, edge, below, self.N, self._channels(below)), below
-        if name in SELECTIONS:
+        if selects:
             shape = shape_of(below)
             plane = shape[2:].numel()
             chosen = maxima(node).flatten(2) + plane * torch.arange(shape[1], device=self.f.device).unsqueeze(1)
@@ -234,54 +227,55 @@ class _Descent:
 
     def _kron(self, M: Curvature, part: Part, edge: GradientEdge) -> Kron:
         assert part.use is not None
-        ones = torch.ones(shape_of(edge), dtype=self.f.dtype, device=self.f.device)
+        if part.elements is None:
+            raise NotImplementedError(f"'kfra': {edge.node.name()} adds rows of a table; use 'kflr'.")
+        at, scale = part.elements()
+        size = shape_of(edge).numel() // self.N
+        at = in_each_sample(at, size, edge.node)
         if part.use.right is None:
-            return Kron(self._vector_block(M, part, ones), ones.new_ones(1, 1))
-        o, at, scale = elements(part, ones.shape, ones)
-        left = _within(M, at[0], scale[0], ones.numel() // self.N).to(o.left.dtype)
+            return Kron(self._vector_block(M, at, scale, size), scale.new_ones(1, 1))
+        o = part.outer(scale.new_zeros(()).expand(1, *shape_of(edge)), None)
+        left = _within(M, at, scale, size).to(o.left.dtype)
         sums = {"gradient": left}, {"input": input_factor(o, "expand", self.recorded.max_memory)}
         rows, columns = reversed(sums) if o.flip else sums
         positions = (
-            (o.right() >= 0).sum().double() if o.lookup and o.right else torch.tensor(float(self.N * at.shape[2]))
+            (o.right() >= 0).sum().double() if o.lookup and o.right else torch.tensor(float(self.N * at.shape[1]))
         )
         return scale_factors(Factors(rows, columns, positions.cpu().double(), o.left.shape[2]), 1.0)
 
-    def _vector_block(self, M: Curvature, part: Part, ones: Tensor) -> Tensor:
-        """S^T (M * mean_n c_n c_n^T) S for z_i = c_n,i theta_j(i), S[i, j(i)] = 1: a bias, a scale."""
-        c = coefficients(part, ones)
-        names = torch.arange(1, part.root.numel() + 1, dtype=c.dtype, device=c.device)
-        with torch.enable_grad():
-            g = torch.zeros_like(ones).requires_grad_()
-            o = part.outer(g[None], None)
-            (named,) = torch.autograd.grad((o.left.sum((0, 1, 2, 3)) * names).sum(), g)
-        owner = torch.where(c == 0, 0, named / c).round().long().reshape(self.N, -1)[0] - 1
-        c = c.reshape(self.N, -1)
-        M = blocks_of(M, torch.arange(c.shape[1], device=c.device).unsqueeze(0)) if isinstance(M, Root) else M
+    def _vector_block(self, M: Curvature, at: Tensor, scale: Tensor, size: int) -> Tensor:
+        """S^T (M * mean_n c_n c_n^T) S for z_i = c_n,i theta_j(i), S[i, j(i)] = 1: a bias, a scale; at [1 T p]."""
+        p, at, scale = at.shape[-1], at.flatten(), scale.flatten(1)
+        inside, owner = at >= 0, torch.full((size,), -1, device=at.device)
+        owner[at[inside]] = torch.arange(p, device=at.device).repeat(len(at) // p)[inside]
+        if (owner >= 0).sum() != inside.sum():
+            raise NotImplementedError(f"'kfra': several of {p} weights reach one output; expected one. Use 'kflr'.")
+        c = scale.new_zeros(self.N, size)
+        c[:, at[inside]] = scale[:, inside]
+        M = blocks_of(M, torch.arange(size, device=c.device).unsqueeze(0)) if isinstance(M, Root) else M
         K, owner = pass_pointwise(M, c).K, owner[M.index].clamp(min=0)  # [T C C], [T C]
-        size = part.root.numel()
-        if size > EXACT_VECTOR:
+        if p > EXACT_VECTOR:
             same = owner.unsqueeze(2) == owner.unsqueeze(1)
-            return K.new_zeros(size).index_add_(0, owner.unsqueeze(2).expand_as(K)[same], K[same])
-        rows = K.new_zeros(len(K), size, K.shape[2]).scatter_add_(1, owner.unsqueeze(2).expand_as(K), K)
-        where = owner.unsqueeze(1).expand(-1, size, -1)
-        return K.new_zeros(len(K), size, size).scatter_add_(2, where, rows).sum(0)
+            return K.new_zeros(p).index_add_(0, owner.unsqueeze(2).expand_as(K)[same], K[same])
+        rows = K.new_zeros(len(K), p, K.shape[2]).scatter_add_(1, owner.unsqueeze(2).expand_as(K), K)
+        where = owner.unsqueeze(1).expand(-1, p, -1)
+        return K.new_zeros(len(K), p, p).scatter_add_(2, where, rows).sum(0)
 
 
 def _within(M: Curvature, at: Tensor, scale: Tensor, size: int) -> Tensor:
-    """sum_t of M's entries between the elements at[g, t, :], [G, p, p]."""
-    if isinstance(M, Root):
-        X = M.X[:, at] * scale  # [r G T p]
-        return torch.einsum("rgtp,rgtq->gpq", X, X)
-    group, place = (torch.full((size,), -1, device=at.device) for _ in range(2))
-    group[M.index] = torch.arange(len(M.index), device=at.device).unsqueeze(1).expand_as(M.index)
-    place[M.index] = torch.arange(M.index.shape[1], device=at.device).expand_as(M.index)
+    """sum_t of M's entries between the elements at[g, t, :] (-1: none), times mean_n scale scale^T, [G, p, p]."""
     G, T, p = at.shape
-    left = M.K.new_zeros(G, p, p)
-    for t in range(T):
-        for g in range(G):
-            rows, s = at[g, t], scale[g, t].to(M.K.dtype)
+    if isinstance(M, Blocks):
+        group, place = lookup(M.index, size)
+    left = scale.new_zeros(G, p, p)
+    for g, t in itertools.product(range(G), range(T)):
+        rows, s = at[g, t].clamp(min=0), scale[:, g, t]
+        if isinstance(M, Root):
+            K = M.X[:, rows].T @ M.X[:, rows]
+        else:
             same = (group[rows].unsqueeze(1) == group[rows]) & (group[rows] >= 0)
-            left[g] += M.K[group[rows].unsqueeze(1), place[rows].unsqueeze(1), place[rows]] * same * torch.outer(s, s)
+            K = M.K[group[rows].unsqueeze(1), place[rows].unsqueeze(1), place[rows]] * same
+        left[g] += K * (s.T @ s / len(s))
     return left
 
 
@@ -290,25 +284,3 @@ def _zero(p: Tensor) -> Kron:
     rows, columns = (len(p), p[0].numel()) if p.dim() > 1 else (p.numel(), 1)
     right = p.new_ones(1, 1) if p.dim() < 2 else p.new_zeros(columns, columns)
     return Kron(p.new_zeros(rows, rows), right)
-
-
-def _arguments(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    return input, weight, stride, padding, dilation, groups
-
-
-def _places(size, out, kernel, stride, padding, dilation, device) -> Tensor:
-    """[k, T_out]: the flat input position that output position t sees through kernel element k; -1 for padding."""
-    axes = len(kernel)
-    stride, dilation = per_axis(stride, axes), per_axis(dilation, axes)
-    if padding == "same":
-        padding = tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True))
-    padding = per_axis(0 if padding == "valid" else padding, axes)
-    flat = torch.zeros((), dtype=torch.int64, device=device)
-    inside = torch.ones((), dtype=torch.bool, device=device)
-    for axis in range(axes):
-        k = torch.arange(kernel[axis], device=device).view(-1, *[1] * (2 * axes - 1 - axis))
-        t = torch.arange(out[axis], device=device).view(-1, *[1] * (axes - 1 - axis))
-        s = t * stride[axis] + k * dilation[axis] - padding[axis]
-        inside = inside & (s >= 0) & (s < size[axis])
-        flat = flat * size[axis] + s
-    return torch.where(inside, flat, -1).reshape(math.prod(kernel), -1)

@@ -16,24 +16,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from paraboloid.engine.outer_products import Outer
+from paraboloid.engine.per_sample import swapped
 from paraboloid.engine.recorder import Call
 from paraboloid.engine.sample_independence import certify
 from paraboloid.graph.nodes import Bend, Graph
 from paraboloid.graph.single_use import Parts, Recorded
-from paraboloid.graph.weight_diagonal import coordinates, from_diagonal, separable, squared, units
+from paraboloid.graph.weight_diagonal import coordinates, from_diagonal, meets_once, separable, units
 from paraboloid.losses.loss import full
+from paraboloid.passes.modes import autocast
 from paraboloid.passes.torch_internals import shape_of
 from paraboloid.reductions import sums
-
-# Products with a weight matrix, and whether it stands transposed: z = x W instead of x W^T.
-LINEAR = {
-    F.linear: False, torch.matmul: True, Tensor.matmul: True, Tensor.__matmul__: True, torch.mm: True, Tensor.mm: True,
-}  # fmt: skip
 
 
 @dataclass
@@ -56,7 +52,8 @@ def spread(recorded: Recorded, graph: Graph, bend: Bend, parts: Parts) -> Spread
             edge, d = at, here
             if i is None:
                 break
-            if not whole and not all(separable(part, here) for part in parts.get(i, {}).values()):
+            able = meets_once if whole else separable
+            if not all(able(part) for part in parts.get(i, {}).values()):
                 result.far = graph.reach[at.node]
                 return result
             result.closed.append((i, here))
@@ -72,14 +69,19 @@ def spread(recorded: Recorded, graph: Graph, bend: Bend, parts: Parts) -> Spread
 
 
 def _through_linear(call: Call, d: Tensor) -> tuple[GradientEdge, Tensor] | None:
-    """The input's edge and the diagonal of W^T diag(d) W there, for z = x W^T."""
-    if call.op not in LINEAR or len(call.args) < 2:
+    """The input's edge and the diagonal of J^T diag(d) J there, for a layer whose Jacobian J in its input has single
+    entries of W: d pulled back through the same layer with W squared."""
+    use = call.product()
+    if use is None or use.input is None or not use.input.requires_grad or len(call.below) != 1 or use.q_axes:
         return None
-    x, weight = call.args[:2]
-    if weight.dim() != 2 or x.dim() < 2 or not x.requires_grad or any(t is x for t in call.weights):
+    below = get_gradient_edge(use.input)
+    if not use.is_constant or use.factor not in (None, 1) or below.node is not call.below[0]:
         return None
-    squares = weight.detach().to(d.dtype).square()
-    return get_gradient_edge(x), d @ (squares.T if LINEAR[call.op] else squares)
+    with torch.enable_grad(), autocast(d.device, call.autocast):
+        x = use.input.detach().requires_grad_()
+        exchanged = {id(use.input): x, id(use.weight): use.weight.detach().square()}
+        z = call.op(*swapped(call.args, exchanged), **swapped(call.kwargs, exchanged))
+        return below, torch.autograd.grad(z, x, d.to(z.dtype))[0].to(d.dtype)
 
 
 def add_signed_root(recorded: Recorded, parts: Parts, signed: Set[int], found: dict[str, Tensor]) -> None:
@@ -108,7 +110,7 @@ def weighted_squares(o: Outer, weights: Tensor, memory: int | None) -> Tensor:
     """sum_{v,n} weights[v, n] (J_n^T v)^2 elementwise, [*shape]."""
     if not o.lookup and (o.right is None or o.left.shape[3] == 1):
         left = (o.left.square() * weights[:, :, None, None, None].to(o.left)).sum(0, keepdim=True)
-        return replace(o, left=left, right=squared(o.right)).total()[0]
+        return replace(o, left=left, right=o.right and o.right.squared()).total()[0]
     total = torch.zeros(o.shape.numel(), dtype=o.left.dtype, device=o.left.device)
     for n, J in sums.pieces([o], memory):
         total += weights[:, n].to(J).flatten() @ J.square().flatten(2).flatten(0, 1)

@@ -4,17 +4,17 @@ that call's output alone."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from paraboloid.engine.per_sample import Part
+from paraboloid.engine.per_sample import Part, swapped
 from paraboloid.engine.recorder import Call
 from paraboloid.engine.tape import Plan, Tape
-from paraboloid.layers import RULES, elementwise
+from paraboloid.layers import Use
 from paraboloid.losses import Loss
 from paraboloid.passes.memory import SECOND_DERIVATIVES
+from paraboloid.passes.modes import autocast
 
 Parts = dict[int, dict[str, Part]]  # call -> name -> part
 
@@ -50,7 +50,7 @@ def single_uses(recorded: Recorded) -> tuple[Parts, list[str]]:
     uses: dict[str, list[tuple[int, Part | None]]] = {}
     for i, parts in enumerate(plan.parts):
         for part in parts or ():
-            direct = id(part.root) in tape.names and part.use is not None and _affine(plan.calls[i], part.use.weight)
+            direct = id(part.root) in tape.names and part.use is not None and _affine(plan.calls[i], part.use)
             for name in tape.leaves(part.root):
                 uses.setdefault(name, []).append((i, part if direct else None))
     for name in plan.missed:
@@ -66,21 +66,20 @@ def single_uses(recorded: Recorded) -> tuple[Parts, list[str]]:
     return single, others
 
 
-def _affine(call: Call, weight: Tensor) -> bool:
+def _affine(call: Call, use: Use) -> bool:
     """Whether the call's output is affine in the weight: by its rule, or by asking autograd for a second derivative."""
-    rule = RULES[call.op]
-    if rule.__module__.startswith("paraboloid.layers") and rule is not elementwise.div:
-        return True
+    if use.affine is not None or use.is_constant:
+        return use.affine is not False
+    generator = torch.Generator().manual_seed(0)
 
-    def swapped(t: Any) -> Any:
-        return fresh if t is weight else t.detach() if isinstance(t, Tensor) else t
+    def random(t: Tensor) -> Tensor:
+        return torch.randn(t.shape, generator=generator).to(t)
 
-    with torch.enable_grad():
-        fresh = weight.detach().requires_grad_()
-        z = call.op(*map(swapped, call.args), **{k: swapped(t) for k, t in call.kwargs.items()})
-        g = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
-        (J,) = torch.autograd.grad(z, fresh, g, create_graph=True)
+    with torch.enable_grad(), autocast(use.weight.device, call.autocast):
+        w = use.weight.detach().requires_grad_()
+        z = call.op(*swapped(call.args, {id(use.weight): w}), **swapped(call.kwargs, {id(use.weight): w}))
+        (J,) = torch.autograd.grad(z, w, random(z), create_graph=True)
         if not J.requires_grad:
             return True
-        (second,) = torch.autograd.grad(J.sum(), fresh, allow_unused=True)
+        (second,) = torch.autograd.grad(J, w, random(w), allow_unused=True)
     return second is None or not second.any()

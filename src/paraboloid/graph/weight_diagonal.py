@@ -12,17 +12,14 @@ so it needs the diagonal of H_n alone where there is one position (T = 1), or wh
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from paraboloid.engine.outer_products import Outer, Right
 from paraboloid.engine.per_sample import Part
 from paraboloid.engine.sample_independence import Layout
 
 Products = Callable[[Tensor], Tensor]  # H v for columns v [V *z]
-DIGIT = 4096  # positions pass through float arithmetic in two digits, exact in single precision
 
 
 def coordinates(shape: torch.Size, layout: Layout, device: torch.device) -> Tensor:
@@ -32,43 +29,39 @@ def coordinates(shape: torch.Size, layout: Layout, device: torch.device) -> Tens
 
 
 def units(at: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
-    """Columns [V *shape] with `values` [V K] at the flat positions `at` [V K], zero elsewhere."""
-    return values.new_zeros(len(at), shape.numel()).scatter_(1, at, values).view(-1, *shape)
-
-
-def squared(right: Right | None) -> Right | None:
-    if right is None or right.lookup:
-        return right
-    return replace(right, rows=lambda n: right.rows(n).square(), _kept=None)
-
-
-def coefficients(part: Part, like: Tensor) -> Tensor:
-    """What each element of z is multiplied by in the gradient of a broadcast weight (right is one), shape of z."""
-    with torch.enable_grad():
-        g = torch.zeros_like(like).requires_grad_()
-        (c,) = torch.autograd.grad(part.outer(g[None], None).left.sum(), g)
-    return c
+    """Columns [V *shape] with `values` [V K] at the flat positions `at` [V K] (-1, of value zero: none)."""
+    return values.new_zeros(len(at), shape.numel()).scatter_add_(1, at.clamp(min=0), values).view(-1, *shape)
 
 
 def from_diagonal(part: Part, d: Tensor) -> Tensor:
-    """sum_n sum_i (dz_i / dweight)^2 d_i for a diagonal d of z's shape: the weight's Hessian diagonal, [*shape]."""
-    assert part.use is not None
-    if part.use.right is None:  # each element of z depends on one element of the weight at most
-        return part.outer((coefficients(part, d) * d)[None], None).total()[0]
-    o = part.outer(d[None], None)
-    scale = part.outer(torch.ones_like(d)[None], None).left
-    return replace(o, left=o.left * scale, right=squared(o.right)).total()[0]
+    """sum_n sum_i (dz_i / dweight)^2 d_i for a diagonal d of z's shape: the weight's Hessian diagonal, [*shape].
+
+    Each element of z is to be met at most once by each element of the weight, see `meets_once`.
+    """
+    return part.outer(d[None], None, 2).total()[0]
 
 
-def separable(part: Part, like: Tensor) -> bool:
+def separable(part: Part) -> bool:
     """Whether every element of the weight reaches one element of each sample's z at most (no positions to sum over)."""
     assert part.use is not None
-    ones = torch.ones_like(like)
-    if part.use.right is not None:
-        return part.outer(ones[None], None).left.shape[3] == 1
-    c = coefficients(part, ones)
-    o = part.outer(torch.where(c == 0, c, 1 / c)[None], None)  # how many elements of z it reaches
-    return o.right is None and bool((o.left < 1.5).all())
+    if part.elements is None:
+        return False
+    at, scale = part.elements()
+    if part.use.right is None:
+        return bool(((at >= 0) & (scale != 0)).sum(2).max() <= 1)
+    return at.shape[2] == 1
+
+
+def meets_once(part: Part) -> bool:
+    """Whether no element of z stands at two positions of one row of left (as it does in a bag of embeddings)."""
+    if part.elements is None:
+        return True  # looked up at fixed positions, and added
+    at, scale = part.elements()
+    at = torch.where(scale == 0, -1, at)
+    if at.shape[2] == 1 or torch.bincount(at[at >= 0].flatten()).max() <= 1:
+        return True
+    at = at.sort(2)[0]
+    return not bool(((at[:, :, 1:] == at[:, :, :-1]) & (at[:, :, 1:] >= 0)).any())
 
 
 def output_diagonal(products: Products, shape: torch.Size, at: Tensor, count: int, like: Tensor) -> Tensor:
@@ -82,7 +75,9 @@ def output_diagonal(products: Products, shape: torch.Size, at: Tensor, count: in
 
 def from_products(part: Part, products: Products, shape: torch.Size, count: int, like: Tensor) -> Tensor:
     """The diagonal for a weight matrix or table with T positions, [*shape]: G p T products, `count` at a time."""
-    o, at, scale = elements(part, shape, like)
+    assert part.elements is not None
+    at, scale = part.elements()
+    o = part.outer(like.new_zeros(()).expand(1, *shape), None)
     N, G, T, p = at.shape
     J = like.new_zeros(G, p, o.q)
     assert o.right is not None
@@ -93,7 +88,7 @@ def from_products(part: Part, products: Products, shape: torch.Size, count: int,
             where, factor = (t[:, g, :, rows].movedim(2, 0) for t in (at, scale))  # [K N T]
             columns = units(where.mT.flatten(0, 1), factor.mT.flatten(0, 1), shape)  # one for each (row, position)
             h = products(columns).flatten(1).view(len(rows), T, -1)
-            M = h.gather(2, where.flatten(1).unsqueeze(1).expand(-1, T, -1)).view(len(rows), T, N, T)
+            M = h.gather(2, where.flatten(1).clamp(min=0).unsqueeze(1).expand(-1, T, -1)).view(len(rows), T, N, T)
             M = (M * factor.unsqueeze(1)).permute(2, 0, 1, 3)  # [N K T T]
             if o.lookup:
                 index = right[:, g].clamp(min=0)
@@ -104,13 +99,3 @@ def from_products(part: Part, products: Products, shape: torch.Size, count: int,
                 R = right[:, g]
                 J[g, rows] = ((M.flatten(1, 2) @ R).unflatten(1, (-1, T)) * R.unsqueeze(1)).sum((0, 2))
     return o.finish(J, (1,))[0]
-
-
-def elements(part: Part, shape: torch.Size, like: Tensor) -> tuple[Outer, Tensor, Tensor]:
-    """The element of z that each left[n, g, t, p] is, as a flat position, and what it is multiplied by."""
-    flat = torch.arange(shape.numel(), device=like.device).view(1, *shape)
-    o = part.outer(like.new_ones(1, *shape), None)
-    scale = o.left[0]
-    digits = (part.outer(part_of.to(like.dtype), None).left[0] for part_of in (flat // DIGIT, flat % DIGIT))
-    high, low = (torch.where(scale == 0, 0, d / scale).round().long() for d in digits)
-    return o, high * DIGIT + low, scale

@@ -65,7 +65,7 @@ class Use:
         if self.left is not None:
             return self.left(g) if power == 1 else self.left(g) * self.left(torch.ones_like(g))
         g = self.arranged(g)
-        c = self.factor() if callable(self.factor) else self.factor
+        c = value_of(self.factor)
         if c is None or (not isinstance(c, Tensor) and c == 1):
             return g
         return g * c if power == 1 else g * c * c
@@ -87,6 +87,10 @@ class Use:
     def is_constant(self) -> bool:
         """Whether `left` is g itself, re-indexed and multiplied by a number."""
         return self.left is None and not (isinstance(self.factor, Tensor) or callable(self.factor))
+
+
+def value_of(factor: Factor) -> Any:
+    return factor() if callable(factor) else factor
 
 
 EMPTY = -1  # no row of a lookup: the filling of ragged bags
@@ -147,7 +151,8 @@ def channel(
         return g.unsqueeze(-1).flatten(3).mT.unsqueeze(2)  # [V R 1 T C]
 
     def arranged() -> Tensor:
-        return arrange((factor() if callable(factor) else factor).unsqueeze(0))[0]
+        c = value_of(factor)
+        return arrange(c.unsqueeze(0))[0] if isinstance(c, Tensor) else c
 
     if left is not None:
         return Use(weight, (0,), lambda g: arrange(left(g)), affine=affine)
