@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from paraboloid.engine.outer_products import merge
 from paraboloid.losses import Loss
 from paraboloid.noise.assignment import assign
 from paraboloid.noise.centre_products import ORDERS, mean_sides, order, products, sums
-from paraboloid.noise.centres import block_of, is_dense, start
+from paraboloid.noise.centres import start
 from paraboloid.noise.gradients import pull
+from paraboloid.reductions.outer import Zero
+from paraboloid.reductions.products import Products, Vector, merge
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-13}
 K, N = 4, 5
@@ -24,7 +25,7 @@ def conv(groups=1):
 
 
 def case(name, rank=2):
-    """parameter -> (uses, explicit gradients [N *shape], random centres)."""
+    """parameter -> (its outer products, explicit gradients [N *shape], random centres)."""
     if name.startswith("conv groups"):
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -40,21 +41,19 @@ def case(name, rank=2):
     generator = torch.Generator().manual_seed(2)
     result = {}
     for k, uses in outers.items():
-        if uses[0].kind == "zero":
+        o = merge(uses)
+        if isinstance(o, Zero):
             assert not truth[k].any()
             continue
-        uses = merge(uses)
-        flip = not is_dense(uses) and uses[0].flip
-        centres = start(block_of(uses, params[k].shape), K, rank, uses[0].left, generator, params[k].shape, flip)
-        result[k] = uses, truth[k], centres
+        result[k] = o, truth[k], start(o.block, K, rank, o.left, generator, params[k].shape, o.flip)
     return result
 
 
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("name", models.MODELS)
 def test_products_norms_and_distances_of_every_layer(name, rank):
-    for uses, g, centres in case(name, rank).values():
-        cross, norms, _ = products(uses, centres)
+    for o, g, centres in case(name, rank).values():
+        cross, norms, _ = products(o, centres)
         C, flat = centres.dense().flatten(1), g.flatten(1)
         torch.testing.assert_close(cross, flat @ C.T, **CLOSE)
         torch.testing.assert_close(norms, flat.square().sum(1), **CLOSE)
@@ -66,9 +65,9 @@ def test_products_norms_and_distances_of_every_layer(name, rank):
 @pytest.mark.parametrize("by", ORDERS)
 @pytest.mark.parametrize("name", ["conv groups 1", "conv groups 2", "sequence mlp", "unet"])
 def test_every_order_of_contraction(name, by):
-    for uses, g, centres in case(name).values():
+    for o, g, centres in case(name).values():
         for memory in (None, 1):
-            cross, norms, J = products(uses, centres, memory, by, keep=10**6)
+            cross, norms, J = products(o, centres, memory, by, keep=10**6)
             if J is not None and not centres.flip:
                 torch.testing.assert_close(J.flatten(), g.flatten(), **CLOSE)
             torch.testing.assert_close(cross, g.flatten(1) @ centres.dense().flatten(1).T, **CLOSE)
@@ -83,29 +82,29 @@ def test_the_cheapest_order_is_taken():
 @pytest.mark.parametrize("name", [*models.MODELS, "conv groups 2"])
 def test_sums_over_clusters_seen_through_kept_columns(name):
     cluster = torch.tensor([1, 0, 3, 1, 1])
-    for uses, g, centres in case(name).values():
+    for o, g, centres in case(name).values():
         G, p, q = centres.block
         J = g.reshape(N, *centres.shape).reshape(N, G, q, p).mT if centres.flip else g.reshape(N, G, p, q)
         total = torch.zeros(K, G, p, q, dtype=g.dtype).index_add_(0, cluster, J)
         if q > 1:
             expected = torch.einsum("kgpq,kgqr->krgp", total, centres.basis("right"))
-            torch.testing.assert_close(sums(uses, "right", centres.basis("right"), cluster), expected, **CLOSE)
+            torch.testing.assert_close(sums(o, "right", centres.basis("right"), cluster), expected, **CLOSE)
         expected = torch.einsum("kgpq,kgpr->krgq", total, centres.basis("left"))
-        torch.testing.assert_close(sums(uses, "left", centres.basis("left"), cluster), expected, **CLOSE)
+        torch.testing.assert_close(sums(o, "left", centres.basis("left"), cluster), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["mlp", "sequence mlp", "conv groups 2", "tagger"])
 def test_mean_sides(name):
     cluster = torch.tensor([1, 0, 3, 1, 1])
-    for uses, _, _ in case(name).values():
-        if is_dense(uses):
+    for o, _, _ in case(name).values():
+        if not isinstance(o, Products | Vector):
             continue
-        left, right = mean_sides(uses, cluster, K)
+        left, right = mean_sides(o, cluster, K)
         for k in range(K):
             mine = cluster == k
-            torch.testing.assert_close(left[k, 0], uses[0].left[0][mine].sum((0, 2)), **CLOSE)
-            torch.testing.assert_close(right[k, 0], uses[0].dense_right()[mine].mean(2).sum(0)
-                                       if uses[0].right is not None else mine.sum().to(right).expand_as(right[k, 0]), **CLOSE)  # fmt: skip
+            torch.testing.assert_close(left[k, 0], o.left[0][mine].sum((0, 2)), **CLOSE)
+            torch.testing.assert_close(right[k, 0], o.inputs()[mine].mean(2).sum(0)
+                                       if isinstance(o, Products) else mine.sum().to(right).expand_as(right[k, 0]), **CLOSE)  # fmt: skip
 
 
 def test_running_sizes_move_with_every_sample():

@@ -228,7 +228,7 @@ def test_success_leaves_nothing_behind_either(name):
 
 def test_inputs_are_unfolded_once_for_all_vectors(monkeypatch):
     """Exact roots of several groups of vectors: each convolution's input is copied out once, and not kept afterwards."""
-    from paraboloid.engine.outer_products import Right
+    from paraboloid.reductions.right import Right
 
     kept = []
     keep, forget = Right.keep, Right.forget

@@ -1,2 +1,3 @@
 """Record a forward pass, pull vectors back through it sample by sample, certify the answer;
-imports from `passes` and `layers`."""
+imports from `passes`, `layers` and
+`reductions`."""

@@ -12,20 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paraboloid.engine.outer_products import Outer, Right, general
 from paraboloid.engine.reindexed_weights import Alias, Piece, itself
 from paraboloid.engine.sample_independence import Layout
 from paraboloid.layers import Use
 from paraboloid.passes.modes import autocast
-
-Via = Callable[[Tensor], Tensor] | None
+from paraboloid.reductions.outer import Outer, known
+from paraboloid.reductions.products import Lookup, Vector, product
+from paraboloid.reductions.right import Right
 
 
 @dataclass(frozen=True)
 class Part:
     """One weight of one call, ready for gradients g [V *z]; `root` is a parameter or derived from some.
 
-    outer(g, via, power=1) has left, or with power=2 the squares of all factors and of right, for diagonal matrices.
+    outer(g, power=1) has left, or with power=2 the squares of all factors and of right, for diagonal matrices.
     `use` is what the call's rule says of the weight; None for a fallback.  elements() -> (at, scale), both [N G T p]:
     the element of z (a flat position, or -1) and the factor of each entry of left; None where rows lie in a table.
     """
@@ -87,7 +87,7 @@ def _parts(shape: torch.Size, layout: Layout, use: Use, alias: Alias | None) -> 
             left = left.reshape(len(left), -1, 1, 1, alias.shape.numel())
         return left.unflatten(1, split).permute(0, 2, 4, 1, 3, 5, 6)
 
-    def outer(place: Place, g: Tensor, via: Via, power: int = 1) -> Outer:
+    def outer(place: Place, g: Tensor, power: int = 1) -> Outer:
         root, flip = place.piece.root, use.flip ^ alias.turned
         precision = accumulation(root.dtype)
         left = rowed(use.pull(g.to(precision), power)).to(precision)  # under autocast g is shorter than the weight
@@ -96,16 +96,17 @@ def _parts(shape: torch.Size, layout: Layout, use: Use, alias: Alias | None) -> 
             left = place.put(left.sum((3, 4, 5)).unsqueeze(3) if several else left.flatten(3, 5), -1)
             if place.piece.table is not None:
                 return _table_rows(left, *place.piece.table)
-            return Outer(left, None, root.shape, via=via, kind="vector")
+            return Vector(left, root.shape)
         left, q = left.flatten(3, 5), use.q
         if flip and place.moves:
             q = root.numel() // left.shape[-1]
         elif place.moves:
             left = place.put(left, -1)
         if id(place) not in made:
-            made[id(place)] = Right(_rows(use, place, flip), split, use.lookup, precision, use.q_axes)
+            dtype = None if use.lookup else precision
+            made[id(place)] = Right(_rows(use, place, flip), split, dtype, use.q_axes)
         right = made[id(place)] if power == 1 else made[id(place)].squared()
-        return Outer(left, right, root.shape, q, flip, via)
+        return (Lookup if use.lookup else product)(left, right, root.shape, q, flip)
 
     def elements(place: Place) -> tuple[Tensor, Tensor]:
         root = place.piece.root
@@ -191,8 +192,8 @@ def _table_rows(left: Tensor, table: Tensor, positions: Tensor) -> Outer:
     """Added rows of an embedding table at positions that all samples share: each row of the sum is one lookup."""
     V, N = left.shape[:2]
     index = positions.reshape(1, 1, -1).expand(N, 1, -1)
-    right = Right(lambda rows: index[rows], (1, N, 1), lookup=True)
-    return Outer(left.reshape(V, N, 1, -1, table.shape[1]), right, table.shape, len(table), flip=True)
+    right = Right(lambda rows: index[rows], (1, N, 1))
+    return Lookup(left.reshape(V, N, 1, -1, table.shape[1]), right, table.shape, len(table), flip=True)
 
 
 def accumulation(dtype: torch.dtype) -> torch.dtype:
@@ -210,20 +211,17 @@ def fallback_parts(call: Any, layout: Layout) -> list[Part]:
     """Any call: the vector-Jacobian product of the operation itself, once per sample."""
     axis, (a, N, b) = layout
 
-    def outer(w: Tensor, g: Tensor, via: Via) -> Outer:
+    def outer(w: Tensor, g: Tensor) -> Outer:
         mask = torch.eye(N, dtype=g.dtype, device=g.device)[:, None, :, None].expand(N, a, N, b).reshape(N, -1)
         mask = mask.view(N, *[1] * axis, a * N * b, *[1] * (len(call.shape) - axis - 1))
         with torch.enable_grad(), autocast(g.device, call.autocast):
             fresh = {id(t): t.detach().requires_grad_() for t in call.weights}
             z = call.op(*swapped(call.args, fresh), **swapped(call.kwargs, fresh))
             J = vjp(z, fresh[id(w)], (g[:, None] * mask).flatten(0, 1))
-        J = J.unflatten(0, (len(g), N)).to(accumulation(w.dtype))
-        if via is None:
-            return general(J, w.shape)
-        return Outer(J.flatten(2)[:, :, None, None], None, w.shape, via=via, kind="general")
+        return known(J.unflatten(0, (len(g), N)).to(accumulation(w.dtype)))
 
     weights = {id(w): w for w in call.weights}.values()
-    return [Part(w, lambda g, via, w=w: outer(w, g, via)) for w in weights]
+    return [Part(w, partial(outer, w)) for w in weights]
 
 
 def swapped(tree: Any, fresh: dict[int, Tensor]) -> Any:

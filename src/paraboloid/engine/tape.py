@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,6 @@ from torch.overrides import resolve_name
 
 from paraboloid.engine import many_vectors
 from paraboloid.engine.derived_weights import promote, replay
-from paraboloid.engine.outer_products import Outer, general
 from paraboloid.engine.per_sample import Part, fallback_parts, rule_parts, vjp
 from paraboloid.engine.recorder import Call, Recorder, tensors
 from paraboloid.engine.sample_axes import sample_axes
@@ -32,6 +32,7 @@ from paraboloid.passes.modes import eager_code, own_arithmetic, rounding
 from paraboloid.passes.random_state import copied_buffers
 from paraboloid.passes.schedule import doubling
 from paraboloid.passes.torch_internals import LEAF, REENTRANT_CHECKPOINT, DisableTorchFunction
+from paraboloid.reductions.outer import Derived, Outer, known, zero
 
 SIGNATURES = 512  # recorded sequences of calls and shapes that are remembered per model
 Layouts = list[Layout | None]  # one for each call; None: nothing flows back to it
@@ -264,11 +265,12 @@ class Tape:
                 continue
             for part in parts:
                 if (name := self.names.get(id(part.root))) is not None:
-                    out[name].append(part.outer(g, None))
+                    out[name].append(part.outer(g))
                 else:
+                    inner = part.outer(g)
                     for name in self.leaves(part.root):
                         p = self.parameters[name]
-                        out[name].append(part.outer(g, lambda J, root=part.root, p=p: vjp(root, p, J)))
+                        out[name].append(Derived(inner, partial(vjp, part.root, p), p.shape))
         return out
 
     def pull(
@@ -298,7 +300,7 @@ class Tape:
                 out[name] = [self._net(f, v, name)]
             for name, p in self.parameters.items():
                 if not out[name]:
-                    out[name] = [general(p.new_zeros(len(v), len(f), *p.shape), p.shape, kind="zero")]
+                    out[name] = [zero(p, len(v), len(f))]
             return out
 
     def _gradients(
@@ -346,7 +348,7 @@ class Tape:
                 (g,) = torch.autograd.grad(f, p, alone, retain_graph=True, allow_unused=True)
                 if g is not None:
                     J[i, n] = g
-        return general(J, p.shape)
+        return known(J)
 
 
 @contextmanager

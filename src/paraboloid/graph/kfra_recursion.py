@@ -234,14 +234,12 @@ class _Descent:
         at = in_each_sample(at, size, edge.node)
         if part.use.right is None:
             return Kron(self._vector_block(M, at, scale, size), scale.new_ones(1, 1))
-        o = part.outer(scale.new_zeros(()).expand(1, *shape_of(edge)), None)
+        o = part.outer(scale.new_zeros(()).expand(1, *shape_of(edge)))
         left = _within(M, at, scale, size).to(o.left.dtype)
         sums = {"gradient": left}, {"input": input_factor(o, "expand", self.recorded.max_memory)}
         rows, columns = reversed(sums) if o.flip else sums
-        positions = (
-            (o.right() >= 0).sum().double() if o.lookup and o.right else torch.tensor(float(self.N * at.shape[1]))
-        )
-        return scale_factors(Factors(rows, columns, positions.cpu().double(), o.left.shape[2]), 1.0)
+        positions = torch.tensor(o.positions, dtype=torch.float64)
+        return scale_factors(Factors(rows, columns, positions, o.left.shape[2]), 1.0)
 
     def _vector_block(self, M: Curvature, at: Tensor, scale: Tensor, size: int) -> Tensor:
         """S^T (M * mean_n c_n c_n^T) S for z_i = c_n,i theta_j(i), S[i, j(i)] = 1: a bias, a scale; at [1 T p]."""

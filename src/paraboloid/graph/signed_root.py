@@ -12,14 +12,13 @@ Source: the residuals of Dangel, Kunstner & Hennig 2020, arXiv:1912.10985.
 from __future__ import annotations
 
 from collections.abc import Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from paraboloid.engine.outer_products import Outer
 from paraboloid.engine.per_sample import swapped
 from paraboloid.engine.recorder import Call
 from paraboloid.engine.sample_independence import certify
@@ -29,7 +28,7 @@ from paraboloid.graph.weight_diagonal import coordinates, from_diagonal, meets_o
 from paraboloid.losses.loss import full
 from paraboloid.passes.modes import autocast
 from paraboloid.passes.torch_internals import shape_of
-from paraboloid.reductions import sums
+from paraboloid.reductions.contractions import weighted_squares
 
 
 @dataclass
@@ -106,17 +105,6 @@ def _signed_root(recorded: Recorded) -> tuple[Tensor, Tensor]:
     return root.permute(2, 0, 1).reshape(-1, *f.shape), values.sign().T
 
 
-def weighted_squares(o: Outer, weights: Tensor, memory: int | None) -> Tensor:
-    """sum_{v,n} weights[v, n] (J_n^T v)^2 elementwise, [*shape]."""
-    if not o.lookup and (o.right is None or o.left.shape[3] == 1):
-        left = (o.left.square() * weights[:, :, None, None, None].to(o.left)).sum(0, keepdim=True)
-        return replace(o, left=left, right=o.right and o.right.squared()).total()[0]
-    total = torch.zeros(o.shape.numel(), dtype=o.left.dtype, device=o.left.device)
-    for n, J in sums.pieces([o], memory):
-        total += weights[:, n].to(J).flatten() @ J.square().flatten(2).flatten(0, 1)
-    return total.view(o.shape)
-
-
 def add_bends(
     recorded: Recorded, parts: Parts, signed: Set[int], spreads: list[Spread], found: dict[str, Tensor]
 ) -> None:
@@ -166,7 +154,7 @@ def _pull(recorded: Recorded, parts: Parts, bend: Bend, at: Tensor, calls: list[
             if g is None:
                 continue
             for name, part in parts[i].items():
-                found[name] += weighted_squares(part.outer(g, None), d[rows].sign(), recorded.max_memory)
+                found[name] += weighted_squares(part.outer(g), d[rows].sign(), recorded.max_memory)
 
 
 def _pulled(edge: GradientEdge, edges: list[GradientEdge], v: Tensor, batched: bool) -> list[Any]:

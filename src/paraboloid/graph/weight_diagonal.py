@@ -38,7 +38,7 @@ def from_diagonal(part: Part, d: Tensor) -> Tensor:
 
     Each element of z is to be met at most once by each element of the weight, see `meets_once`.
     """
-    return part.outer(d[None], None, 2).total()[0]
+    return part.outer(d[None], 2).total()[0]
 
 
 def separable(part: Part) -> bool:
@@ -77,10 +77,9 @@ def from_products(part: Part, products: Products, shape: torch.Size, count: int,
     """The diagonal for a weight matrix or table with T positions, [*shape]: G p T products, `count` at a time."""
     assert part.elements is not None
     at, scale = part.elements()
-    o = part.outer(like.new_zeros(()).expand(1, *shape), None)
+    o = part.outer(like.new_zeros(()).expand(1, *shape))
     N, G, T, p = at.shape
     J = like.new_zeros(G, p, o.q)
-    assert o.right is not None
     right = o.right()
     for g in range(G):
         used = scale[:, g].abs().sum((0, 1)).nonzero().flatten()
@@ -90,12 +89,5 @@ def from_products(part: Part, products: Products, shape: torch.Size, count: int,
             h = products(columns).flatten(1).view(len(rows), T, -1)
             M = h.gather(2, where.flatten(1).clamp(min=0).unsqueeze(1).expand(-1, T, -1)).view(len(rows), T, N, T)
             M = (M * factor.unsqueeze(1)).permute(2, 0, 1, 3)  # [N K T T]
-            if o.lookup:
-                index = right[:, g].clamp(min=0)
-                same = (index.unsqueeze(2) == index.unsqueeze(1)).unsqueeze(1)
-                value = (M * same).sum(3).transpose(0, 1).flatten(1)
-                J[g, rows] = value.new_zeros(len(rows), o.q).index_add_(1, index.flatten(), value)
-            else:
-                R = right[:, g]
-                J[g, rows] = ((M.flatten(1, 2) @ R).unflatten(1, (-1, T)) * R.unsqueeze(1)).sum((0, 2))
-    return o.finish(J, (1,))[0]
+            J[g, rows] = o.between(M, right[:, g])
+    return o.finish(J, ())

@@ -5,17 +5,16 @@ The orders of contraction are algebraically equal; the cheapest is chosen from t
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from paraboloid.engine.outer_products import Outer
-from paraboloid.noise.centres import Block, Centres, is_dense
-from paraboloid.passes.memory import UNFOLDED, pooled
-from paraboloid.reductions.sums import pieces, reduce
+from paraboloid.noise.centres import Centres
+from paraboloid.passes.memory import UNFOLDED
+from paraboloid.reductions.outer import Outer
+from paraboloid.reductions.products import Lookup, OnePosition, Products, Vector
+from paraboloid.reductions.sums import formed
 
 ORDERS = ("gram", "matrix")
 
@@ -32,7 +31,7 @@ def order(T: int, p: int, q: int, columns: int) -> str:
     return "gram" if gram < T * p * q + p * q * columns else "matrix"
 
 
-class Products(NamedTuple):
+class Found(NamedTuple):
     """C_k . g_n [N, K] and ||g_n||^2 [N] of one parameter; and the gradients [N G p q], where they were formed."""
 
     cross: Tensor
@@ -40,38 +39,28 @@ class Products(NamedTuple):
     gradients: Tensor | None = None
 
 
-def products(
-    uses: list[Outer], centres: Centres, memory: int | None = None, by: str | None = None, keep: int = 0
-) -> Products:
+def products(o: Outer, centres: Centres, memory: int | None = None, by: str | None = None, keep: int = 0) -> Found:
     """Products with the centres, and norms; `by` names the order of contraction (default: the cheapest).
 
     Where the cheapest way forms the gradients of this parameter, those of a batch are returned too if they take no more
     than `keep` bytes.
     """
-    if is_dense(uses):
-        return _from_matrices(uses, centres, memory, keep)
-    o = uses[0]
-    left = o.left[0]  # [N G T p]
-    _, G, T, _ = left.shape
-    if o.right is None:
-        d = _over_positions(left).flatten(1)
-        return Products(d @ centres.blocks().flatten(1).T, d.square().sum(1))  # q = 1
-    if o.lookup:
-        return Products(_looked_up(left, o.right(), centres), reduce(uses, {"norms"}, memory)["norms"])
-    if T == 1:
-        right = o.right()
-        inner = _per_group(left[:, :, 0], centres.left) * _per_group(right[:, :, 0], centres.right)  # [N G K r]
-        return Products(inner.sum((1, 3)), (left.square().sum((2, 3)) * right.square().sum((2, 3))).sum(1))
-    by = by or order_of(o, centres)
-    if by == "matrix":
-        return _from_matrices(uses, centres, memory, keep)
-    ranges = o.chunks(G * T * o.q, memory, UNFOLDED)
+    if isinstance(o, Vector):
+        return Found(o.left[0].flatten(1) @ centres.blocks().flatten(1).T, o.norms())
+    if isinstance(o, OnePosition):
+        inner = _per_group(o.left[0, :, :, 0], centres.left) * _per_group(o.right()[:, :, 0], centres.right)
+        return Found(inner.sum((1, 3)), o.norms())  # [N G K r]
+    if isinstance(o, Lookup):
+        return Found(_looked_up(o.left[0], o.right(), centres), o.norms())
+    if not isinstance(o, Products) or (by or order_of(o, centres)) == "matrix":
+        return _from_matrices(o, centres, memory, keep)
+    _, _, G, T, _ = o.left.shape
     crosses, norms = [], []
-    for n in ranges:
-        right = o.right(n)
-        crosses.append(_by_position(left[n], right, centres))
-        norms.append(((left[n] @ left[n].mT) * (right @ right.mT)).sum((1, 2, 3)))
-    return Products(torch.cat(crosses), torch.cat(norms))
+    for n in o.chunks(G * T * o.q, memory, UNFOLDED):
+        left, right = o.left[0, n], o.right(n)
+        crosses.append(_by_position(left, right, centres))
+        norms.append(((left @ left.mT) * (right @ right.mT)).sum((1, 2, 3)))
+    return Found(torch.cat(crosses), torch.cat(norms))
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -79,44 +68,26 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return left * right if left.shape[-1] == 1 else left @ right
 
 
-def order_of(o: Outer, centres: Centres) -> str:
-    """The cheapest order of contraction for one use with many positions."""
+def order_of(o: Products, centres: Centres) -> str:
+    """The cheapest order of contraction for many positions."""
     return order(o.left.shape[3], o.left.shape[4], o.q, len(centres.left) * centres.left.shape[1])
 
 
-def _from_matrices(uses: list[Outer], centres: Centres, memory: int | None, keep: int) -> Products:
+def _from_matrices(o: Outer, centres: Centres, memory: int | None, keep: int) -> Found:
     """By the gradients of ranges of samples, [n G p q]; those that may be kept meet all centres in one product."""
-    left = uses[0].left
-    whole = left.shape[1], *centres.block
-    if math.prod(whole) * left.element_size() <= keep:
-        J = pooled(whole, left)
-        for _ in _matrices(uses, centres.block, memory, J):
-            pass
+    if o.left.shape[1] * o.shape.numel() * o.left.element_size() <= keep:
+        J = formed(o, memory, UNFOLDED).reshape(-1, *centres.block)
         flat = J.flatten(1)
-        return Products(flat @ centres.blocks().flatten(1).T, torch.linalg.vector_norm(flat, dim=1).square(), J)
+        return Found(flat @ centres.blocks().flatten(1).T, torch.linalg.vector_norm(flat, dim=1).square(), J)
     K, r, G, q = centres.right.shape
     right = centres.right.permute(2, 3, 0, 1).reshape(G, q, K * r)
     rows = centres.left.permute(2, 3, 0, 1).reshape(G, -1, K * r)
     crosses, norms = [], []
-    for J in _matrices(uses, centres.block, memory):
+    for _, J in o.blocks(memory, limit=UNFOLDED):
+        J = J.reshape(-1, *centres.block)
         crosses.append(((J @ right) * rows).sum((1, 2)).unflatten(1, (K, r)).sum(2))
         norms.append(J.square().sum((1, 2, 3)))
-    return Products(torch.cat(crosses), torch.cat(norms))
-
-
-def _matrices(uses: list[Outer], block: Block, memory: int | None, out: Tensor | None = None) -> Iterator[Tensor]:
-    """The gradients of ranges of samples, [n G p q]; put into `out` [N G p q] if it is given."""
-    if is_dense(uses):
-        for n, J in pieces(uses, memory):
-            J = J[0].reshape(-1, *block)
-            yield J if out is None else out[n].copy_(J)
-        return
-    o, (G, p, q) = uses[0], block
-    left = o.left[0].mT  # [N G p T]
-    assert o.right is not None
-    ranges = list(o.chunks(G * q * max(p, left.shape[3]), memory, UNFOLDED))
-    for n, right in zip(ranges, o.right.pieces(ranges), strict=True):
-        yield torch.matmul(left[n], right.detach(), out=None if out is None else out[n])
+    return Found(torch.cat(crosses), torch.cat(norms))
 
 
 def _per_group(side: Tensor, vectors: Tensor) -> Tensor:
@@ -148,7 +119,7 @@ def _looked_up(left: Tensor, index: Tensor, centres: Centres) -> Tensor:
 
 
 def sums(
-    uses: list[Outer], kept: str, basis: Tensor, cluster: Tensor, memory: int | None = None, J: Tensor | None = None
+    o: Outer, kept: str, basis: Tensor, cluster: Tensor, memory: int | None = None, J: Tensor | None = None
 ) -> Tensor:
     """sum over the samples of each cluster of g_n V_k (kept "right") or g_n^T V_k (kept "left").
 
@@ -158,30 +129,25 @@ def sums(
     K, G = basis.shape[:2]
     if J is not None:
         return _through(_collect(J, cluster, K), kept, basis)
-    if is_dense(uses):
+    if isinstance(o, Vector):
+        return _through(_collect(o.left[0, :, :, 0, :, None], cluster, K), kept, basis)
+    if isinstance(o, Lookup):
+        return _sums_of_lookup(o, kept, basis, cluster)
+    if not isinstance(o, Products):
+        block = (1, -1, basis.shape[2]) if kept == "right" else (1, basis.shape[2], -1)
         total = None
-        m = basis.shape[2]
-        for n, each in pieces(uses, memory):
-            part = _collect(
-                each[0].reshape(each.shape[1], 1, *((-1, m) if kept == "right" else (m, -1))), cluster[n], K
-            )
+        for n, J in o.blocks(memory):
+            part = _collect(J.reshape(len(J), *block), cluster[n], K)
             total = part if total is None else total.add_(part)
         assert total is not None
         return _through(total, kept, basis)
-    o = uses[0]
-    left = o.left[0]  # [N G T p]
-    if o.right is None:
-        d = _collect(_over_positions(left)[..., None], cluster, K)  # [K G p 1]
-        return _through(d, kept, basis)
-    if o.lookup:
-        return _sums_of_lookup(o, left, kept, basis, cluster)
     parts = []
-    for n in o.chunks(G * left.shape[2] * o.q, memory):
-        right, columns = o.right(n), basis[cluster[n]]
+    for n in o.chunks(G * o.left.shape[3] * o.q, memory):
+        left, right, columns = o.left[0, n], o.right(n), basis[cluster[n]]
         if kept == "right":
-            parts.append(_product(left[n].mT, right @ columns))
+            parts.append(_product(left.mT, right @ columns))
         else:
-            parts.append(_product(right.mT, left[n] @ columns))
+            parts.append(_product(right.mT, left @ columns))
     each = parts[0] if len(parts) == 1 else torch.cat(parts)
     return _collect(each, cluster, K).permute(0, 3, 1, 2)
 
@@ -191,22 +157,16 @@ def _through(total: Tensor, kept: str, basis: Tensor) -> Tensor:
     return _product(total if kept == "right" else total.mT, basis).permute(0, 3, 1, 2)
 
 
-def _sums_of_lookup(o: Outer, left: Tensor, kept: str, basis: Tensor, cluster: Tensor) -> Tensor:
-    assert o.right is not None
-    index = o.right()[:, 0].clamp(min=0)  # [N T]; a lookup has one group
+def _sums_of_lookup(o: Lookup, kept: str, basis: Tensor, cluster: Tensor) -> Tensor:
+    left, index = o.left[0, :, 0], o.right()[:, 0].clamp(min=0)  # [N T p], [N T]; a lookup has one group
     K, _, _, r = basis.shape
     if kept == "right":
         columns = basis[:, 0][cluster[:, None], index]  # [N T r]
-        return _collect((left[:, 0].mT @ columns)[:, None], cluster, K).permute(0, 3, 1, 2)
-    inner = left[:, 0] @ basis[:, 0][cluster]  # [N T r]
+        return _collect((left.mT @ columns)[:, None], cluster, K).permute(0, 3, 1, 2)
+    inner = left @ basis[:, 0][cluster]  # [N T r]
     flat = (cluster[:, None] * o.q + index).flatten()
     total = inner.new_zeros(K * o.q, r).index_add_(0, flat, inner.flatten(0, 1))
     return total.view(K, 1, o.q, r).permute(0, 3, 1, 2)
-
-
-def _over_positions(left: Tensor) -> Tensor:
-    """The sum over positions of [N G T p], without a copy where there is one."""
-    return left[:, :, 0] if left.shape[2] == 1 else left.sum(2)
 
 
 def _collect(each: Tensor, cluster: Tensor, K: int) -> Tensor:
@@ -214,19 +174,17 @@ def _collect(each: Tensor, cluster: Tensor, K: int) -> Tensor:
     return each.new_zeros(K, *each.shape[1:]).index_add_(0, cluster, each)
 
 
-def mean_sides(uses: list[Outer], cluster: Tensor, K: int, memory: int | None = None) -> tuple[Tensor, Tensor]:
+def mean_sides(o: Vector | Products, cluster: Tensor, K: int, memory: int | None = None) -> tuple[Tensor, Tensor]:
     """Sums over each cluster of the positions' summed left [K 1 G p], and of their mean right [K 1 G q]."""
-    o = uses[0]
-    left = o.left[0]
-    d = _collect(_over_positions(left), cluster, K)[:, None]
-    if o.right is None:
-        ones = d.new_ones(len(cluster), d.shape[2], 1)
+    _, _, G, T, _ = o.left.shape
+    d = _collect(o.left[0, :, :, 0] if T == 1 else o.left[0].sum(2), cluster, K)[:, None]
+    if isinstance(o, Vector):
+        ones = d.new_ones(len(cluster), G, 1)
         return d, _collect(ones, cluster, K)[:, None]
-    T = left.shape[2]
-    if o.lookup:
+    if isinstance(o, Lookup):
         index = o.right()[:, 0]
         flat = (cluster[:, None] * o.q + index.clamp(min=0)).flatten()
         counts = d.new_zeros(K * o.q).index_add_(0, flat, (index >= 0).flatten().to(d) / T)
         return d, counts.view(K, 1, 1, o.q)
-    means = [o.right(n).mean(2) for n in o.chunks(left.shape[1] * T * o.q, memory)]
+    means = [o.mean_inputs(n) for n in o.chunks(G * T * o.q, memory)]
     return d, _collect(torch.cat(means), cluster, K)[:, None]

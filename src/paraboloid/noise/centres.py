@@ -11,23 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from paraboloid.engine.outer_products import Outer
-
 # One parameter's gradient of a sample is [G, p, q]: groups, output side, input side.
 Block = tuple[int, int, int]
-
-
-def is_dense(uses: list[Outer]) -> bool:
-    """Whether the uses (merged) have no common outer-product form, so that gradients are formed, some at a time."""
-    return len(uses) > 1 or uses[0].via is not None or uses[0].kind == "general"
-
-
-def block_of(uses: list[Outer], shape: torch.Size) -> Block:
-    """The block [G, p, q] in which a parameter's gradient is clustered."""
-    if is_dense(uses):
-        p = shape[0] if len(shape) > 0 else 1
-        return 1, p, shape.numel() // max(1, p)
-    return uses[0].left.shape[2], uses[0].left.shape[4], uses[0].q
 
 
 @dataclass

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.data.batches import Batch, Output
-from paraboloid.engine.outer_products import Outer, keep_inputs, merge
 from paraboloid.noise.assignment import COUNTS, assign
 from paraboloid.noise.centre_products import mean_sides, order_of, products, sums
-from paraboloid.noise.centres import Centres, block_of, is_dense, start
+from paraboloid.noise.centres import Centres, start
 from paraboloid.noise.gradients import Gradients, pull
 from paraboloid.passes import trees
 from paraboloid.passes.memory import ASSIGNED
+from paraboloid.reductions.outer import Outer, Zero
+from paraboloid.reductions.products import Lookup, OnePosition, Products, Vector, keep_inputs, merge
 
 UPDATES = ("singular", "mean")
 Layers = Iterable[str] | Callable[[str], bool] | None
@@ -211,14 +212,14 @@ class GradientClustering:
         verify: str | bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Assign one batch and add to the sums from which the centres are refitted."""
-        uses = {k: merge(u) for k, u in self._pulled(data, batch, parameters, verify).items()}
+        uses = self._pulled(data, batch, parameters, verify)
         keep, memory = ASSIGNED.of(self.max_memory), self.max_memory
-        centres = {name: self._centres_of(name, u, parameters[name]) for name, u in uses.items()}
-        keep_inputs({k: u for k, u in uses.items() if self._reads_twice(u, centres[k])}, keep)
+        centres = {name: self._centres_of(name, o) for name, o in uses.items()}
+        keep_inputs((o for k, o in uses.items() if self._reads_twice(o, centres[k])), keep)
         distances, norms = torch.zeros(()), torch.zeros(())
         gradients: dict[str, Tensor | None] = {}
-        for name, u in uses.items():
-            found = products(u, centres[name], memory, keep=keep)
+        for name, o in uses.items():
+            found = products(o, centres[name], memory, keep=keep)
             if (J := found.gradients) is not None and self.update == "singular":
                 gradients[name] = J
                 keep -= J.nbytes
@@ -228,19 +229,18 @@ class GradientClustering:
             norms = norms + norm
         gain = 1.0 if self.decay is None else 1 - self.decay
         cluster = assign(distances, weights, self.counts, gain)
-        for name, u in uses.items():
-            there = cluster.to(u[0].left.device)
-            found = self._sums(name, u, centres[name], there, memory, gradients.get(name))
+        for name, o in uses.items():
+            there = cluster.to(o.left.device)
+            found = self._sums(name, o, centres[name], there, memory, gradients.get(name))
             for side, value in found.items():
                 key = name, side
                 running[key] = value if key not in running else running[key].add_(value)
         return cluster, distances, norms
 
-    def _pulled(
-        self, data: Gradients, batch: Batch, names: Iterable[str], verify: str | bool
-    ) -> dict[str, list[Outer]]:
+    def _pulled(self, data: Gradients, batch: Batch, names: Iterable[str], verify: str | bool) -> dict[str, Outer]:
         outers = pull(self.model, data.loss, batch, self.seed, self.output, verify)
-        return {k: u for k, u in outers.items() if self._chosen(k, names) and u[0].kind != "zero"}
+        chosen = {k: merge(uses) for k, uses in outers.items() if self._chosen(k, names)}
+        return {k: o for k, o in chosen.items() if not isinstance(o, Zero)}
 
     def _chosen(self, name: str, names: Iterable[str]) -> bool:
         if self.layers is None:
@@ -254,16 +254,13 @@ class GradientClustering:
                                  f"{list(names)}, or modules that hold them.")  # fmt: skip
         return any(name == layer or name.startswith(f"{layer}.") for layer in wanted)
 
-    def _centres_of(self, name: str, uses: list[Outer], p: Tensor) -> Centres:
-        block = block_of(uses, p.shape)
+    def _centres_of(self, name: str, o: Outer) -> Centres:
         if name not in self.centres:
-            like = torch.empty((), dtype=uses[0].left.dtype, device=p.device)
-            flip = not is_dense(uses) and uses[0].flip
             self.centres[name] = start(
-                block, self.num_clusters, self.rank, like, self._generator, p.shape, flip
+                o.block, self.num_clusters, self.rank, o.left, self._generator, o.shape, o.flip
             )  # fmt: skip
-        if (had := self.centres[name].block) != block:
-            raise ValueError(f"parameter {name!r} has gradients in blocks [G, p, q] = {list(block)}, but its centres "
+        if (had := self.centres[name].block) != o.block:
+            raise ValueError(f"parameter {name!r} has gradients in blocks [G, p, q] = {list(o.block)}, but its centres "
                              f"have {list(had)}; expected the same use of it in every batch.")  # fmt: skip
         return self.centres[name]
 
@@ -275,11 +272,11 @@ class GradientClustering:
             return "right"
         return "left" if centres.block[1] == 1 or self.updates % 2 else "right"
 
-    def _reads_twice(self, uses: list[Outer], centres: Centres) -> bool:
+    def _reads_twice(self, o: Outer, centres: Centres) -> bool:
         """Whether the update needs the inputs too: the gradients themselves were not formed, or do not serve."""
-        if is_dense(uses) or uses[0].right is None or uses[0].lookup or uses[0].left.shape[3] == 1:
+        if not isinstance(o, Products) or isinstance(o, OnePosition | Lookup):
             return False
-        return self.update == "mean" or order_of(uses[0], centres) == "gram"
+        return self.update == "mean" or order_of(o, centres) == "gram"
 
     def _known_of(self, name: str) -> Known:
         if name not in self._known:
@@ -289,13 +286,13 @@ class GradientClustering:
         return self._known[name]
 
     def _sums(
-        self, name: str, uses: list[Outer], centres: Centres, cluster: Tensor, memory: int | None, J: Tensor | None
+        self, name: str, o: Outer, centres: Centres, cluster: Tensor, memory: int | None, J: Tensor | None
     ) -> dict[str, Tensor]:
-        if self.update == "mean" and not is_dense(uses):
-            left, right = mean_sides(uses, cluster, self.num_clusters, memory)
+        if self.update == "mean" and isinstance(o, Products | Vector):
+            left, right = mean_sides(o, cluster, self.num_clusters, memory)
             return {"mean left": left, "mean right": right}
         kept = self._kept(centres)
-        return {f"kept {kept}": sums(uses, kept, self._known_of(name).basis, cluster, memory, J)}
+        return {f"kept {kept}": sums(o, kept, self._known_of(name).basis, cluster, memory, J)}
 
     def _move(self, running: dict[tuple[str, str], Tensor], sizes: np.ndarray, before: np.ndarray | None) -> None:
         """Refit the centres; with `before`, sums of one batch are added to decayed ones, of which centres are means."""

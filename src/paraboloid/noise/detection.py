@@ -9,16 +9,17 @@ from torch import Tensor, nn
 
 from paraboloid.data import batches as batch_data
 from paraboloid.data.batches import Output, Samples
-from paraboloid.engine.outer_products import merge
 from paraboloid.linalg.operand import check_count
 from paraboloid.losses import Loss, LossFunction
 from paraboloid.losses.loss import full
 from paraboloid.noise.centre_products import products
-from paraboloid.noise.centres import Centres, block_of, is_dense, start
+from paraboloid.noise.centres import Centres, start
 from paraboloid.noise.clustering import GradientClustering
 from paraboloid.noise.gradients import Gradients, pull
 from paraboloid.passes.random_state import isolated
 from paraboloid.passes.wrappers import unwrapped
+from paraboloid.reductions.outer import Zero
+from paraboloid.reductions.products import merge
 
 SCORES = ("distance", "norm", "loss")
 
@@ -140,18 +141,16 @@ def _fingerprints(model, loss_fn, dataset, sketch: int, seed: int, output, batch
         cross, norm = torch.zeros(()), torch.zeros(())
         with torch.no_grad():
             for name, uses in pull(model, data.loss, batch, seed, output, "auto").items():
-                if uses[0].kind == "zero":
+                o = merge(uses)
+                if isinstance(o, Zero):
                     continue
-                uses = merge(uses)
                 if name not in centres:
-                    flip = not is_dense(uses) and uses[0].flip
-                    shape = data.parameters[name].shape
-                    made = start(block_of(uses, shape), sketch, 1, uses[0].left, generator, shape, flip)
+                    made = start(o.block, sketch, 1, o.left, generator, o.shape, o.flip)
                     for side in (made.left, made.right):  # signs, not the positive numbers that centres start with
                         if side.shape[3] > 1 or side is made.left:
                             side.copy_(torch.randn(side.shape, generator=generator, dtype=torch.float64))
                     centres[name] = made
-                found = products(uses, centres[name])
+                found = products(o, centres[name])
                 cross, norm = cross + found.cross.double().cpu(), norm + found.norms.double().cpu()
         rows.append(cross)
         norms.append(norm)

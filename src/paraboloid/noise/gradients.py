@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.data.batches import Batch, Output, call, check_finite, sample_count, take
-from paraboloid.engine.outer_products import Outer
 from paraboloid.engine.tape import record
 from paraboloid.losses import Loss
 from paraboloid.losses.loss import full
@@ -18,6 +17,7 @@ from paraboloid.passes.modes import own_arithmetic
 from paraboloid.passes.random_state import isolated
 from paraboloid.passes.torch_internals import DisableTorchFunction
 from paraboloid.passes.wrappers import Elsewhere, unwrapped
+from paraboloid.reductions.outer import Outer
 
 CHUNK = 512  # samples whose gradients are summed in one backward pass
 

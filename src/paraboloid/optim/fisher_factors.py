@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from paraboloid.engine.outer_products import Outer, Right, general
 from paraboloid.linalg.eigenform import Eigenform
 from paraboloid.linalg.kronecker import Kron
 from paraboloid.quantities.named import check_sharing, fisher_source
 from paraboloid.quantities.quantity import Group, Quantity, Scale
 from paraboloid.reductions import kronecker_factors
 from paraboloid.reductions.eigenbasis import eigen_scale
-from paraboloid.reductions.sums import reduce, samples
+from paraboloid.reductions.outer import Outer, known
+from paraboloid.reductions.sums import reduce
 
 Halves = tuple[Any, Any]
 
@@ -42,19 +41,19 @@ class FisherFactors(Quantity):
         if group.name not in self.names:
             return None
         if not self.halves:
-            return self._add(value, group.outers, group.memory, group.recent)
+            return self._add(value, group.outer, group.memory, group.recent)
         parts = value or (None, None)
         return tuple(
-            self._add(part, outers, group.memory) for part, outers in zip(parts, in_halves(group.outers), strict=True)
+            self._add(part, half, group.memory) for part, half in zip(parts, in_halves(group.outer), strict=True)
         )
 
-    def _add(self, value: Any, outers: list[Outer], memory: int | None, recent: Any = None) -> Any:
+    def _add(self, value: Any, o: Outer, memory: int | None, recent: Any = None) -> Any:
         if isinstance(value, Tensor):
-            return value.add_(reduce(outers, {"squares"}, memory)["squares"])
+            return value.add_(reduce(o, {"squares"}, memory)["squares"])
         try:
-            return kronecker_factors.add_factors(value, outers, self.sharing, memory, recent=recent)
+            return kronecker_factors.add_factors(value, o, self.sharing, memory, recent=recent)
         except NotImplementedError:
-            return reduce(outers, {"squares"}, memory)["squares"]
+            return reduce(o, {"squares"}, memory)["squares"]
 
     def finish(self, value: Any, scale: Scale) -> Any:
         if value is None:
@@ -79,14 +78,10 @@ class Held(Quantity):
     def add(self, value: Any, group: Group) -> Any:
         if group.name not in self.names:
             return None
-        outers = in_halves(group.outers)[1] if self.half else group.outers
-        found: Any = outers
-        if any(o.via is not None for o in outers):  # these need the graph, which goes: look at them now
-            if all(o.kind == "vector" for o in outers):
-                J = samples(outers)
-                found = [general(J, J.shape[2:])]
-            else:
-                found = reduce(outers, {"squares"}, group.memory)["squares"]
+        o = in_halves(group.outer)[1] if self.half else group.outer
+        found: Any = o
+        if not o.lasting:  # it needs the graph, which goes: look at it now
+            found = known(o.samples()) if o.bias_like else reduce(o, {"squares"}, group.memory)["squares"]
         return [*(value or []), found]
 
     def finish(self, value: Any, scale: Scale) -> Any:
@@ -96,13 +91,13 @@ class Held(Quantity):
 class HeldVectors:
     """One parameter's pulled-back vectors of one pass, with the factor of its batch."""
 
-    def __init__(self, groups: list[list[Outer] | Tensor], factor: float):
+    def __init__(self, groups: list[Outer | Tensor], factor: float):
         self.groups, self.factor = groups, factor
 
     def eigenvalues(self, form: Eigenform) -> Tensor:
         """What `Eigenvalues` measures, in a basis that was not known yet."""
         found = [
-            _eigenvalues(group, form, None) if isinstance(group, list) else group.reshape(form.values.shape)
+            _eigenvalues(group, form, None) if isinstance(group, Outer) else group.reshape(form.values.shape)
             for group in self.groups
         ]
         return torch.stack(found).sum(0).mul_(self.factor)
@@ -122,8 +117,8 @@ class Eigenvalues(Quantity):
     def add(self, value: Any, group: Group) -> Any:
         if group.name not in self.forms:
             return None
-        outers = in_halves(group.outers)[1] if self.half else group.outers
-        found = _eigenvalues(outers, self.forms[group.name], group.memory)
+        o = in_halves(group.outer)[1] if self.half else group.outer
+        found = _eigenvalues(o, self.forms[group.name], group.memory)
         return found if value is None else value.add_(found)
 
     def finish(self, value: Any, scale: Scale) -> Any:
@@ -134,10 +129,10 @@ def _of_half(N: int, half: bool) -> float:
     return N / (N - N // 2) if half else 1.0
 
 
-def _eigenvalues(outers: list[Outer], form: Eigenform, memory: int | None) -> Tensor:
+def _eigenvalues(o: Outer, form: Eigenform, memory: int | None) -> Tensor:
     if form.left.vectors is None and form.right.size == 1:  # a diagonal
-        return reduce(outers, {"squares"}, memory)["squares"].reshape(form.values.shape)
-    return eigen_scale(outers, form.left, form.right, memory)
+        return reduce(o, {"squares"}, memory)["squares"].reshape(form.values.shape)
+    return eigen_scale(o, form.left, form.right, memory)
 
 
 def block(value: Any, a: float) -> Kron:
@@ -147,20 +142,7 @@ def block(value: Any, a: float) -> Kron:
     return kronecker_factors.scale_factors(value, a)
 
 
-def in_halves(outers: list[Outer]) -> tuple[list[Outer], list[Outer]]:
-    """The uses of one parameter for the first and the second half of the samples."""
-    N = outers[0].left.shape[1]
-    return [of_samples(o, 0, N // 2) for o in outers], [of_samples(o, N // 2, N) for o in outers]
-
-
-def of_samples(o: Outer, start: int, stop: int) -> Outer:
-    """One use for the samples [start, stop)."""
-    left, inner = o.left[:, start:stop], o.right
-    if inner is None:
-        return replace(o, left=left)
-
-    def rows(n: slice) -> Tensor:
-        low, high, _ = n.indices(stop - start)
-        return inner(slice(start + low, start + high))
-
-    return replace(o, left=left, right=Right(rows, (1, stop - start, 1), lookup=inner.lookup, dtype=o.left.dtype))
+def in_halves(o: Outer) -> tuple[Outer, Outer]:
+    """One parameter's vectors for the first and the second half of the samples."""
+    N = o.left.shape[1]
+    return o.of(slice(0, N // 2)), o.of(slice(N // 2, N))

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paraboloid.distributed import collectives
-from paraboloid.engine.outer_products import Right
 from paraboloid.engine.recorder import Call, Recorder
 from paraboloid.layers import Use
 from paraboloid.passes import trees
@@ -25,6 +24,7 @@ from paraboloid.passes.memory import PIECES
 from paraboloid.passes.modes import autocast_dtype, eager_code, own_arithmetic
 from paraboloid.passes.wrappers import unwrapped
 from paraboloid.reductions.kronecker_factors import LARGE, add_gram, mirror
+from paraboloid.reductions.right import Right
 
 
 @dataclass

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from paraboloid.data import batches as batch_data
 from paraboloid.distributed import collectives
-from paraboloid.engine.outer_products import keep_inputs
 from paraboloid.engine.tape import Tape
 from paraboloid.engine.twice_differentiable import twice_differentiable
 from paraboloid.losses import Loss
@@ -25,7 +24,9 @@ from paraboloid.passes.torch_internals import DisableTorchFunction
 from paraboloid.passes.wrappers import unwrapped
 from paraboloid.quantities.named import GRADIENT, Group, Quantity, Scale, Source, check_samples, resolve
 from paraboloid.quantities.over_ranks import Values, check_summable, combine
-from paraboloid.reductions.sums import Recent, reduce
+from paraboloid.reductions.products import keep_inputs, merge
+from paraboloid.reductions.recent import Recent
+from paraboloid.reductions.sums import reduce
 
 
 class Statistics(Mapping[str, dict[str, Any]]):
@@ -147,13 +148,14 @@ class Recording(Tape):
             following = list(islice(vectors, count))
             outers = self.pull(f, torch.stack(vs) if len(vs) > 1 else vs[0][None], totals, batch_statistics=mixed)
             if following and needs and not kept:
-                kept = keep_inputs(outers, INPUTS.of(max_memory))
+                every = (o for uses in outers.values() for o in uses)
+                kept = keep_inputs(every, INPUTS.of(max_memory))
             vs = following
             recent = Recent()
             with torch.no_grad():
                 for name in self.parameters:
-                    uses = outers.pop(name)
-                    group = Group(reduce(uses, needs, max_memory, recent), uses, max_memory, name, recent)
+                    o = merge(outers.pop(name))
+                    group = Group(reduce(o, needs, max_memory, recent), o, max_memory, name, recent)
                     held: set[int] = set()
                     for q in quantities:
                         try:

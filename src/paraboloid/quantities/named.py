@@ -251,7 +251,7 @@ class KFAC(Quantity):
         self.name, self.sharing = FISHERS[fisher], check_sharing(sharing)
 
     def add(self, value, group):
-        return kronecker_factors.add_factors(value, group.outers, self.sharing, group.memory, recent=group.recent)
+        return kronecker_factors.add_factors(value, group.outer, self.sharing, group.memory, recent=group.recent)
 
     def finish(self, value, scale):
         return kronecker_factors.scale_factors(value, scale.a)
@@ -278,7 +278,7 @@ class EigenScale(Quantity):
             raise ValueError(f"parameter {group.name!r} has no eigenbasis; expected one in forms, which has "
                              f"{sorted(self.forms)}.")  # fmt: skip
         form = self.forms[group.name]
-        return _plus(value, eigen_scale(group.outers, form.left, form.right, group.memory))
+        return _plus(value, eigen_scale(group.outer, form.left, form.right, group.memory))
 
     def finish(self, value, scale):
         return value.mul_(scale.a)

@@ -6,9 +6,9 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from paraboloid.engine.outer_products import Outer
 from paraboloid.engine.tape import Tape
 from paraboloid.losses import Loss
+from paraboloid.reductions.outer import Outer
 
 
 class Source(NamedTuple):
@@ -29,13 +29,13 @@ class Scale(NamedTuple):
 
 
 class Group(NamedTuple):
-    """One parameter's share of one group of pulled-back vectors: the needed parts, and the uses themselves."""
+    """One parameter's share of one group of pulled-back vectors: the needed parts, and the vectors themselves."""
 
     parts: dict[str, Tensor]
-    outers: list[Outer]
+    outer: Outer
     memory: int | None
     name: str = ""
-    recent: Any = None  # what one parameter's quantities leave for the next one's: `factors.Recent`
+    recent: Any = None  # what one parameter's quantities leave for the next one's: `recent.Recent`
 
 
 class Quantity:

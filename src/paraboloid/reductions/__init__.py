@@ -1,1 +1,1 @@
-"""Contractions of outer products, each written once for all layers; imports from `engine`, `linalg` and below."""
+"""Outer products and their contractions, each written once for all layers; imports from `linalg` and `passes`."""

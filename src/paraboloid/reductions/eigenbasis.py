@@ -14,10 +14,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from paraboloid.engine.outer_products import Outer, Right, merge
 from paraboloid.linalg.eigenform import Basis
 from paraboloid.passes.memory import pooled_product
-from paraboloid.reductions.sums import pieces, reduce, same_memory
+from paraboloid.reductions.outer import Outer, Zero
+from paraboloid.reductions.products import Products, merge, product
+from paraboloid.reductions.recent import same_memory
+from paraboloid.reductions.right import Right
+from paraboloid.reductions.sums import reduce
 
 
 @dataclass
@@ -44,7 +47,7 @@ class Turned:
 
 
 def eigen_scale(
-    outers: list[Outer],
+    o: Outer,
     left: Basis,
     right: Basis,
     memory: int | None = None,
@@ -52,58 +55,56 @@ def eigen_scale(
     turned: Turned | None = None,
     name: str = "",
 ) -> Tensor:
-    """The scale above for one parameter's uses, [G, r_left, r_right]; unscaled (times a: of the loss as reduced).
+    """The scale above for one parameter, [G, r_left, r_right]; unscaled (times a: of the loss as reduced).
 
     Where these vectors are a group of more on the same recording, `vectors` is the number of all, and `turned` carries
     the rotated inputs of the parameter `name` from group to group.
     """
-    outers = merge(outers)
-    o = outers[0]
     sizes = [basis.size if basis.vectors is None else basis.vectors.shape[2] for basis in (left, right)]
-    if o.kind == "zero":
+    if isinstance(o, Zero):
         groups = o.shape.numel() // (left.size * right.size)
         return o.left.new_zeros(groups, *sizes)
-    if right.size == 1 and all(use.kind != "matrix" for use in outers):
-        return _of_vectors(outers, left, memory)
-    if any(use.kind != "matrix" or use.via is not None for use in outers):
+    if right.size == 1 and not o.products:
+        return _of_vectors(o, left, memory)
+    if not o.products:
         raise NotImplementedError("has uses without Kronecker factors, so it has no eigenvalues in their eigenbasis.")
-    later = _later(outers, left, right, len(o.left) if vectors is None else vectors)
+    later = _later(o, left, right, len(o.left) if vectors is None else vectors)
     first = [
         basis if after is None else Basis(None, basis.size) for basis, after in zip((left, right), later, strict=True)
     ]
-    rotated = [rotate(use, first[0], first[1], (name, i), turned) for i, use in enumerate(outers)]
+    rotated = merge([rotate(use, first[0], first[1], (name, i), turned) for i, use in enumerate(o.products)])
     groups = o.left.shape[2]
     if later == [None, None]:
         return reduce(rotated, {"squares"}, memory)["squares"].view(groups, *sizes)
     scale = o.left.new_zeros(groups, *sizes)
-    for _, J in pieces(rotated, memory):
-        J = J.reshape(-1, groups, rotated[0].shape[0] // groups, rotated[0].shape[1])
+    for _, J in rotated.pieces(memory):
+        J = J.reshape(-1, groups, rotated.shape[0] // groups, rotated.shape[1])
         J = J if later[0] is None else later[0].rotated(J)
         J = J if later[1] is None else later[1].rotated(J.mT).mT
         scale += J.square().sum(0)
     return scale
 
 
-def _of_vectors(outers: list[Outer], left: Basis, memory: int | None) -> Tensor:
+def _of_vectors(o: Outer, left: Basis, memory: int | None) -> Tensor:
     """A bias-like parameter: the whole vector J_n^T v is the left side, [1, r, 1]."""
     if left.vectors is None:
-        return reduce(outers, {"squares"}, memory)["squares"].reshape(1, -1, 1)
+        return reduce(o, {"squares"}, memory)["squares"].reshape(1, -1, 1)
     U = left.vectors[0]
-    scale = outers[0].left.new_zeros(U.shape[1])
-    for _, J in pieces(outers, memory):
+    scale = o.left.new_zeros(U.shape[1])
+    for _, J in o.pieces(memory):
         scale += (J.reshape(-1, len(U)) @ U).square_().sum(0)
     return scale.view(1, -1, 1)
 
 
-def _later(outers: list[Outer], left: Basis, right: Basis, V: int) -> list[Basis | None]:
+def _later(o: Outer, left: Basis, right: Basis, V: int) -> list[Basis | None]:
     """Which sides (left, right) to rotate after the positions are summed."""
-    if len(outers) > 1 or outers[0].lookup or outers[0].left.shape[3] == 1:
+    if len(o.products) > 1 or not o.together({"squares"}):  # they are not to be formed
         return [None, None]
-    T, p = outers[0].left.shape[3:]
-    gradient, rows = (right, left) if outers[0].flip else (left, right)
+    T, p = o.left.shape[3:]
+    gradient, rows = (right, left) if o.flip else (left, right)
     later = [gradient if rows.size < T else None, rows if V * p < T else None]
     later = [None if basis is not None and basis.vectors is None else basis for basis in later]
-    return later[::-1] if outers[0].flip else later
+    return later[::-1] if o.flip else later
 
 
 @dataclass
@@ -128,32 +129,28 @@ class Gradients:
 
 
 def rotate(
-    o: Outer,
+    o: Products,
     left: Basis,
     right: Basis,
     place: tuple[str, int] = ("", 0),
     turned: Turned | None = None,
     gradients: Gradients | None = None,
-) -> Outer:
+) -> Products:
     """One use with its sides in the bases, U_left^T (sum_t left right^T) U_right, position by position.
 
     `turned` and `gradients` remember rotated inputs and gradients for what comes after.
     """
     basis, rows = (right, left) if o.flip else (left, right)
-    inner, columns = o.right, o.q
-    assert inner is not None
-    if rows.vectors is not None:
+    rotated = (gradients or Gradients()).rotated(o.left, basis)
+    if rows.vectors is None:
+        columns, inner = o.q, o.right
+    else:
         U = rows.vectors[0] if len(rows.vectors) == 1 else rows.vectors
-        columns = U.shape[-1]
-        if o.lookup:  # a row of U for each index; -1 finds nothing
-            table = torch.cat([U, U.new_zeros(1, columns)])
-            turn = lambda n, old=inner: table[old(n)]  # noqa: E731
-        else:
-            turn = lambda n, old=inner: old(n) @ U  # noqa: E731
-        inner = Right(turn, (1, o.left.shape[1], 1), dtype=o.left.dtype)
+        columns, inner = U.shape[-1], o.turned(U)
         if turned is not None:
             inner = turned.keep(*place, inner, o.left[0, ..., 0].numel() * columns * o.left.element_size())
-    rotated = (gradients or Gradients()).rotated(o.left, basis)
     groups, height = rotated.shape[2], rotated.shape[4]
     shape = torch.Size((groups * columns, height) if o.flip else (groups * height, columns))
-    return replace(o, left=rotated, right=inner, q=columns, shape=shape)
+    if rows.vectors is None:
+        return replace(o, left=rotated, shape=shape)
+    return product(rotated, inner, shape, columns, o.flip)

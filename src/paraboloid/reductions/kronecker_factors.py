@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paraboloid.engine.outer_products import Outer, merge
 from paraboloid.linalg.kronecker import Kron, Side
 from paraboloid.passes.memory import FACTORS
-from paraboloid.reductions.sums import Recent, pieces, reduce, samples
+from paraboloid.reductions.outer import Outer, Zero
+from paraboloid.reductions.products import Lookup, Products
+from paraboloid.reductions.recent import Recent
+from paraboloid.reductions.sums import reduce
 
 LARGE = 256  # rows from which halving by symmetry pays
 EXACT_VECTOR = 4096  # elements up to which a bias-like parameter's block is kept exactly
@@ -27,7 +29,7 @@ class Rows:
         return self.data.mT @ self.data
 
 
-def gradient_factor(o: Outer, sharing: str, thin: bool = False) -> Tensor | Rows:
+def gradient_factor(o: Products, sharing: str, thin: bool = False) -> Tensor | Rows:
     """sum over v, n (and t) of left left^T, [G p p]; `thin`: by its rows where these are fewer."""
     left = o.left.sum(3, keepdim=True) if sharing == "reduce" else o.left
     positions, rows = left.shape[3:]
@@ -39,22 +41,18 @@ def gradient_factor(o: Outer, sharing: str, thin: bool = False) -> Tensor | Rows
     return gram(left.permute(2, 0, 1, 3, 4).flatten(1, 3).mT)  # [G p VNT], for one group a view
 
 
-def input_factor(o: Outer, sharing: str, memory: int | None = None, thin: bool = False) -> Tensor | Rows:
+def input_factor(o: Products, sharing: str, memory: int | None = None, thin: bool = False) -> Tensor | Rows:
     """sum over n (and t) of right right^T, [G q q]; the diagonal [1 q] for a lookup; `thin`: as above."""
-    if o.right is not None and o.lookup and sharing == "expand":
-        return torch.bincount(o.right().flatten() + 1, minlength=o.q + 1)[1:].to(o.left)[None]
-    G, T = o.left.shape[2:4]
-    if thin and not o.lookup and o.left.shape[1] * (1 if sharing == "reduce" else T) < o.q:
-        right = o.dense_right().mean(2, keepdim=True) if sharing == "reduce" else o.dense_right()
+    table, reduced = isinstance(o, Lookup), sharing == "reduce"
+    if table and not reduced:
+        return o.counts()[None]
+    N, G, T = o.left.shape[1:4]
+    if thin and not table and N * (1 if reduced else T) < o.q:
+        right = o.mean_inputs().unsqueeze(2) if reduced else o.inputs()
         return Rows(right.transpose(0, 1).flatten(1, 2).detach())  # it may be the layer's input itself
     A = o.left.new_empty(G, o.q, o.q)
     for n in o.chunks(G * T * o.q, memory, FACTORS, least=4 * A.nbytes):
-        if sharing == "reduce":
-            right = o.dense_right(n)
-            count = right.sum((2, 3), keepdim=True).clamp(min=1) if o.lookup else T
-            add_gram(A, (right / count).sum(2).movedim(0, 2), n.start > 0)  # [G q n]
-        else:
-            add_gram(A, o.columns(n), n.start > 0)
+        add_gram(A, o.mean_inputs(n).movedim(0, 2) if reduced else o.columns(n), n.start > 0)  # [G q n]
     return mirror(A)
 
 
@@ -88,13 +86,6 @@ def mirror(A: Tensor) -> Tensor:
     return A
 
 
-def _positions(o: Outer) -> int:
-    """N T, without the empty positions of ragged bags."""
-    if o.lookup and o.right is not None:
-        return int((o.right() >= 0).sum())
-    return o.left.shape[1] * o.left.shape[3]
-
-
 def _count(n: int) -> Tensor:
     return torch.tensor(n, dtype=torch.float64)  # a tensor, so that it is summed with the others over ranks
 
@@ -117,7 +108,7 @@ class Factors:
 
 def add_factors(
     value: Factors | None,
-    outers: list[Outer],
+    o: Outer,
     sharing: str,
     memory: int | None = None,
     thin: bool = False,
@@ -130,35 +121,34 @@ def add_factors(
     Raises NotImplementedError for a weight whose outer products live on a derived tensor or came from a fallback, and
     where the uses of a shared weight have blocks of different shapes.
     """
-    outers = merge(outers)
-    if outers[0].kind == "zero" and len(outers[0].shape) > 1:
-        return _zero_factors(outers[0], thin)
-    if all(o.kind == "vector" or (o.kind in ("general", "zero") and len(o.shape) < 2 and not o.via) for o in outers):
-        block = _block(outers, memory, thin, recent)
+    if o.bias_like:
+        block = _block(o, memory, thin, recent)
         return Factors(
             {}, {}, _count(0), 1, block if value is None or value.exact is None else _plus(value.exact, block)
         )
-    if any(o.via is not None or o.kind != "matrix" for o in outers):
+    if isinstance(o, Zero):
+        return _zero_factors(o, thin)
+    if not o.products:
         raise NotImplementedError(
             "has no Kronecker factors: it enters the layer through another tensor (weight_norm, a product, columns) "
             "or through an operation without a rule. Use diag_ggn or diag_ggn_mc, or freeze it with "
             "requires_grad_(False)."
         )
-    blocks = {(o.left.shape[2], *((o.q, o.left.shape[4]) if o.flip else (o.left.shape[4], o.q))) for o in outers}
+    blocks = {(G, *((q, p) if use.flip else (p, q))) for use in o.products for G, p, q in [use.block]}
     if len(blocks) > 1:
         raise NotImplementedError(f"is used with blocks of different shapes (groups, rows, columns) {sorted(blocks)}.")
     first = value is None
     if value is None:
-        positions = sum(o.left.shape[1] if sharing == "reduce" else _positions(o) for o in outers)
-        value = Factors({}, {}, _count(positions), outers[0].left.shape[2])
-    for o in outers:
-        gradients, inputs = (value.columns, value.rows) if o.flip else (value.rows, value.columns)
-        part = gradient_factor(o, sharing, thin)
-        if recent is not None and isinstance(part, Tensor) and o.left.shape[2:4] == (1, 1):
-            recent.factor = o.left, part
+        positions = sum(use.left.shape[1] if sharing == "reduce" else use.positions for use in o.products)
+        value = Factors({}, {}, _count(positions), o.left.shape[2])
+    for use in o.products:
+        gradients, inputs = (value.columns, value.rows) if use.flip else (value.rows, value.columns)
+        part = gradient_factor(use, sharing, thin)
+        if recent is not None and isinstance(part, Tensor) and use.left.shape[2:4] == (1, 1):
+            recent.factor = use.left, part
         _increase(gradients, "gradient", part)
         if first:
-            _increase(inputs, "input", input_factor(o, sharing, memory, thin))
+            _increase(inputs, "input", input_factor(use, sharing, memory, thin))
     return value
 
 
@@ -225,24 +215,24 @@ def _times(part: Tensor | Rows, scale: float) -> Tensor | Rows:
     return Rows(part.data * scale**0.5) if isinstance(part, Rows) else part.mul_(scale)
 
 
-def _block(outers: list[Outer], memory: int | None, thin: bool, recent: Recent | None) -> Tensor | Rows:
+def _block(o: Outer, memory: int | None, thin: bool, recent: Recent | None) -> Tensor | Rows:
     """sum_{v,n} J_n^T v (J_n^T v)^T of a whole parameter, [1 p p]; its diagonal [1 p] beyond 4096 elements."""
-    V, N = outers[0].left.shape[:2]
-    p = samples(outers, slice(0, 1))[0, 0].numel()
+    V, N = o.left.shape[:2]
+    p = o.shape.numel()
     if p > EXACT_VECTOR:
-        return reduce(outers, {"squares"}, memory)["squares"].reshape(1, p)
+        return reduce(o, {"squares"}, memory)["squares"].reshape(1, p)
     if thin and p > V * N:
-        return Rows(samples(outers).reshape(1, V * N, p))
-    if recent is not None and len(outers) == 1 and (factor := recent.factor_of(outers[0].left)) is not None:
+        return Rows(o.samples().reshape(1, V * N, p))
+    if o.sides and recent is not None and (factor := recent.factor_of(o.left)) is not None:
         return factor.clone()
-    block = outers[0].left.new_zeros(p, p)
-    for _, J in pieces(outers, memory):
+    block = o.left.new_zeros(p, p)
+    for _, J in o.pieces(memory):
         J = J.reshape(-1, p)
         block.addmm_(J.mT, J)
     return block.unsqueeze(0)
 
 
-def _zero_factors(o: Outer, thin: bool) -> Factors:
+def _zero_factors(o: Zero, thin: bool) -> Factors:
     """The factors of a matrix parameter without influence on the output; `thin`: no rows at all."""
     p, q = o.shape[0], o.shape[1:].numel()
     zeros = o.left.new_zeros

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.data import batches as batch_data
-from paraboloid.engine.outer_products import Outer
 from paraboloid.losses import Loss, NoTargets, Sum, settled
 from paraboloid.losses.loss import full
 from paraboloid.operators.matrix_free.second_order_passes import RandomStream
@@ -23,6 +22,8 @@ from paraboloid.passes.torch_internals import DisableTorchFunction
 from paraboloid.passes.wrappers import unwrapped
 from paraboloid.quantities.door import Recording, output_vectors, record
 from paraboloid.quantities.named import Source
+from paraboloid.reductions.outer import Outer
+from paraboloid.reductions.products import merge as merged
 
 Outers = dict[str, list[Outer]]
 
@@ -78,8 +79,8 @@ class Pulls:
         assert self.recording is not None
         return self.loss.root_columns(self.recording[1]) if self.source.kind == "root" else self.source.samples
 
-    def summed(self, add: Callable[[str, Any, list[Outer]], Any], merge: Callable[[Any, Any], Any]) -> dict[str, Any]:
-        """One value per parameter from one pass: `add(name, value, uses)` for every group of vectors of a batch (value
+    def summed(self, add: Callable[[str, Any, Outer], Any], merge: Callable[[Any, Any], Any]) -> dict[str, Any]:
+        """One value per parameter from one pass: `add(name, value, outer)` for every group of vectors of a batch (value
         is None at first), `merge(total, value)` after each batch."""
         totals: dict[str, Any] = dict.fromkeys(self.parameters)
         for groups in self.batches():
@@ -89,7 +90,7 @@ class Pulls:
                     for name in self.parameters:
                         uses = outers[name] if self.kept is not None else outers.pop(name)
                         try:
-                            values[name] = add(name, values[name], uses)
+                            values[name] = add(name, values[name], merged(uses))
                         except NotImplementedError as e:
                             raise NotImplementedError(f"parameter {name!r} {e}") from None
             with torch.no_grad():

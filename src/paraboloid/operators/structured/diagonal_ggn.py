@@ -38,8 +38,8 @@ def DiagonalGGN(
         model, loss_fn, data, DiagGGN(samples).source, output=output, seed=seed, max_memory=max_memory, separate=True
     )
 
-    def add(name, value, uses):
-        return _plus(value, reduce(uses, {"squares"}, pulls.max_memory)["squares"])
+    def add(name, value, o):
+        return _plus(value, reduce(o, {"squares"}, pulls.max_memory)["squares"])
 
     sums = pulls.summed(add, _plus)
     return Diagonalised(pulls.parameters, [diagonal_form(pulls.factor * value.flatten()) for value in sums.values()])

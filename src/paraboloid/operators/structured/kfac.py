@@ -21,7 +21,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from paraboloid.data.batches import Output
-from paraboloid.engine.outer_products import Outer
 from paraboloid.linalg.eigenform import Eigenform
 from paraboloid.linalg.kronecker import Decomposed, Kron
 from paraboloid.operators.matrix_free.pulls import Pulls
@@ -32,7 +31,8 @@ from paraboloid.passes.memory import INPUTS
 from paraboloid.quantities.named import check_sharing, fisher_source
 from paraboloid.reductions.eigenbasis import Turned, eigen_scale
 from paraboloid.reductions.kronecker_factors import Factors, add_factors, merged, scale_factors
-from paraboloid.reductions.sums import Recent
+from paraboloid.reductions.outer import Outer
+from paraboloid.reductions.recent import Recent
 
 
 def KFAC(
@@ -140,8 +140,8 @@ def summed_factors(pulls: Pulls, sharing: str, thin: bool) -> dict[str, Factors]
     check_sharing(sharing)
     recent = Recent()
 
-    def add(name: str, value: Factors | None, uses: list[Outer]) -> Factors:
-        return add_factors(value, uses, sharing, pulls.max_memory, thin, recent)
+    def add(name: str, value: Factors | None, o: Outer) -> Factors:
+        return add_factors(value, o, sharing, pulls.max_memory, thin, recent)
 
     return pulls.summed(add, merged)
 
@@ -151,13 +151,13 @@ def measured_scales(pulls: Pulls, forms: Mapping[str, Eigenform]) -> dict[str, T
 
     turned = Turned(INPUTS.of(pulls.max_memory))
 
-    def add(name, value, uses):
+    def add(name, value, o):
         if name not in forms:
             return None
         if value is None:  # a new batch
             turned.start(name)
-        bases, several = (forms[name].left, forms[name].right), pulls.vectors > len(uses[0].left)
-        scale = eigen_scale(uses, *bases, pulls.max_memory, pulls.vectors, turned if several else None, name)
+        bases, several = (forms[name].left, forms[name].right), pulls.vectors > len(o.left)
+        scale = eigen_scale(o, *bases, pulls.max_memory, pulls.vectors, turned if several else None, name)
         return scale if value is None else value.add_(scale)
 
     sums = pulls.summed(add, lambda total, value: value if total is None else total.add_(value))

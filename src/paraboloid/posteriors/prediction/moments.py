@@ -50,7 +50,7 @@ def moments(
 
 def _bytes(J: Jacobian, formed: int) -> int:
     """What a chunk takes: the gradients at the layers' outputs, what is made of them, and what `covariance` forms."""
-    left = sum(o.left.untyped_storage().nbytes() for uses in J.uses.values() for o in uses)
+    left = sum(o.left.untyped_storage().nbytes() for o in J.uses.values())
     return 4 * left + 2 * J.outputs.numel() * formed * J.outputs.element_size()
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paraboloid.posteriors.prediction.jacobian import Jacobian, weighted_gram
+from paraboloid.posteriors.prediction.jacobian import Jacobian
 from paraboloid.posteriors.prior import Prior, flat
+from paraboloid.reductions.contractions import weighted_gram
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,5 @@ class Diagonal:
         self, J: Jacobian, prior: Prior, strength: Any, diagonal: bool = False, memory: int | None = None
     ) -> Tensor:
         """J Sigma J^T of each sample, [N, K, K], or its diagonal [N, K]."""
-        parts = [
-            weighted_gram(uses, 1 / (strength * self.h[k] + prior[k]), diagonal, memory) for k, uses in J.uses.items()
-        ]
+        parts = [weighted_gram(o, 1 / (strength * self.h[k] + prior[k]), diagonal, memory) for k, o in J.uses.items()]
         return torch.stack(parts).sum(0)

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paraboloid.engine.outer_products import Outer
 from paraboloid.linalg.eigenform import Eigenform
 from paraboloid.linalg.kronecker import Decomposed
 from paraboloid.passes.trees import mapped
-from paraboloid.posteriors.prediction.jacobian import Jacobian, gram, rows_of, weighted_gram
+from paraboloid.posteriors.prediction.jacobian import Jacobian
 from paraboloid.posteriors.prior import Prior
+from paraboloid.reductions.contractions import gram, weighted_gram
 from paraboloid.reductions.eigenbasis import Gradients, rotate
 from paraboloid.reductions.kronecker_factors import Factors, merged, scale_factors
+from paraboloid.reductions.outer import Outer
+from paraboloid.reductions.products import Vector, merge
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,7 @@ class Kronecker:
     ) -> Tensor:
         """J Sigma J^T of each sample, [N, K, K], or its diagonal [N, K]."""
         gradients = Gradients()
-        parts = [
-            form_gram(uses, self._sigma(k, prior, strength), diagonal, memory, gradients) for k, uses in J.uses.items()
-        ]
+        parts = [form_gram(o, self._sigma(k, prior, strength), diagonal, memory, gradients) for k, o in J.uses.items()]
         return torch.stack(parts).sum(0)
 
 
@@ -135,28 +135,26 @@ class CrossFitted:
 
 
 def form_gram(
-    uses: list[Outer], form: Eigenform, diagonal: bool, memory: int | None, gradients: Gradients | None = None
+    o: Outer, form: Eigenform, diagonal: bool, memory: int | None, gradients: Gradients | None = None
 ) -> Tensor:
     """J A J^T of each sample for one parameter's block A, [N, K, K] or its diagonal [N, K].
 
     In A's eigenbasis it is a diagonal.  The sides of the outer products are rotated, position by position; where there
     are more positions than outputs times rows, or no outer products, J itself is.
     """
-    V, _, _, T, p = uses[0].left.shape
+    V, _, _, T, p = o.left.shape
     weights = form.values if form.full else form.values - form.rest
-    if all(use.kind == "matrix" and use.via is None for use in uses) and (V * p >= T or len(uses) > 1):
-        rotated = [rotate(use, form.left, form.right, gradients=gradients) for use in uses]
+    if len(o.products) > 1 or (o.products and V * p >= T):
+        rotated = merge([rotate(use, form.left, form.right, gradients=gradients) for use in o.products])
         found = weighted_gram(rotated, weights, diagonal, memory)
         if form.full:
             return found
-        return found + weighted_gram(uses, form.rest.expand(uses[0].shape), diagonal, memory)
-    if form.full and form.right.vectors is None and form.right.size == T == len(uses) and uses[0].right is None:
-        o, gradients = uses[0], Gradients() if gradients is None else gradients
-        if o.via is None and form.left.size == p:  # a vector: its rotated gradients are all
-            c = gradients.rotated(o.left, form.left).flatten(2).transpose(0, 1)
-            return gram(c, weights.reshape(1, 1, -1), diagonal)
+        return found + weighted_gram(o, form.rest.expand(o.shape), diagonal, memory)
+    if isinstance(o, Vector) and form.full and form.right.vectors is None:  # its rotated gradients are all
+        c = (gradients or Gradients()).rotated(o.left, form.left).flatten(2).transpose(0, 1)
+        return gram(c, weights.reshape(1, 1, -1), diagonal)
     parts = []
-    for flat in rows_of(uses, memory):  # [n V D]
+    for flat in o.rows(memory):  # [n V D]
         c = form.rotated(flat.flatten(0, 1)).flatten(1).unflatten(0, flat.shape[:2])
         part = gram(c, weights.reshape(1, 1, -1), diagonal)
         parts.append(part if form.full else part + form.rest * gram(flat, 1.0, diagonal))

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paraboloid.posteriors.prediction.jacobian import Jacobian, weighted_gram
+from paraboloid.posteriors.prediction.jacobian import Jacobian
 from paraboloid.posteriors.prior import Prior, flat
+from paraboloid.reductions.contractions import weighted_gram
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Rows:
     ) -> Tensor:
         """J Sigma J^T of each sample, [N, K, K], or its diagonal [N, K]."""
         left_out = J.times(self._left_out(prior, strength)[1])  # [N, K, R]
-        parts = [weighted_gram(uses, self._variance(k, prior), diagonal, memory) for k, uses in J.uses.items()]
+        parts = [weighted_gram(o, self._variance(k, prior), diagonal, memory) for k, o in J.uses.items()]
         found = torch.stack(parts).sum(0)
         return found - (torch.linalg.vector_norm(left_out, dim=2).square() if diagonal else left_out @ left_out.mT)
 
