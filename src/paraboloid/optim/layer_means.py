@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paraboloid.distributed import collectives
-from paraboloid.engine.recorder import Call, Recorder
+from paraboloid.engine.recorder import KEEPERS, Call, Recorder, tensors
 from paraboloid.layers import Use
 from paraboloid.passes import trees
 from paraboloid.passes.memory import PIECES
@@ -55,10 +55,12 @@ class Layer:
 class Readings:
     """What evaluations of the closure show of the layers whose parameters are in `parameters`, one after the other.
 
-    Only the model's forward pass is recorded; gradients arrive by hooks on the graph that it leaves.
+    Only the model's forward pass is recorded; gradients arrive by hooks on the graph that it leaves.  `regular` keeps
+    from one object to the next which kinds of calls were found to work row by row.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]):
+    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor], regular: dict[Any, bool]):
+        self.regular = regular
         self.root = unwrapped(model)
         self.names = {id(p): name for name, p in parameters.items()}
         self.layers: dict[str, Layer] = {}
@@ -99,7 +101,7 @@ class Readings:
             return
         name = self.names[id(use.weight)]
         layer = Layer(name, None if bias is None else self.names.get(id(bias.weight)), use.flip)
-        if name not in self.layers and not _is_row_by_row(use, bias, z):
+        if not self._is_regular(call, use, bias, z):
             self.irregular.add(name)
         if self.layers.setdefault(name, layer) != layer:
             self.irregular.add(name)
@@ -123,6 +125,14 @@ class Readings:
                     reading.gradients = _plus(reading.gradients, _arranged(use, g).sum(0))
 
         call.edge.node.register_prehook(arrived)
+
+    def _is_regular(self, call: Call, use: Use, bias: Use | None, z: Tensor) -> bool:
+        given = (*call.args, *call.kwargs.values())
+        kind = (call.op, call.shape, tuple(call.kwargs), bias is None, *(t.shape for t in tensors(*given)),
+                *(repr(a) for a in given if not isinstance(a, KEEPERS)))  # fmt: skip
+        if kind not in self.regular:
+            self.regular[kind] = _is_row_by_row(use, bias, z)
+        return self.regular[kind]
 
     def means(self, group: Any = None) -> dict[str, dict[str, Any]]:
         """By weight's name: "h" mean z [p], "g" the mean gradient [p], "positions" T []; and, with
