@@ -9,13 +9,15 @@ sum: multiply by ``1 / normalizer`` (the factor a) for the loss as reduced.
 """
 
 from paraboloid.losses.cross_entropy import CrossEntropy
-from paraboloid.losses.elementwise import MSE, BCEWithLogits, Elementwise
+from paraboloid.losses.elementwise import BCE, MSE, BCEWithLogits, Elementwise
 from paraboloid.losses.gaussian import GaussianNLL
+from paraboloid.losses.log_probabilities import NLL, KLDiv
 from paraboloid.losses.loss import Loss, LossFunction, NoTargets, Scaled, Sum, settled
 from paraboloid.losses.opaque import Opaque
 from paraboloid.losses.poisson import PoissonNLL
+from paraboloid.losses.torch_module import PiecewiseLinear, TorchElementwise, TorchLoss
 
 __all__ = [
-    "MSE", "BCEWithLogits", "CrossEntropy", "Elementwise", "GaussianNLL", "Loss", "LossFunction", "NoTargets", "Opaque",
-    "PoissonNLL", "Scaled", "Sum", "settled",
+    "BCE", "MSE", "NLL", "BCEWithLogits", "CrossEntropy", "Elementwise", "GaussianNLL", "KLDiv", "Loss", "LossFunction",
+    "NoTargets", "Opaque", "PiecewiseLinear", "PoissonNLL", "Scaled", "Sum", "TorchElementwise", "TorchLoss", "settled",
 ]  # fmt: skip

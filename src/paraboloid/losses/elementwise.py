@@ -128,5 +128,64 @@ class BCEWithLogits(Elementwise):
         check_not_negative(weight=self.weight, pos_weight=self.pos_weight)
 
 
+class BCE(Elementwise):
+    """`torch.nn.BCELoss` of probabilities f in [0, 1]: l = -weight (y log f + (1 - y) log(1 - f)), logarithms not below
+    -100, and H = diag(weight (y / f^2 + (1 - y) / (1 - f)^2)).
+
+    Written out because torch's own second derivative has the wrong sign near 0 and 1 (from a logit of 15 on in single
+    precision, torch 2.13).  Sampled labels are drawn from f.
+    """
+
+    def __init__(self, weight: Tensor | None = None, reduction: str = "mean"):
+        self.weight = weight
+        self.reduction = check_reduction(reduction)
+
+    def value(self, f, y):
+        value = F.binary_cross_entropy(f, y.to(f), self._weight(f), reduction="sum")
+        return value / self.normalizer(f, y)
+
+    def _weight(self, f: Tensor) -> Tensor | None:
+        return None if self.weight is None else self.weight.to(f)
+
+    def _weighted(self, t: Tensor, f: Tensor) -> Tensor:
+        return t if self.weight is None else t * self._weight(f)
+
+    def sample_losses(self, f, y):
+        y = y.to(f)
+        losses = -(y * _log(f) + (1 - y) * _log(1 - f))
+        return self._weighted(losses, f).reshape(len(f), -1).sum(1)
+
+    def gradient(self, f, y):
+        f = full(f)
+        return self._weighted((f - y) / (f * (1 - f)).clamp(min=1e-12), f)  # as torch guards it
+
+    def _curvature(self, f, y):
+        y = y.to(f)
+        zero, one = (torch.where(w == 0, w, w / t.square().clamp(min=1e-24)) for w, t in ((y, f), (1 - y, 1 - f)))
+        return self._weighted(zero + one, f)
+
+    def sampled_gradients(self, f, y, samples, generator):
+        f = full(f)
+        for _ in range(samples):
+            drawn = (f - torch.bernoulli(f, generator=generator)) / (f * (1 - f)).clamp(min=1e-12)
+            scale = 1 / samples if self.weight is None else self.weight.to(f) / samples
+            yield drawn * scale**0.5
+
+    def check(self, f, y):
+        super().check(f, y)
+        for what, t in (("outputs", f), ("targets", y)):
+            if ((t < 0) | (t > 1)).any():
+                raise ValueError(f"BCE needs {what} in [0, 1]; found {t.min():.4g} to {t.max():.4g}. Logits belong to "
+                                 "nn.BCEWithLogitsLoss.")  # fmt: skip
+        check_not_negative(weight=self.weight)
+
+
+def _log(x: Tensor) -> Tensor:
+    """log x, -100 at zero, as `torch.nn.BCELoss` has it."""
+    tiny = torch.finfo(x.dtype).tiny
+    return torch.where(x < tiny, -100.0, x.clamp(min=tiny).log())
+
+
+FROM_TORCH[nn.BCELoss] = lambda m: BCE(m.weight, m.reduction)
 FROM_TORCH[nn.MSELoss] = lambda m: MSE(m.reduction)
 FROM_TORCH[nn.BCEWithLogitsLoss] = lambda m: BCEWithLogits(m.weight, m.pos_weight, m.reduction)
