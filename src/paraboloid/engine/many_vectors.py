@@ -21,6 +21,16 @@ _found_right: weakref.WeakKeyDictionary[nn.Module, set[tuple[str, ...]] | None] 
 gives_back(_found_right.clear)
 
 
+def gradients(outputs: Any, inputs: Any, vs: Tensor, batched: bool = True) -> list[Tensor | None]:
+    """Gradients [V *input] of vectors [V *output]: in one pass where all operations allow it, else one by one."""
+    if batched and len(vs) > 1:
+        with warnings.catch_warnings(), suppress(RuntimeError):  # an operation without a batching rule
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            return [*torch.autograd.grad(outputs, inputs, vs, None, True, allow_unused=True, is_grads_batched=True)]
+    each = [torch.autograd.grad(outputs, inputs, v, retain_graph=True, allow_unused=True) for v in vs]
+    return [None if gs[0] is None else torch.stack(gs) for gs in zip(*each, strict=True)]
+
+
 def wanted(f: Tensor) -> bool:
     return f.device.type != "cpu"
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paraboloid.engine.many_vectors import gradients
 from paraboloid.engine.reindexed_weights import Alias, Piece, itself
 from paraboloid.engine.sample_independence import Layout
 from paraboloid.layers import Use
@@ -237,11 +238,6 @@ def swapped(tree: Any, fresh: dict[int, Tensor]) -> Any:
 
 def vjp(z: Tensor, p: Tensor, gs: Tensor) -> Tensor:
     """Vector-Jacobian products of z(p): [B *z] -> [B *p]; batched where the operations allow it."""
-    precision, gs = gs.dtype, gs.to(z.dtype)
     with torch.enable_grad():
-        try:
-            (r,) = torch.autograd.grad(z, p, gs, retain_graph=True, is_grads_batched=True, allow_unused=True)
-        except RuntimeError:  # an operation without a batching rule
-            each = [torch.autograd.grad(z, p, u, retain_graph=True, allow_unused=True)[0] for u in gs]
-            r = None if each[0] is None else torch.stack(each)
-    return p.new_zeros(len(gs), *p.shape, dtype=precision) if r is None else r.to(precision)
+        (r,) = gradients(z, p, gs.to(z.dtype))
+    return p.new_zeros(len(gs), *p.shape, dtype=gs.dtype) if r is None else r.to(gs.dtype)

@@ -70,6 +70,13 @@ class Call:
         found = [u for u in self.uses() if u.right is not None and not u.lookup]
         return found[0] if len(found) == 1 else None
 
+    def input_edge(self, use: Use | None) -> GradientEdge | None:
+        """Where curvature goes on below, if it does so through the input of `use` alone, in which z is then linear."""
+        if use is None or use.input is None or not use.input.requires_grad or not use.is_constant:
+            return None
+        edge = get_gradient_edge(use.input)
+        return edge if self.below == [edge.node] else None
+
 
 def _call(op, args, kwargs, z: Tensor, weights, below, held) -> Call:
     return Call(op, args, kwargs, get_gradient_edge(z), z.shape, weights, below, held, autocast_dtype(z.device))

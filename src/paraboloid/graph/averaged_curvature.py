@@ -170,25 +170,19 @@ def pass_linear(M: Curvature, out: GradientEdge, below: GradientEdge, N: int, fi
     return Root(pull_rows((vectors[:, keep] * values[keep].sqrt()).T, out, below, N))
 
 
-def pass_rows(M: Blocks, weight: Tensor, at: Tensor, below: Tensor, size: int) -> Blocks | None:
-    """Through z[row] = W x[at[row]], the rows of z being M's groups; at [rows, q], -1 where x is padded; weight [p, q].
+def pass_rows(M: Blocks, weight: Tensor, seen: Tensor, below: Tensor, size: int) -> Blocks | None:
+    """Through z[t] = sum_k W_k x[seen[k, t]], the positions t being M's groups; weight [k p q], seen [k T q], -1: none.
 
-    K_in[s] = sum_k W_k^T K_out[t] W_k over the rows t that see all of group s of `below` through the columns k.  None
-    where the columns do not fall into whole groups.
+    K_in[s] = sum_k W_k^T K_out[t] W_k over the t that see group s of `below` through k.  None where they see another.
     """
-    group, place = lookup(below, size)
-    seen = torch.where(at >= 0, group[at], -1)
-    patterns, owner = seen.unique(dim=1, return_inverse=True)
+    group, _ = lookup(below, size)
     K = M.K.new_zeros(len(below), *below.shape[1:] * 2)
-    for k, where in enumerate(patterns.T):
-        inside, columns = where >= 0, (owner == k).nonzero().flatten()
-        if not inside.any():
-            continue
-        order = place[at[inside][:, columns]]
-        if len(columns) != below.shape[1] or not torch.equal(order, order[:1].expand_as(order)):
+    for W, at in zip(weight, seen, strict=True):
+        inside = at[:, 0] >= 0
+        where = group[at[inside, 0]]
+        if not torch.equal(below[where], at[inside]):
             return None
-        W = weight[:, columns[order[0].argsort()]]
-        K.index_add_(0, where[inside], W.T @ M.K[inside] @ W)
+        K.index_add_(0, where, W.T @ M.K[inside] @ W)
     return Blocks(below, K)
 
 

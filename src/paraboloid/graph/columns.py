@@ -6,7 +6,6 @@ once.  Where a parameter has fewer elements than a call's output, its own column
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paraboloid.engine.many_vectors import gradients
 from paraboloid.graph.single_use import Parts, Recorded
 from paraboloid.graph.weight_diagonal import coordinates, from_diagonal, from_products, output_diagonal, separable
 from paraboloid.losses import Loss
@@ -34,19 +34,7 @@ class Gradients:
         g = self.g[i]
         if g is None or not g.requires_grad:
             return torch.zeros_like(v)
-        if self.batched and len(v) > 1:
-            try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message="There is a performance drop")
-                    return self._grad(g, i, v, True)
-            except RuntimeError:  # an operation without a batching rule
-                self.batched = False
-        return torch.stack([self._grad(g, i, u, False) for u in v])
-
-    def _grad(self, g: Tensor, i: int, v: Tensor, batched: bool) -> Tensor:
-        (h,) = torch.autograd.grad(
-            g, self.inputs[i], v.to(g.dtype), retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )
+        (h,) = gradients(g, self.inputs[i], v.to(g.dtype), self.batched)
         return torch.zeros_like(v) if h is None else h.to(v.dtype)
 
     def diagonal(self, i: int, count: int) -> Tensor:
@@ -70,10 +58,10 @@ def add_columns(
     if not by_output and not names:
         return
     inputs = [*(recorded.calls[i].edge for i in by_output), *(tape.parameters[name] for name in names)]
-    gradients = Gradients(recorded.loss, f, recorded.y, inputs, batched=not recorded.convolutional)
+    hessian = Gradients(recorded.loss, f, recorded.y, inputs, batched=not recorded.convolutional)
     count = recorded.count(2 * sum(c.shape.numel() for c in recorded.calls))
     for j, i in enumerate(by_output):
-        products, shape, like = partial(gradients.products, j), recorded.calls[i].shape, f.new_empty(0)
+        products, shape, like = partial(hessian.products, j), recorded.calls[i].shape, f.new_empty(0)
         if "diagonal" in ways[i].values():
             layout = recorded.plan.layouts[i]
             assert layout is not None
@@ -83,7 +71,7 @@ def add_columns(
             if kind == "positions":
                 found[name] = from_products(parts[i][name], products, shape, count, like)
     for j, name in enumerate(names, len(by_output)):
-        found[name] = gradients.diagonal(j, count)
+        found[name] = hessian.diagonal(j, count)
 
 
 def products_needed(recorded: Recorded, parts: Parts, i: int) -> int:

@@ -145,20 +145,17 @@ class _Descent:
         """Through a product of a weight and rows of an input, to that input."""
         call = None if i is None else self.recorded.calls[i]
         use = None if call is None else call.product()
-        if call is None or use is None or use.input is None or not use.input.requires_grad or len(call.below) != 1:
-            return None
-        below = get_gradient_edge(use.input)
-        if not use.is_constant or below.node is not call.below[0] or not same_for_all(edge, below, self.f):
+        below = None if call is None else call.input_edge(use)
+        if call is None or use is None or below is None or not same_for_all(edge, below, self.f):
             return None
         if isinstance(M, Root) or M.whole:
-            M = pass_linear(M, edge, below, self.N, self._fits(below))
+            passed = pass_linear(M, edge, below, self.N, self._fits(below))
         else:
             passed = self._through_rows(M, call, use)
-            if passed is None:
-                raise self._needs_whole(edge.node)
-            M = passed
+        if passed is None:
+            raise self._needs_whole(edge.node)
         self.last = self._channels_last(below) if self.graph.reach.get(below.node) else False
-        return M, below
+        return passed, below
 
     def _through_rows(self, M: Blocks, call: Call, use: Use) -> Blocks | None:
         """Through the rows of the first sample, if the rows of z are M's groups; None if not."""
@@ -171,14 +168,15 @@ class _Descent:
         flat = torch.arange(1, x.numel() + 1, device=x.device).view(x.shape)
         uses = RULES[call.op](*swapped(call.args, {id(x): flat}), **swapped(call.kwargs, {id(x): flat}))
         (rows_of,) = (u.right for u in uses if u.right is not None)
-        right = rows_of(slice(None)).unflatten(0, (N, -1))[0]  # [b G T q]
-        if use.q_axes is not None:
-            right = right.flatten(2 + use.q_axes).flatten(2, 1 + use.q_axes).mT
+        right = rows_of(slice(None)).unflatten(0, (N, -1))[0]  # [b G *q-axes *T-axes]
+        right = right.mT.unsqueeze(3) if use.q_axes is None else right.flatten(2 + use.q_axes).unsqueeze(-2)
+        right = right.reshape(*right.shape[:3], -1, right.shape[-1])  # [b G q/k k T]
         weight = use.weight.detach().to(M.K.dtype) * scale.flatten()[0]
         weight = weight.reshape(G, use.q, -1).mT if use.flip else weight.reshape(G, -1, use.q)
-        seen = right.transpose(1, 2).flatten(2).flatten(0, 1) - 1
+        each = weight.unflatten(2, right.shape[2:4]).unbind(3)
         below = channel_groups(x.shape, N, use.q_axes is None, x.device)
-        return pass_rows(M, torch.block_diag(*weight), seen, below, x.numel() // N)
+        seen = right.permute(3, 0, 4, 1, 2).flatten(3).flatten(1, 2) - 1
+        return pass_rows(M, torch.stack([torch.block_diag(*W) for W in each]), seen, below, x.numel() // N)
 
     def _through_node(self, M: Curvature, edge: GradientEdge) -> tuple[Curvature, GradientEdge]:
         node: Any = edge.node

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
+from paraboloid.engine.many_vectors import gradients
 from paraboloid.engine.per_sample import swapped
 from paraboloid.engine.recorder import Call
 from paraboloid.engine.sample_independence import certify
@@ -71,10 +71,8 @@ def _through_linear(call: Call, d: Tensor) -> tuple[GradientEdge, Tensor] | None
     """The input's edge and the diagonal of J^T diag(d) J there, for a layer whose Jacobian J in its input has single
     entries of W: d pulled back through the same layer with W squared."""
     use = call.product()
-    if use is None or use.input is None or not use.input.requires_grad or len(call.below) != 1 or use.q_axes:
-        return None
-    below = get_gradient_edge(use.input)
-    if not use.is_constant or use.factor not in (None, 1) or below.node is not call.below[0]:
+    below = call.input_edge(use)
+    if below is None or use is None or use.input is None or not use.is_plain or use.q_axes is not None:
         return None
     with torch.enable_grad(), autocast(d.device, call.autocast):
         x = use.input.detach().requires_grad_()
@@ -149,22 +147,9 @@ def _pull(recorded: Recorded, parts: Parts, bend: Bend, at: Tensor, calls: list[
     count = recorded.count(bend.d.numel() + sum(recorded.calls[i].shape.numel() for i in calls))
     for rows in curved.split(count):
         v = units(at.T[rows], d[rows].abs().sqrt(), bend.d.shape)
-        pulled = _pulled(bend.below, edges, v, not recorded.convolutional)
+        pulled = gradients(bend.below, edges, v, not recorded.convolutional)
         for i, g in zip(calls, pulled, strict=True):
             if g is None:
                 continue
             for name, part in parts[i].items():
                 found[name] += weighted_squares(part.outer(g), d[rows].sign(), recorded.max_memory)
-
-
-def _pulled(edge: GradientEdge, edges: list[GradientEdge], v: Tensor, batched: bool) -> list[Any]:
-    """Columns v [V ..] at one edge, pulled back to others below."""
-    if batched and len(v) > 1:
-        try:
-            return list(
-                torch.autograd.grad([edge], edges, [v], retain_graph=True, allow_unused=True, is_grads_batched=True)
-            )
-        except RuntimeError:  # an operation without a batching rule
-            pass
-    each: Any = [torch.autograd.grad([edge], edges, [u], retain_graph=True, allow_unused=True) for u in v]
-    return [None if gs[0] is None else torch.stack(gs) for gs in zip(*each, strict=True)]

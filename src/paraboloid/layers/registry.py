@@ -84,6 +84,11 @@ class Use:
         return at, scale.to(like.dtype)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether `left` is g itself, re-indexed."""
+        return self.is_constant and self.factor in (None, 1)
+
+    @property
     def is_constant(self) -> bool:
         """Whether `left` is g itself, re-indexed and multiplied by a number."""
         return self.left is None and not (isinstance(self.factor, Tensor) or callable(self.factor))

@@ -167,33 +167,25 @@ class Readings:
 def _layer_of(call: Call, names: Mapping[int, str]) -> tuple[Use | None, Use | None]:
     """The call's uses of a weight as a matrix, and of its bias; None where it is no such layer."""
     uses = [u for u in call.uses() if u.weight is not None]
-    matrices = [u for u in uses if u.right is not None]
-    biases = [u for u in uses if u.right is None]
+    matrices, biases = ([u for u in uses if (u.right is None) == bias] for bias in (False, True))
     if len(call.shape) < 2 or len(matrices) != 1 or len(biases) > 1:
         return None, None  # a single sample without a batch axis, or no layer
-    (use,) = matrices
-    if (
-        id(use.weight) not in names or use.lookup or use.groups > 1 or (use.flip and use.weight.dim() != 2)
-        or any(u.left is not None or u.factor not in (None, 1) for u in uses if u.weight.requires_grad)
-    ):  # fmt: skip
+    use, bias = matrices[0], biases[0] if biases and biases[0].weight.requires_grad else None
+    if use.lookup or use.groups > 1 or (use.flip and use.weight.dim() != 2):
         return None, None
-    bias = biases[0] if biases and biases[0].weight.requires_grad else None
-    if bias is not None and (id(bias.weight) not in names or bias.weight.dim() != 1):
-        return None, None
-    return use, bias
+    read = [u for u in (use, bias) if u is not None]
+    return (use, bias) if all(id(u.weight) in names and u.is_plain for u in read) else (None, None)
 
 
 def _is_row_by_row(use: Use, bias: Use | None, z: Tensor) -> bool:
     """Whether rows [p] of the weight's outputs are z, each element once, and the bias is added to every row."""
     flat = torch.arange(z.numel(), device=z.device).view(1, *z.shape)
-    at = use.arranged(flat)
-    columns = at.reshape(-1, at.shape[-1]).sort(0)[0]
-    if not torch.equal(columns.flatten().sort()[0], flat.flatten()):
-        return False
-    if bias is None:
-        return True
-    added = bias.arranged(flat)
-    return added.shape[-1] == columns.shape[1] and torch.equal(added.reshape(columns.shape).sort(0)[0], columns)
+    columns, *added = (u.arranged(flat) for u in (use, bias) if u is not None)
+    columns = columns.reshape(-1, columns.shape[-1]).sort(0)[0]
+    return torch.equal(columns.flatten().sort()[0], flat.flatten()) and all(
+        bias is not None and bias.weight.shape == columns.shape[1:]
+        and torch.equal(at.reshape(columns.shape).sort(0)[0], columns) for at in added
+    )  # fmt: skip
 
 
 def _arranged(use: Use, z: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from paraboloid.data.batches import Inputs
@@ -37,14 +36,19 @@ def variances(posterior: Posterior, inputs: Inputs, prior: Prior, strength: Any)
     for start in range(0, length(inputs), CHUNK):
         piece = mapped(lambda t, n=slice(start, start + CHUNK): t[n], inputs)
         with recorded(posterior.model, list(posterior.weights), piece, posterior.output, verify=False) as (tape, f):
-            call = tape.calls[0] if len(tape.calls) == 1 else None
-            plain = call is not None and call.op is F.linear and f.dim() == 2 and call.edge.node is f.grad_fn
-            if not plain or call is None:
-                return None
-            names = [tape.names.get(id(w)) for w in call.args[1:3]] + [tape.names.get(id(call.kwargs.get("bias")))]
-            phi = call.args[0]
-        weight, bias = names[0], next((n for n in names[1:] if n is not None), None)
-        if phi.dim() != 2 or {weight, bias} - {None} != set(posterior.weights) or weight is None:
+            calls = tape.calls
+            uses = calls[0].uses() if len(calls) == 1 and f.dim() == 2 and calls[0].edge.node is f.grad_fn else []
+            uses = {name: u for u in uses if (name := tape.names.get(id(u.weight))) is not None}
+        weight, bias = (next((k for k, u in uses.items() if (u.right is None) == b), None) for b in (False, True))
+        if weight is None or set(uses) != set(posterior.weights) or not all(u.is_plain for u in uses.values()):
+            return None
+        use = uses[weight]
+        if use.right is None or use.flip or use.lookup or use.q_axes is not None:
+            return None
+        if not all(torch.equal(u.arranged(f[None]).flatten(), f.flatten()) for u in uses.values()):
+            return None
+        phi = use.right(slice(None)).flatten(1)
+        if phi.shape != (len(f), use.q):
             return None
         with torch.no_grad():
             means.append(f.detach())
