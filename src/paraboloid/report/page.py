@@ -67,12 +67,14 @@ def _key_numbers(record: Record) -> list[tuple[str, str, str]]:
     size = numbers.count(row["batch_size"])
     enough = reading.sufficient_batch(section)
     last = record["noise"]["checkpoints"][-1]["total"]
-    trusted = numbers.count(enough) if enough else "none"
+    told = reading.largest_verdict(section) in ("over", "under")
+    trusted = numbers.count(enough) if enough else "none" if told else numbers.UNDEFINED
+    about = f"bias below {numbers.percent(section['tolerance'])}" if enough or told else "cannot be told"
     top, trace = record["curvature"]["eigenvalues"][0]["value"], record["curvature"]["trace"]["value"]
     found = [
         (f"same batch of {size}", *_times(reading.top_ratio(row))),
         (f"another batch of {size}", *_times(reading.top_ratio(row, "other"))),
-        ("batch size to trust", trusted, f"bias below {numbers.percent(section['tolerance'])}"),
+        ("batch size to trust", trusted, about),
         ("critical batch size", numbers.number(last["noise_scale"]), noise.critical(last)),
         ("largest eigenvalue", numbers.number(top), f"trace {numbers.number(trace)}"),
     ]

@@ -5,6 +5,7 @@ A statement about a ratio or a difference says when the repeats cannot tell it f
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from paraboloid.report.numbers import count, number, percent, short, with_error
@@ -33,12 +34,13 @@ def training(section: Section) -> list[str]:
 def noise(section: Section) -> list[str]:
     """Noise against signal at the start and at the end, and which layer is noisiest."""
     first, last = section["checkpoints"][0], section["checkpoints"][-1]
+    when = "At the end of training" if last["step"] else "At these weights"
     batch, ratio, start = count(section["batch_size"]), *(p["total"]["noise_to_signal"] for p in (last, first))
     if ratio is None:
-        sentences = [f"At the end of training {_UNTOLD}: how much noise a batch of {batch} carries cannot be told."]
+        sentences = [f"{when} {_UNTOLD}: how much noise a batch of {batch} carries cannot be told."]
     else:
         amount = f"{number(ratio)} times as much noise as signal"
-        sentences = [f"At the end of training a gradient from {batch} samples carries {amount}."]
+        sentences = [f"{when} a gradient from {batch} samples carries {amount}."]
     if first["step"] != last["step"]:
         sentences.append(
             f"At the start {_UNTOLD}." if start is None else f"At the start the ratio was {number(start)}."
@@ -73,6 +75,13 @@ def curvature(section: Section) -> list[str]:
     if section["operator"] == "Hessian":  # negative eigenvalues cancel in its trace: shares of it say nothing
         trace = None
         sentences.append(f"The largest of {count(parameters)} eigenvalues of the Hessian is {number(values[0])}.")
+    if trace and 20 * (section["trace"]["standard_error"] or 0) > trace:  # two of them are a tenth of it
+        stated = with_error(trace, section["trace"]["standard_error"])
+        sentences.append(
+            f"The largest of {count(parameters)} eigenvalues is {number(values[0])}; what share of the trace, "
+            f"{stated}, it and each layer hold cannot be told."
+        )
+        trace = None
     if trace:
         sentences.append(
             f"The {len(values)} largest of {count(parameters)} eigenvalues hold {percent(sum(values) / trace)} of the "
@@ -84,10 +93,11 @@ def curvature(section: Section) -> list[str]:
         sentences.append(f"Of its eigenvector's squared norm {percent(shares[name])} lies in {name}.")
     layers = [layer for layer in section["layers"] if layer["trace"] is not None]
     if trace and len(layers) > 1:
-        top = max(layers, key=lambda layer: layer["trace"])
-        sentences.append(
-            f"Of the trace {percent(top['trace'] / trace)} lies in {top['name']}, more than in any other layer."
-        )
+        top, second = sorted(layers, key=lambda layer: -layer["trace"])[:2]
+        error = math.hypot(top["standard_error"] or 0, second["standard_error"] or 0)
+        told = top["trace"] - second["trace"] > 2 * error
+        most = "more than in any other layer" if told else f"not told from the share of {second['name']}"
+        sentences.append(f"Of the trace {percent(top['trace'] / trace)} lies in {top['name']}, {most}.")
     return sentences
 
 
@@ -111,51 +121,116 @@ def top_ratio(
     return ratio["value"], ratio["standard_error"]
 
 
+def verdict(value: float | None, error: float | None, tolerance: float) -> str:
+    """What a ratio says against 1: "over", "under" or "fair" (within the tolerance); "untold" where two standard errors
+    do not tell, "undefined" without a ratio."""
+    if value is None:
+        return "undefined"
+    if error is None:
+        return "untold"
+    if abs(value - 1) < tolerance:
+        return "fair" if 2 * error <= tolerance else "untold"
+    if abs(value - 1) < 2 * error:
+        return "untold"
+    return "over" if value > 1 else "under"
+
+
 def sufficient_batch(section: Section) -> int | None:
-    """The smallest measured batch size from which on the curvature is overstated by less than the tolerance."""
+    """The smallest measured batch size from which on the curvature is within the tolerance of that on all data."""
     enough = None
     for row in sorted(section["table"], key=lambda row: -row["batch_size"]):
-        value, _ = top_ratio(row)
-        if value is None or value >= 1 + section["tolerance"]:
+        if verdict(*top_ratio(row), section["tolerance"]) != "fair":
             break
         enough = row["batch_size"]
     return enough
 
 
+def largest_verdict(section: Section) -> str:
+    """That of the largest measured batch size."""
+    return verdict(*top_ratio(max(section["table"], key=lambda row: row["batch_size"])), section["tolerance"])
+
+
 def _finding(row: dict[str, Any], section: Section) -> str:
     value, error = top_ratio(row)
+    found, tolerance = verdict(value, error, section["tolerance"]), percent(section["tolerance"])
     where = f"With batches of {count(row['batch_size'])} the curvature along the top direction"
     if value is None:
         return f"{where} cannot be compared: it is zero on all data."
-    if value < 1 + section["tolerance"]:
-        if value < 1 - section["tolerance"] and error is not None and 1 - value > 2 * error:
-            return f"{where} is understated: {number(value, 2)} of the curvature on all data."
-        return (
-            f"{where} is within {percent(section['tolerance'])} of that on all data: {with_error(value, error)} times."
-        )
-    if error is not None and value - 1 < 2 * error:
+    if found == "fair":
+        return f"{where} is within {tolerance} of that on all data: {with_error(value, error)} times."
+    if found == "under":
+        return f"{where} is understated: {number(value, 2)} of the curvature on all data."
+    if found == "over":
+        return f"{where} is overstated {number(value, 2)} times."
+    if value - 1 >= section["tolerance"]:
         return f"{where} looks overstated {number(value, 2)} times, but the repeats do not tell this from no bias."
-    return f"{where} is overstated {number(value, 2)} times."
+    return (
+        f"{where} is {with_error(value, error)} times that on all data: the repeats do not tell whether it is within "
+        f"{tolerance}."
+    )
 
 
 def _advice(row: dict[str, Any], section: Section) -> str:
-    value, _ = top_ratio(row)
-    enough, sizes = sufficient_batch(section), [row["batch_size"] for row in section["table"]]
-    tolerance = percent(section["tolerance"])
-    if value is None:
+    """What follows from the ratio, from what the steps of either kind deliver, and from the other batch sizes."""
+    found, sizes = verdict(*top_ratio(row), section["tolerance"]), _sizes(section)
+    if found == "undefined":
         return "There is nothing to correct along a flat direction."
-    if value < 1 + section["tolerance"]:
-        return "A batch of this size may measure the directions that it found itself."
-    if enough is None:
-        last, _ = top_ratio(max(section["table"], key=lambda row: row["batch_size"]))
+    if found == "untold":
+        return f"Whether such a batch may measure the directions that it found itself cannot be told; {sizes}."
+    if found == "fair":
+        advice = "A batch of this size may measure the directions that it found itself."
+        if _sign(row["decrease"]["same"]["delivered"]) < 0:
+            advice += (
+                " Its Newton step along the top one raises the loss on all data all the same: the slope is its own."
+            )
+        return advice
+    if found == "under":
+        return f"A batch of this size measures the directions that it found itself too low; {sizes}."
+    gain, other = row["second_batch_gain"], row["decrease"]["other"]["delivered"]
+    if gain["value"] is None:
+        return f"A batch of this size should not measure the directions that it found itself; {sizes}."
+    if _sign(gain) > 0 and _sign(other) > 0:
+        joined = ", or" if sizes.startswith("use") else ":"
+        return f"Take directions and step lengths from different batches{joined} {sizes}."
+    amount = with_error(abs(gain["value"]), gain["standard_error"])
+    if _sign(gain) > 0:
         return (
-            "Take directions and step lengths from different batches: no measured batch size brings the overstatement "
-            f"below {tolerance} (the largest, {count(max(sizes))}, still overstates {number(last, 2)} times)."
+            f"A step length from a second batch serves better, by {amount} of loss, but is not seen to lower the loss; "
+            f"{sizes}."
         )
-    return (
-        f"Take directions and step lengths from different batches, or use at least {count(enough)} samples: the "
-        f"smallest measured size that overstates by less than {tolerance}."
-    )
+    if _sign(gain) < 0:
+        return (
+            f"Do not take the step length from a second batch of this size: the loss on all data is {amount} higher "
+            f"after it than after the batch's own step; {sizes}."
+        )
+    return f"Whether a step length from a second batch serves better cannot be told; {sizes}."
+
+
+def _sizes(section: Section) -> str:
+    """Which batch size suffices, as the end of a sentence."""
+    enough, last, tolerance = sufficient_batch(section), largest_verdict(section), percent(section["tolerance"])
+    if enough is not None:
+        return (
+            f"use at least {count(enough)} samples: the smallest measured size that overstates by less than {tolerance}"
+        )
+    row = max(section["table"], key=lambda row: row["batch_size"])
+    value, size = number(top_ratio(row)[0], 2), count(row["batch_size"])
+    if last == "over":
+        return (
+            f"no measured batch size brings the overstatement below {tolerance} (the largest, {size}, still overstates "
+            f"{value} times)"
+        )
+    if last == "under":
+        return (
+            f"no measured batch size comes within {tolerance} (the largest, {size}, measures {value} of the curvature)"
+        )
+    return f"from which batch size on the bias is below {tolerance} cannot be told from these repeats"
+
+
+def _sign(entry: dict[str, Any]) -> int:
+    """Of a value, 0 where it is within two standard errors of nothing or they are not known."""
+    value, error = entry["value"], entry["standard_error"]
+    return 0 if value is None or error is None or abs(value) < 2 * error else (value > 0) - (value < 0)
 
 
 def _second_batch(row: dict[str, Any]) -> list[str]:

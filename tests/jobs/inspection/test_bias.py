@@ -50,7 +50,9 @@ def test_the_standard_error_is_the_spread_over_draws():
 def test_the_decrease_promised_and_delivered():
     curvature = {which: torch.tensor([[c]], dtype=F64) for which, c in (("same", 4.0), ("other", 2.0), ("full", 2.0))}
     slope = {which: torch.tensor([[s]], dtype=F64) for which, s in (("same", -2.0), ("other", -0.5), ("full", -1.0))}
-    decrease = summary(bias(curvature, slope))["decrease"]
+    found = summary(bias(curvature, slope))
+    decrease = found["decrease"]
+    assert found["second_batch_gain"] == {"value": pytest.approx(0.1875 - 0.25), "standard_error": None}
     assert decrease["same"]["promised"]["value"] == pytest.approx(0.5)  # step 1/2: 2/2 - 4/8
     assert decrease["same"]["delivered"]["value"] == pytest.approx(0.25)  # 1/2 - 2/8
     assert decrease["other"]["delivered"]["value"] == pytest.approx(0.1875)  # step 1/4: 1/4 - 2/32

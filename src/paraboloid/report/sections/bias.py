@@ -168,9 +168,13 @@ def _decrease(bias: dict[str, Any]) -> Panel:
         "The decrease of the loss that a Newton step along the top direction promises, and what the quadratic of all "
         "data delivers"
     )
-    entries = [[row["decrease"][which][key] for which in titles for key, _, _ in _STEPS] for row in rows]
+    entries = [
+        [*(row["decrease"][which][key] for which in titles for key, _, _ in _STEPS), row["second_batch_gain"]]
+        for row in rows
+    ]
     title, cells = _in_units("Decrease of the loss", entries)
     columns = [Markup(f"{which}:<br>{key}") for which in titles for key, _, _ in _STEPS]
+    columns.append(Markup("delivered:<br>other − same"))
     table = Table(title, ["batch", *columns], _named(bias, cells))
     caption = (
         f"{what}; bars are one standard error. Left, slope and curvature are those of the batch that found the "
