@@ -17,7 +17,7 @@ from paraboloid.passes import torch_internals as internals
 OPERATIONS = {re.sub(r"Backward\d*$", "", name) for name in dir(torch._C._functions)}
 TABLES = {
     "nodes": ("PIECEWISE", "SMOOTH", "VIEWS", "SUMS", "PRODUCTS", "ADDED_PRODUCTS"),
-    "kfra_recursion": ("SHARED", "SELECTIONS"),
+    "kfra_recursion": ("SELECTIONS",),
 }
 
 
