@@ -124,8 +124,12 @@ def main(rank, world, folder):
             )
         values = {q: dict(stats[q]) for q in stats}
         values["reduce"] = pb.statistics(model, loss, (x[mine], y[mine]), REDUCED, all_reduce=True)["kfac_empirical"]
+        cut = [(x[mine][:1], y[mine][:1]), (x[mine][1:], y[mine][1:])]  # the rank's part as two batches
+        listed = pb.statistics(model, loss, cut, sums(name), all_reduce=True)
         found[name] = {
             "values": values,
+            "listed": {q: dict(listed[q]) for q in listed},
+            "listed loss": listed.loss,
             "loss": stats.loss,
             "samples": stats.samples,
             "normalizer": stats.normalizer,

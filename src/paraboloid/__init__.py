@@ -13,7 +13,9 @@ from paraboloid.quadratics.cross_fitting import CrossFit, cross_fit
 from paraboloid.quadratics.local_model import Quadratic, quadratic
 from paraboloid.quadratics.measure_bias import bias
 from paraboloid.quadratics.shrinkage import shrunk_curvature
-from paraboloid.quantities.door import Statistics, record, statistics
+from paraboloid.quantities.door import statistics
+from paraboloid.quantities.recording import record
+from paraboloid.quantities.result import Statistics
 
 __version__ = "0.1.0.dev0"
 __all__ = [

@@ -68,6 +68,7 @@ def test_unequal_parts_add_up_to_the_big_batch(ranks, case):
     for r in range(WORLD):
         found, mine = ranks[r][case], slice(starts[r], starts[r + 1])
         close(found["loss"], expected.loss)
+        close(found["listed loss"], expected.loss)
         assert found["samples"] == expected.samples == len(y)
         assert found["normalizer"] == pytest.approx(expected.normalizer, rel=1e-12)
         for k, p in model.named_parameters():
@@ -75,6 +76,7 @@ def test_unequal_parts_add_up_to_the_big_batch(ranks, case):
             same(found["values"]["reduce"][k], reduced[k], f"reduce {k}")
             for q in one_rank.sums(case):
                 same(found["values"][q][k], expected[q][k], f"{q} {k}")
+                same(found["listed"][q][k], expected[q][k], f"{q} {k} of two batches on each rank")
             for q in one_rank.LOCAL:
                 value = expected[q][k][mine]
                 close(found["values"][q][k], value[:, mine] if q == "gram" else value, f"{q} {k}")

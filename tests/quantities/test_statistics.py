@@ -251,8 +251,8 @@ def test_an_unknown_loss_and_a_wrong_batch_are_refused():
     model, x = models.make("mlp")
     with pytest.raises(TypeError, match="is not one that paraboloid knows; expected one of"):
         pb.statistics(model, lambda f, y: f.sum(), (x, torch.tensor([0, 1, 2])), "grad")
-    with pytest.raises(ValueError, match=r"batch is a list; expected \(inputs, targets\)"):
-        pb.statistics(model, torch.nn.CrossEntropyLoss(), [(x, torch.tensor([0, 1, 2]))], "grad")
+    with pytest.raises(ValueError, match=r"data is a int; expected a batch \(inputs, targets\)"):
+        pb.statistics(model, torch.nn.CrossEntropyLoss(), 3, "grad")
 
 
 def test_complex_parameters_are_refused():

@@ -11,7 +11,7 @@ from paraboloid.linalg.kronecker import Kron
 from paraboloid.noise import moments
 from paraboloid.noise.noise_scale import parts
 from paraboloid.passes.parameter_layers import layers_of
-from paraboloid.quantities.door import TOTALS, Statistics
+from paraboloid.quantities.result import TOTALS, Statistics
 
 PER = ("parameter", "layer", "model")
 

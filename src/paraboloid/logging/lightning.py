@@ -13,7 +13,7 @@ from paraboloid.logging.layer_scalars import scalars
 from paraboloid.losses import Loss
 from paraboloid.passes.modes import evaluating
 from paraboloid.quantities.door import statistics
-from paraboloid.quantities.named import Quantity
+from paraboloid.quantities.quantity import Quantity
 
 try:
     from lightning.pytorch import Callback  # type: ignore[reportMissingImports]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from paraboloid.logging.layer_scalars import scalars
-from paraboloid.quantities.door import Statistics
+from paraboloid.quantities.result import Statistics
 
 
 class TensorBoard:

@@ -245,11 +245,7 @@ class Sum(Loss):
     they differ (cross-entropy's mean over N targets, squared error's over N C elements, a "sum" over nothing), the
     loss counts as a mean over the N samples: l_n = N sum_i l_{i,n} / m_i and its normalizer is N, so that the mean of
     l_n is the loss as reduced.
-
-    `unit` is what l_n is divided by in a sum that has been settled for several batches: their l_n is `unit` times this.
     """
-
-    unit = 1.0
 
     def __init__(self, *losses: Loss):
         self.losses = [term for loss in losses for term in loss.terms]
@@ -308,10 +304,10 @@ class Sum(Loss):
 
 
 def settled(loss: Loss, normalizers: Sequence[float], samples: int) -> Sum:
-    """The terms of a loss divided by given numbers (their totals over several batches), with the factor one."""
-    result = Sum(*(Scaled(t, 1 / m, normalizer=1.0) for t, m in zip(loss.terms, normalizers, strict=True)))
-    result.unit = normalizers[0] if len(set(normalizers)) == 1 else float(samples)
-    return result
+    """The same loss on all of several batches together, whose terms divide by the given numbers: on each batch its
+    unreduced loss and normalizer are those of the big one."""
+    unit = normalizers[0] if len(set(normalizers)) == 1 else float(samples)
+    return Sum(*(Scaled(t, unit / m, normalizer=unit) for t, m in zip(loss.terms, normalizers, strict=True)))
 
 
 def _name(thing: object) -> str:

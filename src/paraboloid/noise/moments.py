@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from paraboloid.data.batches import Batch, Output
 from paraboloid.losses import Loss
 from paraboloid.passes import trees
-from paraboloid.quantities.door import Statistics, statistics
+from paraboloid.quantities.door import statistics
+from paraboloid.quantities.result import Statistics
 
 
 class Moments(NamedTuple):

@@ -15,7 +15,7 @@ from paraboloid.optim.measurement import Measurement
 from paraboloid.optim.options import check_choices, check_share
 from paraboloid.optim.preconditioner import Block
 from paraboloid.passes.schedule import due
-from paraboloid.quantities.named import FISHERS
+from paraboloid.quantities.kronecker import FISHERS
 
 
 class Curvature:

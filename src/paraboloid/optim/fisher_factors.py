@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paraboloid.linalg.eigenform import Eigenform
 from paraboloid.linalg.kronecker import Kron
-from paraboloid.quantities.named import check_sharing, fisher_source
+from paraboloid.quantities.kronecker import check_sharing, fisher_source
 from paraboloid.quantities.quantity import Group, Quantity, Scale
 from paraboloid.reductions import kronecker_factors
 from paraboloid.reductions.eigenbasis import eigen_scale

@@ -23,7 +23,7 @@ from paraboloid.distributed import collectives
 from paraboloid.engine.twice_differentiable import twice_differentiable
 from paraboloid.losses import CrossEntropy, Loss
 from paraboloid.passes.torch_internals import compiled_in_place, running_data_parallel
-from paraboloid.quantities.door import Recording
+from paraboloid.quantities.recording import Recording
 
 NOTHING_SEEN = (
     "saw no training pass since the last step: expected calls of the model and then of the loss, the very objects"

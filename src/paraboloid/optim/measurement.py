@@ -16,8 +16,9 @@ from paraboloid.optim import foreach
 from paraboloid.optim.base import Frame
 from paraboloid.optim.fisher_factors import HeldVectors
 from paraboloid.optim.hooks import NOTHING_SEEN, Capture, Observed
-from paraboloid.quantities.door import Statistics, statistics
+from paraboloid.quantities.door import statistics
 from paraboloid.quantities.quantity import Quantity
+from paraboloid.quantities.result import Statistics
 
 
 class Measurement(Capture):

@@ -17,7 +17,8 @@ from paraboloid.optim.curvature import Curvature
 from paraboloid.optim.fisher_factors import FisherFactors
 from paraboloid.optim.measurement import Measurement
 from paraboloid.optim.options import check_samplable, check_share, group_defaults
-from paraboloid.quantities.named import FISHERS, QUANTITIES
+from paraboloid.quantities.kronecker import FISHERS
+from paraboloid.quantities.named import QUANTITIES
 
 FISHER_OF = {name: fisher for fisher, name in FISHERS.items()}
 DIAGONALS = ("diag_ggn", "diag_ggn_mc", "diag_hessian", "second_moment", "variance")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from paraboloid.passes.torch_internals import own_buffers
 
@@ -52,3 +52,42 @@ def copied_buffers(model: Any) -> Iterator[None]:
     finally:
         for m, buffers in originals:
             own_buffers(m).update(buffers)
+
+
+class RandomStream:
+    """A random state of its own for everything that draws from torch's global generators: ``with stream: ...``.
+
+    `rewind` starts it again, so that a second pass over the same data draws the same masks.
+    """
+
+    def __init__(self, seed: int, device: torch.device):
+        self.seed, self.device = seed, device
+        self.state: list[Tensor] | None = None
+        self._outside: list[Tensor] = []
+
+    def rewind(self) -> None:
+        self.state = None
+
+    def __enter__(self) -> RandomStream:
+        self._outside = self._read()
+        if self.state is None:
+            torch.default_generator.manual_seed(self.seed)
+            if self.device.type == "cuda":
+                with torch.cuda.device(self.device):
+                    torch.cuda.manual_seed(self.seed)
+        else:
+            self._write(self.state)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.state = self._read()
+        self._write(self._outside)
+
+    def _read(self) -> list[Tensor]:
+        states = [torch.get_rng_state()]
+        return [*states, torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else states
+
+    def _write(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(states[1], self.device)

@@ -14,8 +14,7 @@ from paraboloid.data.joined import joined
 from paraboloid.linalg.eigenform import Eigenform
 from paraboloid.linalg.operand import check_count
 from paraboloid.operators import GGN
-from paraboloid.operators.matrix_free.pulls import Pulls
-from paraboloid.operators.structured.kfac import measured_scales, summed_factors
+from paraboloid.operators.structured.kfac import factors_of, measured_scales
 from paraboloid.passes import trees
 from paraboloid.passes.memory import DENSE
 from paraboloid.posteriors.likelihood import Likelihood
@@ -23,9 +22,13 @@ from paraboloid.posteriors.structures.diagonal import Diagonal
 from paraboloid.posteriors.structures.full import Full
 from paraboloid.posteriors.structures.kronecker import CrossFitted, Kronecker
 from paraboloid.posteriors.structures.rows import Rows, compressed
-from paraboloid.quantities.door import Statistics, statistics
-from paraboloid.quantities.named import DiagGGN, Grad, Quantity, SampleGrads, SecondMoment, SqrtGGN, fisher_source
-from paraboloid.reductions.kronecker_factors import scale_factors
+from paraboloid.quantities.curvature import DiagGGN, SqrtGGN
+from paraboloid.quantities.door import statistics
+from paraboloid.quantities.gradients import Grad, SampleGrads, SecondMoment
+from paraboloid.quantities.over_data import OverData
+from paraboloid.quantities.quantity import Quantity
+from paraboloid.quantities.result import Statistics
+from paraboloid.reductions.kronecker_factors import Factors, scale_factors
 
 STRUCTURES = ("full", "diag", "kron", "ekfac", "lowrank", "functional")
 FISHERS = ("exact", "mc", "empirical")
@@ -73,13 +76,21 @@ class Fitting:
             return data
         return _Watched(data, self.note)
 
-    def pulls(self, data: Any, repeated: bool = False) -> Pulls:
-        source = fisher_source(self.fisher, self.samples)
-        seed = self.generator.initial_seed()
-        return Pulls(
-            self.model, self.likelihood.loss, data, source, output=self.output, seed=seed, max_memory=self.max_memory,
-            repeated=repeated, separate=True,
+    def over(self, data: Any, again: bool = False) -> OverData:
+        return OverData(
+            self.model, self.likelihood.loss, self.watched(data), output=self.output,
+            seed=self.generator.initial_seed(), max_memory=self.max_memory, again=again,
         )  # fmt: skip
+
+    def factors(self, passes: OverData) -> dict[str, Factors]:
+        """The sums of every parameter's Kronecker factors."""
+        quantity = factors_of(self.fisher, self.samples)
+        quantity.per_sample = True
+        return passes.sums([quantity]).values[quantity.name]
+
+    def scales(self, passes: OverData, forms: Mapping[str, Eigenform]) -> dict[str, Tensor]:
+        """The exact eigenvalues along given eigenvectors."""
+        return measured_scales(passes, forms, self.fisher, self.samples, separate=True)
 
     def root(self) -> Quantity:
         """The quantity whose rows, squared and summed, are the curvature."""
@@ -184,12 +195,12 @@ def kronecker(
     """KFAC's blocks; `exact`: the exact eigenvalues along KFAC's eigenvectors (EKFAC), or along those of `before`."""
     if before is not None and before.factors is None:
         return Kronecker(parameters, along(fitting, data, before.forms, exact))
-    pulls = fitting.pulls(fitting.watched(data), repeated=exact)
-    fitted = Kronecker.of_factors(parameters, summed_factors(pulls, "expand", thin=True))
-    fitting.loss += pulls.total
+    passes = fitting.over(data, again=exact)
+    fitted = Kronecker.of_factors(parameters, fitting.factors(passes))
+    fitting.loss += passes.total
     if not exact:
         return fitted
-    scales = measured_scales(pulls, fitted.forms)
+    scales = fitting.scales(passes, fitted.forms)
     return Kronecker(parameters, {k: replace(f, values=scales[k]) for k, f in fitted.forms.items()})
 
 
@@ -201,14 +212,14 @@ def along(
     Bases that are thin, for the data that they came from had few samples, are completed: other data needs all of them.
     """
     forms = {k: f.completed() for k, f in forms.items()}
-    pulls = fitting.pulls(fitting.watched(data))
+    passes = fitting.over(data)
     if exact:
-        scales = measured_scales(pulls, forms)
+        scales = fitting.scales(passes, forms)
         found = {k: replace(f, values=scales[k]) for k, f in forms.items()}
     else:
-        products = {k: scale_factors(v, 1.0) for k, v in summed_factors(pulls, "expand", thin=True).items()}
+        products = {k: scale_factors(v, 1.0) for k, v in fitting.factors(passes).items()}
         found = {k: products[k].along(f) for k, f in forms.items()}
-    fitting.loss += pulls.total
+    fitting.loss += passes.total
     return found
 
 

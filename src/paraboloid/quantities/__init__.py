@@ -2,28 +2,14 @@
 imports from `graph`, `reductions` and below."""
 
 from paraboloid.linalg.kronecker import Kron
-from paraboloid.quantities.named import (
-    FISHERS,
-    KFAC,
-    KFRA,
-    QUANTITIES,
-    DiagGGN,
-    DiagHessian,
-    EigenScale,
-    Grad,
-    Gram,
-    SampleDiagGGN,
-    SampleGrads,
-    SecondMoment,
-    SqrtGGN,
-    SquareNorms,
-    Variance,
-    resolve,
-)
-from paraboloid.quantities.quantity import GRADIENT, NOTHING, ROOT, Group, Quantity, Scale, Source
+from paraboloid.quantities.curvature import DiagGGN, DiagHessian, SampleDiagGGN, SqrtGGN
+from paraboloid.quantities.gradients import Grad, Gram, SampleGrads, SecondMoment, SquareNorms, Variance
+from paraboloid.quantities.kronecker import FISHERS, KFAC, KFRA, EigenScale
+from paraboloid.quantities.named import QUANTITIES, resolve
+from paraboloid.quantities.quantity import GRADIENT, NOTHING, ROOT, Group, PerSample, Quantity, Scale, Source
 
 __all__ = [
     "FISHERS", "GRADIENT", "KFAC", "KFRA", "NOTHING", "QUANTITIES", "ROOT", "DiagGGN", "DiagHessian", "EigenScale",
-    "Grad", "Gram", "Group", "Kron", "Quantity", "SampleDiagGGN", "SampleGrads", "Scale", "SecondMoment", "Source",
-    "SqrtGGN", "SquareNorms", "Variance", "resolve",
+    "Grad", "Gram", "Group", "Kron", "PerSample", "Quantity", "SampleDiagGGN", "SampleGrads", "Scale", "SecondMoment",
+    "Source", "SqrtGGN", "SquareNorms", "Variance", "resolve",
 ]  # fmt: skip

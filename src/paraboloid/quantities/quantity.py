@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from paraboloid.engine.tape import Tape
@@ -42,9 +44,10 @@ class Quantity:
     """One value per parameter, summed over the pulled-back vectors as they come.
 
     `needs` names the parts of `reductions.reduce` that it is made of; what several quantities need is computed once.
-    `add(value, group)` returns the running value with one more group of vectors (value is None at first) and
-    `finish(value, scale)` scales it; both may change it in place, for it is the quantity's own.  A new quantity is a
-    subclass of a few lines; `pb.statistics` takes objects of it.
+    `add(value, group)` returns the running value with one more group of vectors (value is None at first),
+    `merge(a, b)` the running value of two batches as one, and `finish(value, scale)` scales it; all may change it in
+    place, for it is the quantity's own.  A new quantity is a subclass of a few lines; `pb.statistics` takes objects of
+    it.
     """
 
     name: str
@@ -53,12 +56,20 @@ class Quantity:
     least_samples = 1
     twice = False  # whether the forward pass is differentiated twice
     per_sample = True  # False: also defined where batch norm in training mode mixes the samples
-    # What becomes of it where the batch is spread over several processes (`all_reduce`): its running values are sums
-    # over samples ("running"), its finished ones are, times a ("finished"), or it is this process's alone ("local").
-    over_ranks: Literal["running", "finished", "local"] | None = None
+    # What its running values are: sums over samples, which add up over batches and processes ("running"), or one for
+    # each sample, which stay those of a process under `all_reduce` ("local").  None: unknown, one batch only.
+    over_ranks: Literal["running", "local"] | None = None
 
     def add(self, value: Any, group: Group) -> Any:
         raise NotImplementedError
+
+    def merge(self, a: Any, b: Any) -> Any:
+        """The running value of one big batch from those of its parts, the samples of `a` first."""
+        if self.over_ranks != "running":
+            raise ValueError(f"{self.name!r} does not say how the values of several batches make up one; expected a "
+                             "quantity whose class has over_ranks = 'running' (they add up) or a method merge(a, b). "
+                             "Ask for it batch by batch.")  # fmt: skip
+        return added(a, b)
 
     def finish(self, value: Any, scale: Scale) -> Any:
         return value
@@ -69,6 +80,39 @@ class Quantity:
         """The quantity for one recorded batch; it may choose its source by what was recorded."""
         return self
 
-    def complete(self, values: dict[str, Any], scale: Scale) -> dict[str, Any]:
-        """The finished values of all parameters, with what takes more than pulled-back vectors."""
+    def complete(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The running values of one batch, with what takes more than pulled-back vectors."""
         return values
+
+    def over_batches(self) -> Quantity:
+        """The quantity to take where several batches are to be merged."""
+        return self
+
+
+class PerSample(Quantity):
+    """A quantity with a value for each sample, along `axis`; those of several batches are joined in order."""
+
+    over_ranks = "local"
+    axis = 0
+
+    def merge(self, a, b):
+        return [t for part in (a, b) for t in (part if isinstance(part, list) else [part])]
+
+    def finish(self, value, scale):
+        return torch.cat(value, self.axis) if isinstance(value, list) else value
+
+
+def plus(value: Tensor | None, part: Tensor) -> Tensor:
+    """The running sum with one more part."""
+    return part if value is None else value.add_(part)
+
+
+def added(a: Any, b: Any) -> Any:
+    """The sum of two running values, trees of tensors of one structure; where one is None, the other."""
+    if a is None or b is None:
+        return b if a is None else a
+    if isinstance(a, Tensor):
+        return a.add_(b)
+    if isinstance(a, Mapping):
+        return {k: added(t, b[k]) for k, t in a.items()}
+    return type(a)(added(s, t) for s, t in zip(a, b, strict=True))

@@ -33,10 +33,6 @@ class Turned:
     room: int
     kept: dict[str, dict[int, Tensor]] = field(default_factory=dict)
 
-    def start(self, name: str) -> None:
-        """Forget what was kept for a parameter: a new recording begins."""
-        self.room += sum(t.nbytes for t in self.kept.pop(name, {}).values())
-
     def keep(self, name: str, place: int, right: Right, size: int) -> Right:
         """The same inputs, computed once if they fit."""
         mine = self.kept.setdefault(name, {})

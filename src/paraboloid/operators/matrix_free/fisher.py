@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from paraboloid.data.batches import Data, Output
 from paraboloid.linalg.operand import check_count
 from paraboloid.losses import Loss, LossFunction, Opaque
-from paraboloid.losses.loss import Sum
 from paraboloid.operators.matrix_free.jacobian_form import JacobianForm
 from paraboloid.operators.matrix_free.output_graph import OutputGraph
 from paraboloid.operators.partition import Blocks
@@ -59,8 +58,8 @@ def observed(f: Tensor, y: Any, loss: Loss, parameters: list[Tensor], index: int
     """The graph of a batch with the output gradients at its own targets, times the root of what their squares lack."""
     if isinstance(loss, Opaque):
         g, factor = loss.sample_gradients(f, y)
-    else:  # squared, so a sum of losses has to be in the unit of the unreduced one
-        g, factor = loss.gradient(f.detach(), y), loss.unit if isinstance(loss, Sum) else 1.0
+    else:
+        g, factor = loss.gradient(f.detach(), y), 1.0
     return FisherGraph(f, y, loss, parameters, index, vectors=[factor**0.5 * g])
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from paraboloid.losses import NoTargets
 from paraboloid.operators.matrix_free.replay import Replay
-from paraboloid.quantities.door import record
-from paraboloid.quantities.named import SqrtGGN
+from paraboloid.quantities.curvature import SqrtGGN
 from paraboloid.quantities.quantity import Quantity
+from paraboloid.quantities.recording import record
 
 
 class Root:

@@ -14,7 +14,7 @@ from paraboloid.operators.matrix_free.ggn_root import Root, of_roots
 from paraboloid.operators.matrix_free.recorded import Recorded
 from paraboloid.operators.partition import Blocks, places
 from paraboloid.operators.vectors import join, split
-from paraboloid.quantities.named import DiagGGN
+from paraboloid.quantities.curvature import DiagGGN
 
 
 class JacobianForm(Recorded):

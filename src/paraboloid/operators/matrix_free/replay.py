@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from paraboloid.data import batches as batch_data
-from paraboloid.losses import Loss, NoTargets, Opaque, settled
+from paraboloid.losses import Loss, Opaque
 from paraboloid.operators.matrix_free.batching import Batching
-from paraboloid.operators.matrix_free.second_order_passes import (
-    Autocast,
-    RandomStream,
-    TwiceDifferentiable,
-    undisturbed,
-)
+from paraboloid.operators.matrix_free.second_order_passes import Autocast, TwiceDifferentiable, undisturbed
 from paraboloid.passes import trees
 from paraboloid.passes.footprint import Footprint
 from paraboloid.passes.memory import RECORDINGS
 from paraboloid.passes.torch_internals import version
 from paraboloid.passes.wrappers import innermost
+from paraboloid.quantities.over_data import Passes
 
 T = TypeVar("T")
-_NO_TARGETS = (
-    "every target of every batch is ignored or has zero class weight, so the mean loss is 0/0; expected at least one "
-    "target that counts."
-)
 
 
 class Graph(Protocol):
@@ -74,16 +67,21 @@ def as_loss(loss_fn: Any) -> Loss:
         return Opaque(loss_fn)
 
 
-class Replay:
+@contextmanager
+def _twice(model: Any, autocast: Autocast, inside: Callable[[], AbstractContextManager[T]]) -> Iterator[T]:
+    """Of a forward pass that will be differentiated twice."""
+    with undisturbed(model), TwiceDifferentiable(), autocast(), inside() as given:
+        yield given
+
+
+class Replay(Passes[Any]):
     """One graph for each batch of the data: ``with replay.graphs() as graphs``, again and again.
 
-    The first pass, made at once, checks outputs, targets and loss, and finds the total normalizer.  If all graphs fit
-    into `max_memory` bytes they are kept and the data is not read again.  Else none is: each pass reads the data and
-    records anew, and raises RuntimeError if the summed loss moved.  Masks of dropout, and whatever else draws from
-    torch's global random state (a shuffling loader too), are those of `seed` on each pass.
+    The first pass is made at once.  If all graphs fit into `max_memory` bytes they are kept and the data is not read
+    again.  Else none is: each pass reads the data and records anew.
 
     A graph is made from output, targets, loss, parameters and the batch's place in the pass.  With `ordered` it depends
-    on which sample comes where, and RuntimeError is raised if their order moved.
+    on which sample comes where.
     """
 
     def __init__(
@@ -99,25 +97,20 @@ class Replay:
         ordered: bool = False,
         inside: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
-        self.parameters: dict[str, nn.Parameter] = trees.parameters(model)
-        self.model, self.loss, self.output = innermost(model), as_loss(loss_fn), output
-        self.data, self.graph = data, graph
-        if isinstance(data, Iterator):
-            raise ValueError(f"data is a {type(data).__name__}, which can be read only once; expected a batch, or what "
-                             "can be iterated again, such as a list of batches or a DataLoader.")  # fmt: skip
-        self.inside = inside  # of every forward pass that a graph is made from
-        device = next(iter(self.parameters.values())).device
-        self.stream, self.autocast = RandomStream(seed, device), Autocast(device)
         self.max_memory = RECORDINGS.of(max_memory)
+        model = innermost(model)
+        self.autocast = Autocast(next(iter(trees.parameters(model).values())).device)
+        super().__init__(
+            model, as_loss(loss_fn), data, partial(_twice, model, self.autocast, inside), output=output, seed=seed,
+            ordered=ordered, instead=f", or let the graphs fit into max_memory (now {self.max_memory} bytes), so that "
+            "one pass is enough",
+        )  # fmt: skip
+        self.graph = graph
         self.versions = self._versions()
-        self.samples, self.normalizer, self.total = 0, 0.0, 0.0
-        self.order: list[float] | None = [] if ordered else None  # of each batch, a number that follows its order
         self.certified = False  # whether autograd's second derivatives were found right, on the first batch
         self.size, self.flops = 0, 0  # bytes of the kept graphs, floating-point operations of their forward passes
         self.kept: list[Any] | None = []
         self.batching: Batching | None = None
-        if len(self.loss.terms) > 1 and batch_data.as_batch(data) is None:
-            self.loss = self._settled()
         self._first_pass()
 
     @property
@@ -149,50 +142,36 @@ class Replay:
                                    "that at the old parameters. Make a new one.")  # fmt: skip
 
     def _graphs(self) -> Iterator[Any]:
-        total = 0.0
-        for index, (f, y) in enumerate(self._outputs(self.inside)):
-            total += self._summed_loss(f, y)
-            self._check_order(f, y, index)
-            yield self.graph(f, y, self.loss, list(self.parameters.values()), index)
-        self._check_total(total)
+        for index, (_, f, y) in enumerate(self):
+            yield self._made(f, y, index)
 
-    def _settled(self) -> Loss:
-        """A sum of losses, each term divided by its own total over all batches: one pass to count them."""
-        totals, samples = [0.0] * len(self.loss.terms), 0
-        with undisturbed(self.model):
-            for f, y in self._outputs():
-                self.loss.check(f, y)
-                samples += len(f)
-                for i, term in enumerate(self.loss.terms):
-                    with suppress(NoTargets):
-                        totals[i] += term.normalizer(f.detach(), y)
-        totals = [1.0 if t.reduction == "sum" else m for t, m in zip(self.loss.terms, totals, strict=True)]
-        if min(totals) <= 0:
-            raise NoTargets(_NO_TARGETS)
-        return settled(self.loss, totals, samples)
+    def _made(self, f: Tensor, y: Any, index: int) -> Graph:
+        f = f.float() if f.dtype in (torch.float16, torch.bfloat16) else f
+        return self.graph(f, y, self.loss, list(self.parameters.values()), index)
 
     def _first_pass(self) -> None:
         with undisturbed(self.model):
-            outputs = self._outputs(self.inside)
+            batches = iter(self)
             while self.kept is not None:
                 with Footprint(self.parameters.values()) as footprint:
-                    if (pair := next(outputs, None)) is None:
+                    if (batch := next(batches, None)) is None:
                         break
                     self.flops += footprint.flops
                     footprint.counts = False
-                    self._count(*pair)
-                    self.kept.append(self.graph(*pair, self.loss, list(self.parameters.values()), len(self.kept)))
+                    _, f, y = batch
+                    if not f.requires_grad:
+                        raise ValueError(
+                            "the model's output does not depend on any parameter that requires a gradient; expected a "
+                            "differentiable output. Does the model detach it, or run under no_grad?"
+                        )
+                    self.kept.append(self._made(f, y, len(self.kept)))
                     self.kept[-1].prepare()
-                    del pair
+                    del batch, f, y
                 self.size += footprint.bytes_kept()
                 if self.size > self.max_memory:
                     self.kept = None
-            for f, y in outputs:
-                self._count(f, y)
-        if self.loss.reduction in ("sum", "whole"):
-            self.normalizer = 1.0
-        if self.normalizer <= 0:
-            raise NoTargets(_NO_TARGETS)
+            for _ in batches:
+                pass
 
     def product(self, graph: Graph, v: list[Tensor], block: Sequence[int]) -> list[Tensor]:
         """The graph's product with v; the first one certifies it (see `certify`)."""
@@ -226,7 +205,7 @@ class Replay:
         What a wrong double backward nearly always shows.  Done once, on one batch.
         """
         if not self.certified:
-            self._compare(*graph.adjoint_pair(torch.Generator(self.stream.device).manual_seed(0)))
+            self._compare(*graph.adjoint_pair(torch.Generator(self.device).manual_seed(0)))
 
     def _compare(self, one: Tensor, other: Tensor, scale: Tensor) -> None:
         dtype = next(iter(self.parameters.values())).dtype
@@ -244,87 +223,7 @@ class Replay:
         """(tape, output, targets) of each batch of one pass, its forward pass made inside ``with record() as tape``."""
         self.check_unchanged()
         with undisturbed(self.model):
-            yield self._tapes(record)
-
-    def _tapes(self, record: Callable[[], AbstractContextManager[T]]) -> Iterator[tuple[T, Tensor, Any]]:
-        tapes: list[T] = []
-
-        @contextmanager
-        def inside() -> Iterator[None]:
-            with record() as tape:
-                tapes.append(tape)
-                yield
-
-        total = 0.0
-        for index, (f, y) in enumerate(self._outputs(inside)):
-            total += self._summed_loss(f, y)
-            self._check_order(f, y, index)
-            yield tapes.pop(), f, y
-        self._check_total(total)
-
-    def _outputs(self, inside: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Iterator[tuple[Tensor, Any]]:
-        """(output, targets) of each batch in one pass; the output is part of a graph, and at least float32."""
-        self.stream.rewind()
-        iterator = batch_data.batches(self.data)
-        while True:
-            with self.stream:
-                batch = next(iterator, None)
-            if batch is None:
-                return
-            inputs, y = batch
-            with self.stream, undisturbed(self.model), TwiceDifferentiable(), self.autocast(), inside():
-                f = batch_data.call(self.model, inputs, self.output)
-            if f.dtype in (torch.float16, torch.bfloat16):
-                f = f.float()
-            del batch, inputs
-            yield f, y
-
-    def _count(self, f: Tensor, y: Any) -> None:
-        """Check a batch at the door and add it to the totals."""
-        self.loss.check(f, y)
-        if not f.requires_grad:
-            raise ValueError("the model's output does not depend on any parameter that requires a gradient; expected a "
-                             "differentiable output. Does the model detach it, or run under no_grad?")  # fmt: skip
-        if self.samples and self.loss.reduction == "whole":
-            raise ValueError("the loss is a plain callable, which does not tell how it divides, and the data has "
-                             "several batches; expected one batch, a callable with .reduction == 'sum', a torch loss "
-                             "module that paraboloid knows, or a subclass of pb.Loss.")  # fmt: skip
-        self.samples += len(f) if f.dim() else 1
-        with suppress(NoTargets):  # such a batch adds nothing to the sums over a loader
-            self.normalizer += self.loss.normalizer(f, y)
-        self.total += self._summed_loss(f, y)
-        if self.order is not None:
-            self.order.append(self._order_of(f, y))
-
-    def _summed_loss(self, f: Tensor, y: Any) -> float:
-        return batch_data.check_finite(self.loss.sample_losses(f, y).detach().sum()).item()
-
-    def _order_of(self, f: Tensor, y: Any) -> float:
-        losses = self.loss.sample_losses(f, y).detach()
-        return (losses * torch.linspace(1, 2, len(losses), dtype=losses.dtype, device=losses.device)).sum().item()
-
-    def _check_order(self, f: Tensor, y: Any, index: int) -> None:
-        if self.order is None:
-            return
-        found = self._order_of(f, y)
-        expected = self.order[index] if index < len(self.order) else 0.0
-        dtype = next(iter(self.parameters.values())).dtype
-        if abs(found - expected) > torch.finfo(dtype).eps ** 0.75 * max(abs(found), abs(expected)):
-            raise RuntimeError(
-                f"batch {index} does not hold the samples of the first pass in their order, to which the drawn labels "
-                "belong; expected the same batches on each pass. Turn shuffling off, or let the graphs fit into "
-                f"max_memory (now {self.max_memory} bytes), so that one pass is enough."
-            )
+            yield self.inside(partial(_twice, self.model, self.autocast, record))
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(version(p), p.data_ptr()) for p in self.parameters.values()]
-
-    def _check_total(self, total: float) -> None:
-        dtype = next(iter(self.parameters.values())).dtype
-        if abs(total - self.total) > torch.finfo(dtype).eps ** 0.75 * abs(self.total):
-            raise RuntimeError(
-                f"the summed loss moved from {self.total:.8g} to {total:.8g} between two passes over the data, so the "
-                "passes do not see one function; expected the same samples and values on each pass. Turn random "
-                "augmentation, drop_last with shuffling, and changes of mode or parameters off, or let the graphs fit "
-                f"into max_memory (now {self.max_memory} bytes), so that one pass is enough."
-            )

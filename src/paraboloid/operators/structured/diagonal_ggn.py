@@ -8,10 +8,9 @@ from torch import nn
 
 from paraboloid.data.batches import Output
 from paraboloid.linalg.eigenform import diagonal_form
-from paraboloid.operators.matrix_free.pulls import Pulls
 from paraboloid.operators.structured.diagonalised import Diagonalised
-from paraboloid.quantities.named import DiagGGN
-from paraboloid.reductions.sums import reduce
+from paraboloid.quantities.curvature import DiagGGN
+from paraboloid.quantities.over_data import OverData
 
 
 def DiagonalGGN(
@@ -34,16 +33,6 @@ def DiagonalGGN(
 
     Raises ValueError where batch norm in training mode mixes the samples.
     """
-    pulls = Pulls(
-        model, loss_fn, data, DiagGGN(samples).source, output=output, seed=seed, max_memory=max_memory, separate=True
-    )
-
-    def add(name, value, o):
-        return _plus(value, reduce(o, {"squares"}, pulls.max_memory)["squares"])
-
-    sums = pulls.summed(add, _plus)
-    return Diagonalised(pulls.parameters, [diagonal_form(pulls.factor * value.flatten()) for value in sums.values()])
-
-
-def _plus(total, value):
-    return value if total is None else total.add_(value)
+    quantity, passes = DiagGGN(samples), OverData(model, loss_fn, data, output=output, seed=seed, max_memory=max_memory)
+    sums = passes.sums([quantity]).values[quantity.name]
+    return Diagonalised(passes.values, [diagonal_form(passes.factor * value.flatten()) for value in sums.values()])

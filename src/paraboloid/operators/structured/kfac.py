@@ -23,16 +23,12 @@ from torch import Tensor, nn
 from paraboloid.data.batches import Output
 from paraboloid.linalg.eigenform import Eigenform
 from paraboloid.linalg.kronecker import Decomposed, Kron
-from paraboloid.operators.matrix_free.pulls import Pulls
 from paraboloid.operators.partition import block_names
 from paraboloid.operators.structured.diagonalised import Diagonalised
 from paraboloid.operators.structured.kronecker_factored import KroneckerFactored
-from paraboloid.passes.memory import INPUTS
-from paraboloid.quantities.named import check_sharing, fisher_source
-from paraboloid.reductions.eigenbasis import Turned, eigen_scale
-from paraboloid.reductions.kronecker_factors import Factors, add_factors, merged, scale_factors
-from paraboloid.reductions.outer import Outer
-from paraboloid.reductions.recent import Recent
+from paraboloid.quantities import kronecker
+from paraboloid.quantities.over_data import OverData
+from paraboloid.reductions.kronecker_factors import Factors, scale_factors
 
 
 def KFAC(
@@ -62,13 +58,13 @@ def KFAC(
     Raises NotImplementedError for parameters without Kronecker structure, with what to do.
     Sources: Martens & Grosse 2015, arXiv:1503.05671; Eschenhagen et al. 2023, arXiv:2311.00636 (expand, reduce).
     """
-    options = {"fisher": fisher, "samples": samples, "seed": seed, "output": output, "max_memory": max_memory}
-    pulls = _pulls(model, loss_fn, data, **options)
-    factors, _ = fitted(pulls, sharing, thin=measure_on is None)
-    K = KroneckerFactored(pulls.parameters, factors)
+    options = {"seed": seed, "output": output, "max_memory": max_memory}
+    quantity = factors_of(fisher, samples, sharing, thin=measure_on is None)
+    passes = OverData(model, loss_fn, data, **options)
+    K = KroneckerFactored(passes.values, fitted(passes, quantity)[0])
     if measure_on is None:
         return K
-    other, _ = fitted(_pulls(model, loss_fn, measure_on, **options), sharing, thin=True)
+    other, _ = fitted(OverData(model, loss_fn, measure_on, **options), factors_of(fisher, samples, sharing))
     pairs = zip(K.eigenform.forms, other.values(), strict=True)
     return Diagonalised(K.parameters, [kron.along(form) for form, kron in pairs])
 
@@ -106,59 +102,42 @@ def EKFAC(
 
     Source: George et al. 2018, arXiv:1806.03884.
     """
-    options = {"fisher": fisher, "samples": samples, "seed": seed, "output": output, "max_memory": max_memory}
+    options = {"seed": seed, "output": output, "max_memory": max_memory}
     same = measure_on is None
-    pulls = _pulls(model, loss_fn, data, **options, repeated=same)
     # summed or averaged over positions, the rows do not span what the exact eigenvalues see: no thin bases then
-    factors, exact = fitted(pulls, sharing, thin=same and sharing == "expand")
-    names = block_names(pulls.parameters, [[i] for i in range(len(pulls.parameters))])
+    quantity = factors_of(fisher, samples, sharing, thin=same and sharing == "expand")
+    passes = OverData(model, loss_fn, data, **options, again=same)
+    factors, exact = fitted(passes, quantity)
+    names = block_names(passes.parameters, [[i] for i in range(len(passes.parameters))])
     known: list[Decomposed] = []
     forms = {k: product.eigenform(n, known) for (k, product), n in zip(factors.items(), names, strict=True)}
-    other = pulls if same else _pulls(model, loss_fn, measure_on, **options)
-    scales = measured_scales(other, {k: form for k, form in forms.items() if not (same and k in exact)})
+    other = passes if same else OverData(model, loss_fn, measure_on, **options)
+    forms_left = {k: form for k, form in forms.items() if not (same and k in exact)}
+    scales = measured_scales(other, forms_left, fisher, samples)
     return Diagonalised(
-        pulls.parameters, [replace(form, values=scales[k]) if k in scales else form for k, form in forms.items()]
+        passes.values, [replace(form, values=scales[k]) if k in scales else form for k, form in forms.items()]
     )
 
 
-def _pulls(model, loss_fn, data, *, fisher, samples, seed, output, max_memory, repeated=False) -> Pulls:
-    source = fisher_source(fisher, samples)
-    return Pulls(
-        model, loss_fn, data, source, output=output, seed=seed, max_memory=max_memory, repeated=repeated
-    )  # fmt: skip
+def factors_of(fisher: str, samples: int, sharing: str = "expand", thin: bool = True) -> kronecker.KFAC:
+    """The quantity whose running values are the sums of factors; `thin`: those of few rows are kept by these."""
+    quantity = kronecker.KFAC(fisher, samples, sharing)
+    quantity.thin = thin
+    return quantity
 
 
-def fitted(pulls: Pulls, sharing: str, thin: bool) -> tuple[dict[str, Kron], set[str]]:
+def fitted(passes: OverData, quantity: kronecker.KFAC) -> tuple[dict[str, Kron], set[str]]:
     """The factors of every parameter from one pass, summed over all data before the product; whose block is exact."""
-    sums = summed_factors(pulls, sharing, thin)
+    sums: dict[str, Factors] = passes.sums([quantity]).values[quantity.name]
     exact = {name for name, value in sums.items() if value.exact is not None}
-    return {name: scale_factors(value, pulls.factor) for name, value in sums.items()}, exact
+    return {name: scale_factors(value, passes.factor) for name, value in sums.items()}, exact
 
 
-def summed_factors(pulls: Pulls, sharing: str, thin: bool) -> dict[str, Factors]:
-    """The sums of every parameter's factors from one pass; `thin`: factors of few rows are kept by their rows."""
-    check_sharing(sharing)
-    recent = Recent()
-
-    def add(name: str, value: Factors | None, o: Outer) -> Factors:
-        return add_factors(value, o, sharing, pulls.max_memory, thin, recent)
-
-    return pulls.summed(add, merged)
-
-
-def measured_scales(pulls: Pulls, forms: Mapping[str, Eigenform]) -> dict[str, Tensor]:
+def measured_scales(
+    passes: OverData, forms: Mapping[str, Eigenform], fisher: str, samples: int, separate: bool = False
+) -> dict[str, Tensor]:
     """The exact eigenvalues along the eigenvectors of `forms`, from one pass."""
-
-    turned = Turned(INPUTS.of(pulls.max_memory))
-
-    def add(name, value, o):
-        if name not in forms:
-            return None
-        if value is None:  # a new batch
-            turned.start(name)
-        bases, several = (forms[name].left, forms[name].right), pulls.vectors > len(o.left)
-        scale = eigen_scale(o, *bases, pulls.max_memory, pulls.vectors, turned if several else None, name)
-        return scale if value is None else value.add_(scale)
-
-    sums = pulls.summed(add, lambda total, value: value if total is None else total.add_(value))
-    return {name: (pulls.factor * value).to(forms[name].values) for name, value in sums.items() if value is not None}
+    quantity = kronecker.EigenScale(forms, fisher, samples)
+    quantity.some, quantity.per_sample = True, separate
+    sums = passes.sums([quantity]).values[quantity.name]
+    return {name: (passes.factor * sums[name]).to(form.values) for name, form in forms.items()}

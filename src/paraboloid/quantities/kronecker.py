@@ -1,0 +1,138 @@
+"""Kronecker factors of every parameter's block, and eigenvalues along given Kronecker eigenvectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import copy
+from functools import partial
+
+from paraboloid.graph.kfra_recursion import kfra
+from paraboloid.linalg.eigenform import Eigenform
+from paraboloid.linalg.kronecker import Kron
+from paraboloid.linalg.operand import check_count
+from paraboloid.passes.memory import INPUTS
+from paraboloid.quantities.curvature import sampled
+from paraboloid.quantities.quantity import GRADIENT, NOTHING, ROOT, Quantity, Source, plus
+from paraboloid.reductions import kronecker_factors
+from paraboloid.reductions.eigenbasis import Turned, eigen_scale
+
+FISHERS = {"mc": "kfac", "exact": "kflr", "empirical": "kfac_empirical"}
+
+
+def fisher_source(fisher: str, samples: int = 1) -> Source:
+    """What a Fisher pulls back; raises ValueError for an unknown one and for samples < 1."""
+    if fisher not in FISHERS:
+        raise ValueError(f"fisher is {fisher!r}; expected one of {list(FISHERS)}.")
+    return {"mc": sampled(check_count("samples", samples)), "exact": ROOT, "empirical": GRADIENT}[fisher]
+
+
+def check_sharing(sharing: str) -> str:
+    if sharing not in ("expand", "reduce"):
+        raise ValueError(f"sharing is {sharing!r}; expected 'expand' or 'reduce'.")
+    return sharing
+
+
+class KFAC(Quantity):
+    """Kronecker factors of the curvature block, `Kron(left, right)`, of the loss as reduced.
+
+    fisher: "mc" (labels sampled from the model, unbiased factors), "exact" (KFLR) or "empirical" (the given labels).
+    sharing: "expand" or "reduce", for weights used at several positions.
+
+    Batch norm in training mode is accepted, as optimisers need it: the vectors of all samples are pulled at once, and a
+    sample's row of a layer's output gradient also holds what the others feel through the batch's statistics.  For
+    sampled labels these cross terms vanish on average.  The norm's own weight and bias are treated in the same way.
+    """
+
+    per_sample = False
+    over_ranks = "running"
+
+    def __init__(self, fisher: str = "mc", samples: int = 1, sharing: str = "expand"):
+        self.source = fisher_source(fisher, samples)
+        self.name, self.sharing = FISHERS[fisher], check_sharing(sharing)
+        self.thin = False  # whether factors of few rows are kept by these
+
+    def add(self, value, group):
+        return kronecker_factors.add_factors(
+            value, group.outer, self.sharing, group.memory, self.thin, recent=group.recent
+        )
+
+    def merge(self, a, b):
+        return kronecker_factors.merged(a, b)
+
+    def finish(self, value, scale):
+        return kronecker_factors.scale_factors(value, scale.a)
+
+
+class EigenScale(Quantity):
+    """Eigenvalues in given Kronecker eigenbases, [G, r_left, r_right], of the loss as reduced: the scale of EKFAC.
+
+    a sum_{v,n} (u_i . (J_n^T v) w_j)^2 for the eigenvectors u_i, w_j of each parameter's factors: the diagonal of its
+    exact block (or Monte Carlo, or empirical) in that basis, positions and uses summed before squaring.
+
+    forms: an `Eigenform` by parameter name, from `Kron.eigenform()` say.  fisher, samples: as in `KFAC`.
+    Source: George et al. 2018, arXiv:1806.03884.
+    """
+
+    name, per_sample = "eigen_scale", False
+    over_ranks = "running"
+    some = False  # whether parameters without an eigenbasis are left out
+
+    def __init__(self, forms: Mapping[str, Eigenform], fisher: str = "mc", samples: int = 1):
+        self.forms, self.source = forms, fisher_source(fisher, samples)
+        self.vectors: int | None = None  # of a batch
+        self.turned: Turned | None = None
+
+    def bound(self, tape, loss, f, y, memory):
+        quantity = copy(self)
+        quantity.vectors = loss.root_columns(f) if self.source == ROOT else self.source.samples
+        quantity.turned = Turned(INPUTS.of(memory))
+        return quantity
+
+    def add(self, value, group):
+        if group.name not in self.forms:
+            if self.some:
+                return None
+            raise ValueError(f"parameter {group.name!r} has no eigenbasis; expected one in forms, which has "
+                             f"{sorted(self.forms)}.")  # fmt: skip
+        form, several = self.forms[group.name], (self.vectors or 0) > len(group.outer.left)
+        turned = self.turned if several else None
+        return plus(
+            value, eigen_scale(group.outer, form.left, form.right, group.memory, self.vectors, turned, group.name)
+        )
+
+    def finish(self, value, scale):
+        return value.mul_(scale.a)
+
+
+class KFRA(Quantity):
+    """Kronecker factors by a recursion over the layers, `Kron(left, right)`, of the loss as reduced: for sequential
+    networks of linear, convolution, activation and pooling layers.
+
+    The curvature in a layer's output is averaged over the batch before it passes the layer below, so the cost does not
+    grow with the number of classes as that of "kflr" does.  For one sample, and for deep linear networks, it is "kflr".
+
+    The matrix has D x D entries for a layer with D output elements.  Where images make it larger than a quarter of
+    `max_memory` (64 MiB by default) it is kept in channel blocks: what couples the channels at one position, for each
+    position; what couples different positions is dropped, at every layer below too.  A bias's factor then is the sum of
+    these blocks.
+
+    Raises NotImplementedError for branches (residual connections), other layers, and parameters used several times.
+    Source: Botev, Ritter & Barber 2017, arXiv:1706.03662.
+    """
+
+    name, source = "kfra", NOTHING
+    _compute: Callable[[], dict[str, Kron]]
+
+    def bound(self, tape, loss, f, y, memory):
+        quantity = KFRA()
+        quantity._compute = partial(kfra, tape, loss, f, y, memory)
+        return quantity
+
+    def complete(self, values):
+        return self._compute()
+
+    def merge(self, a, b):
+        raise ValueError(
+            "'kfra' averages curvature over a batch before it passes each layer, so the values of several batches do "
+            "not make up one; expected a single batch. Ask for 'kflr', which adds up."
+        )

@@ -1,0 +1,204 @@
+"""A recorded forward pass with the statistics of what it recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paraboloid.data import batches as batch_data
+from paraboloid.distributed import collectives
+from paraboloid.engine.tape import Tape
+from paraboloid.engine.twice_differentiable import twice_differentiable
+from paraboloid.losses import Loss
+from paraboloid.losses.loss import full
+from paraboloid.passes import trees
+from paraboloid.passes.memory import GRADIENTS, INPUTS
+from paraboloid.passes.modes import own_arithmetic
+from paraboloid.passes.random_state import isolated
+from paraboloid.passes.torch_internals import DisableTorchFunction
+from paraboloid.passes.wrappers import unwrapped
+from paraboloid.quantities.named import check_samples, resolve
+from paraboloid.quantities.over_ranks import check_summable
+from paraboloid.quantities.quantity import GRADIENT, Group, Quantity, Scale, Source
+from paraboloid.quantities.result import Statistics, concluded, of_sums
+from paraboloid.quantities.sums import Gradient, Values, finished, sums_of
+from paraboloid.reductions.outer import Outer
+from paraboloid.reductions.products import keep_inputs, merge
+from paraboloid.reductions.recent import Recent
+from paraboloid.reductions.sums import reduce
+
+
+class Recording(Tape):
+    """A tape with the statistics of what it recorded."""
+
+    def __init__(self, model: nn.Module, verify: str | bool = "auto"):
+        super().__init__(model, verify)
+        self.room = 0  # bytes of pulled-back vectors that are kept, for the same source to be asked for again
+        self.pulled: dict[Source, list[dict[str, list[Outer]]]] = {}
+
+    def statistics(
+        self,
+        loss_fn: nn.Module | Loss,
+        output: Tensor,
+        target: Tensor,
+        quantities: Iterable[str | Quantity] | str | Quantity,
+        *,
+        seed: int = 0,
+        generator: torch.Generator | None = None,
+        max_memory: int | None = None,
+        accumulate_grad: bool = False,
+        all_reduce: Any = False,
+    ) -> Statistics:
+        """Quantities of the recorded forward pass; see `statistics`.
+
+        Before ``loss.backward()``, or after it with ``retain_graph=True``.
+        """
+        loss, wanted = Loss.from_torch(loss_fn), resolve(quantities)
+        if (group := collectives.group_of(all_reduce)) is not None:
+            check_summable(wanted)
+        with DisableTorchFunction(), own_arithmetic(output.device):
+            loss.check(output, target)
+            if group is None:
+                check_samples(wanted, len(output))
+                scale = Scale(len(output), 1 / loss.normalizer(output, target))
+                value = batch_data.check_finite(loss.value(full(output), target))
+            if generator is None:
+                generator = torch.Generator(device=output.device).manual_seed(collectives.rank_seed(seed, group))
+            values, gradient = self.running(loss, output, target, wanted, generator, max_memory, accumulate_grad)
+            if group is not None:
+                sums = sums_of(loss, output, target, values, gradient)
+                return of_sums(self.model, self.parameters, wanted, loss, sums, [output], accumulate_grad, group)
+            totals = gradient if accumulate_grad else None
+            return concluded(self.model, self.parameters, wanted, values, totals, scale, value, output.detach())
+
+    def running(
+        self, loss: Loss, f: Tensor, y: Tensor, quantities: Iterable[Quantity], generator: torch.Generator,
+        max_memory: int | None = None, accumulate: bool = False,
+    ) -> tuple[Values, Gradient]:  # fmt: skip
+        """The running values of this batch, and with `accumulate` the gradient of the unreduced loss."""
+        quantities = [q.bound(self, loss, f, y, max_memory) for q in quantities]
+        by_source: dict[Source, list[Quantity]] = {}
+        for q in quantities:
+            by_source.setdefault(q.source, []).append(q)
+        if accumulate:
+            by_source.setdefault(GRADIENT, [])
+        mixed = not any(q.per_sample for q in quantities)
+        values: Values = {q.name: {} for q in quantities}
+        gradient: Gradient = {}
+        for source, sharing in by_source.items():
+            vectors = output_vectors(loss, f, y, source, generator)
+            totals = gradient if accumulate and source == GRADIENT else None
+            values |= self._reduce(f, vectors, sharing, totals, max_memory, mixed, source)
+        return {q.name: q.complete(values[q.name]) for q in quantities}, gradient
+
+    def of_vectors(
+        self, output: Tensor, vectors: Iterable[Tensor], quantity: Quantity, max_memory: int | None = None
+    ) -> dict[str, Any]:
+        """A quantity of given vectors in output space in the place of its own, by parameter name; with the factor 1."""
+        with DisableTorchFunction(), own_arithmetic(output.device):
+            found = self._reduce(output, iter(vectors), [quantity], None, max_memory, not quantity.per_sample, None)
+            values = quantity.complete(found[quantity.name])
+            return finished(quantity, values, self.parameters, Scale(len(output), 1.0))
+
+    def _reduce(self, f, vectors, quantities, totals, max_memory, mixed, source) -> Values:
+        """The running values after all vectors; autograd's own gradient is added to `totals` if given."""
+        running: Values = {q.name: dict.fromkeys(self.parameters) for q in quantities}
+        needs = frozenset[str]().union(*(q.needs for q in quantities))
+        for outers in self.pulled.get(source) or self._groups(f, vectors, totals, max_memory, mixed, needs, source):
+            recent = Recent()
+            with torch.no_grad():
+                for name in self.parameters:
+                    o = merge(outers[name] if self.room else outers.pop(name))
+                    group = Group(reduce(o, needs, max_memory, recent), o, max_memory, name, recent)
+                    held: set[int] = set()
+                    for q in quantities:
+                        try:
+                            before = running[q.name][name]
+                            value = q.add(before, group)
+                            running[q.name][name] = _owned(value, held) if before is None else value
+                        except NotImplementedError as e:
+                            raise NotImplementedError(f"{q.name!r}: parameter {name!r} {e}") from None
+        return running
+
+    def _groups(self, f, vectors, totals, max_memory, mixed, needs, source) -> Iterator[dict[str, list[Outer]]]:
+        """The vectors pulled back, as many at a time as fit."""
+        size = sum(c.shape.numel() for c in self.calls) * f.element_size()
+        count = GRADIENTS.count(size, max_memory, f.device)
+        vs, inputs, seen, room = list(islice(vectors, count)), [], [], self.room
+        while vs:
+            following = list(islice(vectors, count))
+            outers = self.pull(f, torch.stack(vs) if len(vs) > 1 else vs[0][None], totals, batch_statistics=mixed)
+            if following and needs and not inputs:
+                every = (o for uses in outers.values() for o in uses)
+                inputs = keep_inputs(every, INPUTS.of(max_memory))
+            room -= len(vs) * size
+            if room >= 0:
+                seen.append(outers)
+            else:
+                seen.clear()
+            vs = following
+            yield outers
+        for right in inputs:
+            right.forget()
+        if seen:
+            self.pulled[source] = seen
+
+
+def _owned(value: Any, held: set[int]) -> Any:
+    """A first running value as the quantity's own, to be changed in place: what another one took is copied."""
+
+    def own(t: Tensor) -> Tensor:
+        t = t.clone() if t.data_ptr() in held else t
+        held.add(t.data_ptr())
+        return t
+
+    return trees.mapped(own, value)
+
+
+def output_vectors(loss: Loss, f: Tensor, y: Tensor, source: Source, generator: torch.Generator) -> Iterator[Tensor]:
+    """The vectors of the output's shape that a source stands for."""
+    if source.kind == "gradient":
+        return iter([loss.gradient(f, y)])
+    if source.kind == "root":
+        return loss.hessian_root(f, y)
+    if source.kind == "nothing":
+        return iter(())
+    return loss.sampled_gradients(f, y, source.samples, generator)
+
+
+@contextmanager
+def record(model: nn.Module, verify: str | bool = "auto") -> Iterator[Recording]:
+    """Record the forward passes inside the block, for quantities of your own training step.
+
+        with pb.record(model) as tape:
+            output = model(x)
+        stats = tape.statistics(loss_fn, output, y, ["variance"])
+
+    Axis 0 of the output is the sample.  Everything that consumes a trainable parameter is noted; nothing is attached to
+    the model.  verify: how often the independence of the samples is certified, see `statistics`.
+    """
+    tape = Recording(model, verify)
+    with tape.recording():
+        yield tape
+
+
+@contextmanager
+def forward(
+    model: nn.Module, inputs: Any, device: torch.device, seed: int, output: batch_data.Output | None = None,
+    verify: str | bool = "auto", twice: bool = False,
+) -> Iterator[tuple[Recording, Tensor]]:  # fmt: skip
+    """(recording, output) of one batch with the masks of `seed`; afterwards everything is as it was: torch's random
+    state, the model's buffers, whatever mode is on around it.
+
+    twice: whether the forward pass is differentiated twice.
+    """
+    with isolated(model, device, seed):
+        double = twice_differentiable() if twice else nullcontext()
+        with torch.inference_mode(False), torch.enable_grad(), record(model, verify) as tape, double:
+            f = batch_data.call(unwrapped(model), inputs, output)
+        yield tape, f

@@ -1,0 +1,100 @@
+"""What `pb.statistics` gives: quantity -> parameter -> value, finished from sums."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paraboloid.data.batches import check_finite
+from paraboloid.distributed import collectives
+from paraboloid.losses import Loss
+from paraboloid.losses.loss import full
+from paraboloid.quantities.named import check_samples
+from paraboloid.quantities.over_ranks import combine
+from paraboloid.quantities.quantity import Quantity, Scale
+from paraboloid.quantities.sums import Gradient, Sums, Values, finished, scale_of
+
+
+class Statistics(Mapping[str, dict[str, Any]]):
+    """quantity -> parameter name -> value; with the loss as reduced and the model's output, detached.
+
+    `samples` is the number of samples N and `normalizer` what the loss divides by (N for a plain mean, 1 for a sum);
+    with `all_reduce` both are those of all ranks, like the loss.
+    """
+
+    def __init__(self, values: dict[str, dict[str, Any]], loss: Tensor, output: Tensor, scale: Scale):
+        self._values, self.loss, self.output = values, loss, output
+        self.samples, self.normalizer = scale.N, 1 / scale.a
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        if name not in self._values:
+            raise KeyError(f"{name!r} was not asked for; available: {list(self._values)}")
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def total(self, name: str) -> Tensor:
+        """Sum over parameters, for values whose shape does not depend on the parameter (square_norms, gram)."""
+        values = list(self[name].values())
+        if not all(isinstance(v, Tensor) and v.shape == values[0].shape for v in values) or name not in TOTALS:
+            raise ValueError(f"{name!r} has a value of its own shape for every parameter, so there is no total; totals "
+                             f"exist for {sorted(TOTALS)}.")  # fmt: skip
+        return torch.stack(values).sum(0)
+
+    def __repr__(self) -> str:
+        return f"Statistics({list(self._values)}, loss={float(self.loss):.6g})"
+
+
+TOTALS = {"square_norms", "gram"}
+
+
+def concluded(
+    model: nn.Module, parameters: Mapping[str, Tensor], quantities: Sequence[Quantity], values: Values,
+    gradient: Gradient | None, scale: Scale, loss: Tensor, output: Any, group: Any = None,
+) -> Statistics:  # fmt: skip
+    """The finished values; a gradient that is given is added to `.grad`."""
+    found = {q.name: finished(q, values[q.name], parameters, scale) for q in quantities}
+    if gradient is not None:
+        _accumulate(gradient, parameters, scale.a, collectives.wrapper_group(model) if group is None else None)
+    return Statistics(found, loss, output, scale)
+
+
+def of_sums(
+    model: nn.Module, parameters: Mapping[str, Tensor], quantities: Sequence[Quantity], loss: Loss, sums: Sums,
+    outputs: Sequence[Tensor], accumulate: bool, group: Any,
+) -> Statistics:  # fmt: skip
+    """The same from the sums of several batches, or of this rank's part of a batch."""
+    f = full(outputs[0][:0])
+    if group is None:
+        scale = scale_of(loss, [(sums.N, sums.normalizers)], "batch")
+    else:
+        sums, scale = combine(quantities, sums, parameters, loss, f.device, group)
+    value = check_finite(torch.tensor(sums.loss * scale.a, dtype=f.dtype, device=f.device))
+    check_samples(quantities, scale.N)
+    gradient = sums.gradient if accumulate else None
+    return concluded(model, parameters, quantities, sums.values, gradient, scale, value, joined(outputs), group)
+
+
+def joined(outputs: Sequence[Tensor]) -> Any:
+    """The outputs of all batches as one tensor, in order; a list where they differ in more than axis 0."""
+    outputs = [f.detach() for f in outputs]
+    if len(outputs) == 1:
+        return outputs[0]
+    return torch.cat(outputs) if len({f.shape[1:] for f in outputs}) == 1 else outputs
+
+
+@torch.no_grad()
+def _accumulate(gradient: Gradient, parameters: Mapping[str, Tensor], a: float, wrapper: Any) -> None:
+    """Add a times the gradient to `.grad`; averaged over a data-parallel wrapper's group, as backward() does."""
+    if wrapper is not None:
+        gradient, a = collectives.averaged(gradient, parameters, a, wrapper), 1.0
+    for name, p in parameters.items():
+        if (g := gradient[name]) is not None:
+            p.grad = a * g if p.grad is None else p.grad.add_(g, alpha=a)
