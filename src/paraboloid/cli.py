@@ -23,8 +23,19 @@ SMALL = 200_000  # parameters up to which more threads than one cost more than t
 INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
 
+OUT = click.option("--out", type=click.Path(path_type=Path), default=Path("report"), show_default=True,
+                   help="Directory of the report; made if missing, an older report in it is replaced.")  # fmt: skip
+QUICK = click.option("--quick", is_flag=True, help="Train and measure less: a first look in a fraction of the time.")
+SEED = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
+                    help="Of the initial parameters, the batches and every other random choice.")  # fmt: skip
+SAMPLES = click.option("--samples", type=click.IntRange(min=2), help=(
+    "Training samples to measure on, at most  [default: 2048, with --quick 1024; fewer for a large model]"
+))  # fmt: skip
 DATA = click.option("--data", type=click.Path(exists=True, file_okay=False), metavar="DIR",
                     help="Folder with the files of MNIST, CIFAR or ImageNet, for the problems on these.")  # fmt: skip
+QUIET = click.option("--quiet", is_flag=True, help="No progress bars, and only the path of what was written.")
+TRACEBACK = click.option("--debug", is_flag=True, envvar=DEBUG,
+                         help=f"Show the traceback of an error (or set {DEBUG}=1).")  # fmt: skip
 
 
 class BatchSizes(click.ParamType):
@@ -50,125 +61,69 @@ def main() -> None:
 
 @main.command()
 @click.argument("problem", default="digits-cnn")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("report"),
-    show_default=True,
-    help="Directory of the report; made if missing, an older report in it is replaced.",
-)
-@click.option("--quick", is_flag=True, help="Train and measure less: a first look in a fraction of the time.")
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Of the initial parameters, the batches and every other random choice.",
-)
-@click.option(
-    "--batch-sizes",
-    type=BatchSizes(),
-    help="Batch sizes whose bias is measured, that of the training added  "
-    "[default: 32,64,128,256,512; with --quick 32,256]",
-)
-@click.option(
-    "--samples",
-    type=click.IntRange(min=2),
-    help="Training samples to measure on, at most  [default: 2048, with --quick 1024; fewer for a large model]",
-)
-@click.option(
-    "--curvature",
-    type=click.Choice(["ggn", "hessian", "kfac", "ekfac"]),
-    default="ggn",
-    show_default=True,
-    help="The matrix of the curvature section.",
-)
+@OUT
+@QUICK
+@SEED
+@click.option("--batch-sizes", type=BatchSizes(), help=(
+    "Batch sizes whose bias is measured, that of the training added  [default: 32,64,128,256,512; with --quick 32,256]"
+))  # fmt: skip
+@SAMPLES
+@click.option("--curvature", type=click.Choice(["ggn", "hessian", "kfac", "ekfac"]), default="ggn", show_default=True,
+              help="The matrix of the curvature section.")  # fmt: skip
 @DATA
-@click.option("--quiet", is_flag=True, help="No progress bars, and only the path of the report at the end.")
-@click.option("--debug", is_flag=True, envvar=DEBUG, help=f"Show the traceback of an error (or set {DEBUG}=1).")
-def inspect(
-    problem: str,
-    out: Path,
-    quick: bool,
-    seed: int,
-    batch_sizes: tuple[int, ...] | None,
-    samples: int | None,
-    curvature: str,
-    data: str | None,
-    quiet: bool,
-    debug: bool,
-) -> None:
+@QUIET
+@TRACEBACK
+def inspect(problem: str, **options: Any) -> None:
     """Train PROBLEM, measure it, and write report.html and report.json.
 
     PROBLEM is a built-in name (see `paraboloid problems`; digits-cnn by default) or module:factory, a function of your
     own that returns a pb.Problem(model, loss_fn, train, test).
     """
+    _report(problem, "bias", **options)
+
+
+@main.command()
+@click.argument("problem", default="digits-cnn")
+@OUT
+@QUICK
+@SEED
+@SAMPLES
+@click.option("--draws", type=click.IntRange(min=2), help="Of each estimator at each checkpoint  [default: 20, or 10].")
+@DATA
+@QUIET
+@TRACEBACK
+def noise(problem: str, **options: Any) -> None:
+    """Train PROBLEM and measure its gradient noise alone.
+
+    Noise against signal by layer, estimators of the gradient by their variance, and gradient clusters with their most
+    and least typical samples, in report.html and report.json.
+    """
+    _report(problem, "noise", **options)
+
+
+def _report(
+    problem: str, main_section: str, *, out: Path, quick: bool, seed: int, samples: int | None, data: str | None,
+    quiet: bool, debug: bool, **changes: Any,
+) -> None:  # fmt: skip
+    """Inspect a problem, the whole of it or its noise; `changes` of the plan that are None are none."""
     with _one_line_errors(debug):
         # Imported here, so that --help and --version do not wait for Matplotlib and scikit-learn.
         from paraboloid import problems, report
         from paraboloid.jobs import inspection
 
         report.check_writable(out)
-        changes: dict[str, Any] = {"curvature": curvature}
-        if batch_sizes is not None:
-            changes["batch_sizes"] = batch_sizes
+        changes = {name: value for name, value in changes.items() if value is not None}
         if samples is not None:
             changes |= {"samples": samples, "budget": None}
         plan = inspection.Plan.quick(**changes) if quick else inspection.Plan(**changes)
-        loaded = problems.load(problem, seed=seed, short=quick, **_folder(data))
+        loaded = problems.load(problem, seed=seed, short=quick, **({} if data is None else {"data": data}))
         _choose_threads(loaded.model)
+        stages = inspection.NOISE_ONLY if main_section == "noise" else inspection.STAGES
         with _bars(quiet) as progress:
-            record = inspection.inspect(loaded, plan, seed=seed, progress=progress)
-        files = {"report.json": report.to_json(record), "report.html": report.render(record)}
-        report.write(files, out)
-    if not quiet:
-        click.echo()
-        for sentence in record["bias"]["reading"]:
-            click.echo(sentence)
-        for note in record["problem"]["notes"]:
-            click.echo(f"Note: {note}", err=True)
-        click.echo()
-    click.echo(str((out / "report.html").resolve()))
-
-
-@main.command()
-@click.argument("problem", default="digits-cnn")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("report"), show_default=True,
-              help="Directory of the report; made if missing, an older report in it is replaced.")  # fmt: skip
-@click.option("--quick", is_flag=True, help="Train and measure less.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of every random choice.")
-@click.option("--samples", type=click.IntRange(min=2), help="Training samples to measure on, at most.")
-@click.option("--draws", type=click.IntRange(min=2), help="Of each estimator at each checkpoint  [default: 20, or 10].")
-@DATA
-@click.option("--quiet", is_flag=True, help="No progress bars, and only the path of the report at the end.")
-@click.option("--debug", is_flag=True, envvar=DEBUG, help=f"Show the traceback of an error (or set {DEBUG}=1).")
-def noise(
-    problem: str, out: Path, quick: bool, seed: int, samples: int | None, draws: int | None, data: str | None,
-    quiet: bool, debug: bool,
-) -> None:  # fmt: skip
-    """Train PROBLEM and measure its gradient noise alone.
-
-    Noise against signal by layer, estimators of the gradient by their variance, and gradient clusters with their most
-    and least typical samples, in report.html and report.json.
-    """
-    with _one_line_errors(debug):
-        from paraboloid import problems, report
-        from paraboloid.jobs import inspection
-
-        report.check_writable(out)
-        changes: dict[str, Any] = {} if draws is None else {"draws": draws}
-        if samples is not None:
-            changes |= {"samples": samples, "budget": None}
-        plan = inspection.Plan.quick(**changes) if quick else inspection.Plan(**changes)
-        loaded = problems.load(problem, seed=seed, short=quick, **_folder(data))
-        _choose_threads(loaded.model)
-        with _bars(quiet) as progress:
-            record = inspection.inspect(loaded, plan, seed=seed, progress=progress, stages=inspection.NOISE_ONLY)
+            record = inspection.inspect(loaded, plan, seed=seed, progress=progress, stages=stages)
         report.write({"report.json": report.to_json(record), "report.html": report.render(record)}, out)
     if not quiet:
-        click.echo()
-        for sentence in record["noise"]["reading"]:
-            click.echo(sentence)
+        click.echo("\n" + "\n".join(record[main_section]["reading"]))
         for note in record["problem"]["notes"]:
             click.echo(f"Note: {note}", err=True)
         click.echo()
@@ -192,14 +147,14 @@ def noise(
     "--recluster", type=click.IntRange(min=1), default=200, show_default=True, help="Steps between clusterings."
 )
 @click.option("--epochs", type=click.IntRange(min=0), help="[default: the problem's]")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of every random choice.")
+@SEED
 @click.option("--short", is_flag=True, help="The smaller size of a generated problem.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("run"), show_default=True,
               help="Directory of checkpoint.pt and record.json.")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out, exactly as if never interrupted.")
 @DATA
-@click.option("--quiet", is_flag=True, help="No progress bar, and only the path of the record at the end.")
-@click.option("--debug", is_flag=True, envvar=DEBUG, help=f"Show the traceback of an error (or set {DEBUG}=1).")
+@QUIET
+@TRACEBACK
 def train(out: Path, resume: bool, quiet: bool, debug: bool, **settings: Any) -> None:
     """Train PROBLEM, with metrics in record.json and a checkpoint after every epoch.
 
@@ -223,12 +178,11 @@ def train(out: Path, resume: bool, quiet: bool, debug: bool, **settings: Any) ->
 @main.command()
 @click.argument("study", metavar="[NAME]", required=False)
 @click.option("--full", is_flag=True, help="Run the long form, which may take hours.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("report"), show_default=True,
-              help="Directory of the report; made if missing, an older report in it is replaced.")  # fmt: skip
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of every random choice.")
+@OUT
+@SEED
 @DATA
-@click.option("--quiet", is_flag=True, help="No progress bars, and only the path of the report at the end.")
-@click.option("--debug", is_flag=True, envvar=DEBUG, help=f"Show the traceback of an error (or set {DEBUG}=1).")
+@QUIET
+@TRACEBACK
 def reproduce(study: str | None, full: bool, out: Path, seed: int, data: str | None, quiet: bool, debug: bool) -> None:
     """Run the study NAME, and write report.html and report.json; without a name, list the studies.
 
@@ -274,11 +228,6 @@ def _list(described: dict[str, Any]) -> None:
         words = inspection_of_code.getdoc(thing) or ""
         table.add_row(name, words.partition("\n\n")[0].replace("\n", " "))
     Console().print(table)
-
-
-def _folder(data: str | None) -> dict[str, str]:
-    """The option of problems on data of the user's own."""
-    return {} if data is None else {"data": data}
 
 
 def _choose_threads(model: Any) -> None:
