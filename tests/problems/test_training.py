@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from paraboloid import losses, problems
+from paraboloid.passes.random_state import seeded
 from paraboloid.problems import Problem, Training
 
 SEED = torch.Generator().manual_seed(0)
@@ -17,7 +18,7 @@ Y = X[:, :2].argmax(1)
 
 
 def small(loss_fn=None, train=(X, Y), test=(X[:20], Y[:20]), model=None, **settings):
-    with problems.seeding.seeded(0):
+    with seeded(0):
         model = model if model is not None else nn.Linear(3, 2)
     settings = {"batch_size": 32, "epochs": 2, **settings}
     return Problem(model, loss_fn or nn.CrossEntropyLoss(), train, test, training=Training(**settings))

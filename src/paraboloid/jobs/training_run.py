@@ -20,7 +20,7 @@ from paraboloid.noise import GradientClustering, StratifiedBatchSampler
 from paraboloid.noise.monitor import Reclustering
 from paraboloid.passes import trees
 from paraboloid.passes.modes import evaluating
-from paraboloid.problems.seeding import seeded
+from paraboloid.passes.random_state import seeded
 
 CHECKPOINT, RECORD = "checkpoint.pt", "record.json"
 SAMPLERS = ("uniform", "gc")

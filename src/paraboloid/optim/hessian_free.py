@@ -269,7 +269,7 @@ class HessianFree(Frame):
     def _move_statistics(self, batch: Any, seed: int) -> None:
         """One pass that leaves running statistics as a training step does; all others leave no trace."""
         if any(m.training and getattr(m, "track_running_stats", False) for m in self.model.modules()):
-            with seeded(self.device, seed):
+            with seeded(seed, self.device):
                 batches.call(unwrapped(self.model), batch[0], self.output)
 
     # --- state ---------------------------------------------------------------------------------------------------

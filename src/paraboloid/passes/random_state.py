@@ -13,13 +13,19 @@ from paraboloid.passes.torch_internals import own_buffers
 
 
 @contextmanager
-def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Dropout masks follow `seed`; the global random state is restored, buffers may move."""
-    devices = [device] if device.type == "cuda" else []
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """What draws from torch's global generators (initialisers, dropout) follows `seed`; they are put back afterwards.
+
+    Those of the CPU and of `device`; without one, of all CUDA devices where CUDA is in use already.
+    """
+    if device is not None:
+        devices = [device.index or 0] if device.type == "cuda" else []
+    else:
+        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)
-        if devices:
-            torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+        for i in devices:
+            torch.cuda.default_generators[i].manual_seed(seed)
         yield
 
 
@@ -27,7 +33,7 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
 def isolated(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
     """Dropout masks follow `seed`; the global random state and buffers such as running statistics are restored."""
     buffers = [(b, b.detach().clone()) for b in model.buffers()] if any(m.training for m in model.modules()) else []
-    with seeded(device, seed):
+    with seeded(seed, device):
         try:
             yield
         finally:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
+from paraboloid.passes.random_state import seeded
 from paraboloid.problems.problem import Problem
-from paraboloid.problems.seeding import seeded
 
 BUILT_IN = {
     "digits-mlp": "paraboloid.problems.digits:mlp",

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from paraboloid.data.batches import Chunks, Samples, call, sample_count, take
 from paraboloid.passes import trees
+from paraboloid.passes.random_state import seeded
 from paraboloid.problems.problem import Problem, Training, loss_of
-from paraboloid.problems.seeding import seeded
 
 CurvePoint = dict[str, Any]
 Callback = Callable[[int, nn.Module, CurvePoint], None]

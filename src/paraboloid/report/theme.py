@@ -9,17 +9,13 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
 from markupsafe import Markup
 from matplotlib import rc_context
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
-
-from paraboloid.report.numbers import minus, number, power_of_ten
 
 # Sentinels are colours nobody would draw with; each becomes var(--name). c1..c8 are the series colours.
 TOKENS = ("ink", "muted", "rule", "paper", "c1", "c2", "c3", "c4", "c5", "c6", "c7", "c8")
@@ -106,45 +102,3 @@ def _for_page(svg: str, name: str, title: str) -> str:
 
 def _two_decimals(attribute: re.Match[str]) -> str:
     return re.sub(r"(\d\.\d\d)\d+", r"\1", attribute[0])
-
-
-def log_axis(axis: Axis, values: Sequence[float | None]) -> None:
-    """A logarithmic axis labelled in plain numbers, between the powers of ten too where it spans few of them."""
-    positive = [v for v in values if v is not None and v > 0]
-    if not positive:
-        return
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})  # pyright: ignore
-    span = max(positive) / min(positive)
-    subs = (1.0, 2.0, 5.0) if span < 50 else (1.0, 3.0) if span < 1000 else (1.0,)
-    axis.set_major_locator(LogLocator(subs=subs, numticks=7))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: _log_label(value)))
-
-
-def _log_label(value: float) -> str:
-    if value <= 0:
-        return ""
-    if 1e-3 <= value < 1e5:
-        return f"{value:,.10g}"
-    mantissa, exponent = f"{value:.0e}".split("e")
-    power = power_of_ten(int(exponent))
-    return power if mantissa == "1" else f"{mantissa}×{power}"
-
-
-def plain_axis(axis: Axis) -> None:
-    """Labels of a linear axis in plain numbers: no offset text, a typographic minus."""
-    axis.set_major_formatter(
-        FuncFormatter(lambda value, _: minus(f"{value:.6g}") if abs(value) < 1e5 else number(value))
-    )
-
-
-def fixed_ticks(axis: Axis, values: Sequence[float]) -> None:
-    """Ticks at exactly `values`, labelled with them."""
-    axis.set_major_locator(FixedLocator(list(values)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-
-
-def gaps(values: Sequence[float | None]) -> list[float]:
-    """None as NaN, which Matplotlib leaves out."""
-    return [float("nan") if value is None else value for value in values]

@@ -10,9 +10,10 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from paraboloid.report.axes import batch_sizes, fixed_ticks, gaps, measured, plain_axis
 from paraboloid.report.numbers import count, fixed, percent, power_of_ten, with_error
 from paraboloid.report.section import Panel, Section, Table
-from paraboloid.report.theme import FULL, MUTED, OTHER, SAME, SERIES, fixed_ticks, gaps, inline_svg, plain_axis
+from paraboloid.report.theme import FULL, MUTED, OTHER, SAME, SERIES, inline_svg
 
 # All data first: the truth is the broad pale line that the measurements are drawn over.
 _WHICH: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -220,11 +221,9 @@ def _entry(values: dict[str, Any], rank: int) -> str:
 def _points(axis: Axes, rows: list[dict[str, Any]], entries: list[dict[str, Any]], label: str, style: Any) -> None:
     """Values with their error bars against the batch sizes."""
     sizes = [row["batch_size"] for row in rows]
-    error = np.nan_to_num(np.array(gaps([entry["standard_error"] for entry in entries])))
-    axis.errorbar(sizes, gaps([entry["value"] for entry in entries]), yerr=error, label=label, elinewidth=1.2, **style)
-    axis.set_xscale("log", base=2)
-    fixed_ticks(axis.xaxis, sizes)
-    axis.set_xlabel("batch size")
+    values, errors = ([entry[key] for entry in entries] for key in ("value", "standard_error"))
+    measured(axis, sizes, values, errors, label=label, **style)
+    batch_sizes(axis, sizes)
 
 
 def _band(axis: Axes, ranks: np.ndarray, values: dict[str, Any], label: str, style: dict[str, Any]) -> None:

@@ -8,10 +8,11 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from paraboloid.report.axes import fixed_ticks, log_axis, plain_axis
 from paraboloid.report.numbers import UNDEFINED, count, number, percent, with_error
 from paraboloid.report.section import Panel, Section, Table
 from paraboloid.report.sections.layers import colours, left_out, shown
-from paraboloid.report.theme import INK, MUTED, RULE, SERIES, fixed_ticks, inline_svg, log_axis, plain_axis
+from paraboloid.report.theme import INK, MUTED, RULE, SERIES, inline_svg
 
 # A single eigenvalue in a decade shows as a few per decade (its peak is narrow); what is far below one is noise.
 _LEAST_PER_DECADE = 0.1

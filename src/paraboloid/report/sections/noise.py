@@ -8,11 +8,12 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from paraboloid.report.axes import fixed_ticks, gaps, log_axis, plain_axis
 from paraboloid.report.numbers import count, number, short
 from paraboloid.report.section import Panel, Section, Table
 from paraboloid.report.sections import clusters
 from paraboloid.report.sections.layers import colours, left_out, shown
-from paraboloid.report.theme import INK, MUTED, fixed_ticks, gaps, inline_svg, log_axis, plain_axis
+from paraboloid.report.theme import INK, MUTED, inline_svg
 
 LABELS = {"sg2b": "SG-2B", "svrg": "SVRG", "gc": "GC"}
 _PANELS = (

@@ -7,9 +7,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from paraboloid.report.axes import gaps, log_axis, plain_axis
 from paraboloid.report.numbers import count, number, percent, short
 from paraboloid.report.section import Panel, Section, Table
-from paraboloid.report.theme import TEST, TRAIN, gaps, inline_svg, log_axis, plain_axis
+from paraboloid.report.theme import TEST, TRAIN, inline_svg
 
 
 def section(record: dict[str, Any]) -> Section:

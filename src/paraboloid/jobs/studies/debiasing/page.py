@@ -4,28 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from paraboloid.jobs.studies.debiasing import reading
-from paraboloid.jobs.studies.debiasing.reading import at_iteration, cell
+from paraboloid.jobs.studies.debiasing.reading import Rows, at_iteration, cell, distinct, where
+from paraboloid.report.axes import batch_sizes, fixed_ticks, log_axis, measured, plain_axis
 from paraboloid.report.numbers import count, fixed, number, percent, power_of_ten, short
 from paraboloid.report.section import Panel, Section, Table
-from paraboloid.report.theme import (
-    FULL,
-    MUTED,
-    OTHER,
-    SAME,
-    SERIES,
-    fixed_ticks,
-    gaps,
-    inline_svg,
-    log_axis,
-    plain_axis,
-)
+from paraboloid.report.theme import FULL, MUTED, OTHER, SAME, SERIES, inline_svg
 
-Rows = list[dict[str, Any]]
 RULES = {"single": (SAME, "o"), "debiased": (OTHER, "s"), "folds": (SERIES[2], "^"), "double": (FULL, "D")}
 KINDS = {
     "single": ("Kronecker", SAME, "o"), "single_exact": ("exact", SERIES[4], "v"),
@@ -52,7 +40,7 @@ def _table(part: dict[str, Any]) -> list[Panel]:
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, 3)
         for moment, words in moments.items():
-            rows, line = _where(part["rows"], moment=moment), "-" if moment else ":"
+            rows, line = where(part["rows"], moment=moment), "-" if moment else ":"
             for ax, of, title in ((axes[0], "top", "Top curvature"), (axes[1], "sum", f"Sum of the top {part['k']}")):
                 for which, color, label in (("same", SAME, "same batch"), ("other", OTHER, "another batch")):
                     _against(ax, rows, "batch_size", [row[which][of] for row in rows], color, f"{label}, {words}", line)
@@ -72,14 +60,8 @@ def _table(part: dict[str, Any]) -> list[Panel]:
         axes[2].legend()
 
     columns = [
-        "",
-        "batch",
-        "top, same",
-        f"top {part['k']}, same",
-        f"top {part['k']}, other",
-        "‖g_B‖² / ‖g‖²",
-        "formula",
-    ]
+        "", "batch", "top, same", f"top {part['k']}, same", f"top {part['k']}, other", "‖g_B‖² / ‖g‖²", "formula",
+    ]  # fmt: skip
     rows = [
         [moments[int(row["moment"])], count(row["batch_size"]), cell(row["same"]["top"]), cell(row["same"]["sum"]),
          cell(row["other"]["sum"]), cell(row["gradient"]), fixed(row["gradient"]["formula"], None)]
@@ -95,14 +77,14 @@ def _table(part: dict[str, Any]) -> list[Panel]:
 
 
 def _training(part: dict[str, Any]) -> list[Panel]:
-    names = list(dict.fromkeys(row["problem"] for row in part["rows"]))
+    names = distinct(part["rows"], "problem")
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(2, len(names), sharex=True, sharey="row", squeeze=False)
         for column, name in zip(axes.T, names, strict=True):
-            mine = _where(part["rows"], problem=name)
-            for i, moment in enumerate(dict.fromkeys(row["moment"] for row in mine)):
-                rows, label = _where(mine, moment=moment), f"after {percent(moment)} of the training"
+            mine = where(part["rows"], problem=name)
+            for i, moment in enumerate(distinct(mine, "moment")):
+                rows, label = where(mine, moment=moment), f"after {percent(moment)} of the training"
                 for ax, which in zip(column, ("same", "other"), strict=True):
                     _against(ax, rows, "batch_size", [row[which]["top"] for row in rows], SERIES[i], label)
             for ax in column:
@@ -127,14 +109,14 @@ def _training(part: dict[str, Any]) -> list[Panel]:
 
 
 def _grid(part: dict[str, Any]) -> list[Panel]:
-    sizes = list(dict.fromkeys(row["batch_size"] for row in part["rows"]))
+    sizes = distinct(part["rows"], "batch_size")
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
         for ax, m in zip(axes, sizes, strict=True):
-            mine = _where(part["rows"], batch_size=m)
-            for i, depth in enumerate(dict.fromkeys(row["depth"] for row in mine)):
-                rows = _where(mine, depth=depth)
+            mine = where(part["rows"], batch_size=m)
+            for i, depth in enumerate(distinct(mine, "depth")):
+                rows = where(mine, depth=depth)
                 label = f"{depth} convolutions"
                 _against(
                     ax, rows, "parameters", [row["same"]["top"] for row in rows], SERIES[i], f"{label}, same batch"
@@ -165,13 +147,13 @@ def _grid(part: dict[str, Any]) -> list[Panel]:
 
 
 def _factors(part: dict[str, Any]) -> list[Panel]:
-    names = list(dict.fromkeys(row["problem"] for row in part["rows"]))
+    names = distinct(part["rows"], "problem")
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
         for ax, name in zip(axes, names, strict=True):
             for kind, line in (("kronecker", "-"), ("exact", ":")):
-                rows = _where(part["rows"], problem=name, eigenvalue=kind)
+                rows = where(part["rows"], problem=name, eigenvalue=kind)
                 for which, color, label in (("same", SAME, "same batch"), ("other", OTHER, "another batch")):
                     _against(ax, rows, "batch_size", [r[which]["top"] for r in rows], color, f"{label}, {kind}", line)
             ax.axhline(1, color=MUTED, linewidth=1)
@@ -182,14 +164,8 @@ def _factors(part: dict[str, Any]) -> list[Panel]:
         axes[0].legend()
 
     columns = [
-        "",
-        "batch",
-        "eigenvalues",
-        "top, same",
-        "top, other",
-        f"top {part['k']}, same",
-        f"top {part['k']}, other",
-    ]
+        "", "batch", "eigenvalues", "top, same", "top, other", f"top {part['k']}, same", f"top {part['k']}, other",
+    ]  # fmt: skip
     rows = [
         [row["problem"], count(row["batch_size"]), row["eigenvalue"]]
         + [cell(row[which][of]) for of in ("top", "sum") for which in ("same", "other")]
@@ -206,23 +182,20 @@ def _factors(part: dict[str, Any]) -> list[Panel]:
 
 def _steps(part: dict[str, Any]) -> list[Panel]:
     last = max(row["moment"] for row in part["rows"])
-    shown = _where(part["rows"], moment=last)
-    names = list(dict.fromkeys(row["problem"] for row in shown))
-    sizes = list(dict.fromkeys(row["batch_size"] for row in shown))
+    shown = where(part["rows"], moment=last)
+    names = distinct(shown, "problem")
+    sizes = distinct(shown, "batch_size")
     iterations = part["iterations"]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(len(names), len(sizes), sharex=True, squeeze=False)
         for line, name in zip(axes, names, strict=True):
             for ax, m in zip(line, sizes, strict=True):
-                (row,) = _where(shown, problem=name, batch_size=m)
+                (row,) = where(shown, problem=name, batch_size=m)
                 for rule, (color, marker) in RULES.items():
                     values = row["decrease"][rule]
-                    error = np.nan_to_num(np.array(gaps(values["standard_error"])))
-                    ax.errorbar(
-                        iterations, gaps(values["mean"]), yerr=error, color=color, marker=marker, markersize=3.5,
-                        elinewidth=1, linewidth=1.3, label=part["rules"][rule],
-                    )  # fmt: skip
+                    measured(ax, iterations, values["mean"], values["standard_error"], color=color, marker=marker,
+                             markersize=3.5, elinewidth=1, linewidth=1.3, label=part["rules"][rule])  # fmt: skip
                 ax.axhline(0, color=MUTED, linewidth=1)
                 ax.set_title(f"{name}, m = {count(m)}")
                 plain_axis(ax.yaxis)
@@ -259,14 +232,14 @@ def _steps(part: dict[str, Any]) -> list[Panel]:
 
 
 def _posteriors(part: dict[str, Any]) -> list[Panel]:
-    names = list(dict.fromkeys(row["problem"] for row in part["rows"]))
-    priors = list(dict.fromkeys(row["prior_precision"] for row in part["rows"]))
+    names = distinct(part["rows"], "problem")
+    priors = distinct(part["rows"], "prior_precision")
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(len(names), len(priors), sharex=True, squeeze=False)
         for line, name in zip(axes, names, strict=True):
             for ax, prior in zip(line, priors, strict=True):
-                rows = _where(part["rows"], problem=name, prior_precision=prior)
+                rows = where(part["rows"], problem=name, prior_precision=prior)
                 for kind, (label, color, _) in KINDS.items():
                     _against(ax, rows, "batch_size", [row[kind] for row in rows], color, label)
                 ax.axhline(rows[0]["full"], color=FULL, linewidth=3, alpha=0.3, label="all data")
@@ -278,14 +251,8 @@ def _posteriors(part: dict[str, Any]) -> list[Panel]:
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=6)
 
     columns = [
-        "",
-        "prior",
-        "m",
-        *(label for label, _, _ in KINDS.values()),
-        "all data",
-        "no posterior",
-        "debiased − plain",
-    ]
+        "", "prior", "m", *(label for label, _, _ in KINDS.values()), "all data", "no posterior", "debiased − plain",
+    ]  # fmt: skip
     rows = [
         [row["problem"], short(row["prior_precision"]), count(row["batch_size"])]
         + [cell(row[kind], 3) for kind in KINDS]
@@ -299,17 +266,12 @@ def _posteriors(part: dict[str, Any]) -> list[Panel]:
     return [Panel(inline_svg("posteriors", what, (10.5, 0.9 + 2.6 * len(names)), draw), caption, [table], wide=True)]
 
 
-def _where(rows: Rows, **wanted: Any) -> Rows:
-    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
-
-
 def _against(
-    ax: Axes, rows: Rows, key: str, entries: list[dict[str, Any]], color: str, label: str, line: str = "-"
+    ax: Axes, rows: Rows, x: str, entries: list[dict[str, Any]], color: str, label: str, line: str = "-"
 ) -> None:
-    error = np.nan_to_num(np.array(gaps([entry["standard_error"] for entry in entries])))
-    values = gaps([entry["value"] for entry in entries])
-    ax.errorbar([row[key] for row in rows], values, yerr=error, color=color, linestyle=line, marker="o", markersize=3.5,
-                elinewidth=1.2, label=label)  # fmt: skip
+    values, errors = ([entry[key] for entry in entries] for key in ("value", "standard_error"))
+    measured(ax, [row[x] for row in rows], values, errors, color=color, linestyle=line, marker="o", markersize=3.5,
+             label=label)  # fmt: skip
 
 
 def _from_zero(axes: Any) -> None:
@@ -319,6 +281,4 @@ def _from_zero(axes: Any) -> None:
 
 
 def _sizes(ax: Axes, rows: Rows, label: str = "batch size") -> None:
-    ax.set_xscale("log", base=2)
-    fixed_ticks(ax.xaxis, sorted({row["batch_size"] for row in rows}))
-    ax.set_xlabel(label)
+    batch_sizes(ax, sorted({row["batch_size"] for row in rows}), label)

@@ -10,6 +10,16 @@ Rows = list[dict[str, Any]]
 AT = 5  # the iteration of conjugate gradients that sentences speak of
 
 
+def where(rows: Rows, **wanted: Any) -> Rows:
+    """Those with the wanted values."""
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def distinct(rows: Rows, key: str) -> list[Any]:
+    """The values of a key, each once, in order."""
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
 def findings(results: dict[str, Any]) -> list[str]:
     """The most important ones, the first first; the sections have them all."""
     return [
@@ -19,8 +29,7 @@ def findings(results: dict[str, Any]) -> list[str]:
 
 
 def table(results: dict[str, Any]) -> list[str]:
-    rows = [row for row in results["table"]["rows"] if row["moment"] == 1]
-    start = [row for row in results["table"]["rows"] if row["moment"] == 0]
+    rows, start = (where(results["table"]["rows"], moment=moment) for moment in (1, 0))
     first, last = rows[0], rows[-1]
     return [
         (
@@ -40,10 +49,10 @@ def table(results: dict[str, Any]) -> list[str]:
 
 def training(results: dict[str, Any]) -> list[str]:
     sentences, rows = [], results["training"]["rows"]
-    for name in dict.fromkeys(row["problem"] for row in rows):
-        mine = [row for row in rows if row["problem"] == name]
-        smallest = min(row["batch_size"] for row in mine)
-        path = [row for row in mine if row["batch_size"] == smallest]
+    for name in distinct(rows, "problem"):
+        mine = where(rows, problem=name)
+        smallest = min(distinct(mine, "batch_size"))
+        path = where(mine, batch_size=smallest)
         values, moments = (
             ", ".join(fixed(row["same"]["top"]["value"], None) for row in path),
             ", ".join(percent(row["moment"]) for row in path),
@@ -63,8 +72,8 @@ def training(results: dict[str, Any]) -> list[str]:
 def grid(results: dict[str, Any]) -> list[str]:
     """Whether the bias grows with the model: the smallest against the largest network, at every batch size."""
     sentences, rows = [], results["grid"]["rows"]
-    for m in dict.fromkeys(row["batch_size"] for row in rows):
-        mine = sorted((row for row in rows if row["batch_size"] == m), key=lambda row: row["parameters"])
+    for m in distinct(rows, "batch_size"):
+        mine = sorted(where(rows, batch_size=m), key=lambda row: row["parameters"])
         small, large = mine[0]["same"]["top"], mine[-1]["same"]["top"]
         gap = large["value"] - small["value"]
         error = (large["standard_error"] ** 2 + small["standard_error"] ** 2) ** 0.5
@@ -81,8 +90,8 @@ def grid(results: dict[str, Any]) -> list[str]:
 
 def factors(results: dict[str, Any]) -> list[str]:
     sentences, rows = [], results["factors"]["rows"]
-    smallest = min(row["batch_size"] for row in rows)
-    for row in (row for row in rows if row["batch_size"] == smallest):
+    smallest = min(distinct(rows, "batch_size"))
+    for row in where(rows, batch_size=smallest):
         kind = "Kronecker eigenvalues" if row["eigenvalue"] == "kronecker" else "exact eigenvalues (EKFAC's)"
         sentences.append(
             f"{row['problem']}, batches of {count(smallest)}: the largest of the {kind} of a batch's own Kronecker "

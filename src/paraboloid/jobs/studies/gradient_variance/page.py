@@ -7,9 +7,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from paraboloid.jobs.studies.gradient_variance.reading import AVERAGE, NORMALISED, claims, mean, ratio
+from paraboloid.report.axes import fixed_ticks, gaps
 from paraboloid.report.numbers import count, fixed, number, percent
 from paraboloid.report.section import Panel, Section, Table
-from paraboloid.report.theme import FULL, OTHER, SAME, SERIES, fixed_ticks, gaps, inline_svg
+from paraboloid.report.theme import FULL, OTHER, SAME, SERIES, inline_svg
 
 OVERVIEW = "Variance over that of SG-B, late in the training of random-feature models."
 LOOK = {"sgb": ("SG-B", FULL), "sg2b": ("SG-2B", SERIES[2]), "svrg": ("SVRG", SAME), "gc": ("GC", OTHER)}
