@@ -138,17 +138,15 @@ class Kron:
         self._given = left, right
         self.groups = len(left.data) if isinstance(left, Side) else groups
 
-    @property
+    @cached_property
     def left(self) -> Tensor:
-        return self._tensors[0]
-
-    @property
-    def right(self) -> Tensor:
-        return self._tensors[1]
+        left = self._given[0]
+        return left if isinstance(left, Tensor) else left.tensor()
 
     @cached_property
-    def _tensors(self) -> Any:
-        return tuple(t if isinstance(t, Tensor) else t.tensor() for t in self._given)
+    def right(self) -> Tensor:
+        right = self._given[1]
+        return right if isinstance(right, Tensor) else right.tensor()
 
     @cached_property
     def sides(self) -> tuple[Side, Side]:
@@ -197,7 +195,7 @@ class Kron:
 
     def applied(self, g: Tensor) -> Tensor:
         """`@` with one gradient, of its dtype; for one group without bookkeeping, and in the arithmetic that is on."""
-        left, right = self._tensors
+        left, right = self.left, self.right
         if self.groups > 1:
             return (self @ g.to(self.dtype)).to(g.dtype)
         V = g.to(left.dtype).reshape(left.shape[0], right.shape[0])

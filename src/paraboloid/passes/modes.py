@@ -58,7 +58,10 @@ def precisely(method: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(method)
     def inside(*args: P.args, **kwargs: P.kwargs) -> R:
-        with own_arithmetic(args[0].device):  # pyright: ignore[reportAttributeAccessIssue] - of a class with .device
+        device = args[0].device  # pyright: ignore[reportAttributeAccessIssue] - of a class with .device
+        if not torch.is_inference_mode_enabled() and autocast_dtype(device) is None:  # as most often: it is on already
+            return method(*args, **kwargs)
+        with own_arithmetic(device):
             return method(*args, **kwargs)
 
     return inside
