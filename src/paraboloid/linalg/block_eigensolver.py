@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paraboloid.linalg.eigen import dense, eigh
+from paraboloid.linalg.eigen import dense_top, eigh, relative_tolerance
 from paraboloid.linalg.operand import LinAlgError, Operand, check_count
 from paraboloid.linalg.probes import Seed, generator_of, normal
 
@@ -34,16 +34,13 @@ def lobpcg(
     A = Operand(A)
     check_count("k", k, most=A.size)
     check_count("max_iterations", max_iterations)
-    tol = float(torch.finfo(A.dtype).eps ** (2 / 3)) if tol is None else tol
-    if not tol > 0:
-        raise ValueError(f"tol is {tol}; expected a positive number.")
+    tol = relative_tolerance(tol, A)
     M = None if preconditioner is None else Operand(preconditioner)
     if M is not None and M.size != A.size:
         raise ValueError(f"the preconditioner has shape {M.shape}; expected {A.shape}.")
     width = k + 2  # two more than asked for: the last pairs of a block converge slowest
     if 3 * width >= A.size:
-        values, vectors = eigh(dense(A))
-        return values[:k], vectors[:, :k].contiguous()
+        return dense_top(A, k)
     X = torch.linalg.qr(normal((A.size, width), A, generator_of(seed, A.device))).Q
     AX = A @ X
     values, C = _ritz(X, AX)

@@ -70,16 +70,13 @@ def eigsh(
     """
     A = Operand(A)
     check_count("k", k, most=A.size)
-    if tol is None:
-        tol = float(torch.finfo(A.dtype).eps ** (2 / 3))
-    if not tol > 0:
-        raise ValueError(f"tol is {tol}; expected a positive number.")
+    tol = relative_tolerance(tol, A)
     budget = 100 * k + 1000 if max_products is None else check_count("max_products", max_products)
     if max_products is None and A.size <= DENSE_SIZE:
         budget = A.size  # the dense matrix costs no more
     width = 3 * k + 20
     if 2 * width >= A.size or (A.is_matrix and A.size <= DENSE_SIZE):
-        return _dense_top(A, k)
+        return dense_top(A, k)
     generator = generator_of(seed, A.device)
     search = _Search(A, width, tol, budget, generator)
     try:
@@ -92,14 +89,22 @@ def eigsh(
             values, vectors = torch.cat([values, missed[0]])[order], torch.cat([vectors, missed[1]])[order]
     except _NotConverged as failure:
         if A.size <= DENSE_SIZE:
-            return _dense_top(A, k)
+            return dense_top(A, k)
         raise LinAlgError(
             f"{failure.count} of the {k} largest eigenpairs had converged after {budget} products with A; the largest "
             f"relative residual was {failure.residual:.3g}, expected {tol:.3g}. Allow a larger tol, or more products."
         ) from None
 
 
-def _dense_top(A: Operand, k: int) -> tuple[Tensor, Tensor]:
+def relative_tolerance(tol: float | None, A: Operand) -> float:
+    """Of eigenpairs' residuals: eps^(2/3) by default."""
+    tol = float(torch.finfo(A.dtype).eps ** (2 / 3)) if tol is None else tol
+    if not tol > 0:
+        raise ValueError(f"tol is {tol}; expected a positive number.")
+    return tol
+
+
+def dense_top(A: Operand, k: int) -> tuple[Tensor, Tensor]:
     values, vectors = eigh(dense(A))
     return values[:k], vectors[:, :k].contiguous()
 

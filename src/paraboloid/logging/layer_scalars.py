@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from paraboloid.linalg.kronecker import Kron
+from paraboloid.linalg.operand import check_choice
 from paraboloid.noise import moments
 from paraboloid.noise.noise_scale import parts
 from paraboloid.passes.parameter_layers import layers_of
@@ -32,8 +33,7 @@ def scalars(stats: Statistics, *, per: str = "layer") -> dict[str, float]:
 
     With `all_reduce`, numbers of per-sample quantities are those of this rank.
     """
-    if per not in PER:
-        raise ValueError(f"per is {per!r}; expected one of {PER}.")
+    check_choice("per", per, PER)
     found: dict[str, Tensor] = {"loss": stats.loss}
     for name in stats:
         for group, members in _groups(stats[name], per).items():

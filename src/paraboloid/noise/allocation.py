@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from paraboloid.linalg.operand import check_choice
+
 ALLOCATIONS = ("one", "proportional", "neyman")
 
 
@@ -14,8 +16,7 @@ def allocate(allocation: str, sizes: Tensor, batch_size: int | None, deviations:
     "proportional": m_k ~ N_k.  "neyman": m_k ~ N_k S_k with the `deviations` S_k, which minimises the variance
     N^-2 sum_k N_k^2 S_k^2 / m_k.  Rounded down, what is left going where it lowers the sum of (ideal)^2 / m_k most.
     """
-    if allocation not in ALLOCATIONS:
-        raise ValueError(f"allocation is {allocation!r}; expected one of {ALLOCATIONS}.")
+    check_choice("allocation", allocation, ALLOCATIONS)
     K = len(sizes)
     if allocation == "one":
         if batch_size is not None and batch_size != K:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.data.batches import Batch, Output
+from paraboloid.linalg.operand import check_choice
 from paraboloid.noise.assignment import COUNTS, assign
 from paraboloid.noise.centre_products import mean_sides, order_of, products, sums
 from paraboloid.noise.centres import Centres, start
@@ -72,10 +73,8 @@ class GradientClustering:
         for name, value, least in (("num_clusters", num_clusters, 1), ("rank", rank, 1), ("min_size", min_size, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}.")
-        if counts not in COUNTS:
-            raise ValueError(f"counts is {counts!r}; expected one of {COUNTS}.")
-        if update not in UPDATES:
-            raise ValueError(f"update is {update!r}; expected one of {UPDATES}.")
+        check_choice("counts", counts, COUNTS)
+        check_choice("update", update, UPDATES)
         if update == "mean" and rank > 1:
             raise ValueError(f"rank is {rank} with update='mean', which has rank 1; use update='singular'.")
         if decay is not None and not 0 <= decay < 1:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.data.batches import Output, Samples
-from paraboloid.linalg.operand import check_count
+from paraboloid.linalg.operand import check_choice, check_count
 from paraboloid.losses import LossFunction
 from paraboloid.noise.estimators import Estimator, resolve
 from paraboloid.noise.gradients import Gradients
@@ -142,8 +142,7 @@ class Compared:
     ):  # fmt: skip
         for name, value in (("batch_size", batch_size), ("draws", draws)):
             check_count(name, value)
-        if reference not in REFERENCES:
-            raise ValueError(f"reference is {reference!r}; expected one of {REFERENCES}.")
+        check_choice("reference", reference, REFERENCES)
         self.data, self.reference, self.progress = Gradients(model, loss_fn, dataset, seed, output), reference, progress
         self.batch_size, self.draws, self.seed = batch_size, draws, seed
         self.estimators = resolve(estimators, seed)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from paraboloid.data import batches as batch_data
 from paraboloid.data.batches import Output, Samples
-from paraboloid.linalg.operand import check_count
+from paraboloid.linalg.operand import check_choice, check_count
 from paraboloid.losses import Loss, LossFunction
 from paraboloid.losses.loss import full
 from paraboloid.noise.centre_products import products
@@ -56,8 +56,7 @@ def suspicion(clusters: GradientClustering, dataset: Samples | None = None, scor
     "norm": that of its gradient.  The loss ranked best in our measurements, the distance close
     behind at the end of training: see the page on gradient noise.
     """
-    if score not in SCORES:
-        raise ValueError(f"score is {score!r}; expected one of {SCORES}.")
+    check_choice("score", score, SCORES)
     if score == "distance":
         return clusters.distances
     if score == "norm":

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from paraboloid.data import batches as batch_data
-from paraboloid.linalg.operand import check_count
+from paraboloid.linalg.operand import check_choice, check_count
 from paraboloid.passes import trees
 from paraboloid.posteriors import fit
 from paraboloid.posteriors.likelihood import Likelihood
@@ -62,10 +62,8 @@ def laplace(
     memory (saying how large they are, and what would); TypeError for an unknown loss.
     Sources: MacKay 1992; Ritter et al. 2018 (Kronecker); Immer et al. 2021, arXiv:2008.08216 (GGN, linearised outputs).
     """
-    if structure not in fit.STRUCTURES:
-        raise ValueError(f"structure is {structure!r}; expected one of {fit.STRUCTURES}.")
-    if fisher not in fit.FISHERS:
-        raise ValueError(f"fisher is {fisher!r}; expected one of {fit.FISHERS}.")
+    check_choice("structure", structure, fit.STRUCTURES)
+    check_choice("fisher", fisher, fit.FISHERS)
     for name, value in (("noise_variance", noise_variance), ("temperature", temperature)):
         if not value > 0:
             raise ValueError(f"{name} is {value}; expected a positive number.")

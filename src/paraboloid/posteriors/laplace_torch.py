@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.data.batches import Data, Inputs
+from paraboloid.linalg.operand import check_choice
 from paraboloid.posteriors.fit_laplace import laplace
 from paraboloid.posteriors.posterior import Posterior
 
@@ -40,8 +41,7 @@ class Laplace:
     ):
         if likelihood not in LIKELIHOODS:
             raise ValueError(f"likelihood is {likelihood!r}; expected one of {list(LIKELIHOODS)}. Others: pb.laplace.")
-        if hessian_structure not in STRUCTURES:
-            raise ValueError(f"hessian_structure is {hessian_structure!r}; expected one of {list(STRUCTURES)}.")
+        check_choice("hessian_structure", hessian_structure, list(STRUCTURES))
         self.model, self.likelihood, self.weights = model, likelihood, subset_of_weights
         self.structure, self.options = STRUCTURES[hessian_structure], options
         self.options |= {
@@ -69,8 +69,7 @@ class Laplace:
         link_approx: str = "probit", **options: Any,
     ) -> None:  # fmt: skip
         """ "marglik" (the evidence at the trained weights), "gridsearch" (needs val_loader), or "adapted"."""
-        if method not in METHODS:
-            raise ValueError(f"method is {method!r}; expected one of {list(METHODS)}.")
+        check_choice("method", method, list(METHODS))
         self.posterior.tune_prior(METHODS[method], validation=val_loader, **options)
 
     def log_marginal_likelihood(self, prior_precision: Any = None, sigma_noise: Any = None) -> Tensor:

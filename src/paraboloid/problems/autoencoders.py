@@ -9,14 +9,14 @@ from collections import OrderedDict
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from paraboloid import losses
 from paraboloid.problems.curves import draw_curves
 from paraboloid.problems.digits import pixels_and_labels
 from paraboloid.problems.faces import draw_faces
-from paraboloid.problems.problem import Problem, Training
+from paraboloid.problems.problem import Problem, Training, halves
 
 
 def network(*widths: int) -> nn.Sequential:
@@ -36,7 +36,8 @@ def digits() -> Problem:
     return Problem(
         network(64, 48, 24, 8),
         losses.BCEWithLogits(reduction="batchmean"),
-        *_reconstruct(x, x_test),
+        TensorDataset(x, x),
+        TensorDataset(x_test, x_test),
         title="Handwritten digits, autoencoder",
         description="scikit-learn's 1797 images of digits, 8x8 pixels, through a code of 8 numbers.",
         training=Training("adam", lr=1e-3, batch_size=100, epochs=25),
@@ -49,7 +50,7 @@ def curves(seed: int = 0, samples: int = 20_000) -> Problem:
     return Problem(
         network(784, 400, 200, 100, 50, 25, 6),
         losses.BCEWithLogits(reduction="batchmean"),
-        *_reconstruct(x[:samples], x[samples:]),
+        *halves(samples, x, x),
         title="Curves, deep autoencoder",
         description=f"{samples:,} generated 28x28 images of a curve through three points, through a code of 6 numbers.",
         training=Training("adam", lr=1e-3, batch_size=1000, epochs=20),
@@ -62,12 +63,8 @@ def faces(seed: int = 0, samples: int = 10_000) -> Problem:
     return Problem(
         network(625, 2000, 1000, 500, 30),
         0.5 * losses.MSE(reduction="batchmean"),
-        *_reconstruct(x[:samples], x[samples:]),
+        *halves(samples, x, x),
         title="Faces-like fields, deep autoencoder",
         description=f"{samples:,} generated 25x25 grey images that vary as faces do, through a code of 30 numbers.",
         training=Training("adam", lr=1e-3, batch_size=1000, epochs=10),
     )
-
-
-def _reconstruct(x: Tensor, x_test: Tensor) -> tuple[TensorDataset, TensorDataset]:
-    return TensorDataset(x, x), TensorDataset(x_test, x_test)

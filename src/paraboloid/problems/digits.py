@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch.utils.data import TensorDataset
 from paraboloid.problems.problem import Problem, Training
 
 TRAIN_SAMPLES = 1437
+ADAM = Training("adam", lr=1e-3, batch_size=64, epochs=60)
 Layers = OrderedDict[str, nn.Module]
 
 
@@ -31,59 +33,38 @@ def pixels_and_labels() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 def mlp() -> Problem:
     """64-100-10 with ReLU."""
-    train, test = pixels_and_labels()
     layers = Layers(hidden=nn.Linear(64, 100), relu=nn.ReLU(), output=nn.Linear(100, 10))
-    return Problem(
-        nn.Sequential(layers),
-        nn.CrossEntropyLoss(),
-        TensorDataset(*train),
-        TensorDataset(*test),
-        title="Handwritten digits, multilayer perceptron",
-        description="scikit-learn's 1797 images of digits, 8x8 pixels; one hidden layer of 100 ReLU units.",
-        training=Training("adam", lr=1e-3, batch_size=64, epochs=60),
-    )
+    return _classifier(layers, "multilayer perceptron", "8x8 pixels; one hidden layer of 100 ReLU units.")
 
 
 def tanh() -> Problem:
     """64-8-10 with tanh: 610 parameters, so few that dense curvature matrices are cheap."""
-    train, test = pixels_and_labels()
     layers = Layers(hidden=nn.Linear(64, 8), tanh=nn.Tanh(), output=nn.Linear(8, 10))
-    return Problem(
-        nn.Sequential(layers),
-        nn.CrossEntropyLoss(),
-        TensorDataset(*train),
-        TensorDataset(*test),
-        title="Handwritten digits, 610 parameters",
-        description="scikit-learn's 1797 images of digits, 8x8 pixels; one hidden layer of 8 tanh units.",
-        training=Training("sgd", lr=0.5, batch_size=128, steps=300, weight_decay=1e-3),
-    )
+    training = Training("sgd", lr=0.5, batch_size=128, steps=300, weight_decay=1e-3)
+    return _classifier(layers, "610 parameters", "8x8 pixels; one hidden layer of 8 tanh units.", training)
 
 
 def cnn() -> Problem:
     """Two 3x3 convolutions with pooling and a linear layer, on images enlarged to 16x16 (bilinear): 3818 parameters."""
-    train, test = pixels_and_labels()
     layers = Layers(
-        conv1=nn.Conv2d(1, 8, 3, padding="same"),
-        relu1=nn.ReLU(),
-        pool1=nn.MaxPool2d(2),
-        conv2=nn.Conv2d(8, 16, 3, padding="same"),
-        relu2=nn.ReLU(),
-        pool2=nn.MaxPool2d(2),
-        flatten=nn.Flatten(),
-        linear=nn.Linear(256, 10),
-    )
+        conv1=nn.Conv2d(1, 8, 3, padding="same"), relu1=nn.ReLU(), pool1=nn.MaxPool2d(2),
+        conv2=nn.Conv2d(8, 16, 3, padding="same"), relu2=nn.ReLU(), pool2=nn.MaxPool2d(2),
+        flatten=nn.Flatten(), linear=nn.Linear(256, 10),
+    )  # fmt: skip
+    what = "enlarged to 16x16 pixels; two convolutions of 8 and 16 channels and a linear layer."
+    return _classifier(layers, "small convolutional network", what, prepared=_enlarge)
+
+
+def _classifier(
+    layers: Layers, title: str, what: str, training: Training = ADAM,
+    prepared: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Problem:  # fmt: skip
+    (x, y), (x_test, y_test) = pixels_and_labels()
     return Problem(
-        nn.Sequential(layers),
-        nn.CrossEntropyLoss(),
-        TensorDataset(_enlarge(train[0]), train[1]),
-        TensorDataset(_enlarge(test[0]), test[1]),
-        title="Handwritten digits, small convolutional network",
-        description=(
-            "scikit-learn's 1797 images of digits, enlarged to 16x16 pixels; two convolutions of 8 and 16 "
-            "channels and a linear layer."
-        ),
-        training=Training("adam", lr=1e-3, batch_size=64, epochs=60),
-    )
+        nn.Sequential(layers), nn.CrossEntropyLoss(), TensorDataset(prepared(x), y),
+        TensorDataset(prepared(x_test), y_test), title=f"Handwritten digits, {title}",
+        description=f"scikit-learn's 1797 images of digits, {what}", training=training,
+    )  # fmt: skip
 
 
 def _enlarge(x: Tensor) -> Tensor:

@@ -46,32 +46,32 @@ def mnist_autoencoder(data: str | None = None) -> Problem:
 
 def cifar10_resnet8(data: str | None = None) -> Problem:
     """CIFAR-10 with ResNet-8 (needs --data DIR)."""
-    return _cifar10(networks.small_resnet(8), data, "ResNet-8")
+    return _cifar(10, networks.small_resnet(8), data, "ResNet-8")
 
 
 def cifar10_resnet32(data: str | None = None) -> Problem:
     """CIFAR-10 with ResNet-32 (needs --data DIR)."""
-    return _cifar10(networks.small_resnet(32), data, "ResNet-32")
+    return _cifar(10, networks.small_resnet(32), data, "ResNet-32")
 
 
 def cifar10_allcnnc(data: str | None = None) -> Problem:
     """CIFAR-10 with All-CNN-C (needs --data DIR)."""
-    return _cifar10(networks.all_cnn_c(10), data, "All-CNN-C")
+    return _cifar(10, networks.all_cnn_c(10), data, "All-CNN-C")
 
 
 def cifar100_resnet32(data: str | None = None) -> Problem:
     """CIFAR-100 with ResNet-32 (needs --data DIR)."""
-    return _cifar100(networks.small_resnet(32, 100), data, "ResNet-32")
+    return _cifar(100, networks.small_resnet(32, 100), data, "ResNet-32")
 
 
 def cifar100_allcnnc(data: str | None = None) -> Problem:
     """CIFAR-100 with All-CNN-C (needs --data DIR)."""
-    return _cifar100(networks.all_cnn_c(100), data, "All-CNN-C")
+    return _cifar(100, networks.all_cnn_c(100), data, "All-CNN-C")
 
 
 def cifar100_wrn40_4(data: str | None = None) -> Problem:
     """CIFAR-100 with WRN-40-4 (needs --data DIR)."""
-    return _cifar100(networks.wide_resnet(40, 4, 100), data, "WRN-40-4")
+    return _cifar(100, networks.wide_resnet(40, 4, 100), data, "WRN-40-4")
 
 
 def imagenet_resnet18(data: str | None = None) -> Problem:
@@ -94,18 +94,11 @@ def _folder(data: str | None, what: str) -> str:
     return data
 
 
-def _cifar10(model: nn.Module, data: str | None, network: str) -> Problem:
-    train, test = _scaled(cifar10(_folder(data, "CIFAR-10")))
-    return _classifier(model, train, test, f"CIFAR-10, {network}", _long())
-
-
-def _cifar100(model: nn.Module, data: str | None, network: str) -> Problem:
-    train, test = _scaled(cifar100(_folder(data, "CIFAR-100")))
-    return _classifier(model, train, test, f"CIFAR-100, {network}", _long())
-
-
-def _long() -> Training:
-    return Training("sgd", lr=0.1, momentum=0.9, batch_size=128, epochs=160, weight_decay=5e-4)
+def _cifar(classes: int, model: nn.Module, data: str | None, network: str) -> Problem:
+    name, read = f"CIFAR-{classes}", cifar10 if classes == 10 else cifar100
+    train, test = _scaled(read(_folder(data, name)))
+    training = Training("sgd", lr=0.1, momentum=0.9, batch_size=128, epochs=160, weight_decay=5e-4)
+    return _classifier(model, train, test, f"{name}, {network}", training)
 
 
 def _classifier(model: nn.Module, train: Split, test: Split, title: str, training: Training) -> Problem:

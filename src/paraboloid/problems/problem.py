@@ -100,6 +100,11 @@ def loss_of(loss_fn: Callable[[Tensor, Tensor], Tensor]) -> losses.Loss | None:
         return None
 
 
+def halves(samples: int, *tensors: Tensor) -> tuple[TensorDataset, TensorDataset]:
+    """The first `samples` to train on, and the rest to test on."""
+    return TensorDataset(*(t[:samples] for t in tensors)), TensorDataset(*(t[samples:] for t in tensors))
+
+
 def _samples(dataset: Any, split: str) -> Samples:
     """`dataset`, checked; a pair of tensors becomes a TensorDataset."""
     try:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
-from paraboloid.problems.problem import Problem, Training
+from paraboloid.problems.problem import Problem, Training, halves
 
 SYMBOLS = 16
 
@@ -39,8 +38,7 @@ def transformer(seed: int = 0, samples: int = 10_000, length: int = 15) -> Probl
     return Problem(
         Transformer(length),
         nn.CrossEntropyLoss(),
-        TensorDataset(x[:samples], y[:samples]),
-        TensorDataset(x[samples:], y[samples:]),
+        *halves(samples, x, y),
         title="Copy or sort, transformer",
         description=(
             f"{samples:,} generated sequences of {length} symbols, to be copied or sorted as the first token says; two "

@@ -7,9 +7,8 @@ from collections import OrderedDict
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
 
-from paraboloid.problems.problem import Problem, Training
+from paraboloid.problems.problem import Problem, Training, halves
 
 SIZE = 32
 CLASSES = ["disc", "ring", "triangle", "square", "frame", "cross", "star", "bar", "crescent", "pair"]
@@ -26,8 +25,7 @@ def cnn(seed: int = 0, samples: int = 10_000, width: float = 1.0, depth: int = 3
     return Problem(
         network(width, depth),
         nn.CrossEntropyLoss(),
-        TensorDataset(x[:samples], y[:samples]),
-        TensorDataset(x[samples:], y[samples:]),
+        *halves(samples, x, y),
         title="Textured shapes, 3c3d",
         description=(
             f"{samples:,} generated 32x32 colour images of ten textured shapes; {depth} convolutions and three linear "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from paraboloid.linalg.operand import check_count
+from paraboloid.linalg.operand import check_choice, check_count
 from paraboloid.quadratics.bias_prediction import predicted_bias
 
 if TYPE_CHECKING:
@@ -194,8 +194,7 @@ class Bias:
 
     def _pair(self, which: str, of: str) -> tuple[Tensor, Tensor]:
         self._check(which)
-        if of not in OF:
-            raise ValueError(f"of is {of!r}; expected one of {OF}.")
+        check_choice("of", of, OF)
         if of == "step":
             return self.step(which), self.step("full")
         values = self.curvature if of == "curvature" else self.slope
@@ -209,8 +208,7 @@ class Bias:
         return {which: predicted[which].double().cpu() for which in ("same", "other")}
 
     def _check(self, which: str) -> None:
-        if which not in WHICH:
-            raise ValueError(f"which is {which!r}; expected one of {WHICH}.")
+        check_choice("which", which, WHICH)
 
     def _first(self, k: int | None) -> int:
         return self.k if k is None else check_count("k", k, most=self.k)

@@ -9,7 +9,7 @@ from functools import partial
 from paraboloid.graph.kfra_recursion import kfra
 from paraboloid.linalg.eigenform import Eigenform
 from paraboloid.linalg.kronecker import Kron
-from paraboloid.linalg.operand import check_count
+from paraboloid.linalg.operand import check_choice, check_count
 from paraboloid.passes.memory import INPUTS
 from paraboloid.quantities.curvature import sampled
 from paraboloid.quantities.quantity import GRADIENT, NOTHING, ROOT, Quantity, Source, plus
@@ -21,8 +21,7 @@ FISHERS = {"mc": "kfac", "exact": "kflr", "empirical": "kfac_empirical"}
 
 def fisher_source(fisher: str, samples: int = 1) -> Source:
     """What a Fisher pulls back; raises ValueError for an unknown one and for samples < 1."""
-    if fisher not in FISHERS:
-        raise ValueError(f"fisher is {fisher!r}; expected one of {list(FISHERS)}.")
+    check_choice("fisher", fisher, list(FISHERS))
     return {"mc": sampled(check_count("samples", samples)), "exact": ROOT, "empirical": GRADIENT}[fisher]
 
 

@@ -21,6 +21,7 @@ from paraboloid.jobs.inspection.matrices import NAMES
 from paraboloid.jobs.inspection.noise import gradient_noise
 from paraboloid.jobs.inspection.plan import PROBE, Plan, batch_sizes, fitted
 from paraboloid.jobs.inspection.subject import Layer, Subject, subject
+from paraboloid.linalg.operand import check_choice
 from paraboloid.losses import Loss
 from paraboloid.noise import Snapshots
 from paraboloid.passes import trees
@@ -48,8 +49,7 @@ def inspect(
     known, a loss that is not finite FloatingPointError.
     """
     asked = plan or Plan()
-    if asked.curvature not in NAMES:
-        raise ValueError(f"curvature is {asked.curvature!r}; expected one of {list(NAMES)}.")
+    check_choice("curvature", asked.curvature, list(NAMES))
     batch_sizes(problem, asked)
     report = progress or (lambda stage, done, total: None)
     seconds: dict[str, float] = {}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from paraboloid.data.batches import call
 from paraboloid.jobs.inspection.subject import Subject, by_layer
+from paraboloid.linalg.operand import check_choice
 from paraboloid.linalg.probes import signs
 from paraboloid.losses import Loss
 from paraboloid.operators import EKFAC, GGN, KFAC, DiagonalGGN, Hessian, LinearOperator
@@ -57,8 +58,7 @@ def matrix(subject: Subject, kind: str, seed: int, tick: Tick) -> tuple[LinearOp
     if kind == "hessian":
         H = Hessian(model, loss_fn, batches, seed=seed)
         return H, _probed(H, subject, seed, tick)
-    if kind not in NAMES:
-        raise ValueError(f"curvature is {kind!r}; expected one of {list(NAMES)}.")
+    check_choice("curvature", kind, list(NAMES))
     make = {"kfac": KFAC, "ekfac": EKFAC}[kind]
     if root_columns(subject) <= EXACT_COLUMNS:
         operator, how = make(model, loss_fn, batches, fisher="exact", seed=seed), "the exact Hessian of the loss."

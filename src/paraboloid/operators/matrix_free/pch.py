@@ -14,6 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 from paraboloid.data.batches import Data, Output
 from paraboloid.engine.tape import Tape, record
 from paraboloid.graph.nodes import Graph
+from paraboloid.linalg.operand import check_choice
 from paraboloid.linalg.probes import normal
 from paraboloid.losses import Loss, LossFunction
 from paraboloid.operators.matrix_free.recorded import Recorded
@@ -118,8 +119,7 @@ class PCH(Recorded):
         seed: int = 0,
         max_memory: int | None = None,
     ):
-        if modify not in MODIFIED:
-            raise ValueError(f"modify is {modify!r}; expected one of {list(MODIFIED)}.")
+        check_choice("modify", modify, list(MODIFIED))
         if blocks not in ("parameter", "layer"):
             raise ValueError(f"blocks is {blocks!r}; expected 'parameter' or 'layer', the blocks that have a PCH.")
         tapes: list[Tape] = []

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paraboloid.data import batches as batch_data
 from paraboloid.data.batches import Data, Inputs
-from paraboloid.linalg.operand import check_count
+from paraboloid.linalg.operand import check_choice, check_count
 from paraboloid.passes import trees
 from paraboloid.posteriors import prior as priors
 from paraboloid.posteriors.prediction.predictive import Prediction
@@ -29,8 +29,7 @@ def tune(
     grid: Any,
 ) -> None:  # fmt: skip
     """See `Posterior.tune_prior`."""
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; expected one of {METHODS}.")
+    check_choice("method", method, METHODS)
     if noise and not posterior.likelihood.takes_noise:
         raise ValueError(f"noise=True with a {posterior.likelihood.kind} likelihood; expected nn.MSELoss, which alone "
                          "has a noise variance.")  # fmt: skip
