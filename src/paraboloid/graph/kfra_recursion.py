@@ -45,6 +45,7 @@ from paraboloid.losses import Loss
 from paraboloid.passes.memory import SECOND_DERIVATIVES
 from paraboloid.passes.torch_internals import maxima, operation, output_count, shape_of
 from paraboloid.reductions.kronecker_factors import EXACT_VECTOR, Factors, input_factor, scale_factors
+from paraboloid.reductions.products import Products
 
 SELECTIONS = {"MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D"}
 
@@ -233,6 +234,7 @@ class _Descent:
         if part.use.right is None:
             return Kron(self._vector_block(M, at, scale, size), scale.new_ones(1, 1))
         o = part.outer(scale.new_zeros(()).expand(1, *shape_of(edge)))
+        assert isinstance(o, Products)
         left = _within(M, at, scale, size).to(o.left.dtype)
         sums = {"gradient": left}, {"input": input_factor(o, "expand", self.recorded.max_memory)}
         rows, columns = reversed(sums) if o.flip else sums

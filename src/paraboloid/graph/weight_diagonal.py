@@ -18,8 +18,9 @@ from torch import Tensor
 
 from paraboloid.engine.per_sample import Part
 from paraboloid.engine.sample_independence import Layout
+from paraboloid.reductions.products import Products
 
-Products = Callable[[Tensor], Tensor]  # H v for columns v [V *z]
+Multiply = Callable[[Tensor], Tensor]  # H v for columns v [V *z]
 
 
 def coordinates(shape: torch.Size, layout: Layout, device: torch.device) -> Tensor:
@@ -64,7 +65,7 @@ def meets_once(part: Part) -> bool:
     return not bool(((at[:, :, 1:] == at[:, :, :-1]) & (at[:, :, 1:] >= 0)).any())
 
 
-def output_diagonal(products: Products, shape: torch.Size, at: Tensor, count: int, like: Tensor) -> Tensor:
+def output_diagonal(products: Multiply, shape: torch.Size, at: Tensor, count: int, like: Tensor) -> Tensor:
     """The diagonal of all H_n, of z's shape: as many products as a sample has elements, `count` at a time."""
     d = like.new_zeros(shape.numel())
     for positions in at.T.split(count):  # [V N]
@@ -73,11 +74,12 @@ def output_diagonal(products: Products, shape: torch.Size, at: Tensor, count: in
     return d.view(shape)
 
 
-def from_products(part: Part, products: Products, shape: torch.Size, count: int, like: Tensor) -> Tensor:
+def from_products(part: Part, products: Multiply, shape: torch.Size, count: int, like: Tensor) -> Tensor:
     """The diagonal for a weight matrix or table with T positions, [*shape]: G p T products, `count` at a time."""
     assert part.elements is not None
     at, scale = part.elements()
     o = part.outer(like.new_zeros(()).expand(1, *shape))
+    assert isinstance(o, Products)
     N, G, T, p = at.shape
     J = like.new_zeros(G, p, o.q)
     right = o.right()

@@ -43,11 +43,11 @@ def gradient_factor(o: Products, sharing: str, thin: bool = False) -> Tensor | R
 
 def input_factor(o: Products, sharing: str, memory: int | None = None, thin: bool = False) -> Tensor | Rows:
     """sum over n (and t) of right right^T, [G q q]; the diagonal [1 q] for a lookup; `thin`: as above."""
-    table, reduced = isinstance(o, Lookup), sharing == "reduce"
-    if table and not reduced:
+    reduced = sharing == "reduce"
+    if isinstance(o, Lookup) and not reduced:
         return o.counts()[None]
     N, G, T = o.left.shape[1:4]
-    if thin and not table and N * (1 if reduced else T) < o.q:
+    if thin and not isinstance(o, Lookup) and N * (1 if reduced else T) < o.q:
         right = o.mean_inputs().unsqueeze(2) if reduced else o.inputs()
         return Rows(right.transpose(0, 1).flatten(1, 2).detach())  # it may be the layer's input itself
     A = o.left.new_empty(G, o.q, o.q)
@@ -128,20 +128,20 @@ def add_factors(
         )
     if isinstance(o, Zero):
         return _zero_factors(o, thin)
-    if not o.products:
+    if not (products := o.products):
         raise NotImplementedError(
             "has no Kronecker factors: it enters the layer through another tensor (weight_norm, a product, columns) "
             "or through an operation without a rule. Use diag_ggn or diag_ggn_mc, or freeze it with "
             "requires_grad_(False)."
         )
-    blocks = {(G, *((q, p) if use.flip else (p, q))) for use in o.products for G, p, q in [use.block]}
+    blocks = {(G, *((q, p) if use.flip else (p, q))) for use in products for G, p, q in [use.block]}
     if len(blocks) > 1:
         raise NotImplementedError(f"is used with blocks of different shapes (groups, rows, columns) {sorted(blocks)}.")
     first = value is None
     if value is None:
-        positions = sum(use.left.shape[1] if sharing == "reduce" else use.positions for use in o.products)
+        positions = sum(use.left.shape[1] if sharing == "reduce" else use.positions for use in products)
         value = Factors({}, {}, _count(positions), o.left.shape[2])
-    for use in o.products:
+    for use in products:
         gradients, inputs = (value.columns, value.rows) if use.flip else (value.rows, value.columns)
         part = gradient_factor(use, sharing, thin)
         if recent is not None and isinstance(part, Tensor) and use.left.shape[2:4] == (1, 1):

@@ -72,11 +72,13 @@ class Outer:
 
     def chunks(
         self, elements: int, max_memory: int | None = None, limit: Limit = PIECES, least: int = 0
-    ) -> Iterator[slice]:
+    ) -> list[slice]:
         """Ranges of samples whose pieces of `elements` numbers per sample stay within the limit."""
-        step = limit.count(elements * self.left.element_size(), max_memory, self.left.device, least)
-        for start in range(0, self.left.shape[1], step):
-            yield slice(start, min(start + step, self.left.shape[1]))
+        N, step = (
+            self.left.shape[1],
+            limit.count(elements * self.left.element_size(), max_memory, self.left.device, least),
+        )
+        return [slice(0, N)] if step >= N else [slice(i, min(i + step, N)) for i in range(0, N, step)]
 
     def pieces(self, max_memory: int | None, limit: Limit = PIECES) -> Iterator[tuple[slice, Tensor]]:
         """Consecutive ranges of samples and their J_n^T v, [V n *shape]."""

@@ -141,7 +141,7 @@ class Products(Outer):
         self, max_memory: int | None, out: Tensor | None = None, limit: Limit = PIECES
     ) -> Iterator[tuple[slice, Tensor]]:
         V, _, G, _, p = self.left.shape
-        ranges, buffer = list(self.chunks(self.size, max_memory, limit)), None
+        ranges, buffer = self.chunks(self.size, max_memory, limit), None
         for n, right in zip(ranges, self.right.pieces(ranges), strict=True):
             left = self.left[:, n].permute(1, 2, 0, 4, 3).flatten(2, 3).flatten(0, 1)  # [nG Vp T]
             if out is not None:
@@ -280,7 +280,8 @@ def merge(uses: list[Outer]) -> Outer:
     if len(forms) > 1 or not first.lasting:
         return Several(uses)
     if all(isinstance(o, Vector) for o in uses) or all(isinstance(o, Whole) for o in uses):
-        return type(first)(sum((o.left for o in uses[1:]), first.left), first.shape)
+        left = sum((o.left for o in uses[1:]), first.left)
+        return Vector(left, first.shape) if isinstance(first, Vector) else Whole(left, first.shape)
     products = [p for o in uses for p in o.products]
     if len(products) < len(uses):
         return Several(uses)
