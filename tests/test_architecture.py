@@ -27,6 +27,7 @@ MAY_IMPORT = {
     },
     "posteriors": {"passes", "data", "losses", "linalg", "engine", "reductions", "quantities", "operators"},
     "logging": {"passes", "data", "losses", "linalg", "quantities", "noise"},
+    "testing": {"layers", "engine", "losses", "linalg", "quantities", "optim"},
     "problems": {"passes", "data", "losses"},
     "report": set(),
     "jobs": {
@@ -35,7 +36,7 @@ MAY_IMPORT = {
     },
     "": {
         "passes", "linalg", "logging", "losses", "noise", "operators", "optim", "posteriors", "problems", "quadratics",
-        "quantities", "jobs", "report",
+        "quantities", "testing", "jobs", "report",
     },
 }  # fmt: skip
 FACE = {"__init__", "__main__", "cli"}

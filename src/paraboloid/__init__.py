@@ -1,6 +1,6 @@
 """Local quadratic models of deep-learning losses from mini-batches: statistics, curvature, debiasing."""
 
-from paraboloid import linalg, logging, losses, noise, operators, optim, posteriors, quantities
+from paraboloid import linalg, logging, losses, noise, operators, optim, posteriors, quantities, testing
 from paraboloid.linalg.kronecker import Kron
 from paraboloid.losses import Loss
 from paraboloid.operators import EKFAC, GGN, KFAC, KFLR, PCH, DiagonalGGN, EmpiricalFisher, Fisher, Hessian, LowRank
@@ -55,4 +55,5 @@ __all__ = [
     "record",
     "shrunk_curvature",
     "statistics",
+    "testing",
 ]
