@@ -60,7 +60,7 @@ def test_models(name, structure):
     close(posterior.functional(x)[1], J @ S @ J.mT)
     close(posterior.functional(x, diagonal=True)[1].flatten(1), (J @ S @ J.mT).diagonal(dim1=1, dim2=2))
     close(posterior.functional(x, joint=True)[1].flatten(0, 1).flatten(1), J.flatten(0, 1) @ S @ J.flatten(0, 1).T)
-    close(posterior.curvature.variances(posterior.prior(), 1.0), S.diagonal())
+    close(posterior.precision().variances(), S.diagonal())
     value = posterior.log_likelihood() - (flat(prior, model) * theta(model).square()).sum() / 2
     value = value + flat(prior, model).log().sum() / 2 - torch.logdet(H + flat(prior, model).diag()) / 2
     close(posterior.log_evidence(), value)
@@ -81,7 +81,7 @@ def test_the_block_is_that_of_the_sum_whatever_the_reduction():
     kron = pb.statistics(model, nn.CrossEntropyLoss(), (x, y), "kflr")["kflr"]["0.weight"].to_dense()
     for reduction in ("mean", "sum"):
         posterior = laplace(model, nn.CrossEntropyLoss(reduction=reduction), (x, y))
-        close(posterior.curvature.forms["0.weight"].to_dense(), 6 * kron)
+        close(posterior.curvature.by_name["0.weight"].to_dense(), 6 * kron)
 
 
 def test_thin_bases_of_a_wide_layer():
@@ -90,14 +90,14 @@ def test_thin_bases_of_a_wide_layer():
     model = nn.Sequential(nn.Linear(40, 6), nn.Tanh(), nn.Linear(6, 3)).double()
     x, y = torch.randn(5, 40, dtype=F64), torch.arange(5) % 3
     posterior = laplace(model, nn.CrossEntropyLoss(), (x, y), prior_precision=0.7)
-    assert not posterior.curvature.forms["0.weight"].full
+    assert not posterior.curvature.by_name["0.weight"].full
     S = torch.linalg.inv(
         dense_blocks("kron", model, nn.CrossEntropyLoss(), x, y) + 0.7 * torch.eye(len(theta(model)), dtype=F64)
     )
     new = torch.randn(4, 40, dtype=F64)
     _, J = jacobian(model, new)
     close(posterior.functional(new)[1], J @ S @ J.mT)
-    close(posterior.curvature.variances(posterior.prior(), 1.0), S.diagonal())
+    close(posterior.precision().variances(), S.diagonal())
     draws = posterior.sample(20_000)["0.weight"].flatten(1)
     error = S.diagonal()[:240] * (2 / 20_000) ** 0.5
     assert ((draws.var(0) - S.diagonal()[:240]) / error).abs().max() < 5
@@ -107,17 +107,17 @@ def test_ekfac_has_the_trace_of_the_exact_curvature():
     model, x, loss_fn, y = problem("residual cnn", n=6)
     H = curvature(model, loss_fn, x, y)
     posterior = laplace(model, loss_fn, halves(x, y), "ekfac")
-    trace = sum(form.trace() for form in posterior.curvature.forms.values())
+    trace = sum(form.trace() for form in posterior.curvature.forms)
     close(trace, H.trace())
 
 
 def test_more_data_with_the_eigenvectors_of_the_first():
     model, x, loss_fn, y = problem("mlp", n=8)
     first = laplace(model, loss_fn, (x[:4], y[:4]), "ekfac")
-    vectors = first.curvature.forms["0.weight"].left.vectors
+    vectors = first.curvature.by_name["0.weight"].left.vectors
     first.update((x[4:], y[4:]))
-    assert torch.equal(first.curvature.forms["0.weight"].left.vectors, vectors)
-    close(sum(f.trace() for f in first.curvature.forms.values()), curvature(model, loss_fn, x, y).trace())
+    assert torch.equal(first.curvature.by_name["0.weight"].left.vectors, vectors)
+    close(sum(f.trace() for f in first.curvature.forms), curvature(model, loss_fn, x, y).trace())
 
 
 @pytest.mark.parametrize("structure", ["kron", "ekfac"])
@@ -136,7 +136,7 @@ def test_debiased(structure, tmp_path):
     _, J = jacobian(model, x)
     close(posterior.functional(x)[1], J @ S @ J.mT)
     close(posterior.functional(x, joint=True)[1].flatten(0, 1).flatten(1), J.flatten(0, 1) @ S @ J.flatten(0, 1).T)
-    close(posterior.curvature.variances(posterior.prior(), 1.0), S.diagonal())
+    close(posterior.precision().variances(), S.diagonal())
     assert posterior.count == 10
     plain = laplace(model, loss_fn, data, structure, prior_precision=0.4)
     close(posterior.log_likelihood(), plain.log_likelihood())
@@ -146,8 +146,8 @@ def test_debiased(structure, tmp_path):
     posterior.save(tmp_path / "p.pt")
     loaded = pb.load_posterior(tmp_path / "p.pt", model, loss_fn)
     assert torch.equal(loaded.predict(x), posterior.predict(x))
-    before = posterior.curvature.parts[0].forms["0.weight"].trace()
-    assert posterior.update(data).curvature.parts[0].forms["0.weight"].trace() > before
+    before = posterior.curvature.parts[0].by_name["0.weight"].trace()
+    assert posterior.update(data).curvature.parts[0].by_name["0.weight"].trace() > before
 
 
 def test_batch_norm_and_a_frozen_base():

@@ -45,7 +45,7 @@ def test_variances_are_those_of_the_jacobian(options, bias, samples, monkeypatch
     x, y = torch.randn(samples, 4, dtype=torch.float64), torch.randint(3, (samples,))
     posterior = pb.laplace(model, nn.CrossEntropyLoss(), (x, y), weights="last_layer", **options)
     mean, variance = posterior.functional(x, diagonal=True)
-    assert last_layer.variances(posterior, x, posterior.prior(), posterior.strength()) is not None
+    assert last_layer.variances(posterior, x, posterior.precision()) is not None
     monkeypatch.setattr(last_layer, "variances", lambda *args: None)
     want_mean, want = posterior.functional(x, diagonal=True)
     torch.testing.assert_close(mean, want_mean)
@@ -58,7 +58,7 @@ def test_what_is_no_linear_last_layer_takes_the_jacobian():
     x, y = torch.randn(9, 4, dtype=torch.float64), torch.randint(3, (9,))
     for model, weights in ((scaled, "all"), (net(), "all")):
         posterior = pb.laplace(model, nn.CrossEntropyLoss(), (x, y), "diag", weights=weights)
-        assert last_layer.variances(posterior, x, posterior.prior(), posterior.strength()) is None
+        assert last_layer.variances(posterior, x, posterior.precision()) is None
         covariance = posterior.functional(x)[1]
         torch.testing.assert_close(posterior.functional(x, diagonal=True)[1], covariance.diagonal(dim1=1, dim2=2))
 

@@ -6,8 +6,7 @@ from posteriors.dense import close, curvature
 from posteriors.test_against_dense import problem
 
 from paraboloid.posteriors import laplace
-from paraboloid.posteriors.prior_tuning import evidence
-from paraboloid.posteriors.structures.rows import compressed
+from paraboloid.posteriors.structures.rows import Woodbury, compressed
 
 
 def test_rows_beyond_the_number_of_weights_are_compressed():
@@ -32,12 +31,12 @@ def test_one_precision_for_all_is_the_general_case(structure):
     """The sums over eigenvalues are what the marginal variances and the Cholesky factor give."""
     model, x, loss_fn, y = problem("mlp", n=8)
     posterior = laplace(model, loss_fn, (x, y), structure, rank=7)
-    rows, shared = posterior.curvature, posterior.prior(0.3)
+    shared = posterior.prior(0.3)
     apart = {k: t.clone() for k, t in shared.items()}  # equal, but not one and the same
-    close(rows.log_det(shared, 1.7), rows.log_det(apart, 1.7))
+    one, other = (Woodbury(posterior.curvature, prior, 1.7) for prior in (shared, apart))
+    close(one.log_det(), other.log_det())
     groups = [list(shared)]
-    close(evidence.effective_dimension(rows, shared, 1.7, groups)[0],
-          evidence.effective_dimension(rows, apart, 1.7, groups)[0])  # fmt: skip
+    close(one.effective_dimension(groups)[0], other.effective_dimension(groups)[0])
 
 
 def test_what_is_remembered_belongs_to_one_prior_and_strength():

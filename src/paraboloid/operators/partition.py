@@ -7,6 +7,7 @@ lists of names that holds each parameter once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -49,6 +50,15 @@ def places(parameters: Mapping[str, Tensor], block: Sequence[int]) -> Tensor:
     ends = torch.tensor(sizes).cumsum(0).tolist()
     device = next(iter(parameters.values())).device
     return torch.cat([torch.arange(ends[i] - sizes[i], ends[i], device=device) for i in block])
+
+
+def spans(parameters: Mapping[str, Tensor], blocks: Sequence[Sequence[int]]) -> list[slice | Tensor]:
+    """`places` of each block; as a slice where its parameters follow each other."""
+    ends = [0, *accumulate(p.numel() for p in parameters.values())]
+    return [
+        slice(ends[b[0]], ends[b[-1] + 1]) if list(b) == list(range(b[0], b[-1] + 1)) else places(parameters, b)
+        for b in blocks
+    ]  # fmt: skip
 
 
 def block_names(parameters: Mapping[str, Tensor], blocks: Sequence[Sequence[int]]) -> list[str]:

@@ -1,8 +1,9 @@
 """Gaussian posteriors over weights; imports from `operators` and below.
 
-A posterior is the curvature of the data's negative log-likelihood in one of six structures, plus a diagonal prior.  A
-structure is a file: `full`, `diagonal`, `kronecker`, `rows` (low rank and functional), each with the same methods:
-`log_det`, `apply`, `variances`, `deviations`, `covariance`, `plus`.
+A posterior is the curvature of the data's negative log-likelihood, an operator, plus a diagonal prior: a `Precision`.
+What is done with one depends on how the curvature is kept, a file of `structures` for each: `dense`, `eigenbasis` (a
+diagonal, KFAC, EKFAC), `rows` (low rank and functional), all with the methods of `Precision`: `log_det`, `apply`,
+`variances`, `deviations`, `covariance`.
 """
 
 from typing import Any

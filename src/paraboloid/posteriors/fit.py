@@ -14,13 +14,13 @@ from paraboloid.data.joined import joined
 from paraboloid.linalg.eigenform import Eigenform
 from paraboloid.linalg.operand import check_count
 from paraboloid.operators import GGN
+from paraboloid.operators.structured.block_diagonal import BlockDiagonal
+from paraboloid.operators.structured.diagonalised import Diagonalised
 from paraboloid.operators.structured.kfac import factors_of, measured_scales
 from paraboloid.passes import trees
 from paraboloid.passes.memory import DENSE
 from paraboloid.posteriors.likelihood import Likelihood
-from paraboloid.posteriors.structures.diagonal import Diagonal
-from paraboloid.posteriors.structures.full import Full
-from paraboloid.posteriors.structures.kronecker import CrossFitted, Kronecker
+from paraboloid.posteriors.structures.eigenbasis import CrossFitted, Kronecker, diagonal_of
 from paraboloid.posteriors.structures.rows import Rows, compressed
 from paraboloid.quantities.curvature import DiagGGN, SqrtGGN
 from paraboloid.quantities.door import statistics
@@ -120,7 +120,7 @@ def check_memory(what: str, size: int, instead: str) -> None:
                          f"{instead}")  # fmt: skip
 
 
-def full(fitting: Fitting, parameters: Mapping[str, Tensor], data: Any) -> Full:
+def full(fitting: Fitting, parameters: Mapping[str, Tensor], data: Any) -> BlockDiagonal:
     size, first = sum(p.numel() for p in parameters.values()), next(iter(parameters.values()))
     check_memory(
         f"structure='full' over {size} weights", 2 * size**2 * first.element_size(),
@@ -129,10 +129,10 @@ def full(fitting: Fitting, parameters: Mapping[str, Tensor], data: Any) -> Full:
     H = torch.zeros(size, size, dtype=first.dtype, device=first.device)
     for A in _rows(fitting, data):
         H.addmm_(A.T, A)
-    return Full(parameters, H)
+    return BlockDiagonal(parameters, [range(len(parameters))], [H])
 
 
-def diagonal(fitting: Fitting, parameters: Mapping[str, Tensor], data: Any) -> Diagonal:
+def diagonal(fitting: Fitting, parameters: Mapping[str, Tensor], data: Any) -> Diagonalised:
     empirical = fitting.fisher == "empirical"
     quantity: Quantity = (
         SecondMoment() if empirical else DiagGGN(None if fitting.fisher == "exact" else fitting.samples)
@@ -141,7 +141,7 @@ def diagonal(fitting: Fitting, parameters: Mapping[str, Tensor], data: Any) -> D
     for stats, count in fitting.batches(data, [quantity]):
         for k, t in stats[quantity.name].items():
             h[k].add_(t, alpha=count if empirical else 1)
-    return Diagonal(parameters, h)
+    return diagonal_of(parameters, h)
 
 
 def functional(fitting: Fitting, parameters: Mapping[str, Tensor], data: Any, subset: int | None) -> Rows:
@@ -194,14 +194,14 @@ def kronecker(
 ) -> Kronecker:
     """KFAC's blocks; `exact`: the exact eigenvalues along KFAC's eigenvectors (EKFAC), or along those of `before`."""
     if before is not None and before.factors is None:
-        return Kronecker(parameters, along(fitting, data, before.forms, exact))
+        return Kronecker(parameters, along(fitting, data, before.by_name, exact))
     passes = fitting.over(data, again=exact)
     fitted = Kronecker.of_factors(parameters, fitting.factors(passes))
     fitting.loss += passes.total
     if not exact:
         return fitted
-    scales = fitting.scales(passes, fitted.forms)
-    return Kronecker(parameters, {k: replace(f, values=scales[k]) for k, f in fitted.forms.items()})
+    scales = fitting.scales(passes, fitted.by_name)
+    return Kronecker(parameters, {k: replace(f, values=scales[k]) for k, f in fitted.by_name.items()})
 
 
 def along(
@@ -229,9 +229,9 @@ def cross_fitted(
     """Two posteriors, each with the eigenvectors of one half of the data and the eigenvalues of the other half."""
     halves = [_Half(data, which) for which in (0, 1)]
     if before is None:
-        forms = [kronecker(replace(fitting), parameters, half, False).forms for half in halves]
+        forms = [kronecker(replace(fitting), parameters, half, False).by_name for half in halves]
     else:
-        forms = [part.forms for part in before.parts]
+        forms = [part.by_name for part in before.parts]
     parts, counts = [], []
     for own, other in zip(forms, reversed(halves), strict=True):
         seen = fitting.count

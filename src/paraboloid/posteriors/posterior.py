@@ -13,19 +13,26 @@ from paraboloid.data.batches import Data, Inputs, Output
 from paraboloid.linalg.operand import check_count
 from paraboloid.linalg.probes import Seed, generator_of
 from paraboloid.losses import LossFunction
+from paraboloid.operators.structured.block_diagonal import BlockDiagonal
+from paraboloid.operators.structured.diagonalised import Diagonalised
 from paraboloid.passes.wrappers import plain_parameters
 from paraboloid.posteriors import prior as priors
 from paraboloid.posteriors import saving
 from paraboloid.posteriors.fit import Fitting, curvature
 from paraboloid.posteriors.likelihood import Likelihood
+from paraboloid.posteriors.precision import Precision
 from paraboloid.posteriors.prediction import last_layer, predictive, sharpness
 from paraboloid.posteriors.prediction.jacobian import Jacobian, pull_outputs, recorded
 from paraboloid.posteriors.prediction.moments import moments
 from paraboloid.posteriors.prior_tuning import tuning
-from paraboloid.posteriors.prior_tuning.evidence import effective_dimension
-from paraboloid.posteriors.structures.full import Full
-from paraboloid.posteriors.structures.rows import Rows
+from paraboloid.posteriors.structures.dense import Dense
+from paraboloid.posteriors.structures.eigenbasis import CrossFitted, InEigenbasis, Kronecker, Mixture
+from paraboloid.posteriors.structures.rows import Rows, Woodbury
 from paraboloid.posteriors.weights import only
+
+PRECISIONS: dict[type, type[Precision]] = {  # by what the curvature is kept as
+    BlockDiagonal: Dense, Diagonalised: InEigenbasis, Kronecker: InEigenbasis, CrossFitted: Mixture, Rows: Woodbury,
+}  # fmt: skip
 
 
 @dataclass(eq=False, repr=False)
@@ -56,6 +63,7 @@ class Posterior:
     sharpness: float = 1.0  # exponent of the predicted probabilities, see `match_confidence`
     _prior: Any = 1.0
     _sizes: dict[Any, float] = field(default_factory=dict, repr=False)  # what a sample takes to predict
+    _precision: Precision | None = field(default=None, repr=False)  # the last one, with what it solved
 
     @property
     def prior_precision(self) -> Any:
@@ -77,6 +85,16 @@ class Posterior:
         noise = self.noise_variance if noise_variance is None else noise_variance
         return self.likelihood.strength(noise) / self.temperature
 
+    def precision(self, prior: priors.Prior | None = None, noise_variance: Any = None) -> Precision:
+        """strength H + Lambda and its inverse; the last one that no gradients flow through is remembered."""
+        prior, strength = self.prior() if prior is None else prior, self.strength(noise_variance)
+        if self._precision is None or not self._precision.holds(self.curvature, prior, strength):
+            found = PRECISIONS[type(self.curvature)](self.curvature, prior, strength)
+            if not found.holds(self.curvature, prior, strength):
+                return found
+            self._precision = found
+        return self._precision
+
     # --- evidence ---------------------------------------------------------------------------------------------------
 
     def log_likelihood(self, noise_variance: Any = None) -> Tensor:
@@ -96,12 +114,12 @@ class Posterior:
         ones).  Source: MacKay 1992; Immer et al. 2021, arXiv:2104.04975.
         """
         prior = self.prior(prior_precision)
-        volume = self.curvature.log_det(prior, self.strength(noise_variance))
+        volume = self.precision(prior, noise_variance).log_det()
         return self.log_likelihood(noise_variance) - priors.square(prior, self.weights) / 2 - volume / 2
 
     def effective_dimension(self) -> float:
         """gamma = tr(strength H Sigma): the number of weights that the data determines rather than the prior."""
-        return effective_dimension(self.curvature, self.prior(), self.strength(), [list(self.weights)])[0].item()
+        return self.precision().effective_dimension([list(self.weights)])[0].item()
 
     def tune_prior(
         self,
@@ -160,7 +178,7 @@ class Posterior:
         size = sum(w.numel() for w in self.weights.values())
         generator = generator_of(seed, first.device)
         noise = torch.randn(samples, size, generator=generator, dtype=first.dtype, device=first.device)
-        deviations = self.curvature.deviations(noise, self.prior(), self.strength())
+        deviations = self.precision().deviations(noise)
         pieces = deviations.split([w.numel() for w in self.weights.values()], 1)
         return {k: w + d.view(-1, *w.shape) for (k, w), d in zip(self.weights.items(), pieces, strict=True)}
 
@@ -171,22 +189,21 @@ class Posterior:
         joint=True: the covariance over all inputs together, [N, K, N, K].  Source: Immer et al. 2021, arXiv:2008.08216.
         """
         self.check_weights()
-        prior, strength, names = self.prior(), self.strength(), list(self.weights)
+        precision, names = self.precision(), list(self.weights)
         if joint:
             with recorded(self.model, names, x, self.output) as (tape, f):
                 rows = pull_outputs(tape, f).dense().flatten(0, 1)  # [N K, D]
-            covariance = self.curvature.apply(rows, prior, strength) @ rows.T
+            covariance = precision.apply(rows) @ rows.T
             N, K = len(f), f[0].numel()
             return f.detach(), covariance.view(N, K, N, K)
 
         def covariance_of(J: Jacobian) -> Tensor:
-            return self.curvature.covariance(J, prior, strength, diagonal, self.max_memory)
+            return precision.covariance(J, diagonal, self.max_memory)
 
-        if diagonal and (found := last_layer.variances(self, x, prior, strength)) is not None:
+        if diagonal and (found := last_layer.variances(self, x, precision)) is not None:
             return found
-        formed = self.curvature.formed if isinstance(self.curvature, Full | Rows) else 0
         mean, covariance = moments(
-            self.model, names, x, self.output, covariance_of, formed, self.max_memory, self._sizes
+            self.model, names, x, self.output, covariance_of, precision.formed, self.max_memory, self._sizes
         )
         return mean, covariance.view_as(mean) if diagonal else covariance
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.linalg.eigenform import Basis, Eigenform
+from paraboloid.operators.structured.block_diagonal import BlockDiagonal
+from paraboloid.operators.structured.diagonalised import Diagonalised
 from paraboloid.passes.wrappers import plain_parameters
 from paraboloid.posteriors.likelihood import Likelihood
-from paraboloid.posteriors.structures.diagonal import Diagonal
-from paraboloid.posteriors.structures.full import Full
-from paraboloid.posteriors.structures.kronecker import CrossFitted, Kronecker
+from paraboloid.posteriors.structures.eigenbasis import CrossFitted, Kronecker, diagonal_of
 from paraboloid.posteriors.structures.rows import Rows
 from paraboloid.reductions import kronecker_factors
 
@@ -28,19 +29,30 @@ PLAIN = (
     "max_memory", "options",
 )  # fmt: skip
 
-# What a curvature consists of, by the kinds that files name: they outlive every move of a class.
-KINDS = {
-    "full": Full,
-    "diagonal": Diagonal,
-    "rows": Rows,
-    "kronecker": Kronecker,
-    "cross_fitted": CrossFitted,
-    "eigenform": Eigenform,
-    "basis": Basis,
-    "factors": kronecker_factors.Factors,
-    "factor_rows": kronecker_factors.Rows,
+
+def _diagonal(c: Diagonalised) -> State:
+    pairs = zip(c.parameters.items(), c.forms, strict=True)
+    return {k: form.values.view_as(p) for (k, p), form in pairs}
+
+
+def _fields(value: Any) -> State:
+    return {f.name: getattr(value, f.name) for f in fields(value)}
+
+
+# What a curvature consists of, by the kinds that files name: they outlive every move of a class.  A kind is a class,
+# what it is made of besides the parameters (which are saved as the weights), and how it is made of that.
+KINDS: dict[str, tuple[type, Callable[[Any], State], Callable[..., Any]]] = {
+    "full": (BlockDiagonal, lambda c: {"H": c.matrices[0]}, lambda p, H: BlockDiagonal(p, [range(len(p))], [H])),
+    "diagonal": (Diagonalised, lambda c: {"h": _diagonal(c)}, diagonal_of),
+    "rows": (Rows, lambda c: {"A": c.A, "rank": c.rank}, Rows),
+    "kronecker": (Kronecker, lambda c: {"forms": c.by_name, "factors": c.factors}, Kronecker),
+    "cross_fitted": (CrossFitted, lambda c: {"parts": list(c.parts)}, lambda p, parts: CrossFitted(parts)),
+    "eigenform": (Eigenform, _fields, lambda p, **inside: Eigenform(**inside)),
+    "basis": (Basis, _fields, lambda p, **inside: Basis(**inside)),
+    "factors": (kronecker_factors.Factors, _fields, lambda p, **inside: kronecker_factors.Factors(**inside)),
+    "factor_rows": (kronecker_factors.Rows, _fields, lambda p, **inside: kronecker_factors.Rows(**inside)),
 }
-NAMES = {c: kind for kind, c in KINDS.items()}
+NAMES = {c: kind for kind, (c, _, _) in KINDS.items()}
 # Files of version 2 name the places where the classes lay then.
 PLACES_2 = {
     "paraboloid.posteriors.full.Full": "full",
@@ -56,10 +68,9 @@ PLACES_2 = {
 
 
 def _packed(value: Any) -> Any:
-    """Dataclasses as dicts with their kind; the parameters, which are saved as the weights, are left out."""
     if type(value) in NAMES:
-        inside = {f.name: _packed(getattr(value, f.name)) for f in fields(value) if f.name != "parameters"}
-        return {"class": NAMES[type(value)], "fields": inside}
+        kind = NAMES[type(value)]
+        return {"class": kind, "fields": {k: _packed(v) for k, v in KINDS[kind][1](value).items()}}
     if isinstance(value, dict):
         return {"dict": {k: _packed(v) for k, v in value.items()}}
     if isinstance(value, tuple | list):
@@ -75,21 +86,17 @@ def _unpacked(value: Any, weights: dict[str, Tensor]) -> Any:
     if "dict" in value:
         return {k: _unpacked(v, weights) for k, v in value["dict"].items()}
     kind = str(value["class"])
-    found = KINDS[PLACES_2.get(kind, kind)]
-    inside = {k: _unpacked(v, weights) for k, v in value["fields"].items()}
-    if any(f.name == "parameters" for f in fields(found)):
-        inside["parameters"] = weights
-    return found(**inside)
+    make = KINDS[PLACES_2.get(kind, kind)][2]
+    return make(weights, **{k: _unpacked(v, weights) for k, v in value["fields"].items()})
 
 
 def save(posterior: Posterior, path: str | Path) -> None:
-    curvature = posterior.curvature
     state = {
         "version": VERSION,
         "kind": posterior.likelihood.kind,
         "weights": posterior.weights,
         "prior_precision": posterior.prior_precision,
-        "curvature": _packed(curvature),
+        "curvature": _packed(posterior.curvature),
         **{name: getattr(posterior, name) for name in PLAIN},
     }
     torch.save(state, path)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paraboloid.linalg.eigenform import Basis, Eigenform, decomposed
 from paraboloid.operators.linear_operator import LinearOperator
-from paraboloid.operators.partition import block_names, places
+from paraboloid.operators.partition import block_names, spans
 from paraboloid.operators.structured.diagonalised import Diagonalised, dense_of
 from paraboloid.passes.modes import precisely
 
@@ -23,7 +23,7 @@ class BlockDiagonal(LinearOperator, kind="BlockDiagonal"):
 
     def __init__(self, parameters: Mapping[str, Tensor], blocks: Sequence[Sequence[int]], matrices: Sequence[Tensor]):
         self.parameters, self.blocks, self.matrices = parameters, [list(b) for b in blocks], list(matrices)
-        self.at = [places(parameters, block) for block in blocks]
+        self.at = spans(parameters, self.blocks)
 
     def _state(self) -> dict[str, Any]:
         return {"blocks": self.blocks, "matrices": self.matrices}
@@ -31,6 +31,10 @@ class BlockDiagonal(LinearOperator, kind="BlockDiagonal"):
     @classmethod
     def _of_state(cls, state: dict[str, Any], parameters: Mapping[str, Tensor]) -> BlockDiagonal:
         return cls(parameters, state["blocks"], state["matrices"])
+
+    def plus(self, other: BlockDiagonal) -> BlockDiagonal:
+        """The sum with a matrix of the same blocks."""
+        return BlockDiagonal(self.parameters, self.blocks or [], [*map(torch.add, self.matrices, other.matrices)])
 
     @precisely
     def _product(self, rows: Tensor) -> Tensor:

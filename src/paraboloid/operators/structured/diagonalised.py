@@ -12,7 +12,7 @@ from torch import Tensor
 from paraboloid.linalg.eigenform import Eigenform, check_positive, check_semidefinite
 from paraboloid.linalg.operand import check_count
 from paraboloid.operators.linear_operator import LinearOperator
-from paraboloid.operators.partition import block_names, places
+from paraboloid.operators.partition import block_names, spans
 from paraboloid.passes.modes import precisely
 
 
@@ -59,11 +59,7 @@ class Diagonalised(LinearOperator, kind="Diagonalised"):
     @cached_property
     def _at(self) -> list[slice | Tensor]:
         """Where each block lies in a flat vector."""
-        found = []
-        for where in (places(self.parameters, b) for b in self.blocks or []):
-            start, stop = int(where[0]), int(where[-1]) + 1
-            found.append(slice(start, stop) if stop - start == len(where) else where)
-        return found
+        return spans(self.parameters, self.blocks or [])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Diagonalised:
         """The same function of every eigenvalue."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paraboloid.linalg.kronecker import Decomposed, Kron
 from paraboloid.operators.linear_operator import LinearOperator
-from paraboloid.operators.partition import block_names
+from paraboloid.operators.partition import block_names, spans
 from paraboloid.operators.structured.diagonalised import Diagonalised, common_dtype, dense_of
 
 
@@ -79,10 +79,7 @@ class KroneckerFactored(LinearOperator, kind="KroneckerFactored"):
         return torch.cat([kron.product(part) for kron, part in pairs], 1)
 
     def to_dense(self) -> Tensor:
-        ends, at = 0, []
-        for p in self.parameters.values():
-            at.append(slice(ends, ends + p.numel()))
-            ends += p.numel()
+        at = spans(self.parameters, self.blocks or [])
         return dense_of(self.shape[0], at, [kron.to_dense() for kron in self.krons.values()], self)
 
     def diagonal(self, samples=None, seed=0):

@@ -44,9 +44,22 @@ class LowRank(LinearOperator, kind="LowRank"):
         diagonal = torch.as_tensor(diagonal, dtype=self.dtype, device=self.device)
         if diagonal.shape not in ((), (size,)):
             raise ValueError(f"the diagonal has shape {tuple(diagonal.shape)}; expected a number or [{size}].")
-        core = values.diag() if values.dim() == 1 else values
-        self.vectors, self.values = _orthonormal(vectors.to(self.dtype), core.to(self.dtype))
-        self.remainder = diagonal
+        self._given, self.remainder = (vectors.to(self.dtype), values.to(self.dtype)), diagonal
+
+    @cached_property
+    def _pairs(self) -> tuple[Tensor, Tensor]:
+        vectors, core = self._given
+        return _orthonormal(vectors, core.diag() if core.dim() == 1 else core)
+
+    @property
+    def vectors(self) -> Tensor:
+        """Orthonormal, [D, k]."""
+        return self._pairs[0]
+
+    @property
+    def values(self) -> Tensor:
+        """Descending, [k]."""
+        return self._pairs[1]
 
     def _state(self) -> dict[str, Any]:
         return {"vectors": self.vectors, "values": self.values, "diagonal": self.remainder}

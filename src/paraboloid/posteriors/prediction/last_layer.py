@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from paraboloid.data.batches import Inputs
 from paraboloid.passes.trees import mapped
+from paraboloid.posteriors.precision import Precision
 from paraboloid.posteriors.prediction.jacobian import recorded
 from paraboloid.posteriors.prediction.moments import length
-from paraboloid.posteriors.prior import Prior
-from paraboloid.posteriors.structures.diagonal import Diagonal
-from paraboloid.posteriors.structures.kronecker import CrossFitted, Kronecker
+from paraboloid.posteriors.structures.eigenbasis import InEigenbasis, Mixture
 
 if TYPE_CHECKING:
     from paraboloid.posteriors.posterior import Posterior
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 CHUNK = 1024  # samples at a time
 
 
-def variances(posterior: Posterior, inputs: Inputs, prior: Prior, strength: Any) -> tuple[Tensor, Tensor] | None:
+def variances(posterior: Posterior, inputs: Inputs, precision: Precision) -> tuple[Tensor, Tensor] | None:
     """Mean and variance [N, C] of f = W phi + b under a posterior over W and b alone, features phi [F].
 
     diagonal     var[n, c] = sum_j phi[n, j]^2 var(W)[c, j] + var(b)[c]
@@ -29,8 +28,7 @@ def variances(posterior: Posterior, inputs: Inputs, prior: Prior, strength: Any)
 
     In C F + N (C + F) numbers.  None where the posterior is over something else, or has another structure.
     """
-    curvature = posterior.curvature
-    if not isinstance(curvature, Diagonal | Kronecker | CrossFitted) or len(posterior.weights) > 2:
+    if not isinstance(precision, InEigenbasis | Mixture) or len(posterior.weights) > 2:
         return None
     means, found = [], []
     for start in range(0, length(inputs), CHUNK):
@@ -52,21 +50,18 @@ def variances(posterior: Posterior, inputs: Inputs, prior: Prior, strength: Any)
             return None
         with torch.no_grad():
             means.append(f.detach())
-            found.append(_of(curvature, phi.detach(), weight, bias, prior, strength))
+            found.append(_of(precision, phi.detach(), weight, bias))
     return torch.cat(means), torch.cat(found)
 
 
-def _of(curvature: Any, phi: Tensor, weight: str, bias: str | None, prior: Prior, strength: Any) -> Tensor:
-    if isinstance(curvature, CrossFitted):
-        first, second = (_of(part, phi, weight, bias, prior, strength) for part in curvature.parts)
+def _of(precision: InEigenbasis | Mixture, phi: Tensor, weight: str, bias: str | None) -> Tensor:
+    if isinstance(precision, Mixture):
+        first, second = (_of(part, phi, weight, bias) for part in precision.parts)
         return (first + second) / 2
-    if isinstance(curvature, Diagonal):
-        found = phi.square() @ (1 / (strength * curvature.h[weight] + prior[weight])).T
-        return found if bias is None else found + 1 / (strength * curvature.h[bias] + prior[bias])
-    sigma = curvature._sigma(weight, prior, strength)
+    sigma = precision.sigma[weight]
     U, V, shift = sigma.left, sigma.right, sigma.values[0] - sigma.rest
     turned = phi if V.vectors is None else phi @ V.vectors[0]
     inner = turned.square() @ shift.T  # [N, i]
     found = inner if U.vectors is None else inner @ U.vectors[0].square().T
     found = found + sigma.rest * phi.square().sum(1, keepdim=True)
-    return found if bias is None else found + curvature._sigma(bias, prior, strength).diagonal()
+    return found if bias is None else found + precision.sigma[bias].diagonal()

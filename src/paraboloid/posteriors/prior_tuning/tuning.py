@@ -61,14 +61,13 @@ def by_evidence(posterior: Posterior, data: Data | None, per: str, noise: bool, 
     tolerance = 1e-6 if next(iter(theta.values())).dtype == torch.float64 else 1e-3
     moved = [math.inf]
     for _ in range(steps):
-        strength = posterior.strength()
+        precision = posterior.precision(prior)
         if linear is not None:
-            approximate = _apply(posterior.curvature, prior, strength)
             # No more exact than the precisions are by now, which move on.
             rough = max(tolerance / 100, min(1e-2, 0.1 * max(moved)))
-            delta = optimum(linear, priors.flat(prior, theta), strength, delta, approximate, rough)
+            delta = optimum(linear, priors.flat(prior, theta), precision.strength, delta, precision.apply, rough)
             weights, loss = trees.unflatten(linear.theta + delta, theta), linear.value(delta).item()
-        updated, gamma = mackay(posterior.curvature, prior, strength, groups, weights)
+        updated, gamma = mackay(precision, groups, weights)
         moved = [abs(math.log(float(updated[names[0]] / prior[names[0]].mean()))) for names in groups]
         if noise:
             variance = 2 * loss / max(posterior.elements - gamma.item(), 1e-3 * posterior.elements)
@@ -79,10 +78,6 @@ def by_evidence(posterior: Posterior, data: Data | None, per: str, noise: bool, 
             break
     single = len(groups) == 1
     posterior.prior_precision = prior[groups[0][0]].item() if single else {k: t.item() for k, t in prior.items()}
-
-
-def _apply(curvature: Any, prior: priors.Prior, strength: Any):
-    return lambda rows: curvature.apply(rows, prior, strength)
 
 
 def by_grid(posterior: Posterior, validation: Data | None, grid: Any) -> None:

@@ -1,1 +1,1 @@
-"""Curvatures of a posterior, one file for each structure; imports from `operators` and below."""
+"""Posterior precisions, one file for each structure of the curvature; imports from `operators` and below."""

@@ -1,128 +1,107 @@
-"""Curvature as A^T A with few rows: a low-rank GGN, and the dual (function-space) form of the exact one."""
+"""With a curvature A^T A of few rows: a low-rank GGN, and the dual (function-space) form of the exact one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from paraboloid.operators.structured.low_rank import LowRank
+from paraboloid.posteriors.precision import Precision
 from paraboloid.posteriors.prediction.jacobian import Jacobian
 from paraboloid.posteriors.prior import Prior, flat
 from paraboloid.reductions.contractions import weighted_gram
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A [R, D] with A^T A the curvature of the summed negative log-likelihood; precision strength A^T A + Lambda.
+class Rows(LowRank):
+    """A^T A for A [R, D].
 
     Low rank: sqrt(eigenvalue) * eigenvector of the GGN, the largest R.  Functional: S_n^T J_n of every sample and
-    column of the loss's root, which is the whole GGN, or N / n times that of a subset of n samples.  By Woodbury,
-
-        Sigma = Lambda^-1 - Lambda^-1 A^T (I / strength + A Lambda^-1 A^T)^-1 A Lambda^-1,
-
-    and all that is solved has the size R <= D.
+    column of the loss's root, which is the whole GGN, or N / n times that of a subset of n samples.
     """
 
-    parameters: Mapping[str, Tensor]
-    A: Tensor
-    rank: int | None = None  # rows that are kept by `plus`; None: all
-
-    @property
-    def formed(self) -> int:
-        """Numbers that `covariance` forms for each output."""
-        return len(self.A)
+    def __init__(self, parameters: Mapping[str, Tensor], A: Tensor, rank: int | None = None):
+        super().__init__(parameters, A.T, A.new_ones(len(A)))
+        self.A, self.rank = A, rank  # rows that are kept by `plus`; None: all
 
     def plus(self, other: Rows) -> Rows:
         A = compressed(torch.cat([self.A, other.A]))
         if self.rank is not None and len(A) > self.rank:
             _, values, vectors = torch.linalg.svd(A, full_matrices=False)
             A = values[: self.rank, None] * vectors[: self.rank]
-        return replace(self, A=A)
-
-    def _factor(self, prior: Prior, strength: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Lambda^-1/2 [D], B = sqrt(strength) A Lambda^-1/2 [R, D], and the Cholesky factor of I + B B^T [R, R]."""
-        s = flat(prior, self.parameters).rsqrt()
-        B = torch.as_tensor(strength, dtype=s.dtype, device=s.device).sqrt() * self.A * s
-        M = B @ B.T + torch.eye(len(B), dtype=B.dtype, device=B.device)
-        return s, B, torch.linalg.cholesky(M)
-
-    def log_det(self, prior: Prior, strength: Any) -> Tensor:
-        """log det(I + Lambda^-1 strength A^T A), from the R x R matrix."""
-        if (precision := _shared(prior)) is not None:
-            return torch.log1p(strength * self._eigenvalues / precision).sum()
-        return 2 * self._factor(prior, strength)[2].diagonal().log().sum()
+        return Rows(self.parameters, A, self.rank)
 
     @cached_property
-    def _eigenvalues(self) -> Tensor:
+    def gram_eigenvalues(self) -> Tensor:
         """Of A A^T, [R]: with one precision for all weights every log determinant is a sum over them."""
         return torch.linalg.eigvalsh(self.A @ self.A.T).clamp(min=0)
 
-    def effective_dimension(self, prior: Prior, strength: Any) -> Tensor | None:
-        """tr(strength A^T A Sigma), where all weights have one precision; else None."""
-        if (precision := _shared(prior)) is None:
-            return None
-        e = strength * self._eigenvalues / precision
-        return (e / (1 + e)).sum()
 
-    def _left_out(self, prior: Prior, strength: Any) -> tuple[Tensor, Tensor]:
-        """(s^2 [D], C [R, D]) with Sigma = diag(s^2) - C^T C; those asked for last are remembered."""
-        precision = flat(prior, self.parameters)
-        strength = torch.as_tensor(strength, dtype=precision.dtype, device=precision.device)
-        if precision.requires_grad or strength.requires_grad:
-            return self._made(prior, strength)
-        if "of" not in self._last or not all(
-            torch.equal(a, b) for a, b in zip(self._last["of"], (precision, strength), strict=True)
-        ):
-            self._last.clear()
-            self._last["of"], self._last["is"] = (precision, strength), self._made(prior, strength)
-        return self._last["is"]
+class Woodbury(Precision):
+    """strength A^T A + Lambda for `Rows`: with Woodbury's identity all that is solved has the size R <= D,
+
+    Sigma = Lambda^-1 - Lambda^-1 A^T (I / strength + A Lambda^-1 A^T)^-1 A Lambda^-1.
+    """
+
+    @property
+    def formed(self) -> int:
+        return len(self.curvature.A)
 
     @cached_property
-    def _last(self) -> dict[str, Any]:
-        return {}
+    def _factor(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Lambda^-1/2 [D], B = sqrt(strength) A Lambda^-1/2 [R, D], and the Cholesky factor of I + B B^T [R, R]."""
+        s = flat(self.prior, self.curvature.parameters).rsqrt()
+        B = torch.as_tensor(self.strength, dtype=s.dtype, device=s.device).sqrt() * self.curvature.A * s
+        M = B @ B.T + torch.eye(len(B), dtype=B.dtype, device=B.device)
+        return s, B, torch.linalg.cholesky(M)
 
-    def _made(self, prior: Prior, strength: Any) -> tuple[Tensor, Tensor]:
-        s, B, L = self._factor(prior, strength)
+    @cached_property
+    def _ratios(self) -> Tensor | None:
+        """strength times the eigenvalues of A A^T over the one precision of all weights; None where they have more."""
+        precision = _shared(self.prior)
+        return None if precision is None else self.strength * self.curvature.gram_eigenvalues / precision
+
+    def log_det(self) -> Tensor:
+        if self._ratios is not None:
+            return torch.log1p(self._ratios).sum()
+        return 2 * self._factor[2].diagonal().log().sum()
+
+    def effective_dimension(self, groups: Sequence[Sequence[str]]) -> list[Tensor]:
+        if (e := self._ratios) is None or [set(names) for names in groups] != [set(self.curvature.parameters)]:
+            return super().effective_dimension(groups)
+        return [(e / (1 + e)).sum().clamp(min=torch.finfo(e.dtype).eps)]
+
+    @cached_property
+    def _left_out(self) -> tuple[Tensor, Tensor]:
+        """(s^2 [D], C [R, D]) with Sigma = diag(s^2) - C^T C."""
+        s, B, L = self._factor
         return s.square(), torch.linalg.solve_triangular(L, B * s, upper=False)
 
-    def apply(self, rows: Tensor, prior: Prior, strength: Any) -> Tensor:
-        """Sigma times the rows of a [K, D] tensor."""
-        s2, C = self._left_out(prior, strength)
+    def apply(self, rows: Tensor) -> Tensor:
+        s2, C = self._left_out
         return rows * s2 - (rows @ C.T) @ C
 
-    def variances(self, prior: Prior, strength: Any) -> Tensor:
-        """The marginal variance of each weight, [D]."""
-        s2, C = self._left_out(prior, strength)
+    def variances(self) -> Tensor:
+        s2, C = self._left_out
         return s2 - C.square().sum(0)
 
-    def deviations(self, noise: Tensor, prior: Prior, strength: Any) -> Tensor:
-        """Draws from N(0, Sigma), [S, D], from standard normal noise [S, D].
-
-        (I + B^T B)^-1/2 z = z - V (1 - (1 + e)^-1/2) V^T z over the eigenpairs (e, V) of B^T B.
-        """
-        s, B, _ = self._factor(prior, strength)
+    def deviations(self, noise: Tensor) -> Tensor:
+        """(I + B^T B)^-1/2 z = z - V (1 - (1 + e)^-1/2) V^T z over the eigenpairs (e, V) of B^T B."""
+        s, B, _ = self._factor
         values, U = torch.linalg.eigh(B @ B.T)
         kept = values > values.max() * torch.finfo(values.dtype).eps * len(values)
         values, U = values[kept], U[:, kept]
         V = (U.T @ B) / values.sqrt().unsqueeze(1)  # orthonormal rows
         return (noise - ((noise @ V.T) * (1 - (1 + values).rsqrt())) @ V) * s
 
-    def covariance(
-        self, J: Jacobian, prior: Prior, strength: Any, diagonal: bool = False, memory: int | None = None
-    ) -> Tensor:
-        """J Sigma J^T of each sample, [N, K, K], or its diagonal [N, K]."""
-        left_out = J.times(self._left_out(prior, strength)[1])  # [N, K, R]
-        parts = [weighted_gram(o, self._variance(k, prior), diagonal, memory) for k, o in J.uses.items()]
-        found = torch.stack(parts).sum(0)
+    def covariance(self, J: Jacobian, diagonal: bool = False, memory: int | None = None) -> Tensor:
+        left_out = J.times(self._left_out[1])  # [N, K, R]
+        shapes = {k: p.shape for k, p in self.curvature.parameters.items()}
+        prior = {k: (1 / t).expand(shapes[k]) for k, t in self.prior.items()}
+        found = torch.stack([weighted_gram(o, prior[k], diagonal, memory) for k, o in J.uses.items()]).sum(0)
         return found - (torch.linalg.vector_norm(left_out, dim=2).square() if diagonal else left_out @ left_out.mT)
-
-    def _variance(self, name: str, prior: Prior) -> Tensor:
-        """The prior's, of each element of a parameter."""
-        return (1 / prior[name]).expand(self.parameters[name].shape)
 
 
 def _shared(prior: Prior) -> Tensor | None:
