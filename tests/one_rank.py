@@ -107,7 +107,7 @@ def wrapped(rank, mine):
 
 def main(rank, world, folder):
     store = dist.FileStore(str(folder / "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(hours=1))
     start = sum(SIZES[:rank])
     mine = slice(start, start + SIZES[rank])
     found = {}

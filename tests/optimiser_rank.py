@@ -94,7 +94,7 @@ def main():
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world,
-                            timeout=datetime.timedelta(seconds=100))  # fmt: skip
+                            timeout=datetime.timedelta(hours=1))  # fmt: skip
     size = N // world
     mine = slice(rank * size, (rank + 1) * size)
     found = {}

@@ -378,7 +378,7 @@ def test_a_recording_sees_its_own_thread_only():
     """Two threads record and run plain forward passes of two models at the same time, step by step."""
     nets = [mlp(5), mlp(6, seed=1)]
     expected = [pb.statistics(m, CE, (X, Y), FIRST) for m in nets]
-    barrier, found, errors = threading.Barrier(2, timeout=30), {}, []
+    barrier, found, errors = threading.Barrier(2), {}, []
 
     def work(i):
         try:
@@ -390,8 +390,9 @@ def test_a_recording_sees_its_own_thread_only():
             found[i] = len(tape.calls), tape.statistics(CE, output, Y, FIRST)
         except Exception as e:  # shown below, in the main thread
             errors.append(e)
+            barrier.abort()
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(2)]
     for t in threads:
         t.start()
     for t in threads:
@@ -514,16 +515,16 @@ def test_recordings_that_overlap_leave_the_compiler_as_it_was():
     def other():
         with pb.record(mlp()):
             steps[0].set()
-            steps[1].wait(30)
+            steps[1].wait()
         steps[2].set()
 
-    thread = threading.Thread(target=other)
+    thread = threading.Thread(target=other, daemon=True)
     thread.start()
-    steps[0].wait(30)
+    steps[0].wait()
     with pb.record(model):
         assert torch._dynamo.eval_frame._stance.stance == "force_eager"
         steps[1].set()
-        steps[2].wait(30)  # the one that began first ends first
+        steps[2].wait()  # the one that began first ends first
         assert torch._dynamo.eval_frame._stance.stance == "force_eager"
     thread.join()
     assert torch._dynamo.eval_frame._stance is stance

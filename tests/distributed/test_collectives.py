@@ -1,22 +1,18 @@
 """Two processes (gloo) hold unequal parts of a batch; together they give what one process gives for all of it."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import one_rank
 import oracle
 import pytest
 import torch
 from oracle import close
+from ranks import run
 from torch import nn
 
 import paraboloid as pb
 from paraboloid.linalg.kronecker import Kron
 from paraboloid.passes.memory import BUCKETS
 
-WORLD, TIMEOUT = 2, 200
+WORLD = 2
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
     reason="torch was built without gloo",
@@ -26,25 +22,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of the two processes found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    paths = [str(Path(one_rank.__file__).parent), str(Path(pb.__file__).parents[1])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(one_rank.__file__))]
-    started = [
-        subprocess.Popen(
-            [*command, str(rank), str(WORLD), str(folder)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        for process in started:
-            _, said = process.communicate(timeout=TIMEOUT)
-            assert process.returncode == 0, said
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    return run(one_rank.__file__, tmp_path_factory.mktemp("ranks"))
 
 
 def same(actual, expected, what):

@@ -1,17 +1,10 @@
 """Two processes (gloo) with a DistributedDataParallel model take the steps of one process with the whole batch."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import optimiser_rank
 import pytest
 import torch
+from ranks import run
 
-import paraboloid as pb
-
-WORLD, TIMEOUT = 2, 200
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
     reason="torch was built without gloo",
@@ -20,25 +13,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("optimiser_ranks")
-    paths = [str(Path(__file__).parent), str(Path(pb.__file__).parents[1])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(optimiser_rank.__file__))]
-    started = [
-        subprocess.Popen(
-            [*command, str(r), str(WORLD), str(folder)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for r in range(WORLD)
-    ]
-    try:
-        for process in started:
-            _, said = process.communicate(timeout=TIMEOUT)
-            assert process.returncode == 0, said
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(WORLD)]
+    """What each of the two processes found."""
+    return run(optimiser_rank.__file__, tmp_path_factory.mktemp("optimiser_ranks"))
 
 
 @pytest.mark.parametrize("accumulate", [False, True])

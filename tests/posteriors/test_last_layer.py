@@ -65,6 +65,6 @@ def test_what_is_no_linear_last_layer_takes_the_jacobian():
 
 @pytest.mark.skipif(not hasattr(resource, "RUSAGE_SELF"), reason="no memory figures here")
 def test_ten_thousand_classes_fit_into_a_gibibyte():
-    done = subprocess.run([sys.executable, "-c", BIG], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", BIG], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) < 1024

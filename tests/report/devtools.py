@@ -6,11 +6,9 @@ The browser reads commands from file descriptor 3 and writes answers and events 
 import contextlib
 import json
 import os
-import select
 import shutil
 import subprocess
 import sys
-import time
 
 EXECUTABLE = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -87,13 +85,11 @@ class Page:
         asked = [event["request"]["url"] for event in self.of("Network.requestWillBeSent")]
         return [url for url in asked if not url.startswith("data:")]
 
-    def _next(self, patience=60):
-        deadline = time.monotonic() + patience
+    def _next(self):
         while b"\0" not in self._buffer:
-            ready, _, _ = select.select([self._read], [], [], max(0, deadline - time.monotonic()))
-            chunk = os.read(self._read, 1 << 16) if ready else b""
+            chunk = os.read(self._read, 1 << 16)
             if not chunk:
-                raise RuntimeError("Chromium closed the pipe" if ready else f"Chromium said nothing for {patience} s")
+                raise RuntimeError("Chromium closed the pipe")
             self._buffer += chunk
         message, _, self._buffer = self._buffer.partition(b"\0")
         return json.loads(message)
