@@ -44,7 +44,7 @@ def is_safe(s: Tensor, y: Tensor, mean: Tensor) -> bool:
     mean: the mean gradient at the layer's outputs, or the layer's mean input.
     """
     sy, ss, yy, squares = _numbers(s @ y, s @ s, y @ y, mean @ mean)
-    finite = all(math.isfinite(number) for number in (sy, ss, yy, squares))
+    finite = math.isfinite(sy) and math.isfinite(ss) and math.isfinite(yy) and math.isfinite(squares)
     return finite and sy > LEAST and sy > GATE * ss * squares**0.5
 
 

@@ -139,7 +139,7 @@ class KBFGS(Frame):
         super().__init__(model, defaults, params, 0, all_reduce)
         self.loss_fn = loss_fn
         self._layers_found: dict[str, LayerState] = {}
-        self._regular: dict[Any, bool] = {}  # what was found out about kinds of calls
+        self._known: dict[Any, Any] = {}  # what was found out about kinds of calls
         self._warm = 0  # batches that made A so far; -1 after warm_start
         self.counters["second_not_finite"] = 0
 
@@ -149,7 +149,7 @@ class KBFGS(Frame):
     # --- reading -------------------------------------------------------------------------------------------------
 
     def _read(self) -> Readings:
-        return Readings(self.model, {name: p for p, name in self.names.items()}, self._regular)
+        return Readings(self.model, {name: p for p, name in self.names.items()}, self._known)
 
     def _groups(self) -> dict[str, dict[str, Any]]:
         """Each parameter's group as it is now: schedules and loaded states change them."""

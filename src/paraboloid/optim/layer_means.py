@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paraboloid.distributed import collectives
-from paraboloid.engine.recorder import KEEPERS, Call, Recorder, tensors
+from paraboloid.engine.recorder import Call, Recorder, tensors
 from paraboloid.layers import Use
 from paraboloid.passes import trees
 from paraboloid.passes.memory import PIECES
@@ -43,6 +43,9 @@ class Reading:
         return self.rows / sum(self.samples.values())
 
 
+Places = tuple[int, int | None]  # among a call's uses: of the weight as a matrix, and of its bias
+
+
 @dataclass(frozen=True)
 class Layer:
     """Which parameters form W = [weight, bias], by name."""
@@ -55,12 +58,12 @@ class Layer:
 class Readings:
     """What evaluations of the closure show of the layers whose parameters are in `parameters`, one after the other.
 
-    Only the model's forward pass is recorded; gradients arrive by hooks on the graph that it leaves.  `regular` keeps
-    from one object to the next which kinds of calls were found to work row by row.
+    Only the model's forward pass is recorded; gradients arrive by hooks on the graph that it leaves.  `known` keeps
+    from one object to the next what was found out about kinds of calls.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor], regular: dict[Any, bool]):
-        self.regular = regular
+    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor], known: dict[Any, Places | None]):
+        self.known = known
         self.root = unwrapped(model)
         self.names = {id(p): name for name, p in parameters.items()}
         self.layers: dict[str, Layer] = {}
@@ -95,14 +98,13 @@ class Readings:
             self.recorder.noted = None  # no cycle that the garbage collector would have to find
 
     def _note(self, call: Call, z: Tensor) -> None:
-        use, bias = _layer_of(call, self.names)
-        if use is None:
+        places, uses = self._places(call, z), call.uses()
+        if places is None:
             self.irregular.update(self.names[id(w)] for w in call.weights if id(w) in self.names)
             return
+        use, bias = uses[places[0]], None if places[1] is None else uses[places[1]]
         name = self.names[id(use.weight)]
-        layer = Layer(name, None if bias is None else self.names.get(id(bias.weight)), use.flip)
-        if not self._is_regular(call, use, bias, z):
-            self.irregular.add(name)
+        layer = Layer(name, None if bias is None else self.names[id(bias.weight)], use.flip)
         if self.layers.setdefault(name, layer) != layer:
             self.irregular.add(name)
             return
@@ -126,13 +128,18 @@ class Readings:
 
         call.edge.node.register_prehook(arrived)
 
-    def _is_regular(self, call: Call, use: Use, bias: Use | None, z: Tensor) -> bool:
-        given = (*call.args, *call.kwargs.values())
-        kind = (call.op, call.shape, tuple(call.kwargs), bias is None, *(t.shape for t in tensors(*given)),
-                *(repr(a) for a in given if not isinstance(a, KEEPERS)))  # fmt: skip
-        if kind not in self.regular:
-            self.regular[kind] = _is_row_by_row(use, bias, z)
-        return self.regular[kind]
+    def _places(self, call: Call, z: Tensor) -> Places | None:
+        """`_layer_of`, asked once for each kind of call."""
+        kind: list[Any] = [call.op, call.shape, *call.kwargs]
+        for a in (*call.args, *call.kwargs.values()):
+            inside = [a] if isinstance(a, Tensor) else tensors(a)
+            for t in inside:
+                kind += [t.shape, t.requires_grad, self.names.get(id(t))]
+            kind.append(len(inside) or repr(a))
+        key = tuple(kind)
+        if key not in self.known:
+            self.known[key] = _layer_of(call, self.names, z)
+        return self.known[key]
 
     def means(self, group: Any = None) -> dict[str, dict[str, Any]]:
         """By weight's name: "h" mean z [p], "g" the mean gradient [p], "positions" T []; and, with
@@ -164,17 +171,19 @@ class Readings:
         return sums
 
 
-def _layer_of(call: Call, names: Mapping[int, str]) -> tuple[Use | None, Use | None]:
-    """The call's uses of a weight as a matrix, and of its bias; None where it is no such layer."""
-    uses = [u for u in call.uses() if u.weight is not None]
-    matrices, biases = ([u for u in uses if (u.right is None) == bias] for bias in (False, True))
+def _layer_of(call: Call, names: Mapping[int, str], z: Tensor) -> Places | None:
+    """Where in the call's uses the weight of a matrix, row by row, is, and its bias; None where it is no such layer."""
+    uses = {i: u for i, u in enumerate(call.uses()) if u.weight is not None}
+    matrices, biases = ([i for i, u in uses.items() if (u.right is None) == bias] for bias in (False, True))
     if len(call.shape) < 2 or len(matrices) != 1 or len(biases) > 1:
-        return None, None  # a single sample without a batch axis, or no layer
-    use, bias = matrices[0], biases[0] if biases and biases[0].weight.requires_grad else None
+        return None  # a single sample without a batch axis, or no layer
+    places = matrices[0], biases[0] if biases and uses[biases[0]].weight.requires_grad else None
+    use, bias = uses[places[0]], None if places[1] is None else uses[places[1]]
     if use.lookup or use.groups > 1 or (use.flip and use.weight.dim() != 2):
-        return None, None
+        return None
     read = [u for u in (use, bias) if u is not None]
-    return (use, bias) if all(id(u.weight) in names and u.is_plain for u in read) else (None, None)
+    is_plain = all(id(u.weight) in names and u.is_plain for u in read)
+    return places if is_plain and _is_row_by_row(use, bias, z) else None
 
 
 def _is_row_by_row(use: Use, bias: Use | None, z: Tensor) -> bool:
