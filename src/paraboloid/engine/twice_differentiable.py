@@ -39,14 +39,8 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-def _embedding_bag(
-    idx, weight, offsets=None, max_norm=None, norm_type=2, scale_grad_by_freq=False, mode="mean", sparse=False,
-    per_sample_weights=None, include_last_offset=False, padding_idx=None,
-):  # fmt: skip
-    if max_norm is not None or scale_grad_by_freq or mode == "max":
-        return F.embedding_bag(
-            idx, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights,
-            include_last_offset, padding_idx,
-        )  # fmt: skip
-    idx, factor = bags(idx, weight, offsets, mode, per_sample_weights, include_last_offset, padding_idx)
+def _embedding_bag(idx: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if (found := bags(idx, weight, *args, **kwargs)) is None:
+        return F.embedding_bag(idx, weight, *args, **kwargs)
+    idx, factor = found
     return (F.embedding(idx.clamp(min=0), weight) * factor.unsqueeze(-1)).sum(1)

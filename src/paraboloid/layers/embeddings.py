@@ -24,29 +24,28 @@ def embedding(idx, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale
 
 
 @rule(F.embedding_bag)
-def embedding_bag(
-    idx, weight, offsets=None, max_norm=None, norm_type=2, scale_grad_by_freq=False, mode="mean", sparse=False,
-    per_sample_weights=None, include_last_offset=False, padding_idx=None,
-):  # fmt: skip
+def embedding_bag(idx, weight, *args, **kwargs):
     """Every entry of a bag is a position; ragged bags are filled up with empty ones.
 
     left is the bag's gradient, times the entry's weight, over the bag's count for a mean.
     """
-    if max_norm is not None or scale_grad_by_freq or mode == "max":
-        return  # as above; the largest entry of a bag is found by the operation itself
-    idx, factor = bags(idx, weight, offsets, mode, per_sample_weights, include_last_offset, padding_idx)
-    yield Use(
-        weight, (0,), right=lambda rows: idx[rows].unsqueeze(1), flip=True, q=len(weight), lookup=True,
-        arrange=lambda g: g[:, :, None, None].expand(-1, -1, 1, idx.shape[1], -1),
-        factor=factor.detach()[:, None, :, None], affine=True,
-    )  # fmt: skip
+    if (found := bags(idx, weight, *args, **kwargs)) is not None:
+        idx, factor = found
+        yield Use(
+            weight, (0,), right=lambda rows: idx[rows].unsqueeze(1), flip=True, q=len(weight), lookup=True,
+            arrange=lambda g: g[:, :, None, None].expand(-1, -1, 1, idx.shape[1], -1),
+            factor=factor.detach()[:, None, :, None], affine=True,
+        )  # fmt: skip
 
 
 def bags(
-    idx: Tensor, weight: Tensor, offsets: Tensor | None, mode: str, per_sample_weights: Tensor | None,
-    include_last_offset: bool, padding_idx: int | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The entries of every bag, [bags, T], EMPTY where there is none; and the factor that each is summed with."""
+    idx, weight, offsets=None, max_norm=None, norm_type=2, scale_grad_by_freq=False, mode="mean", sparse=False,
+    per_sample_weights=None, include_last_offset=False, padding_idx=None,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """The entries of every bag of `F.embedding_bag`, [bags, T], EMPTY where there is none; and the factor that each is
+    summed with.  None where the result is no such sum of one bag."""
+    if max_norm is not None or scale_grad_by_freq or mode == "max":
+        return None  # as above; the largest entry of a bag is found by the operation itself
     if padding_idx is not None and padding_idx < 0:
         padding_idx += len(weight)
     factor = torch.ones_like(idx, dtype=weight.dtype) if per_sample_weights is None else per_sample_weights

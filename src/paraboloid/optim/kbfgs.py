@@ -102,7 +102,8 @@ class KBFGS(Frame):
     from the closure, so it may return any multiple or sum of losses; its second call replays the first one's random
     state, and leaves gradients and running statistics as the first one did.
 
-    model         its linear layers and convolutions without groups are such layers, at one position or many
+    model         its linear layers and convolutions without groups are such layers, at one position or many, and
+                  whatever a rule of `paraboloid.layers` calls a `matrix`
     loss_fn       of `warm_start` and other optimisers' interface; not evaluated
     damping       lambda: sqrt(lambda T) is added to A, and mu_2 = sqrt(lambda / T) in the second damping of (s, y), for
                   T positions
