@@ -2,6 +2,8 @@
 
 import io
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +37,17 @@ def test_every_limit_says_what_it_bounds():
     limits = {name: value for name, value in vars(memory).items() if isinstance(value, memory.Limit)}
     assert len(limits) > 15 and all(value.bounds and value.default > 0 for value in limits.values())
     assert len({value.bounds for value in limits.values()}) == len(limits)
+
+
+def test_limits_are_stated_nowhere_else():
+    package = Path(memory.__file__).parents[1]
+    found = [
+        f"{path.relative_to(package)}:{number}: {line.strip()}"
+        for path in sorted(package.rglob("*.py")) if path != Path(memory.__file__)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(r"_BYTES\b|\* 2 ?\*\* ?[1-4]0\b|= 2 ?\*\* ?[1-4][0-9]  # .*bytes|max_memory //? \d", line)
+    ]  # fmt: skip
+    assert not found, "name these limits in passes/memory.py:\n" + "\n".join(found)
 
 
 def test_memory_is_given_back_and_results_stay_the_same():

@@ -3,6 +3,7 @@ function of `passes/torch_internals.py` to mend and what goes wrong until then."
 
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +12,15 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from paraboloid.engine import sample_axes
 from paraboloid.graph import kfra_recursion, nodes
 from paraboloid.passes import torch_internals as internals
 
 OPERATIONS = {re.sub(r"Backward\d*$", "", name) for name in dir(torch._C._functions)}
 TABLES = {
-    "nodes": ("PIECEWISE", "SMOOTH", "VIEWS", "SUMS", "PRODUCTS", "ADDED_PRODUCTS"),
-    "kfra_recursion": ("SELECTIONS",),
-}
+    nodes: ("PIECEWISE", "SMOOTH", "VIEWS", "SUMS", "PRODUCTS", "ADDED_PRODUCTS"), kfra_recursion: ("SELECTIONS",),
+    sample_axes: ("KINDS",),
+}  # fmt: skip
 
 
 class Seen(TorchFunctionMode):
@@ -195,8 +197,10 @@ def test_the_running_data_parallel_wrapper_has_a_place():
 
 @pytest.mark.parametrize(("module", "table"), [(m, t) for m, tables in TABLES.items() for t in tables])
 def test_every_operation_of_the_tables_exists(module, table):
-    unknown = set(getattr({"nodes": nodes, "kfra_recursion": kfra_recursion}[module], table)) - OPERATIONS
-    assert not unknown, f"{module}.{table}: autograd has no such nodes any more, so they would be probed or refused"
+    unknown = set(getattr(module, table)) - OPERATIONS
+    assert not unknown, (
+        f"{module.__name__}.{table}: autograd has no such nodes any more, so they would be probed or refused"
+    )
 
 
 @pytest.mark.parametrize("name", ["Div", "Where", "NativeBatchNorm", "CudnnBatchNorm", "WeightNormInterface"])
@@ -234,6 +238,52 @@ def test_nodes_know_the_shapes_of_their_results_and_can_be_applied():
     assert below(v).grad_fn is None or below(v).requires_grad, "node(*gradients): second derivatives would be lost"
 
 
+PROOF = "the proof that samples do not mix would take the wrong axis for theirs"
+
+
+@pytest.mark.parametrize(
+    ("function", "dims"),
+    [
+        (lambda x: x.softmax(-1), {2}), (lambda x: x.log_softmax(1), {1}), (lambda x: x.cumsum(-2), {1}),
+        (lambda x: torch.cat([x, x], -1), {2}), (lambda x: x.flip(0, -1), {0, 2}), (lambda x: x.sum((0, -1)), {0, 2}),
+        (lambda x: x.mean(1), {1}), (lambda x: x.sum(), None), (lambda x: x.amax((1, 2)), {1, 2}),
+        (lambda x: x.max(-1).values, {2}), (lambda x: x.select(-1, 0), {2}), (lambda x: x.unbind(1)[0], {1}),
+        (lambda x: x.unfold(-1, 2, 1), {2}), (lambda x: x.logsumexp(1), {1}), (lambda x: x.roll(1, -1), {2}),
+        (lambda x: x.gather(1, torch.zeros(2, 1, 4, dtype=torch.int64)), {1}), (lambda x: x.var(1), {1}),
+        (lambda x: F.glu(x, -1), {2}), (lambda x: x.index_select(1, torch.tensor([0])), {1}),
+    ],
+)  # fmt: skip
+def test_nodes_name_the_dimensions_they_work_along(function, dims):
+    z = function(torch.rand(2, 3, 4, requires_grad=True))
+    assert internals.named_dims(z.grad_fn, 3) == dims, f"named_dims of {z.grad_fn.name()}: {PROOF}"
+
+
+def test_a_stack_names_its_new_dimension():
+    z = torch.stack([torch.rand(2, 3, requires_grad=True)] * 2, -1)
+    assert internals.named_dims(z.grad_fn, 3) == {2}, f"named_dims: {PROOF}"
+
+
+@pytest.mark.parametrize(
+    ("function", "order"),
+    [(lambda x: x.permute(2, 0, -2), [2, 0, 1]), (lambda x: x.transpose(0, -1), [2, 1, 0]), (lambda x: x.mT, [0, 2, 1]),
+     (lambda x: x[0].t(), [1, 0]), (lambda x: x.movedim(0, -1), [1, 2, 0])],
+)  # fmt: skip
+def test_transposed_axes_are_known(function, order):
+    x = torch.rand(2, 3, 4, requires_grad=True)
+    z = function(x)
+    assert internals.axes_of_input(z.grad_fn, z.dim()) == order, f"axes_of_input: {PROOF}"
+
+
+def test_paddings_indices_and_norms_say_where():
+    x = torch.rand(2, 3, 4, requires_grad=True)
+    assert list(internals.padding(F.pad(x, (1, 2, 0, 3)).grad_fn)) == [1, 2, 0, 3], f"padding: {PROOF}"
+    assert internals.indexed_dims(x[:, torch.tensor([0, 1])].grad_fn) == [1], f"indexed_dims: {PROOF}"
+    assert internals.normalised_dims(F.layer_norm(x, (3, 4)).grad_fn) == 2, f"normalised_dims: {PROOF}"
+    parts = x.split([1, 2], 1)[0].grad_fn
+    assert internals.output_shapes(parts) == [[2, 1, 4], [2, 2, 4]], f"output_shapes: {PROOF}"
+    assert internals.output_shape(parts, 1) == [2, 2, 4], f"output_shape: {PROOF}"
+
+
 def test_leaves_hang_at_nodes_that_hold_them():
     x = torch.ones(2, requires_grad=True)
     node = get_gradient_edge(x).node
@@ -265,3 +315,21 @@ def test_a_max_pooling_knows_where_its_results_are_from():
     assert torch.equal(x.detach().flatten()[internals.maxima(z.grad_fn)], z.detach()), (
         "maxima: kfra would carry curvature through max pooling to wrong places"
     )
+
+
+# --- one place ----------------------------------------------------------------------------------------------------
+
+PRIVATE = re.compile(
+    r"torch\._[a-zA-Z]|_input_metadata|_saved_|\._base\b|_is_view|_orig_mod|_compiled_call|\w\._parameters\b(?!\()|\._buffers\b"
+    r"|_cdata|_overloadpacket|_python_dispatch|_pytree|\._version\b|_active_ddp|_fsdp_wrapped"
+)
+
+
+def test_private_parts_of_torch_are_touched_nowhere_else():
+    package = Path(internals.__file__).parents[1]
+    found = [
+        f"{path.relative_to(package)}:{number}: {line.strip()}"
+        for path in sorted(package.rglob("*.py")) if path != Path(internals.__file__)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if PRIVATE.search(line)
+    ]  # fmt: skip
+    assert not found, "give these a name and a test in passes/torch_internals.py:\n" + "\n".join(found)

@@ -16,6 +16,16 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from paraboloid.engine.sample_independence import Layout
+from paraboloid.passes.torch_internals import (
+    axes_of_input,
+    indexed_dims,
+    named_dims,
+    normalised_dims,
+    output_shape,
+    output_shapes,
+    padding,
+    trained_statistics,
+)  # fmt: skip
 
 Shape = Sequence[int]
 # (node, shape of its output, layout of the samples there, which input, the input's shape) -> the layout there
@@ -44,45 +54,19 @@ def _reshaped(node: Any, out: Shape, at: Layout, i: int, below: Shape) -> Layout
     return None
 
 
-def _order(node: Any, rank: int) -> Sequence[int]:
-    """For each axis of a transposed output, the axis of the input that it is."""
-    dims = getattr(node, "_saved_dims", None)
-    if dims is not None:
-        return [_signed(d) % rank for d in dims]
-    order = list(range(rank))
-    first, second = (_signed(d) % rank for d in (getattr(node, "_saved_dim0", 0), getattr(node, "_saved_dim1", 1)))
-    order[first], order[second] = order[second], order[first]
-    return order
-
-
-def _signed(value: int) -> int:
-    """A saved dimension: autograd keeps -1 as 2^64 - 1."""
-    return value - 2**64 if value >= 2**63 else value
-
-
 def _transposed(node: Any, out: Shape, at: Layout, i: int, below: Shape) -> Layout | None:
-    return Layout(_order(node, len(out))[at.axis], at.sizes)
-
-
-def _dims(node: Any, rank: int) -> set[int] | None:
-    """The dimensions that a node names; None for all."""
-    for name in ("_saved_dim", "_saved_dims", "_saved_dimension"):
-        if hasattr(node, name):
-            dims = getattr(node, name)
-            dims = (dims,) if isinstance(dims, int) else dims
-            return {_signed(d) % rank for d in dims} if dims else None
-    return None
+    return Layout(axes_of_input(node, len(out))[at.axis], at.sizes)
 
 
 def _along(node: Any, out: Shape, at: Layout, i: int, below: Shape) -> Layout | None:
     """Works along some dimensions (softmax, cumsum, cat, flip, gather), which must not be the samples'."""
-    dims = _dims(node, len(below))
+    dims = named_dims(node, len(below))
     return None if dims is None or at.axis in dims else _aligned(node, out, at, i, below)
 
 
 def _reduced(node: Any, out: Shape, at: Layout, i: int, below: Shape) -> Layout | None:
     """Some dimensions of the input are summed over; the output has them with length one, or not at all."""
-    dims = _dims(node, len(below))
+    dims = named_dims(node, len(below))
     if dims is None:
         return None
     if len(out) == len(below):
@@ -92,24 +76,24 @@ def _reduced(node: Any, out: Shape, at: Layout, i: int, below: Shape) -> Layout 
 
 
 def _stacked(node: Any, out: Shape, at: Layout, i: int, below: Shape) -> Layout | None:
-    dim = _signed(node._saved_dim) % len(out)
-    return None if at.axis == dim else Layout(at.axis - (at.axis > dim), at.sizes)
+    dims = named_dims(node, len(out)) or {at.axis}
+    return None if at.axis in dims else Layout(at.axis - (at.axis > min(dims)), at.sizes)
 
 
 def _windows(node: Any, out: Shape, at: Layout, i: int, below: Shape) -> Layout | None:
     """Tensor.unfold: the windows' elements come last."""
-    dim = _signed(node._saved_dimension) % len(below)
-    return None if at.axis in (dim, len(below)) else Layout(at.axis, at.sizes)
+    dims = named_dims(node, len(below)) or {at.axis}
+    return None if at.axis in dims or at.axis == len(below) else Layout(at.axis, at.sizes)
 
 
 def _padded(node: Any, out: Shape, at: Layout, i: int, below: Shape) -> Layout | None:
-    pads = node._saved_pad[2 * (len(out) - 1 - at.axis) :][:2]
+    pads = padding(node)[2 * (len(out) - 1 - at.axis) :][:2]
     return None if any(pads) else _aligned(node, out, at, i, below)
 
 
 def _indexed(node: Any, out: Shape, at: Layout, i: int, below: Shape) -> Layout | None:
     """Advanced indexing, of neighbouring dimensions behind the samples' axis."""
-    used = [k for k, index in enumerate(node._saved_indices) if index is not None]
+    used = indexed_dims(node)
     neighbours = used == list(range(used[0], used[-1] + 1)) if used else False
     return _first_axes(at, below, out, used[0]) if neighbours else None
 
@@ -129,12 +113,12 @@ def _attention(node: Any, out: Shape, at: Layout, i: int, below: Shape) -> Layou
 
 
 def _layer_norm(node: Any, out: Shape, at: Layout, i: int, below: Shape) -> Layout | None:
-    return _first_axes(at, below, out, len(out) - len(node._saved_normalized_shape)) if i == 0 else None
+    return _first_axes(at, below, out, len(out) - normalised_dims(node)) if i == 0 else None
 
 
 def _batch_norm(node: Any, out: Shape, at: Layout, i: int, below: Shape) -> Layout | None:
     """With the statistics of a batch the channels alone are apart (instance norm puts the samples there)."""
-    return at if i == 0 and (not node._saved_training or at.axis == 1) else None
+    return at if i == 0 and (not trained_statistics(node) or at.axis == 1) else None
 
 
 def _product(added: int, batch: int) -> Rule:
@@ -153,12 +137,12 @@ def _product(added: int, batch: int) -> Rule:
 KINDS: dict[str, Rule] = {
     **dict.fromkeys((
         "Abs", "Acos", "Acosh", "Add", "Addcdiv", "Addcmul", "Alias", "Asin", "Asinh", "Atan", "Atan2", "Atanh", "Ceil",
-        "Celu", "Clamp", "ClampMax", "ClampMin", "Clone", "Copy", "Cos", "Cosh", "Detach", "Div", "Elu", "Erf", "Erfc",
+        "Celu", "Clamp", "ClampMax", "ClampMin", "Clone", "Cos", "Cosh", "Div", "Elu", "Erf", "Erfc",
         "Exp", "Exp2", "Expand", "Expm1", "Floor", "Fmod", "Gelu", "Hardshrink", "Hardsigmoid", "Hardswish", "Hardtanh",
         "Hypot", "LeakyRelu", "Lerp", "Lgamma", "Log", "Log10", "Log1P", "Log2", "LogSigmoid", "Logaddexp", "Logit",
         "MaskedFill", "Maximum", "Minimum", "Mish", "Mul", "NanToNum", "NativeDropout", "Neg", "Pow", "PreluKernel",
         "Reciprocal", "Relu", "Remainder", "Repeat", "Round", "RreluWithNoise", "Rsqrt", "Sigmoid", "Sign", "Silu",
-        "Sin", "Sinc", "Sinh", "Slice", "Softplus", "Softshrink", "Split", "SplitWithSizes", "Sqrt", "Square", "Sub",
+        "Sin", "Sinc", "Sinh", "Slice", "Softplus", "Softshrink", "Split", "SplitWithSizes", "Sqrt", "Sub",
         "Tan", "Tanh", "Threshold", "ToCopy", "Tril", "Triu", "Trunc", "UnsafeSplit", "Where", "Xlogy",
     ), _aligned),
     **dict.fromkeys(("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze"), _reshaped),
@@ -215,7 +199,7 @@ def sample_axes(f: Tensor, edges: Sequence[Any], batch_statistics: bool = False)
     order = _ordered(f.grad_fn, {edge.node for edge in edges})
     found: dict[tuple[Any, int], Layout] = {(f.grad_fn, f.output_nr): Layout(0, (1, len(f), 1))}
     for node in order:
-        shapes = [meta.shape for meta in node._input_metadata]
+        shapes = output_shapes(node)
         at = [(nr, found[node, nr]) for nr in range(len(shapes)) if (node, nr) in found]
         rule = _rule_of(node)
         if rule is _batch_norm and batch_statistics:
@@ -225,7 +209,7 @@ def sample_axes(f: Tensor, edges: Sequence[Any], batch_statistics: bool = False)
                 continue  # nothing recorded lies there: a weight, an input
             if rule is None:
                 return None
-            shape = below._input_metadata[nr].shape
+            shape = output_shape(below, nr)
             for place, layout in at:
                 there = rule(node, shapes[place], layout, i, shape)
                 if there is None or found.setdefault((below, nr), there) != there:

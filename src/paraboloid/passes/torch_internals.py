@@ -109,9 +109,60 @@ def shape_of(edge: GradientEdge) -> torch.Size:
     return torch.Size(node._input_metadata[edge.output_nr].shape)
 
 
+def output_shapes(node: Any) -> list[Sequence[int]]:
+    """The shapes of what the operation of a node returned."""
+    return [meta.shape for meta in node._input_metadata]
+
+
+def output_shape(node: Any, nr: int) -> Sequence[int]:
+    """One of them."""
+    return node._input_metadata[nr].shape
+
+
 def output_count(node: Any) -> int:
     """How many results the operation of a node had; `node(*gradients)` takes as many."""
     return len(node._input_metadata)
+
+
+def _signed(value: int) -> int:
+    """A saved dimension: autograd keeps -1 as 2^64 - 1."""
+    return value - 2**64 if value >= 2**63 else value
+
+
+def named_dims(node: Any, rank: int) -> set[int] | None:
+    """The dimensions that a node's operation works along; None for all, or none."""
+    for name in ("_saved_dim", "_saved_dims", "_saved_dimension"):
+        if hasattr(node, name):
+            dims = getattr(node, name)
+            dims = (dims,) if isinstance(dims, int) else dims
+            return {_signed(d) % rank for d in dims} if dims else None
+    return None
+
+
+def axes_of_input(node: Any, rank: int) -> list[int]:
+    """For each axis of a transposed or permuted output, the axis of the input that it is."""
+    dims = getattr(node, "_saved_dims", None)
+    if dims is not None:
+        return [_signed(d) % rank for d in dims]
+    order = list(range(rank))
+    first, second = (_signed(d) % rank for d in (getattr(node, "_saved_dim0", 0), getattr(node, "_saved_dim1", 1)))
+    order[first], order[second] = order[second], order[first]
+    return order
+
+
+def padding(node: Any) -> Sequence[int]:
+    """Of a padding by constants: before and after, the last axis first."""
+    return node._saved_pad
+
+
+def indexed_dims(node: Any) -> list[int]:
+    """The dimensions that an advanced indexing gives indices for."""
+    return [k for k, index in enumerate(node._saved_indices) if index is not None]
+
+
+def normalised_dims(node: Any) -> int:
+    """How many of the last dimensions a layer norm is taken over."""
+    return len(node._saved_normalized_shape)
 
 
 def trained_statistics(node: Any) -> bool:
