@@ -27,7 +27,7 @@ MAY_IMPORT = {
     },
     "posteriors": {"passes", "data", "losses", "linalg", "engine", "reductions", "quantities", "operators"},
     "logging": {"passes", "data", "losses", "linalg", "quantities", "noise"},
-    "testing": {"layers", "engine", "losses", "linalg", "quantities", "optim"},
+    "testing": {"passes", "data", "layers", "engine", "losses", "linalg", "quantities", "optim"},
     "problems": {"passes", "data", "losses"},
     "report": set(),
     "jobs": {

@@ -8,6 +8,7 @@ import oracle
 import pytest
 import torch
 from oracle import close
+from torch import nn
 
 import paraboloid as pb
 from paraboloid.data.batches import call
@@ -278,3 +279,11 @@ def test_no_warning_on_the_table_of_models():
             model, inputs = models.make(name)
             y = torch.randn_like(call(model, inputs))
             pb.statistics(model, torch.nn.MSELoss(), (inputs, y), "grad")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_kronecker_factors_have_the_parameters_type(dtype):
+    model = nn.Linear(4, 3).to(dtype)
+    batch = torch.ones(5, 4, dtype=dtype), torch.zeros(5, dtype=torch.long)
+    for kron in pb.statistics(model, nn.CrossEntropyLoss(), batch, "kflr")["kflr"].values():
+        assert kron.left.dtype == kron.right.dtype == dtype

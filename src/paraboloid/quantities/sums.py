@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paraboloid.linalg.kronecker import Kron
 from paraboloid.losses import Loss, NoTargets
 from paraboloid.losses.loss import full
 from paraboloid.passes import trees
@@ -85,5 +86,8 @@ def _weights(N: int, normalizers: Sequence[float]) -> list[float]:
 @torch.no_grad()
 def finished(q: Quantity, values: Mapping[str, Any], parameters: Mapping[str, Tensor], scale: Scale) -> dict[str, Any]:
     """A quantity's values, in the parameters' types: the sums of one in half precision were kept in float32."""
-    found = {k: q.finish(v, scale) for k, v in values.items()}
-    return {k: trees.mapped(lambda t, dtype=parameters[k].dtype: t.to(dtype), v) for k, v in found.items()}
+    return {k: _in(parameters[k].dtype, q.finish(v, scale)) for k, v in values.items()}
+
+
+def _in(dtype: torch.dtype, value: Any) -> Any:
+    return value.to(dtype) if isinstance(value, Kron) else trees.mapped(lambda t: t.to(dtype), value)

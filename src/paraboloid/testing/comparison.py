@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from paraboloid.linalg.kronecker import Kron
 
 RTOL = 1e-8  # of the largest entry, in float64
 
@@ -30,26 +36,29 @@ def check_equal(found: Tensor, expected: Tensor, what: str, by: str = "autograd"
     )
 
 
-def check_trees(found: object, expected: object, what: str, by: str) -> None:
+def check_trees(found: Any, expected: Any, what: str, by: str) -> None:
     """`check_equal` for the tensors of two results of one structure (dicts, tuples, Kronecker blocks)."""
-    if isinstance(expected, Tensor) and isinstance(found, Tensor):
-        check_equal(found, expected, what, by)
-        return
-    one, other = _children(found), _children(expected)
-    if type(found) is not type(expected) or list(one) != list(other):
-        raise AssertionError(f"{what} is a {type(found).__name__} of {list(one)}; expected a {type(expected).__name__} "
-                             f"of {list(other)} by {by}.")  # fmt: skip
-    for name in one:
-        check_trees(one[name], other[name], f"{what}, {name}", by)
+    one, other = leaves(found), leaves(expected)
+    if list(one) != list(other):
+        raise AssertionError(f"{what} is made of the tensors {list(one)}; expected {list(other)} by {by}.")
+    for path, t in one.items():
+        check_equal(t, other[path], what + path, by)
 
 
-def _children(value: object) -> dict[str, object]:
-    if isinstance(value, dict):
-        return {str(k): v for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return {f"[{i}]": v for i, v in enumerate(value)}
-    inner = vars(value) if hasattr(value, "__dict__") else {}
-    return {k: v for k, v in inner.items() if isinstance(v, Tensor | tuple | list | dict)}
+def leaves(value: Any) -> dict[str, Tensor]:
+    """The tensors of a result, by their paths."""
+    if isinstance(value, Tensor):
+        return {"": value}
+    if isinstance(value, Kron):
+        value = {"left": value.left, "right": value.right}
+    elif isinstance(value, tuple | list):
+        value = {f"[{i}]": v for i, v in enumerate(value)}
+    elif is_dataclass(value):
+        value = vars(value)
+    children = value.items() if isinstance(value, Mapping) else ()
+    return {
+        (k if str(k)[:1] in ("", "[", ".") else f".{k}") + path: t for k, v in children for path, t in leaves(v).items()
+    }
 
 
 def _likeness(found: Tensor, expected: Tensor) -> str:
