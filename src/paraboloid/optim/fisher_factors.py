@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paraboloid.linalg.eigenform import Eigenform
 from paraboloid.linalg.kronecker import Kron
-from paraboloid.quantities.kronecker import check_sharing, fisher_source
+from paraboloid.quantities.kronecker import EigenScale, check_sharing, fisher_source
 from paraboloid.quantities.quantity import Group, Quantity, Scale
 from paraboloid.reductions import kronecker_factors
 from paraboloid.reductions.eigenbasis import eigen_scale
@@ -97,29 +97,24 @@ class HeldVectors:
     def eigenvalues(self, form: Eigenform) -> Tensor:
         """What `Eigenvalues` measures, in a basis that was not known yet."""
         found = [
-            _eigenvalues(group, form, None) if isinstance(group, Outer) else group.reshape(form.values.shape)
+            eigen_scale(group, form.left, form.right) if isinstance(group, Outer) else group.reshape(form.values.shape)
             for group in self.groups
         ]
         return torch.stack(found).sum(0).mul_(self.factor)
 
 
-class Eigenvalues(Quantity):
-    """EKFAC's eigenvalues in the bases of `forms`, [G, r_left, r_right], of the loss as reduced; `half`: those of the
-    second half of the batch, as if it were the batch.  See `pb.quantities.EigenScale`."""
+class Eigenvalues(EigenScale):
+    """EKFAC's eigenvalues of the parameters that have a basis; `half`: those of the second half of the batch, as if it
+    were the batch."""
 
-    name, per_sample = "eigenvalues", False
-    over_ranks = "running"
+    name, some = "eigenvalues", True
 
     def __init__(self, forms: Mapping[str, Eigenform], fisher: str, samples: int, half: bool = False):
-        self.source, self.forms, self.half = fisher_source(fisher, samples), forms, half
-        self.least_samples = 2 if half else 1
+        super().__init__(forms, fisher, samples)
+        self.half, self.least_samples = half, 2 if half else 1
 
     def add(self, value: Any, group: Group) -> Any:
-        if group.name not in self.forms:
-            return None
-        o = in_halves(group.outer)[1] if self.half else group.outer
-        found = _eigenvalues(o, self.forms[group.name], group.memory)
-        return found if value is None else value.add_(found)
+        return super().add(value, group._replace(outer=in_halves(group.outer)[1]) if self.half else group)
 
     def finish(self, value: Any, scale: Scale) -> Any:
         return None if value is None else value.mul_(scale.a * _of_half(scale.N, self.half))
@@ -127,12 +122,6 @@ class Eigenvalues(Quantity):
 
 def _of_half(N: int, half: bool) -> float:
     return N / (N - N // 2) if half else 1.0
-
-
-def _eigenvalues(o: Outer, form: Eigenform, memory: int | None) -> Tensor:
-    if form.left.vectors is None and form.right.size == 1:  # a diagonal
-        return reduce(o, {"squares"}, memory)["squares"].reshape(form.values.shape)
-    return eigen_scale(o, form.left, form.right, memory)
 
 
 def block(value: Any, a: float) -> Kron:

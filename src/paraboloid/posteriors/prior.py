@@ -74,11 +74,6 @@ def scalars(prior: Prior, structure: str) -> Prior:
     return {name: t.flatten()[0] if t.dim() else t for name, t in prior.items()}
 
 
-def log_det(prior: Prior, parameters: Mapping[str, Tensor]) -> Tensor:
-    """log det of the prior precision."""
-    return torch.stack([t.log().sum() * (1 if t.dim() else parameters[k].numel()) for k, t in prior.items()]).sum()
-
-
 def square(prior: Prior, weights: Mapping[str, Tensor]) -> Tensor:
     """theta . Lambda theta."""
     return torch.stack([(prior[k] * w.square()).sum() for k, w in weights.items()]).sum()

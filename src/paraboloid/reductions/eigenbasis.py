@@ -60,6 +60,8 @@ def eigen_scale(
     if isinstance(o, Zero):
         groups = o.shape.numel() // (left.size * right.size)
         return o.left.new_zeros(groups, *sizes)
+    if left.vectors is None and right.vectors is None:  # the entries themselves
+        return reduce(o, {"squares"}, memory)["squares"].reshape(-1, *sizes)
     if right.size == 1 and not o.products:
         return _of_vectors(o, left, memory)
     if not o.products:
@@ -83,8 +85,7 @@ def eigen_scale(
 
 def _of_vectors(o: Outer, left: Basis, memory: int | None) -> Tensor:
     """A bias-like parameter: the whole vector J_n^T v is the left side, [1, r, 1]."""
-    if left.vectors is None:
-        return reduce(o, {"squares"}, memory)["squares"].reshape(1, -1, 1)
+    assert left.vectors is not None
     U = left.vectors[0]
     scale = o.left.new_zeros(U.shape[1])
     for _, J in o.pieces(memory):
