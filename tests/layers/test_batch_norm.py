@@ -84,7 +84,7 @@ def test_quantities_of_single_samples_refuse(quantities):
 
 @pytest.mark.parametrize("quantity", ["kfac", "kflr", "kfac_empirical", "grad"])
 def test_other_mixing_is_refused_all_the_same(quantity):
-    for function in (lambda m, x: m.layer(x).flip(0), lambda m, x: m.layer(x).softmax(0)):
+    for function in (lambda m, x: (z := m.layer(x)) + z.flip(0), lambda m, x: m.layer(x).softmax(0)):
         model = double(lambda function=function: Around(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), function))
         with pytest.raises(ValueError, match="does not separate into the 4 samples"):
             pb.statistics(model, CE, (draw(4, 3), Y), quantity)

@@ -16,11 +16,11 @@ from torch import Tensor
 from paraboloid.engine.per_sample import blocked
 from paraboloid.engine.recorder import Call
 from paraboloid.engine.reindexed_weights import Alias
-from paraboloid.engine.sample_independence import Layout
+from paraboloid.engine.sample_independence import Layouts
 
 
 def promote(
-    calls: Sequence[Call], layouts: Sequence[Layout | None], candidates: Sequence[Call], aliases: Mapping[int, Alias]
+    calls: Sequence[Call], layouts: Layouts, candidates: Sequence[Call], aliases: Mapping[int, Alias]
 ) -> list[Call] | None:
     """The calls after one more step, in which weights that no rule can treat count as data; None if there is no step.
 
@@ -58,8 +58,8 @@ def promote(
 
 
 def replay(
-    calls: list[Call], steps: Sequence[list[Layout | None]], candidates: Sequence[Call], aliases: Mapping[int, Alias]
-) -> tuple[list[Call], list[Layout | None]] | None:
+    calls: list[Call], steps: Sequence[Layouts], candidates: Sequence[Call], aliases: Mapping[int, Alias]
+) -> tuple[list[Call], Layouts] | None:
     """The calls and layouts that the same steps led to before; None where these calls do not take them."""
     if not steps:
         return None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from paraboloid.engine.many_vectors import gradients
 from paraboloid.engine.reindexed_weights import Alias, Piece, itself
-from paraboloid.engine.sample_independence import Layout
+from paraboloid.engine.sample_independence import Layout, Owned
 from paraboloid.layers import Use
 from paraboloid.passes.modes import autocast
 from paraboloid.reductions.outer import Outer, known
@@ -37,7 +37,7 @@ class Part:
     elements: Callable[[], tuple[Tensor, Tensor]] | None = None
 
 
-def rule_parts(call: Any, layout: Layout, aliases: Mapping[int, Alias]) -> list[Part] | None:
+def rule_parts(call: Any, layout: Layout | Owned, aliases: Mapping[int, Alias]) -> list[Part] | None:
     """The parts of every weight of the call by its rule, or None where no rule applies to these arguments."""
     wanted = {id(w) for w in call.weights}
     uses = [u for u in call.uses() if id(u.weight) in wanted]
@@ -52,7 +52,7 @@ def rule_parts(call: Any, layout: Layout, aliases: Mapping[int, Alias]) -> list[
     return parts
 
 
-def blocked(call: Any, layout: Layout, aliases: Mapping[int, Alias]) -> list[Tensor]:
+def blocked(call: Any, layout: Layout | Owned, aliases: Mapping[int, Alias]) -> list[Tensor]:
     """The weights of the call that no rule can treat: none is known, or the samples lie along their own axes."""
     uses = {id(u.weight): u for u in call.uses()}
     return [
@@ -61,24 +61,30 @@ def blocked(call: Any, layout: Layout, aliases: Mapping[int, Alias]) -> list[Ten
     ]  # fmt: skip
 
 
-def _parts(shape: torch.Size, layout: Layout, use: Use, alias: Alias | None) -> list[Part] | None:
+def _parts(shape: torch.Size, layout: Layout | Owned, use: Use, alias: Alias | None) -> list[Part] | None:
     """One part for each root of the weight; None where the samples lie along an axis of the weight itself."""
     alias = itself(use.weight) if alias is None else alias
     places = _places(use, alias)
     if places is None:  # not rows of the roots: differentiated through instead
         alias = itself(use.weight)
         places = [Place(alias.pieces[0], slice(None), 0, 0)]
-    axis, (a, N, b) = layout
     shape_of_z = shape
     if use.shape is not None:
-        if use.shape[axis] != shape[axis]:
+        if isinstance(layout, Owned) or use.shape[layout.axis] != shape[layout.axis]:
             return None  # joined to the data along the samples' own axis
         shape = use.shape
     rows = broadcast_axes(shape, alias.shape) if use.rows is None else use.rows
-    if axis not in rows:
-        return None
-    at, sizes = rows.index(axis), [shape[i] for i in rows]
-    split = (math.prod(sizes[:at]) * a, N, b * math.prod(sizes[at + 1 :]))
+    sorted_rows: SortedRows | None = None
+    if isinstance(layout, Owned):
+        if (sorted_rows := SortedRows.of(layout, rows)) is None:
+            return None
+        split = (1, *sorted_rows.index.shape)
+    else:
+        axis, (a, N, b) = layout
+        if axis not in rows:
+            return None
+        at, sizes = rows.index(axis), [shape[i] for i in rows]
+        split = (math.prod(sizes[:at]) * a, N, b * math.prod(sizes[at + 1 :]))
     made: dict[int, Right] = {}  # by place: every pull has the same input side, which may be kept unfolded
 
     def rowed(left: Tensor) -> Tensor:
@@ -86,6 +92,8 @@ def _parts(shape: torch.Size, layout: Layout, use: Use, alias: Alias | None) -> 
         if use.rows is None:
             left = left.movedim([i + 1 for i in rows], list(range(1, len(rows) + 1)))
             left = left.reshape(len(left), -1, 1, 1, alias.shape.numel())
+        if sorted_rows is not None:
+            left = sorted_rows.of_left(left)
         return left.unflatten(1, split).permute(0, 2, 4, 1, 3, 5, 6)
 
     def outer(place: Place, g: Tensor, power: int = 1) -> Outer:
@@ -105,7 +113,12 @@ def _parts(shape: torch.Size, layout: Layout, use: Use, alias: Alias | None) -> 
             left = place.put(left, -1)
         if id(place) not in made:
             dtype = None if use.lookup else precision
-            made[id(place)] = Right(_rows(use, place, flip), split, dtype, use.q_axes)
+            side = _rows(use, place, flip)
+            filled = None
+            if sorted_rows is not None:
+                side = partial(sorted_rows.of_right, side, use.lookup)
+                filled = (sorted_rows.index >= 0).sum(1) * (left.shape[3] // split[2])
+            made[id(place)] = Right(side, split, dtype, use.q_axes, filled)
         right = made[id(place)] if power == 1 else made[id(place)].squared()
         return (Lookup if use.lookup else product)(left, right, root.shape, q, flip)
 
@@ -122,6 +135,42 @@ def _parts(shape: torch.Size, layout: Layout, use: Use, alias: Alias | None) -> 
         if p.piece.table and use.right is None else Part(p.piece.root, partial(outer, p), use, partial(elements, p))
         for p in places if p.piece.root.requires_grad
     ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SortedRows:
+    """A rule's rows sorted to the samples that own them: `index` [N T] of rows; -1 where a sample has fewer than T."""
+
+    index: Tensor
+
+    @staticmethod
+    def of(layout: Owned, rows: tuple[int, ...]) -> SortedRows | None:
+        """None where a row holds elements of several samples."""
+        owner = layout.owner.movedim(rows, tuple(range(len(rows))))
+        owner = owner.reshape(math.prod(owner.shape[: len(rows)]), -1)
+        row = owner.max(1).values
+        if ((owner != row.unsqueeze(1)) & (owner >= 0)).any():
+            return None
+        row = torch.where(row < 0, layout.samples, row)  # those that no gradient reaches come last
+        order = row.argsort(stable=True)
+        counts = row.bincount(minlength=layout.samples + 1)[:-1]
+        T = max(1, int(counts.max()))
+        starts = counts.cumsum(0) - counts
+        place = torch.arange(T, device=row.device)
+        inside = place < counts.unsqueeze(1)
+        index = order[(starts.unsqueeze(1) + place).clamp(max=len(order) - 1)]
+        return SortedRows(torch.where(inside, index, -1))
+
+    def of_left(self, left: Tensor) -> Tensor:
+        """[V R ..] -> [V N*T ..], zero where there is no row."""
+        index = self.index.flatten()
+        left = left.index_select(1, index.clamp(min=0))
+        return left.masked_fill((index < 0).view(1, -1, *[1] * (left.dim() - 2)), 0)
+
+    def of_right(self, right: Callable[[slice], Tensor], lookup: bool, n: slice) -> Tensor:
+        index = self.index.flatten()[n]
+        rows = right(slice(None))[index.clamp(min=0)]
+        return rows.masked_fill((index < 0).view(-1, *[1] * (rows.dim() - 1)), -1 if lookup else 0)
 
 
 @dataclass(frozen=True)
@@ -208,13 +257,17 @@ def broadcast_axes(shape: torch.Size, weight: torch.Size) -> tuple[int, ...]:
     return tuple(i for i in range(len(shape)) if i < lead or weight[i - lead] == 1)
 
 
-def fallback_parts(call: Any, layout: Layout) -> list[Part]:
+def fallback_parts(call: Any, layout: Layout | Owned) -> list[Part]:
     """Any call: the vector-Jacobian product of the operation itself, once per sample."""
-    axis, (a, N, b) = layout
 
     def outer(w: Tensor, g: Tensor) -> Outer:
-        mask = torch.eye(N, dtype=g.dtype, device=g.device)[:, None, :, None].expand(N, a, N, b).reshape(N, -1)
-        mask = mask.view(N, *[1] * axis, a * N * b, *[1] * (len(call.shape) - axis - 1))
+        if isinstance(layout, Owned):
+            N = layout.samples
+            mask = (layout.owner == torch.arange(N, device=g.device).view(N, *[1] * layout.owner.dim())).to(g)
+        else:
+            axis, (a, N, b) = layout
+            mask = torch.eye(N, dtype=g.dtype, device=g.device)[:, None, :, None].expand(N, a, N, b).reshape(N, -1)
+            mask = mask.view(N, *[1] * axis, a * N * b, *[1] * (len(call.shape) - axis - 1))
         with torch.enable_grad(), autocast(g.device, call.autocast):
             fresh = {id(t): t.detach().requires_grad_() for t in call.weights}
             z = call.op(*swapped(call.args, fresh), **swapped(call.kwargs, fresh))

@@ -3,6 +3,9 @@
 Pull a random u and w * u, where w_n = +-2^k differs from sample to sample.  The map from output to call is linear, so
 the samples are independent if and only if some layout of the call's axes gives g(w u) = w g(u).  Powers of two commute
 with rounding, so the comparison is nearly exact, and their spread (2^-12 to 2^12) magnifies a leak between samples.
+
+Samples that are apart but along no axis (shuffled inside the model, one expert's rows, the nodes of graphs of unequal
+sizes, a loop over samples) are told by the ratio h / g itself: each element has the weight of the sample that owns it.
 """
 
 from __future__ import annotations
@@ -27,6 +30,17 @@ class Layout(NamedTuple):
     sizes: tuple[int, int, int]
 
 
+class Owned(NamedTuple):
+    """No axis of a call's output holds the samples, but each element belongs to one: `owner` of z's shape, int64; -1
+    for elements that no gradient reaches.  It follows from this batch's numbers alone."""
+
+    owner: Tensor
+    samples: int
+
+
+Layouts = list[Layout | Owned | None]  # one for each call; None: nothing flows back to it
+
+
 def sample_weights(N: int, generator: torch.Generator, spread: int = WIDE) -> Tensor:
     """w_n = +-2^k, k in -12..12, [N]; all different while N <= 50, so that no two axes can be confused."""
     powers = 2 * spread + 1
@@ -49,7 +63,7 @@ def layouts_of(shape: Sequence[int], N: int) -> Iterator[Layout]:
 
 def certify(
     f: Tensor, calls: Sequence[Any], parameters: Sequence[Tensor], where: Callable[[Any], str], spread: int = WIDE
-) -> tuple[list[Layout | None], tuple[Tensor, list[Tensor | None], list[Tensor | None]]]:
+) -> tuple[Layouts, tuple[Tensor, list[Tensor | None], list[Tensor | None]]]:
     """The layout of the samples at every call (None where nothing flows back), and one pull to check the rules with:
     the random vector, its gradients at the calls, and autograd's own gradients of the parameters.
 
@@ -64,8 +78,9 @@ def certify(
     if edges:
         hs = list(torch.autograd.grad(f, edges, scaled, retain_graph=True, allow_unused=True))
     gs: list[Tensor | None] = [None] * len(calls)
-    layouts: list[Layout | None] = [None] * len(calls)
+    layouts: list[Layout | Owned | None] = [None] * len(calls)
     mixing: list[int] = []
+    apart: dict[int, Tensor] = {}  # call -> owners of its elements, modulo the number of different weights
     vanished: list[tuple[int, float]] = []
     half = f.dtype == torch.float16  # powers of two commute with rounding, but float16 has few of them
 
@@ -84,7 +99,9 @@ def certify(
             vanished.append((i, float(largest)))
         fitting = (layout for layout in layouts_of(calls[i].shape, N) if _fits(g, h, w, layout, tolerance))
         layouts[i] = next(fitting, None)
-        if layouts[i] is None:
+        if layouts[i] is None and (codes := _codes(g, h, spread)) is not None:
+            apart[i] = codes
+        elif layouts[i] is None:
             mixing.append(i)
 
     hooks = [e.node.register_prehook(lambda grads, i=i: compare(i, grads)) for i, e in enumerate(edges)]
@@ -97,14 +114,11 @@ def certify(
             hook.remove()
     if mixing and half and spread > NARROW:
         return certify(f, calls, parameters, where, NARROW)  # what overflowed or vanished looks like a leak
+    if apart and not mixing:
+        layouts, mixing = _owners(f, edges, u, layouts, apart, generator, spread)
     if mixing:
         call = calls[min(mixing)]
-        raise ValueError(
-            f"{where(call)}: its output {tuple(call.shape)} does not separate into the {N} samples along any axis, so "
-            "there are no per-sample gradients here. Something between it and the output mixes or reorders the "
-            "samples: BatchNorm in training mode (call model.eval()), a softmax or mean over the batch, a flip. (A "
-            "constant tensor that is no buffer of the model counts as data: register it.)"
-        )
+        raise mixes(where(call), call.shape, N)
     if vanished:
         i, size = min(vanished)
         warnings.warn(
@@ -113,6 +127,79 @@ def certify(
             stacklevel=2,
         )
     return layouts, (u, gs, truth)
+
+
+def mixes(where: str, shape: Sequence[int], N: int) -> ValueError:
+    return ValueError(
+        f"{where}: its output {tuple(shape)} does not separate into the {N} samples along any axis, so there are no "
+        "per-sample gradients here. Something between it and the output mixes or reorders the samples: BatchNorm in "
+        "training mode (call model.eval()), a softmax or mean over the batch, a transposed layer. (A constant tensor "
+        "that is no buffer of the model counts as data: register it.)"
+    )
+
+
+def check_agreement(calls: Sequence[Any], layouts: Layouts, where: Callable[[Any], str]) -> None:
+    """Raise ValueError where calls on the same data give its rows to different samples: these see each other's data."""
+    seen: dict[int, Tensor] = {}
+    for call, layout in zip(calls, layouts, strict=True):
+        if isinstance(layout, Owned):
+            rows, N = layout.owner.reshape(call.shape[0] if call.shape else 1, -1).max(1).values, layout.samples
+        elif layout is not None and layout.axis == 0 and layout.sizes[0] == 1:
+            _, N, b = layout.sizes
+            rows = torch.arange(N, device=call.held[0][0].device if call.held else None).repeat_interleave(b)
+        else:
+            continue
+        for t, _ in call.held:
+            if not any(t is w for w in call.weights):
+                known = seen.setdefault(id(t), rows)
+                if known.shape == rows.shape and ((known != rows) & (known >= 0) & (rows >= 0)).any():
+                    raise mixes(where(call), call.shape, N)
+
+
+def _codes(g: Tensor, h: Tensor, spread: int) -> Tensor | None:
+    """Which weight each element of h = w g has, numbered as `sample_weights` numbers them; -1 where g is zero.  None
+    where some element has none of them."""
+    reached = g.abs() > vanishing(g.dtype, spread)
+    ratio = torch.where(reached, h / torch.where(reached, g, 1), 1).double()
+    k = ratio.abs().log2().round()
+    exact = ratio.sign() * 2.0**k
+    near = (ratio - exact).abs() <= rounding(g.dtype, g.device) ** 0.6 * exact.abs()
+    if not bool((near & (k.abs() <= spread)).all()):
+        return None
+    codes = (k + spread).long() + (2 * spread + 1) * (ratio < 0)
+    return torch.where(reached, codes, -1)
+
+
+def _owners(
+    f: Tensor, edges: Sequence[Any], u: Tensor, layouts: Layouts, apart: dict[int, Tensor], generator, spread: int
+) -> tuple[Layouts, list[int]]:
+    """The samples that own the elements of the calls in `apart`, from further pulls in which the weights are the digits
+    of the sample's number; and the calls where the pulls contradict each other."""
+    N, different = len(f), 2 * (2 * spread + 1)
+    at = sorted(apart)
+    found: dict[int, Tensor] = {i: torch.zeros_like(apart[i]) for i in at}
+    mixing: list[int] = []
+    digit = 1
+    while digit < N and not mixing:
+        code = (torch.arange(N) // digit) % different
+        w = 2.0 ** (code % (different // 2) - spread) * (1 - 2 * (code // (different // 2)))
+        scaled = u * w.to(u).view(-1, *[1] * (f.dim() - 1))
+        pulls = [
+            torch.autograd.grad(f, [edges[i] for i in at], v, retain_graph=True, allow_unused=True) for v in (u, scaled)
+        ]
+        for i, g, h in zip(at, *pulls, strict=True):
+            codes = None if g is None or h is None else _codes(g, h, spread)
+            if codes is None:
+                mixing.append(i)
+            else:
+                found[i] = torch.where(codes < 0, -1, found[i] + digit * codes)
+        digit *= different
+    layouts = list(layouts)
+    for i, owner in found.items():
+        if (owner >= N).any():
+            mixing.append(i)
+        layouts[i] = Owned(owner, N)
+    return layouts, mixing
 
 
 def _fits(g: Tensor, h: Tensor, w: Tensor, layout: Layout, tolerance: Tensor) -> bool:

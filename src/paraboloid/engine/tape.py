@@ -24,7 +24,7 @@ from paraboloid.engine.derived_weights import promote, replay
 from paraboloid.engine.per_sample import Part, fallback_parts, rule_parts, vjp
 from paraboloid.engine.recorder import Call, Recorder, tensors
 from paraboloid.engine.sample_axes import sample_axes
-from paraboloid.engine.sample_independence import Layout, certify
+from paraboloid.engine.sample_independence import Layouts, Owned, certify, check_agreement, mixes
 from paraboloid.layers.normalization import uses_batch_statistics
 from paraboloid.passes import trees
 from paraboloid.passes.memory import gives_back, pooled
@@ -35,7 +35,6 @@ from paraboloid.passes.torch_internals import LEAF, REENTRANT_CHECKPOINT, Disabl
 from paraboloid.reductions.outer import Derived, Outer, known, zero
 
 SIGNATURES = 512  # recorded sequences of calls and shapes that are remembered per model
-Layouts = list[Layout | None]  # one for each call; None: nothing flows back to it
 _certified: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[int, list[Layouts]]]] = weakref.WeakKeyDictionary()
 gives_back(_certified.clear)
 
@@ -167,6 +166,8 @@ class Tape:
         signature = self._signature(f, calls, mixed)
         count, steps = history.get(signature, (0, []))
         due = self.verify == "always" or (self.verify == "auto" and (doubling(count + 1) or not steps))
+        if any(isinstance(layout, Owned) for layouts in steps for layout in layouts):
+            steps = []  # they were those of another batch
         recorder, check = self.recorder, None
         replayed = None if due else replay(calls, steps, recorder.candidates, recorder.alias)
         if replayed is not None and self.verify:
@@ -248,6 +249,8 @@ class Tape:
                 parts.append(None)
                 continue
             got = rule_parts(call, layout, self.recorder.alias)
+            if got is None and isinstance(layout, Owned) and any(True for _ in call.uses()):
+                raise mixes(self.where(call), call.shape, layout.samples)  # a row belongs to several samples
             if got is None:
                 warnings.warn(
                     f"{self.where(call)} has no rule for these arguments; falling back to one pull-back of this call "
@@ -255,6 +258,14 @@ class Tape:
                 )  # fmt: skip
                 got = fallback_parts(call, layout)
             parts.append(got)
+        owned = [call for call, layout in zip(calls, layouts, strict=True) if isinstance(layout, Owned)]
+        if owned:
+            check_agreement(calls, layouts, self.where)
+            warnings.warn(
+                f"the samples lie along no axis of the outputs of {len(owned)} of {len(calls)} calls, the first "
+                f"{self.where(owned[0])} {tuple(owned[0].shape)}: their rows are sorted to the samples that own them, "
+                "which is exact, and takes a check by numbers (two gradients or more) for every batch.", stacklevel=6,
+            )  # fmt: skip
         return parts
 
     @torch.no_grad()

@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from paraboloid.engine.per_sample import Part, swapped
 from paraboloid.engine.recorder import Call
+from paraboloid.engine.sample_independence import Owned
 from paraboloid.engine.tape import Tape
 from paraboloid.graph.averaged_curvature import (
     Blocks,
@@ -58,6 +59,8 @@ def kfra(tape: Tape, loss: Loss, f: Tensor, y: Tensor, memory: int | None) -> di
     """
     recorded = Recorded(tape, tape.plan(f), loss, f, y, memory)
     parts, others = single_uses(recorded)
+    if any(isinstance(layout, Owned) for layout in recorded.plan.layouts):
+        raise NotImplementedError("'kfra': the samples lie along no axis of some layers; expected axis 0. Use 'kflr'.")
     if others:
         raise NotImplementedError(
             f"'kfra': the parameters {others} are used several times, or through other tensors or operations without a "

@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge
 from paraboloid.engine.many_vectors import gradients
 from paraboloid.engine.per_sample import swapped
 from paraboloid.engine.recorder import Call
-from paraboloid.engine.sample_independence import certify
+from paraboloid.engine.sample_independence import Owned, certify
 from paraboloid.graph.nodes import Bend, Graph
 from paraboloid.graph.single_use import Parts, Recorded
 from paraboloid.graph.weight_diagonal import coordinates, from_diagonal, meets_once, separable, units
@@ -120,6 +120,8 @@ def add_bends(
     points = [_Point(s.bend.below) for s in far]
     layouts, _ = certify(recorded.f, points, list(recorded.tape.parameters.values()), str)
     for s, layout in zip(far, layouts, strict=True):
+        if isinstance(layout, Owned):
+            raise NotImplementedError("'diag_hessian': the samples lie along no axis of an activation of the model.")
         if layout is not None:
             at = coordinates(s.bend.d.shape, layout, recorded.f.device)
             _pull(recorded, parts, s.bend, at, [i for i in signed if s.far >> i & 1], found)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from paraboloid.engine.per_sample import Part, swapped
 from paraboloid.engine.recorder import Call
+from paraboloid.engine.sample_independence import Owned
 from paraboloid.engine.tape import Plan, Tape
 from paraboloid.layers import Use
 from paraboloid.losses import Loss
@@ -45,12 +46,17 @@ class Recorded:
 
 
 def single_uses(recorded: Recorded) -> tuple[Parts, list[str]]:
-    """The parameters that exactly one call uses, directly and affinely; and the names of all others that are used."""
+    """The parameters that exactly one call uses, directly and affinely; and the names of all others that are used.
+
+    All are others where the samples lie along no axis of some call.
+    """
     tape, plan = recorded.tape, recorded.plan
+    along_axes = not any(isinstance(layout, Owned) for layout in plan.layouts)
     uses: dict[str, list[tuple[int, Part | None]]] = {}
     for i, parts in enumerate(plan.parts):
         for part in parts or ():
-            direct = id(part.root) in tape.names and part.use is not None and _affine(plan.calls[i], part.use)
+            known = along_axes and id(part.root) in tape.names
+            direct = known and part.use is not None and _affine(plan.calls[i], part.use)
             for name in tape.leaves(part.root):
                 uses.setdefault(name, []).append((i, part if direct else None))
     for name in plan.missed:

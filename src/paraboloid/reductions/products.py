@@ -86,8 +86,9 @@ class Products(Outer):
 
     @property
     def positions(self) -> int:
-        """N T, without the empty positions of ragged bags."""
-        return self.left.shape[1] * self.left.shape[3]
+        """N T, without the empty positions of ragged bags and of samples with fewer rows."""
+        filled = self.right.filled
+        return self.left.shape[1] * self.left.shape[3] if filled is None else int(filled.sum())
 
     def finish(self, J: Tensor, lead: tuple[int, ...]) -> Tensor:
         """[.. G p q] -> [*lead, *shape]."""
@@ -162,6 +163,8 @@ class Products(Outer):
 
     def mean_inputs(self, n: slice = EVERYTHING) -> Tensor:
         """`right` averaged over the positions, [n G q]."""
+        if self.right.filled is not None:
+            return self.right(n).sum(2) / self.right.filled[n].clamp(min=1)[:, None, None]
         return (self.right(n) / self.left.shape[3]).sum(2)
 
     def turned(self, U: Tensor) -> Right:
@@ -290,7 +293,11 @@ def merge(uses: list[Outer]) -> Outer:
     def rows(n: slice) -> Tensor:
         return torch.cat([o.right(n) if lookup else o.inputs(n) for o in products], 2)
 
-    right = Right(rows, (1, left.shape[1], 1), None if lookup else left.dtype)
+    filled = None
+    if any(o.right.filled is not None for o in products):
+        each = [o.left.shape[3] if o.right.filled is None else o.right.filled for o in products]
+        filled = sum(each, torch.zeros(left.shape[1], dtype=torch.int64, device=left.device))
+    right = Right(rows, (1, left.shape[1], 1), None if lookup else left.dtype, filled=filled)
     return (Lookup if lookup else Products)(left, right, first.shape, products[0].q, first.flip)
 
 

@@ -24,6 +24,7 @@ class Right:
     layout: tuple[int, int, int]
     dtype: torch.dtype | None = None
     q_axes: int | None = None
+    filled: Tensor | None = None  # positions of each sample that are no padding, [N]; None: all
     _kept: Tensor | None = None
 
     @property
@@ -96,4 +97,5 @@ class Right:
             low, high, _ = some.indices(stop - start)
             return self(slice(start + low, start + high))
 
-        return Right(rows, (1, stop - start, 1), self.dtype)
+        filled = None if self.filled is None else self.filled[n]
+        return Right(rows, (1, stop - start, 1), self.dtype, filled=filled)
