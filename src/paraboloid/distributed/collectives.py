@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,9 +14,14 @@ from paraboloid.passes.memory import BUCKETS
 
 SEED_STEP = 1_000_003  # between the seeds of consecutive ranks
 T = TypeVar("T")
+if TYPE_CHECKING:
+    Group = dist.ProcessGroup | None  # None: this process alone
+    AllReduce = bool | str | dist.ProcessGroup | None  # True: the default group
+else:
+    Group = AllReduce = Any  # torch may have been built without
 
 
-def group_of(all_reduce: Any) -> Any:
+def group_of(all_reduce: AllReduce) -> Group:
     """The process group that `all_reduce=` stands for: None for False, the default group for True, or the one given.
 
     Raises ValueError where there is no default group, and for anything else.
@@ -33,7 +38,7 @@ def group_of(all_reduce: Any) -> Any:
     return all_reduce
 
 
-def rank_seed(seed: int, group: Any) -> int:
+def rank_seed(seed: int, group: Group) -> int:
     """A seed of this rank's own, so that no two ranks draw the same labels and dropout masks; rank 0 keeps `seed`."""
     return seed if group is None else seed + SEED_STEP * dist.get_rank(group)
 
@@ -45,14 +50,14 @@ def wrapper_group(model: nn.Module) -> Any:
     return wrapper.process_group if wrapper is not None and wrapper.require_backward_grad_sync else None
 
 
-def gathered(item: T, group: Any) -> list[T]:
+def gathered(item: T, group: Group) -> list[T]:
     """The (small, picklable) items of all ranks, in their order."""
     items: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(items, item, group=group)
     return items
 
 
-def summed(tree: T, group: Any, device: torch.device) -> T:
+def summed(tree: T, group: Group, device: torch.device) -> T:
     """The tree (see `trees.mapped`) with every tensor replaced by its sum over the ranks, added up on `device`.
 
     All ranks must hold the same structure, shapes and types.
@@ -71,7 +76,7 @@ def summed(tree: T, group: Any, device: torch.device) -> T:
     return trees.mapped(take, tree)
 
 
-def everywhere(flag: Tensor, group: Any) -> bool:
+def everywhere(flag: Tensor, group: Group) -> bool:
     """Whether it is true on all ranks; without a group, here."""
     if group is not None:
         flag = flag.to(torch.int32)
@@ -93,7 +98,7 @@ def used_anywhere(flags: Sequence[Sequence[bool]]) -> list[bool]:
 
 
 def averaged(
-    gradient: Mapping[str, Tensor | None], parameters: Mapping[str, Tensor], a: float, group: Any
+    gradient: Mapping[str, Tensor | None], parameters: Mapping[str, Tensor], a: float, group: Group
 ) -> dict[str, Tensor | None]:
     """Mean over ranks of a times the gradient, as backward() of a data-parallel wrapper; None where no rank has any."""
     flags, grads = filled(gradient, parameters)

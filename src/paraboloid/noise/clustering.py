@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from paraboloid.data.batches import Batch, Output
-from paraboloid.linalg.operand import check_choice
+from paraboloid.data.batches import Batch, Output, Samples
+from paraboloid.linalg.operand import check_choice, check_count
+from paraboloid.losses import LossFunction
 from paraboloid.noise.assignment import COUNTS, assign
 from paraboloid.noise.centre_products import mean_sides, order_of, products, sums
 from paraboloid.noise.centres import Centres, start
@@ -66,13 +67,13 @@ class GradientClustering:
     """
 
     def __init__(
-        self, model: nn.Module, loss_fn: Any, num_clusters: int = 10, *, rank: int = 1, counts: str = "running",
-        update: str = "singular", min_size: int = 1, layers: Layers = None, decay: float | None = None, seed: int = 0,
-        output: Output | None = None, max_memory: int | None = None, verify: str | bool = "auto",
+        self, model: nn.Module, loss_fn: LossFunction, num_clusters: int = 10, *, rank: int = 1,
+        counts: str = "running", update: str = "singular", min_size: int = 1, layers: Layers = None,
+        decay: float | None = None, seed: int = 0, output: Output | None = None, max_memory: int | None = None,
+        verify: str | bool = "auto",
     ):  # fmt: skip
         for name, value, least in (("num_clusters", num_clusters, 1), ("rank", rank, 1), ("min_size", min_size, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}.")
+            check_count(name, value, least)
         check_choice("counts", counts, COUNTS)
         check_choice("update", update, UPDATES)
         if update == "mean" and rank > 1:
@@ -135,8 +136,8 @@ class GradientClustering:
     # --- fitting -------------------------------------------------------------------------------------------------
 
     def fit(
-        self, dataset: Any, batch_size: int = 256, passes: int = 3, *, until_stable: bool = False, max_passes: int = 50,
-        progress: Callable[[int, int], None] | None = None,
+        self, dataset: Samples, batch_size: int = 256, passes: int = 3, *, until_stable: bool = False,
+        max_passes: int = 50, progress: Callable[[int, int], None] | None = None,
     ) -> GradientClustering:  # fmt: skip
         """Run `passes` passes over a map-style dataset, from the centres as they are; returns self.
 

@@ -136,8 +136,9 @@ class Compared:
     """Estimators on their data, to be measured once or again and again; arguments as in `compare`."""
 
     def __init__(
-        self, model: nn.Module, loss_fn: Any, dataset: Any, batch_size: int = 10, estimators: Any = ESTIMATORS,
-        draws: int = 10, seed: int = 0, *, reference: str = "draws", output: Output | None = None,
+        self, model: nn.Module, loss_fn: LossFunction, dataset: Samples, batch_size: int = 10,
+        estimators: Any = ESTIMATORS, draws: int = 10, seed: int = 0, *, reference: str = "draws",
+        output: Output | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ):  # fmt: skip
         for name, value in (("batch_size", batch_size), ("draws", draws)):

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paraboloid.data.batches import Batch, Output, call, check_finite, sample_count, take
+from paraboloid.data.batches import Batch, Output, Samples, call, check_finite, sample_count, take
 from paraboloid.engine.tape import record
-from paraboloid.losses import Loss
+from paraboloid.losses import Loss, LossFunction
 from paraboloid.losses.loss import full
 from paraboloid.passes import trees
 from paraboloid.passes.modes import own_arithmetic
@@ -43,7 +43,7 @@ class Gradients:
     """
 
     def __init__(
-        self, model: nn.Module, loss_fn: Any, dataset: Any, seed: int = 0, output: Output | None = None,
+        self, model: nn.Module, loss_fn: LossFunction, dataset: Samples, seed: int = 0, output: Output | None = None,
         chunk: int = CHUNK,
     ):  # fmt: skip
         self.model, self.dataset, self.seed, self.output, self.chunk = model, dataset, seed, output, chunk

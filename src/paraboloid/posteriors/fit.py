@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.data import batches as batch_data
+from paraboloid.data.batches import Data, Output
 from paraboloid.data.joined import joined
 from paraboloid.linalg.eigenform import Eigenform
 from paraboloid.linalg.operand import check_count
@@ -43,7 +44,7 @@ class Fitting:
     fisher: str
     samples: int
     generator: torch.Generator
-    output: batch_data.Output | None
+    output: Output | None
     max_memory: int | None
     loss: float = 0.0  # summed over the data
     constant: float = 0.0
@@ -51,7 +52,7 @@ class Fitting:
     elements: int = 0  # of the targets
     target: tuple[int, ...] = ()  # shape of a sample's target
 
-    def batches(self, data: Any, quantities: list[Quantity]) -> Iterator[tuple[Statistics, int]]:
+    def batches(self, data: Data, quantities: list[Quantity]) -> Iterator[tuple[Statistics, int]]:
         """Statistics of each batch, unreduced, and its number of samples."""
         for batch in batch_data.batches(data):
             stats = statistics(
@@ -69,14 +70,14 @@ class Fitting:
         self.elements += y.numel()
         self.target = tuple(y.shape[1:])
 
-    def watched(self, data: Any) -> Any:
+    def watched(self, data: Data) -> Any:
         """The data, whose targets are counted when it is read first."""
         if (batch := batch_data.as_batch(data)) is not None:
             self.note(batch[1])
             return data
         return _Watched(data, self.note)
 
-    def over(self, data: Any, again: bool = False) -> OverData:
+    def over(self, data: Data, again: bool = False) -> OverData:
         return OverData(
             self.model, self.likelihood.loss, self.watched(data), output=self.output,
             seed=self.generator.initial_seed(), max_memory=self.max_memory, again=again,
@@ -102,7 +103,7 @@ class Fitting:
 class _Watched:
     """Batches of which `note` sees the targets, on the first pass."""
 
-    def __init__(self, data: Any, note: Callable[[Any], None]):
+    def __init__(self, data: Data, note: Callable[[Any], None]):
         self.data, self.note, self.seen = data, note, False
 
     def __iter__(self) -> Iterator[batch_data.Batch]:
@@ -120,7 +121,7 @@ def check_memory(what: str, size: int, instead: str) -> None:
                          f"{instead}")  # fmt: skip
 
 
-def full(fitting: Fitting, parameters: Mapping[str, Tensor], data: Any) -> BlockDiagonal:
+def full(fitting: Fitting, parameters: Mapping[str, Tensor], data: Data) -> BlockDiagonal:
     size, first = sum(p.numel() for p in parameters.values()), next(iter(parameters.values()))
     check_memory(
         f"structure='full' over {size} weights", 2 * size**2 * first.element_size(),
@@ -132,7 +133,7 @@ def full(fitting: Fitting, parameters: Mapping[str, Tensor], data: Any) -> Block
     return BlockDiagonal(parameters, [range(len(parameters))], [H])
 
 
-def diagonal(fitting: Fitting, parameters: Mapping[str, Tensor], data: Any) -> Diagonalised:
+def diagonal(fitting: Fitting, parameters: Mapping[str, Tensor], data: Data) -> Diagonalised:
     empirical = fitting.fisher == "empirical"
     quantity: Quantity = (
         SecondMoment() if empirical else DiagGGN(None if fitting.fisher == "exact" else fitting.samples)
@@ -144,7 +145,7 @@ def diagonal(fitting: Fitting, parameters: Mapping[str, Tensor], data: Any) -> D
     return diagonal_of(parameters, h)
 
 
-def functional(fitting: Fitting, parameters: Mapping[str, Tensor], data: Any, subset: int | None) -> Rows:
+def functional(fitting: Fitting, parameters: Mapping[str, Tensor], data: Data, subset: int | None) -> Rows:
     """All samples' rows, or those of `subset` samples drawn without replacement, scaled to stand for all."""
     if subset is None:
         return Rows(parameters, _all_rows(fitting, data))
@@ -158,7 +159,7 @@ def functional(fitting: Fitting, parameters: Mapping[str, Tensor], data: Any, su
     return Rows(parameters, (N / subset) ** 0.5 * _all_rows(part, _Chosen(data, chosen.cpu())))
 
 
-def _all_rows(fitting: Fitting, data: Any) -> Tensor:
+def _all_rows(fitting: Fitting, data: Data) -> Tensor:
     """The rows of all samples, [R, D], where more than D are compressed to D on the way; the same A^T A."""
     held: list[Tensor] = []
     for rows in _rows(fitting, data):
@@ -177,7 +178,7 @@ def _all_rows(fitting: Fitting, data: Any) -> Tensor:
 class _Chosen:
     """The chosen samples of the data, by their place in it."""
 
-    data: Any
+    data: Data
     chosen: Tensor
 
     def __iter__(self) -> Iterator[batch_data.Batch]:
@@ -190,7 +191,7 @@ class _Chosen:
 
 
 def kronecker(
-    fitting: Fitting, parameters: Mapping[str, Tensor], data: Any, exact: bool, before: Kronecker | None = None
+    fitting: Fitting, parameters: Mapping[str, Tensor], data: Data, exact: bool, before: Kronecker | None = None
 ) -> Kronecker:
     """KFAC's blocks; `exact`: the exact eigenvalues along KFAC's eigenvectors (EKFAC), or along those of `before`."""
     if before is not None and before.factors is None:
@@ -205,7 +206,7 @@ def kronecker(
 
 
 def along(
-    fitting: Fitting, data: Any, forms: Mapping[str, Eigenform], exact: bool
+    fitting: Fitting, data: Data, forms: Mapping[str, Eigenform], exact: bool
 ) -> dict[str, Eigenform]:  # fmt: skip
     """Eigenvalues of other data along the eigenvectors of `forms`: exact ones, or products of the factors' own.
 
@@ -224,7 +225,7 @@ def along(
 
 
 def cross_fitted(
-    fitting: Fitting, parameters: Mapping[str, Tensor], data: Any, exact: bool, before: CrossFitted | None = None
+    fitting: Fitting, parameters: Mapping[str, Tensor], data: Data, exact: bool, before: CrossFitted | None = None
 ) -> CrossFitted:
     """Two posteriors, each with the eigenvectors of one half of the data and the eigenvalues of the other half."""
     halves = [_Half(data, which) for which in (0, 1)]
@@ -248,7 +249,7 @@ def cross_fitted(
 class _Half:
     """Every other sample of each batch, from the first or the second on."""
 
-    data: Any
+    data: Data
     which: int
 
     def __iter__(self) -> Iterator[batch_data.Batch]:
@@ -257,7 +258,7 @@ class _Half:
                 yield trees.mapped(lambda t: t[self.which :: 2], inputs), y[self.which :: 2]
 
 
-def low_rank(fitting: Fitting, parameters: Mapping[str, Tensor], data: Any, rank: int, seed: int) -> Rows:
+def low_rank(fitting: Fitting, parameters: Mapping[str, Tensor], data: Data, rank: int, seed: int) -> Rows:
     """The `rank` largest eigenpairs of the GGN of all data, however it is batched."""
     size = sum(p.numel() for p in parameters.values())
     if fitting.fisher != "exact":
@@ -274,7 +275,7 @@ def low_rank(fitting: Fitting, parameters: Mapping[str, Tensor], data: Any, rank
     return Rows(parameters, (values[kept].sqrt() * vectors[:, kept]).T.contiguous(), rank)
 
 
-def _rows(fitting: Fitting, data: Any) -> Iterator[Tensor]:
+def _rows(fitting: Fitting, data: Data) -> Iterator[Tensor]:
     """S_n^T J_n of every sample and column of the root, [V N, D], batch by batch."""
     quantity = fitting.root()
     for stats, _ in fitting.batches(data, [quantity]):
@@ -288,7 +289,7 @@ def curvature(
     structure: str,
     fitting: Fitting,
     parameters: Mapping[str, Tensor],
-    data: Any,
+    data: Data,
     options: Mapping[str, Any],
     before: Any = None,
 ) -> Any:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from paraboloid.data import batches as batch_data
+from paraboloid.data.batches import Data, Output
 from paraboloid.linalg.operand import check_choice, check_count
+from paraboloid.losses import LossFunction
 from paraboloid.passes import trees
 from paraboloid.posteriors import fit
 from paraboloid.posteriors.likelihood import Likelihood
@@ -18,8 +19,8 @@ from paraboloid.posteriors.weights import Weights, choose, only
 
 def laplace(
     model: nn.Module,
-    loss_fn: Any,
-    data: Any,
+    loss_fn: LossFunction,
+    data: Data,
     structure: str = "kron",
     weights: Weights = "all",
     prior_precision: Any = 1.0,
@@ -32,7 +33,7 @@ def laplace(
     rank: int = 10,
     subset: int | None = None,
     temperature: float = 1.0,
-    output: batch_data.Output | None = None,
+    output: Output | None = None,
     max_memory: int | None = None,
 ) -> Posterior:
     """The Laplace approximation at a trained model's weights: N(theta, (H / noise_variance + Lambda)^-1).

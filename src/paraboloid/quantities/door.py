@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from paraboloid.data import batches as batch_data
+from paraboloid.data.batches import Data, Output
 from paraboloid.distributed import collectives
+from paraboloid.distributed.collectives import AllReduce
 from paraboloid.losses import Loss
 from paraboloid.quantities.named import resolve
 from paraboloid.quantities.over_data import OverData
@@ -22,15 +23,15 @@ from paraboloid.quantities.result import Statistics, of_sums
 def statistics(
     model: nn.Module,
     loss_fn: nn.Module | Loss,
-    batch: Any,
+    batch: Data,
     quantities: Iterable[str | Quantity] | str | Quantity,
     *,
     seed: int = 0,
     generator: torch.Generator | None = None,
     max_memory: int | None = None,
     accumulate_grad: bool = False,
-    all_reduce: Any = False,
-    output: batch_data.Output | None = None,
+    all_reduce: AllReduce = False,
+    output: Output | None = None,
     verify: str | bool = "auto",
 ) -> Statistics:
     """More than the gradient of one batch, from one forward pass and the fewest pulls; or of several as one.

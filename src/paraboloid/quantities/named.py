@@ -15,6 +15,7 @@ and J_n^T S_n the pulled-back root of the output-Hessian: the GGN of the loss as
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from paraboloid.quantities.curvature import DiagGGN, DiagHessian, SampleDiagGGN, SqrtGGN
@@ -64,7 +65,7 @@ def resolve(entries: Any) -> list[Quantity]:
     return list(found.values())
 
 
-def check_samples(quantities: list[Quantity], N: int) -> None:
+def check_samples(quantities: Sequence[Quantity], N: int) -> None:
     """Raise ValueError for a batch too small for a quantity."""
     for q in quantities:
         if q.least_samples > N:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.data import batches as batch_data
+from paraboloid.data.batches import Data, Output
 from paraboloid.distributed import collectives
+from paraboloid.distributed.collectives import Group
 from paraboloid.engine.twice_differentiable import twice_differentiable
-from paraboloid.losses import Loss, NoTargets, Opaque, settled
+from paraboloid.losses import Loss, LossFunction, NoTargets, Opaque, settled
 from paraboloid.losses.loss import full
 from paraboloid.passes import trees
 from paraboloid.passes.memory import RECORDINGS
@@ -45,15 +47,15 @@ class Passes(Generic[T]):
         self,
         model: Any,
         loss: Loss,
-        data: Any,
+        data: Data,
         around: Callable[[], AbstractContextManager[T]],
         *,
-        output: batch_data.Output | None = None,
+        output: Output | None = None,
         seed: int = 0,
         again: bool = True,
         ordered: bool = False,
         instead: str = "",
-        group: Any = None,
+        group: Group = None,
     ):
         self.parameters: dict[str, nn.Parameter] = trees.parameters(model)
         self.model, self.loss, self.data, self.around, self.output = model, loss, data, around, output
@@ -196,16 +198,16 @@ class OverData(Passes[Recording]):
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: Any,
-        data: Any,
+        loss_fn: LossFunction,
+        data: Data,
         *,
-        output: batch_data.Output | None = None,
+        output: Output | None = None,
         seed: int = 0,
         max_memory: int | None = None,
         again: bool = False,
         verify: str | bool = "auto",
         twice: bool = False,
-        group: Any = None,
+        group: Group = None,
     ):
         self.seed, self.again, self.max_memory = seed, again, max_memory
         self.kept: tuple[Recording, Tensor, Any] | None = None

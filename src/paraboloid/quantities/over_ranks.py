@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from paraboloid.distributed import collectives
+from paraboloid.distributed.collectives import Group
 from paraboloid.losses import Loss
 from paraboloid.passes import trees
 from paraboloid.quantities.quantity import Quantity, Scale
@@ -42,7 +43,7 @@ def check_summable(quantities: Sequence[Quantity]) -> None:
 
 def combine(
     quantities: Sequence[Quantity], own: Sums, parameters: Mapping[str, Tensor], loss: Loss, device: torch.device,
-    group: Any,
+    group: Group,
 ) -> tuple[Sums, Scale]:  # fmt: skip
     """Sum over ranks what is a sum over samples; with the scale of all samples.
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.data import batches as batch_data
+from paraboloid.data.batches import Inputs, Output
 from paraboloid.distributed import collectives
+from paraboloid.distributed.collectives import AllReduce
 from paraboloid.engine.tape import Tape
 from paraboloid.engine.twice_differentiable import twice_differentiable
 from paraboloid.losses import Loss
@@ -52,7 +54,7 @@ class Recording(Tape):
         generator: torch.Generator | None = None,
         max_memory: int | None = None,
         accumulate_grad: bool = False,
-        all_reduce: Any = False,
+        all_reduce: AllReduce = False,
     ) -> Statistics:
         """Quantities of the recorded forward pass; see `statistics`.
 
@@ -189,7 +191,7 @@ def record(model: nn.Module, verify: str | bool = "auto") -> Iterator[Recording]
 
 @contextmanager
 def forward(
-    model: nn.Module, inputs: Any, device: torch.device, seed: int, output: batch_data.Output | None = None,
+    model: nn.Module, inputs: Inputs, device: torch.device, seed: int, output: Output | None = None,
     verify: str | bool = "auto", twice: bool = False,
 ) -> Iterator[tuple[Recording, Tensor]]:  # fmt: skip
     """(recording, output) of one batch with the masks of `seed`; afterwards everything is as it was: torch's random

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from paraboloid.data.batches import check_finite
 from paraboloid.distributed import collectives
+from paraboloid.distributed.collectives import Group
 from paraboloid.losses import Loss
 from paraboloid.losses.loss import full
 from paraboloid.quantities.named import check_samples
@@ -57,7 +58,7 @@ TOTALS = {"square_norms", "gram"}
 
 def concluded(
     model: nn.Module, parameters: Mapping[str, Tensor], quantities: Sequence[Quantity], values: Values,
-    gradient: Gradient | None, scale: Scale, loss: Tensor, output: Any, group: Any = None,
+    gradient: Gradient | None, scale: Scale, loss: Tensor, output: Any, group: Group = None,
 ) -> Statistics:  # fmt: skip
     """The finished values; a gradient that is given is added to `.grad`."""
     found = {q.name: finished(q, values[q.name], parameters, scale) for q in quantities}
@@ -68,7 +69,7 @@ def concluded(
 
 def of_sums(
     model: nn.Module, parameters: Mapping[str, Tensor], quantities: Sequence[Quantity], loss: Loss, sums: Sums,
-    outputs: Sequence[Tensor], accumulate: bool, group: Any,
+    outputs: Sequence[Tensor], accumulate: bool, group: Group,
 ) -> Statistics:  # fmt: skip
     """The same from the sums of several batches, or of this rank's part of a batch."""
     f = full(outputs[0][:0])

@@ -10,8 +10,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from paraboloid.data import batches as batch_data
-from paraboloid.losses import Loss, Opaque
+from paraboloid.data.batches import Data, Output
+from paraboloid.losses import Loss, LossFunction, Opaque
 from paraboloid.operators.matrix_free.batching import Batching
 from paraboloid.operators.matrix_free.second_order_passes import Autocast, TwiceDifferentiable, undisturbed
 from paraboloid.passes import trees
@@ -59,7 +59,7 @@ def _is_dense(t: Tensor) -> bool:
     return bool(some.count_nonzero() > len(some) / 2)
 
 
-def as_loss(loss_fn: Any) -> Loss:
+def as_loss(loss_fn: LossFunction) -> Loss:
     """The loss as a `Loss`; a callable that paraboloid does not know becomes an `Opaque` one."""
     try:
         return Loss.from_torch(loss_fn)
@@ -87,11 +87,11 @@ class Replay(Passes[Any]):
     def __init__(
         self,
         model: Any,
-        loss_fn: Any,
-        data: Any,
+        loss_fn: LossFunction,
+        data: Data,
         graph: Callable[[Tensor, Any, Loss, list[Tensor], int], Graph],  # output, targets, ..., place in the pass
         *,
-        output: batch_data.Output | None = None,
+        output: Output | None = None,
         seed: int = 0,
         max_memory: int | None = None,
         ordered: bool = False,

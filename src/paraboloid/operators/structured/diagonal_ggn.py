@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
-from paraboloid.data.batches import Output
+from paraboloid.data.batches import Data, Output
 from paraboloid.linalg.eigenform import diagonal_form
+from paraboloid.losses import LossFunction
 from paraboloid.operators.structured.diagonalised import Diagonalised
 from paraboloid.quantities.curvature import DiagGGN
 from paraboloid.quantities.over_data import OverData
@@ -15,8 +14,8 @@ from paraboloid.quantities.over_data import OverData
 
 def DiagonalGGN(
     model: nn.Module,
-    loss_fn: Any,
-    data: Any,
+    loss_fn: LossFunction,
+    data: Data,
     samples: int | None = None,
     *,
     seed: int = 0,

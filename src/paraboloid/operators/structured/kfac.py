@@ -20,9 +20,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from paraboloid.data.batches import Output
+from paraboloid.data.batches import Data, Output
 from paraboloid.linalg.eigenform import Eigenform
 from paraboloid.linalg.kronecker import Decomposed, Kron
+from paraboloid.losses import LossFunction
 from paraboloid.operators.partition import block_names
 from paraboloid.operators.structured.diagonalised import Diagonalised
 from paraboloid.operators.structured.kronecker_factored import KroneckerFactored
@@ -33,8 +34,8 @@ from paraboloid.reductions.kronecker_factors import Factors, scale_factors
 
 def KFAC(
     model: nn.Module,
-    loss_fn: Any,
-    data: Any,
+    loss_fn: LossFunction,
+    data: Data,
     *,
     fisher: str = "mc",
     samples: int = 1,
@@ -42,7 +43,7 @@ def KFAC(
     sharing: str = "expand",
     output: Output | None = None,
     max_memory: int | None = None,
-    measure_on: Any = None,
+    measure_on: Data | None = None,
 ) -> KroneckerFactored | Diagonalised:
     """Kronecker-factored approximate curvature of the loss as reduced, as a linear operator: one pass over the data.
 
@@ -69,7 +70,7 @@ def KFAC(
     return Diagonalised(K.parameters, [kron.along(form) for form, kron in pairs])
 
 
-def KFLR(model: nn.Module, loss_fn: Any, data: Any, **options: Any) -> KroneckerFactored | Diagonalised:
+def KFLR(model: nn.Module, loss_fn: LossFunction, data: Data, **options: Any) -> KroneckerFactored | Diagonalised:
     """`KFAC` with the exact output-Hessian instead of sampled labels; its other options are the same.
 
     Source: Botev, Ritter & Barber 2017, arXiv:1706.03662.
@@ -81,8 +82,8 @@ def KFLR(model: nn.Module, loss_fn: Any, data: Any, **options: Any) -> Kronecker
 
 def EKFAC(
     model: nn.Module,
-    loss_fn: Any,
-    data: Any,
+    loss_fn: LossFunction,
+    data: Data,
     *,
     fisher: str = "mc",
     samples: int = 1,
@@ -90,7 +91,7 @@ def EKFAC(
     sharing: str = "expand",
     output: Output | None = None,
     max_memory: int | None = None,
-    measure_on: Any = None,
+    measure_on: Data | None = None,
 ) -> Diagonalised:
     """Curvature with the eigenvectors of KFAC and the exact eigenvalues along them: each block's trace is the GGN's.
 
