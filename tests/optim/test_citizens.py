@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import pickle
 import warnings
 
 import pytest
@@ -252,7 +253,9 @@ def test_what_was_forgotten_is_named(make):
     model, (x, y) = mlp(), batch()
     opt = make(model)
     F.cross_entropy(model(x), y).backward()
-    with pytest.raises(RuntimeError, match=r"saw no training pass.*opt.observe\(output, target\)"):
+    with pytest.raises(
+        RuntimeError, match=rf"^{type(opt).__name__} saw no training pass.*opt.observe\(output, target\)"
+    ):
         opt.step()
     with pytest.raises(RuntimeError, match="no forward pass of the model was recorded"):
         opt.observe(model[2](torch.randn(16, 8)), y)
@@ -328,6 +331,35 @@ def test_hooks_go_with_the_optimiser(make):
     train_step(model, opt, *batch(), loss)
     del opt  # at once, without waiting for the garbage collector
     assert not (model._forward_hooks or model._forward_pre_hooks or loss._forward_hooks)
+
+
+@ALL
+def test_copies_of_a_model_are_their_own_business(make):
+    """Teachers, averages and files of a model that has an optimiser, trained in between."""
+    model, twin, loss, (x, y) = mlp(), mlp(), nn.CrossEntropyLoss(), batch()
+    opt, rival = make(model, loss), make(twin)
+    file = io.BytesIO()
+    torch.save(model, file)
+    copies = [copy.deepcopy(model), copy.copy(model), torch.optim.swa_utils.AveragedModel(model),
+              torch.load(io.BytesIO(file.getvalue()), weights_only=False)]  # fmt: skip
+    other = copy.deepcopy(loss)
+    for each in copies:
+        output = model(x)
+        for criterion in (loss, other):
+            criterion(each(3 * x), y).backward()
+        opt.zero_grad()  # a shallow copy has the same parameters
+        loss(output, y).backward()
+        opt.step()
+        train_step(twin, rival, x, y)
+    assert torch.equal(flat(model), flat(twin))
+
+
+@pytest.mark.parametrize("name", pb.optim.__all__)
+def test_an_optimiser_is_not_copied(name):
+    opt = getattr(pb.optim, name)(mlp(), LOSS)
+    for copying in (copy.deepcopy, copy.copy, pickle.dumps):
+        with pytest.raises(TypeError, match=f"a {name} is bound to its model.*load_state_dict"):
+            copying(opt)
 
 
 @ALL

@@ -177,6 +177,13 @@ class Frame(torch.optim.Optimizer):
         rest = {k: v for k, v in own.items() if k not in FRAME}
         self._load(trees.mapped(lambda t: t.detach().to(self.device, copy=True), rest))
 
+    def __getstate__(self) -> Any:
+        name = type(self).__name__
+        raise TypeError(
+            f"a {name} is bound to its model, which it watches, so it is neither copied nor pickled. Copy the model, "
+            f"make a {name} of the copy, and give that load_state_dict(state_dict())."
+        )
+
     def diagnostics(self) -> dict[str, Any]:
         """What happened so far: steps taken, skipped (NaN or infinite gradients) and rejected."""
         return dict(self.counters)

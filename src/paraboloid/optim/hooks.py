@@ -65,13 +65,13 @@ class Capture:
         self._last: tuple[Recording, Any, Any] | None = None
         self._seen: tuple[Tensor, Tensor] | None = None
         self._handles: list[RemovableHandle] = [
-            model.register_forward_pre_hook(_weakly(self._before), with_kwargs=True),
-            model.register_forward_hook(_weakly(self._after), with_kwargs=True, always_call=True),
+            model.register_forward_pre_hook(_Hook(self._before), with_kwargs=True),
+            model.register_forward_hook(_Hook(self._after), with_kwargs=True, always_call=True),
         ]
         if isinstance(loss_fn, nn.Module):
-            self._handles.append(loss_fn.register_forward_hook(_weakly(self._loss_called), with_kwargs=True))
+            self._handles.append(loss_fn.register_forward_hook(_Hook(self._loss_called), with_kwargs=True))
         else:
-            self._handles.append(self.loss.register_hook(_weakly(self._on_loss)))
+            self._handles.append(self.loss.register_hook(_Hook(self._on_loss)))
         weakref.finalize(self, _remove, self._handles)
 
     def wanted(self) -> bool:
@@ -103,6 +103,8 @@ class Capture:
     # --- the forward pass ----------------------------------------------------------------------------------------
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if module is not self.model:
+            return  # a shallow copy, which has the same hooks
         if self._open is not None and not _is_running(self._open[2]):
             self._close()  # an interrupt left the last forward pass without its hook
         if self._open is not None:
@@ -124,7 +126,7 @@ class Capture:
                                "model, or all_reduce=True.")  # fmt: skip
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if self._open is None:
+        if self._open is None or module is not self.model:
             return
         self._depth -= 1
         if self._depth == 0:
@@ -179,15 +181,21 @@ class Capture:
         self._on_loss(f, y)
 
 
-def _weakly(method: Callable[..., None]) -> Callable[..., None]:
-    """The method as a hook that does not keep its object alive: an optimiser nobody holds takes its hooks with it."""
-    held = weakref.WeakMethod(method)
+class _Hook:
+    """A method as a hook that does not keep its object alive: an optimiser nobody holds takes its hooks with it.
 
-    def hook(*args: Any) -> None:
-        if (alive := held()) is not None:
+    In a copied or unpickled module it does nothing.
+    """
+
+    def __init__(self, method: Callable[..., None] | None = None):
+        self._held = (lambda: None) if method is None else weakref.WeakMethod(method)
+
+    def __call__(self, *args: Any) -> None:
+        if (alive := self._held()) is not None:
             alive(*args)
 
-    return hook
+    def __reduce__(self) -> Any:
+        return _Hook, ()
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

@@ -67,7 +67,7 @@ class Measurement(Capture):
         Raises RuntimeError where no pass was seen.
         """
         if self.passes == 0:
-            raise RuntimeError(f"{type(self._opt).__name__} {NOTHING_SEEN}")
+            raise RuntimeError(f"{self._opt.__class__.__name__} {NOTHING_SEEN}")
         if foreach.finite([t for values in self.pooled.values.values() for v in values.values() for t in _tensors(v)]):
             return self.pooled.values
         self._opt.counters["skipped_curvature"] = self._opt.counters.get("skipped_curvature", 0) + 1
