@@ -122,7 +122,8 @@ class Whole(Outer):
         return len(self.shape) < 2
 
     def samples(self, n: slice = EVERYTHING) -> Tensor:
-        return self.left[:, n].clone().reshape(len(self.left), -1, *self.shape)
+        left = self.left[:, n].clone(memory_format=torch.contiguous_format)
+        return left.view(*left.shape[:2], *self.shape)
 
     def of(self, n: slice) -> Outer:
         return type(self)(self.left[:, n], self.shape)

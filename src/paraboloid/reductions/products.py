@@ -34,8 +34,8 @@ class Vector(Outer):
         return 1, self.left.shape[4], 1
 
     def samples(self, n: slice = EVERYTHING) -> Tensor:
-        left = self.left[:, n]
-        return left.sum((2, 3)).view(*left.shape[:2], *self.shape)
+        left = self.left[:, n].clone(memory_format=torch.contiguous_format)
+        return left.view(*left.shape[:2], *self.shape)
 
     def of(self, n: slice) -> Outer:
         return Vector(self.left[:, n], self.shape)
@@ -45,7 +45,7 @@ class Vector(Outer):
 
     def total(self, left: Tensor | None = None, squared: bool = False) -> Tensor:
         """sum_n J_n^T v, [V *shape]; of other gradients; with the input (one) squared."""
-        return (self.left if left is None else left).sum((1, 3)).view(-1, *self.shape)
+        return (self.left if left is None else left).sum(1).view(-1, *self.shape)
 
     def together(self, wanted: Set[str]) -> Set[str]:
         return NOTHING
