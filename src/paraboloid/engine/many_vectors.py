@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -21,11 +21,18 @@ _found_right: weakref.WeakKeyDictionary[nn.Module, set[tuple[str, ...]] | None] 
 gives_back(_found_right.clear)
 
 
+@contextmanager
+def if_vectorised() -> Iterator[None]:
+    """Go on behind the block where an operation in it has no vectorised rule, or warns of it: the loop is faster."""
+    with warnings.catch_warnings(), suppress(RuntimeError, NotImplementedError, Warning):
+        warnings.simplefilter("error")
+        yield
+
+
 def gradients(outputs: Any, inputs: Any, vs: Tensor, batched: bool = True) -> list[Tensor | None]:
     """Gradients [V *input] of vectors [V *output]: in one pass where all operations allow it, else one by one."""
     if batched and len(vs) > 1:
-        with warnings.catch_warnings(), suppress(RuntimeError):  # an operation without a batching rule
-            warnings.filterwarnings("ignore", message="There is a performance drop")
+        with if_vectorised():
             return [*torch.autograd.grad(outputs, inputs, vs, None, True, allow_unused=True, is_grads_batched=True)]
     each = [torch.autograd.grad(outputs, inputs, v, retain_graph=True, allow_unused=True) for v in vs]
     return [None if gs[0] is None else torch.stack(gs) for gs in zip(*each, strict=True)]
@@ -46,8 +53,7 @@ def pull(model: nn.Module, f: Tensor, edges: Sequence[Any], v: Tensor) -> list[T
     if known is None:
         return None
     calls = tuple(edge.node.name() for edge in edges)
-    with warnings.catch_warnings(), suppress(RuntimeError, NotImplementedError, Warning):
-        warnings.simplefilter("error")  # of an operation without a rule, which is slower than the loop
+    with if_vectorised():
         found = torch.autograd.grad(f, edges, v, retain_graph=True, allow_unused=True, is_grads_batched=True)
         if calls not in known:
             single = torch.autograd.grad(f, edges, v[-1], retain_graph=True, allow_unused=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 import torch
 from torch import Tensor
+
+from paraboloid.engine.many_vectors import if_vectorised
 
 MOST = 32  # products in one pass
 SMALL = 10_000_000  # operations of a forward pass below which calling them costs more than they do
@@ -34,8 +34,7 @@ class Batching:
         """of(V) for vectors V [K, *shape], a function that takes one vector too; None where a loop is to be taken."""
         if not self.wanted or len(V[0]) < 2 or self.most < 2:
             return None
-        with warnings.catch_warnings(), suppress(RuntimeError, NotImplementedError, Warning):
-            warnings.simplefilter("error")  # of an operation without a vectorised rule, which is slower than the loop
+        with if_vectorised():
             parts = [of(v) for v in zip(*(t.split(self.most) for t in V), strict=True)]
             found = [torch.cat(p) for p in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
             if self.compared or self._agree([t[0] for t in found], of([t[0] for t in V])):
