@@ -71,6 +71,7 @@ class Use:
         return g * c if power == 1 else g * c * c
 
     def arranged(self, g: Tensor) -> Tensor:
+        """arrange(g)."""
         return g if self.arrange is None else self.arrange(g)
 
     def elements(self, shape: torch.Size, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,9 +48,12 @@ class Loss:
     (`GaussianNLL`).
     """
 
-    reduction: str = "mean"  # "sum" divides by nothing however many batches there are; else normalizers add up
+    reduction: str = "mean"
+    """"sum" divides by nothing, however many batches there are; else normalizers add up."""
     psd: str = "raise"
-    exact_root: bool = False  # whether `hessian_root` is known to be a root of the exact Hessian, whatever f and y are
+    """What `hessian_root` does where the Hessian is indefinite: "raise" or "clip"."""
+    exact_root: bool = False
+    """Whether `hessian_root` is known to be a root of the exact Hessian, whatever f and y are."""
 
     def __call__(self, f: Tensor, y: Tensor) -> Tensor:
         value = self.value(f, y)

@@ -32,9 +32,13 @@ class LinearOperator:
 
     __array_ufunc__ = None  # so that NumPy leaves v @ A to us
     parameters: Mapping[str, Tensor]
-    kind: ClassVar[str] = ""  # what files call it; empty where it has no state
-    exact = False  # whether its eigenvalues are at hand without products
-    blocks: list[list[int]] | None = None  # the places of each block's parameters, where the matrix is block-diagonal
+    """By name, in order; only shapes, types and devices are looked at."""
+    kind: ClassVar[str] = ""
+    """What files call it, as given in ``class A(LinearOperator, kind="A")``; empty where it has no state."""
+    exact = False
+    """Whether its eigenvalues are at hand without products."""
+    blocks: list[list[int]] | None = None
+    """The places of each block's parameters, where the matrix is block-diagonal."""
 
     def __init_subclass__(cls, kind: str | None = None, **options: Any):
         super().__init_subclass__(**options)
@@ -43,16 +47,19 @@ class LinearOperator:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(D, D)."""
         size = sum(p.numel() for p in self.parameters.values())
         return size, size
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the results: the parameters', or what they are kept in together."""
         dtypes = [p.dtype for p in self.parameters.values()]
         return dtypes[0] if len(set(dtypes)) == 1 else _promoted(dtypes)
 
     @property
     def device(self) -> torch.device:
+        """Where the parameters are."""
         return next(iter(self.parameters.values())).device
 
     def _product(self, rows: Tensor) -> Tensor:

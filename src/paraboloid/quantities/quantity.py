@@ -51,16 +51,23 @@ class Quantity:
     """
 
     name: str
+    """The key in `Statistics`."""
     source: Source
+    """The vectors that are pulled back: GRADIENT, ROOT, NOTHING, or ``Source("sampled", samples)``."""
     needs: frozenset[str] = frozenset()
+    """Of "total", "squares", "norms", "gram" and "samples", what `group.parts` must have."""
     least_samples = 1
-    twice = False  # whether the forward pass is differentiated twice
-    per_sample = True  # False: also defined where batch norm in training mode mixes the samples
-    # What its running values are: sums over samples, which add up over batches and processes ("running"), or one for
-    # each sample, which stay those of a process under `all_reduce` ("local").  None: unknown, one batch only.
+    """The smallest batch that it is defined for."""
+    twice = False
+    """Whether the forward pass is differentiated twice."""
+    per_sample = True
+    """False: also defined where batch norm in training mode mixes the samples."""
     over_ranks: Literal["running", "local"] | None = None
+    """What its running values are: sums over samples, which add up over batches and processes ("running"), or one for
+    each sample, which stay those of a process under `all_reduce` ("local").  None: unknown, one batch only."""
 
     def add(self, value: Any, group: Group) -> Any:
+        """The running value of one parameter with one more group of vectors; value is None at first."""
         raise NotImplementedError
 
     def merge(self, a: Any, b: Any) -> Any:
@@ -72,6 +79,7 @@ class Quantity:
         return added(a, b)
 
     def finish(self, value: Any, scale: Scale) -> Any:
+        """The value from the running one, scaled."""
         return value
 
     # What most quantities leave as it is:
