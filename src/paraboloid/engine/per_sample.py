@@ -193,20 +193,16 @@ class Place:
         t = t.movedim(axis, -1)[..., self.rows]
         return F.pad(t, (self.before, self.after)).movedim(-1, axis)
 
-    def among(self, right: Callable[[slice], Tensor], axis: int) -> Callable[[slice], Tensor]:
-        return lambda n: self.put(right(n), axis)
-
-    def shifted(self, lookup: Callable[[slice], Tensor]) -> Callable[[slice], Tensor]:
-        """The same rows of a table, counted in the root."""
-        return lambda n: (index := lookup(n)) + self.before * (index >= 0)
-
 
 def _rows(use: Use, place: Place, flip: bool) -> Callable[[slice], Tensor]:
-    """The input side's rows, among those of a root that the weight is a part of."""
-    assert use.right is not None
+    """The input side's rows, among those of a root that the weight is a part of; of a table, counted in the root."""
+    rows = use.right
+    assert rows is not None
     if not (flip and place.moves):
-        return use.right
-    return place.shifted(use.right) if use.lookup else place.among(use.right, 2 if use.q_axes else -1)
+        return rows
+    if use.lookup:
+        return lambda n: (index := rows(n)) + place.before * (index >= 0)
+    return lambda n: place.put(rows(n), 2 if use.q_axes else -1)
 
 
 def _places(use: Use, alias: Alias) -> list[Place] | None:

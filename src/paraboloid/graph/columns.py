@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from paraboloid.engine.many_vectors import gradients
+from paraboloid.engine.sample_independence import Layout
 from paraboloid.graph.single_use import Parts, Recorded
 from paraboloid.graph.weight_diagonal import coordinates, from_diagonal, from_products, output_diagonal, separable
 from paraboloid.losses import Loss
@@ -64,7 +65,7 @@ def add_columns(
         products, shape, like = partial(hessian.products, j), recorded.calls[i].shape, f.new_empty(0)
         if "diagonal" in ways[i].values():
             layout = recorded.plan.layouts[i]
-            assert layout is not None
+            assert isinstance(layout, Layout)
             d = output_diagonal(products, shape, coordinates(shape, layout, f.device), count, like)
             found |= {name: from_diagonal(parts[i][name], d) for name in ways[i]}
         for name, kind in ways[i].items():

@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from paraboloid.engine.per_sample import Part, swapped
 from paraboloid.engine.recorder import Call
-from paraboloid.engine.sample_independence import Owned
+from paraboloid.engine.sample_independence import Layout, Owned
 from paraboloid.engine.tape import Tape
 from paraboloid.graph.averaged_curvature import (
     Blocks,
@@ -79,7 +79,7 @@ class _Descent:
         self.graph = Graph(self.f, [c.edge for c in recorded.calls])
         self.largest = math.isqrt(SECOND_DERIVATIVES.count(self.f.element_size(), recorded.max_memory))
         for call, layout in zip(recorded.calls, recorded.plan.layouts, strict=True):
-            if layout is not None and (layout.axis, layout.sizes[0]) != (0, 1):
+            if isinstance(layout, Layout) and (layout.axis, layout.sizes[0]) != (0, 1):
                 raise NotImplementedError(
                     f"'kfra': {recorded.tape.where(call)} has its samples along axis {layout.axis} of "
                     f"{tuple(call.shape)}; expected axis 0."

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -27,7 +28,6 @@ from paraboloid.graph.single_use import Parts, Recorded
 from paraboloid.graph.weight_diagonal import coordinates, from_diagonal, meets_once, separable, units
 from paraboloid.losses.loss import full
 from paraboloid.passes.modes import autocast
-from paraboloid.passes.torch_internals import shape_of
 from paraboloid.reductions.contractions import weighted_squares
 
 
@@ -117,28 +117,15 @@ def add_bends(
     far = [s for s in spreads if s.far & bits]
     if not far:
         return
-    points = [_Point(s.bend.below) for s in far]
-    layouts, _ = certify(recorded.f, points, list(recorded.tape.parameters.values()), str)
+    points = [SimpleNamespace(edge=s.bend.below, shape=s.bend.d.shape) for s in far]
+    parameters = list(recorded.tape.parameters.values())
+    layouts, _ = certify(recorded.f, points, parameters, lambda p: f"the input of {p.edge.node.name()}")
     for s, layout in zip(far, layouts, strict=True):
         if isinstance(layout, Owned):
             raise NotImplementedError("'diag_hessian': the samples lie along no axis of an activation of the model.")
         if layout is not None:
             at = coordinates(s.bend.d.shape, layout, recorded.f.device)
             _pull(recorded, parts, s.bend, at, [i for i in signed if s.far >> i & 1], found)
-
-
-@dataclass
-class _Point:
-    """A place in the graph, as `certify` takes them."""
-
-    edge: GradientEdge
-
-    @property
-    def shape(self) -> torch.Size:
-        return shape_of(self.edge)
-
-    def __str__(self) -> str:
-        return f"the input of {self.edge.node.name()}"
 
 
 def _pull(recorded: Recorded, parts: Parts, bend: Bend, at: Tensor, calls: list[int], found: dict[str, Tensor]) -> None:

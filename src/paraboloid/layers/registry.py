@@ -64,9 +64,8 @@ class Use:
         """factor^power * arrange(g): `left` itself, and with its factors squared."""
         if self.left is not None:
             return self.left(g) if power == 1 else self.left(g) * self.left(torch.ones_like(g))
-        g = self.arranged(g)
-        c = value_of(self.factor)
-        if c is None or (not isinstance(c, Tensor) and c == 1):
+        g, c = self.arranged(g), value_of(self.factor)
+        if self.is_plain:
             return g
         return g * c if power == 1 else g * c * c
 
@@ -105,14 +104,17 @@ RULES: dict[Callable, Rule] = {}
 LOWERINGS: dict[Callable, Callable] = {}
 
 
-def rule(*operations: Callable) -> Callable[[Rule], Rule]:
-    """Register a rule for the given functions, as `torch.overrides` sees them."""
-
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(operations, function))
+def _registering(table: dict[Callable, Callable], operations: Iterable[Callable]) -> Callable[[Callable], Callable]:
+    def register(function: Callable) -> Callable:
+        table.update(dict.fromkeys(operations, function))
         return function
 
     return register
+
+
+def rule(*operations: Callable) -> Callable[[Rule], Rule]:
+    """Register a rule for the given functions, as `torch.overrides` sees them."""
+    return _registering(RULES, operations)
 
 
 def lowering(*operations: Callable) -> Callable[[Callable], Callable]:
@@ -120,12 +122,7 @@ def lowering(*operations: Callable) -> Callable[[Callable], Callable]:
 
     It takes the operation's arguments and may return NotImplemented.
     """
-
-    def register(function: Callable) -> Callable:
-        LOWERINGS.update(dict.fromkeys(operations, function))
-        return function
-
-    return register
+    return _registering(LOWERINGS, operations)
 
 
 def matrix(x: Tensor, weight: Any, flip: bool = False, scale: float = 1) -> Use:
