@@ -134,7 +134,7 @@ def a_tensor(equation, x, weight):
 
 
 @wrong(
-    r"the rule does not take the arguments of the operation .*expected a function with the operation's own signature"
+    r"the rule does not take the arguments of the operation .*expected a function of 3 arguments and the keywords \[\]"
 )
 def signature(equation, x):
     yield matrix(x, x)
@@ -184,7 +184,7 @@ def test_a_wrong_input_is_caught_in_the_layer_below():
 
 
 def test_a_wrong_lookup_is_caught():
-    def embedding(idx, weight, *options):
+    def embedding(idx, weight, **options):
         yield Use(
             weight, (0, 1), right=lambda rows: (idx + 1).reshape(-1, 1, 1)[rows] % 6, flip=True, q=6, lookup=True,
             arrange=lambda g: g.reshape(len(g), -1, 1, 1, 2), affine=True,
@@ -252,3 +252,31 @@ def test_nothing_of_the_users_is_changed():
     assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
     assert given[1].grad is None
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_keywords_that_torch_adds_are_named():
+    def tensordot(a, b, dims=2):
+        yield matrix(a, b, flip=True)
+
+    with (
+        registered(torch.tensordot, tensordot),
+        pytest.raises(
+            AssertionError,
+            match=r"unexpected keyword argument 'out'.* expected a function of 2 arguments and the keywords",
+        ),
+    ):
+        pb.testing.check_rule(torch.tensordot, [((x(4, 2, 3), w(3, 5)), {"dims": 1})])
+
+
+def test_a_rule_for_what_torch_does_not_hand_on():
+    def scaled(x, weight):
+        return x * weight
+
+    with (
+        registered(scaled, lambda x, weight: iter([spread(weight, factor=x)])),
+        pytest.raises(
+            AssertionError,
+            match=r"torch hands on \['torch.Tensor.mul'\] of this call, not scaled; expected a rule for what",
+        ),
+    ):
+        pb.testing.check_rule(scaled, [(x(4, 3), w(3))])

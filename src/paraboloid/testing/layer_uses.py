@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from paraboloid.engine.per_sample import broadcast_axes
 from paraboloid.layers import LOWERINGS, RULES, Use
@@ -27,7 +28,7 @@ def check_uses(case: Case) -> list[int]:
         sum_{g,t} left[v, r, g, t, p] right[r, g, t, q]      must be      d (v_r . z_r) / d weight.
     """
     tensors = case.arguments()
-    z, uses = first(case.call(tensors)), _uses(case, tensors)
+    z, uses = _called(case, tensors)
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(VECTORS, *z.shape, generator=generator, dtype=torch.float64)
     common = set(range(z.dim()))
@@ -61,12 +62,36 @@ def check_lowering(case: Case) -> list[int]:
     return [axis for axis in range(other[0].dim()) if case.axes_along(axis)]
 
 
-def _uses(case: Case, tensors: list[Tensor]) -> list[Use]:
+def _called(case: Case, tensors: list[Tensor]) -> tuple[Tensor, list[Use]]:
+    """The output, and what the rule says of the arguments as torch hands them on."""
+    with _Seen() as seen:
+        z = first(case.call(tensors))
+    found = [(args, kwargs) for op, args, kwargs in seen.calls if op == case.op]
+    if not found:
+        raise AssertionError(f"{case.name}: torch hands on {[named(op) for op, _, _ in seen.calls]} of this call, not "
+                             f"{named(case.op)}; expected a rule for what is handed on.")  # fmt: skip
+    return z, _uses(case, tensors, *found[0])
+
+
+class _Seen(TorchFunctionMode):
+    """The operations inside, as a recorder sees them."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[Callable, tuple, dict]] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _uses(case: Case, tensors: list[Tensor], args: tuple, kwargs: dict) -> list[Use]:
     try:
-        uses = list(case.call(tensors, RULES[case.op]))
+        uses = list(RULES[case.op](*args, **kwargs))
     except TypeError as e:
         raise AssertionError(f"{case.name}: the rule does not take the arguments of the operation ({e}); expected a "
-                             "function with the operation's own signature.") from e  # fmt: skip
+                             f"function of {len(args)} arguments and the keywords {list(kwargs)}, as torch hands "
+                             "them on.") from e  # fmt: skip
     known = {id(t) for t in tensors}
     for i, u in enumerate(uses):
         if not isinstance(u, Use):
