@@ -39,6 +39,27 @@ def test_one_precision_for_all_is_the_general_case(structure):
     close(one.effective_dimension(groups)[0], other.effective_dimension(groups)[0])
 
 
+@pytest.mark.parametrize("structure", ["full", "diag", "kron", "functional", "lowrank"])
+def test_a_precision_is_remembered(structure):
+    """What was solved serves the next call, and gradients are never kept."""
+    model, x, loss_fn, y = problem("mlp", n=8)
+    posterior = laplace(model, loss_fn, (x, y), structure)
+    first = posterior.precision()
+    posterior.functional(x)
+    posterior.sample(2)
+    assert posterior.precision() is first
+    noise = torch.ones((), dtype=torch.float64, requires_grad=True)
+    prior = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    for _ in range(2):
+        posterior.log_evidence(prior, noise).backward()
+    assert posterior.precision() is first
+    posterior.update((x, y))
+    assert posterior.precision() is not first
+    D = posterior.curvature.shape[0]
+    v = torch.randn(D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    close(posterior.curvature @ v, posterior.curvature.to_dense() @ v)  # the curvature is an operator
+
+
 def test_what_is_remembered_belongs_to_one_prior_and_strength():
     model, x, loss_fn, y = problem("mlp", n=8)
     posterior = laplace(model, loss_fn, (x, y), "functional", prior_precision=0.5)
