@@ -14,7 +14,8 @@ import paraboloid as pb
 from paraboloid.data.batches import call
 from paraboloid.linalg.kronecker import Kron
 from paraboloid.quantities.over_data import OverData
-from paraboloid.quantities.sums import finished, merged
+from paraboloid.quantities.result import finished
+from paraboloid.quantities.sums import merged
 
 SAME = [name for name in pb.quantities.QUANTITIES if name not in ("diag_ggn_mc", "kfac", "kfra")]
 SIZES = {"uneven": (3, 1, 4), "one batch": (8,), "one by one": (1,) * 8}

@@ -25,7 +25,7 @@ from paraboloid.passes.torch_internals import DisableTorchFunction
 from paraboloid.passes.wrappers import unwrapped
 from paraboloid.quantities.quantity import Quantity
 from paraboloid.quantities.recording import Recording, record
-from paraboloid.quantities.sums import Sums, merged, sums_of
+from paraboloid.quantities.sums import Sums, merged, normalizers
 
 T = TypeVar("T")
 
@@ -64,6 +64,8 @@ class Passes(Generic[T]):
         self.single = batch_data.as_batch(data) is not None
         self.order: list[float] | None = [] if ordered else None  # of each batch, a number that follows its order
         self.passes, self.samples, self.normalizer, self.total = 0, 0, 0.0, 0.0
+        self.latest = 0.0  # total of the batch at hand
+        self.counted: list[float] = []  # what the loss's terms divide by on it, in the first pass
         settle = len(loss.terms) > 1 and not self.single
         if (again or settle) and isinstance(data, Iterator):
             why = f"two passes {'count and add up a sum of losses' if settle else 'or more are needed'}"
@@ -131,7 +133,8 @@ class Passes(Generic[T]):
             losses = self.loss.sample_losses(f if isinstance(self.loss, Opaque) else full(f), y).detach()
             if self.order is not None:
                 self._follow(losses, index)
-            return batch_data.check_finite(losses.sum()).item()
+            self.latest = batch_data.check_finite(losses.sum()).item()
+            return self.latest
 
     def _count(self, f: Tensor, y: Any) -> None:
         self.loss.check(f, y)
@@ -140,9 +143,9 @@ class Passes(Generic[T]):
                              "several batches; expected one batch, a callable with .reduction == 'sum', a torch loss "
                              "module that paraboloid knows, or a subclass of pb.Loss.")  # fmt: skip
         self.samples += len(f) if f.dim() else 1
-        with suppress(NoTargets):  # such a batch adds nothing to the sums over several
-            m = self.loss.normalizer(f.detach(), y)
-            self.normalizer = m if self.loss.reduction in ("sum", "whole") else self.normalizer + m
+        self.counted = normalizers(self.loss, f, y)
+        m = self.loss.normalizer(f.detach(), y) if len(self.counted) > 1 else self.counted[0]
+        self.normalizer = m if self.loss.reduction in ("sum", "whole") else self.normalizer + m
 
     def _follow(self, losses: Tensor, index: int) -> None:
         """Note the order of a batch's samples on the first pass, compare it on later ones."""
@@ -235,9 +238,9 @@ class OverData(Passes[Recording]):
         for tape, f, y in self:
             with DisableTorchFunction(), own_arithmetic(self.device):
                 values, gradient = tape.running(self.loss, f, y, quantities, generator, self.max_memory, accumulate)
-                sums = sums_of(self.loss, f, y, values, gradient)
-            yield sums, f, y
-            del tape, f, y, values, gradient, sums
+                counted = normalizers(self.loss, f, y) if self.passes else self.counted
+            yield Sums(len(f), counted, self.latest, values, gradient), f, y
+            del tape, f, y, values, gradient
 
     def sums(
         self, quantities: Sequence[Quantity], generator: torch.Generator | None = None, accumulate: bool = False,

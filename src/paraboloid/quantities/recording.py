@@ -27,8 +27,8 @@ from paraboloid.passes.wrappers import unwrapped
 from paraboloid.quantities.named import check_samples, resolve
 from paraboloid.quantities.over_ranks import check_summable
 from paraboloid.quantities.quantity import GRADIENT, Group, Quantity, Scale, Source
-from paraboloid.quantities.result import Statistics, concluded, of_sums
-from paraboloid.quantities.sums import Gradient, Values, finished, sums_of
+from paraboloid.quantities.result import Statistics, concluded, finished, of_sums
+from paraboloid.quantities.sums import Gradient, Sums, Values, normalizers
 from paraboloid.reductions.outer import Outer
 from paraboloid.reductions.products import keep_inputs, merge
 from paraboloid.reductions.recent import Recent
@@ -73,7 +73,8 @@ class Recording(Tape):
                 generator = torch.Generator(device=output.device).manual_seed(collectives.rank_seed(seed, group))
             values, gradient = self.running(loss, output, target, wanted, generator, max_memory, accumulate_grad)
             if group is not None:
-                sums = sums_of(loss, output, target, values, gradient)
+                total = float(loss.sample_losses(full(output), target).sum())
+                sums = Sums(len(output), normalizers(loss, output, target), total, values, gradient)
                 return of_sums(self.model, self.parameters, wanted, loss, sums, [output], accumulate_grad, group)
             totals = gradient if accumulate_grad else None
             return concluded(self.model, self.parameters, wanted, values, totals, scale, value, output.detach())
@@ -113,6 +114,7 @@ class Recording(Tape):
         needs = frozenset[str]().union(*(q.needs for q in quantities))
         for outers in self.pulled.get(source) or self._groups(f, vectors, totals, max_memory, mixed, needs, source):
             recent = Recent()
+            alone = len(quantities) == 1
             with torch.no_grad():
                 for name in self.parameters:
                     o = merge(outers[name] if self.room else outers.pop(name))
@@ -122,7 +124,7 @@ class Recording(Tape):
                         try:
                             before = running[q.name][name]
                             value = q.add(before, group)
-                            running[q.name][name] = _owned(value, held) if before is None else value
+                            running[q.name][name] = value if alone or before is not None else _owned(value, held)
                         except NotImplementedError as e:
                             raise NotImplementedError(f"{q.name!r}: parameter {name!r} {e}") from None
         return running

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from paraboloid.data.batches import check_finite
 from paraboloid.distributed import collectives
 from paraboloid.distributed.collectives import Group
+from paraboloid.linalg.kronecker import Kron
 from paraboloid.losses import Loss
 from paraboloid.losses.loss import full
+from paraboloid.passes import trees
 from paraboloid.quantities.named import check_samples
 from paraboloid.quantities.over_ranks import combine
 from paraboloid.quantities.quantity import Quantity, Scale
-from paraboloid.quantities.sums import Gradient, Sums, Values, finished, scale_of
+from paraboloid.quantities.sums import Gradient, Sums, Values, scale_of
 
 
 class Statistics(Mapping[str, dict[str, Any]]):
@@ -81,6 +83,16 @@ def of_sums(
     check_samples(quantities, scale.N)
     gradient = sums.gradient if accumulate else None
     return concluded(model, parameters, quantities, sums.values, gradient, scale, value, joined(outputs), group)
+
+
+@torch.no_grad()
+def finished(q: Quantity, values: Mapping[str, Any], parameters: Mapping[str, Tensor], scale: Scale) -> dict[str, Any]:
+    """A quantity's values, in the parameters' types: the sums of one in half precision were kept in float32."""
+    return {k: _in(parameters[k].dtype, q.finish(v, scale)) for k, v in values.items()}
+
+
+def _in(dtype: torch.dtype, value: Any) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor | Kron) else trees.mapped(lambda t: t.to(dtype), value)
 
 
 def joined(outputs: Sequence[Tensor]) -> Any:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from paraboloid.linalg.kronecker import Kron
 from paraboloid.losses import Loss, NoTargets
-from paraboloid.losses.loss import full
-from paraboloid.passes import trees
 from paraboloid.quantities.quantity import Quantity, Scale
 
 Values = dict[str, dict[str, Any]]  # quantity -> parameter -> running value
@@ -22,8 +18,8 @@ Gradient = dict[str, Tensor | None]  # of the unreduced loss, summed over sample
 
 @dataclass
 class Sums:
-    """Of N samples: what each of the loss's terms divides by, the total of the unreduced loss, running values, and the
-    gradient if it is to be accumulated."""
+    """Of N samples: what each of the loss's terms divides by (0 where all targets are ignored: others may have some),
+    the total of the unreduced loss, running values, and the gradient if it is to be accumulated."""
 
     N: int
     normalizers: list[float]
@@ -32,15 +28,15 @@ class Sums:
     gradient: Gradient
 
 
-def sums_of(loss: Loss, f: Tensor, y: Tensor, values: Values, gradient: Gradient) -> Sums:
-    """Those of one batch.  Where all of its targets are ignored the normalizer is 0: others may have some."""
+def normalizers(loss: Loss, f: Tensor, y: Tensor) -> list[float]:
+    """What each term divides by on one batch."""
+    f = f.detach()
     try:
-        normalizers = [term.normalizer(f, y) for term in loss.terms]
+        return [term.normalizer(f, y) for term in loss.terms]
     except NoTargets:
         if len(loss.terms) > 1:
             raise
-        normalizers = [0.0]
-    return Sums(len(f), normalizers, float(loss.sample_losses(full(f), y).sum()), values, gradient)
+        return [0.0]
 
 
 def merged(quantities: Sequence[Quantity], loss: Loss, a: Sums | None, b: Sums) -> Sums:
@@ -81,13 +77,3 @@ def scale_of(loss: Loss, shares: Sequence[tuple[int, Sequence[float]]], of: str)
 
 def _weights(N: int, normalizers: Sequence[float]) -> list[float]:
     return [1.0] * len(normalizers) if len(set(normalizers)) == 1 else [N / m for m in normalizers]
-
-
-@torch.no_grad()
-def finished(q: Quantity, values: Mapping[str, Any], parameters: Mapping[str, Tensor], scale: Scale) -> dict[str, Any]:
-    """A quantity's values, in the parameters' types: the sums of one in half precision were kept in float32."""
-    return {k: _in(parameters[k].dtype, q.finish(v, scale)) for k, v in values.items()}
-
-
-def _in(dtype: torch.dtype, value: Any) -> Any:
-    return value.to(dtype) if isinstance(value, Kron) else trees.mapped(lambda t: t.to(dtype), value)

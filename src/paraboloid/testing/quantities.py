@@ -15,7 +15,7 @@ from paraboloid.passes import trees
 from paraboloid.quantities import ROOT, Quantity, Scale, Source, resolve
 from paraboloid.quantities.door import statistics
 from paraboloid.quantities.recording import Recording, output_vectors
-from paraboloid.quantities.sums import finished
+from paraboloid.quantities.result import finished
 from paraboloid.testing.comparison import check_equal, check_trees, leaves
 
 SINGLE = 1e-3  # relative, of float32
