@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "quantities": {"passes", "distributed", "data", "losses", "linalg", "engine", "reductions", "graph"},
     "operators": {"passes", "data", "losses", "linalg", "engine", "reductions", "graph", "quantities"},
     "quadratics": {"passes", "data", "losses", "linalg", "operators"},
-    "noise": {"passes", "data", "losses", "linalg", "engine", "reductions", "quantities"},
+    "noise": {"passes", "data", "losses", "linalg", "reductions", "quantities"},
     "optim": {
         "passes", "layers", "distributed", "data", "losses", "linalg", "engine", "reductions", "quantities",
         "operators", "quadratics",

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.data.batches import Batch, Output, Samples, call, check_finite, sample_count, take
-from paraboloid.engine.tape import record
 from paraboloid.losses import Loss, LossFunction
 from paraboloid.losses.loss import full
 from paraboloid.passes import trees
@@ -17,6 +16,7 @@ from paraboloid.passes.modes import own_arithmetic
 from paraboloid.passes.random_state import isolated
 from paraboloid.passes.torch_internals import DisableTorchFunction
 from paraboloid.passes.wrappers import Elsewhere, unwrapped
+from paraboloid.quantities.recording import forward
 from paraboloid.reductions.outer import Outer
 
 CHUNK = 512  # samples whose gradients are summed in one backward pass
@@ -27,13 +27,11 @@ def pull(
 ) -> dict[str, list[Outer]]:
     """The gradients of the unreduced loss of each sample, as the outer products of each parameter; V = 1."""
     inputs, y = batch
-    with isolated(model, y.device, seed):
-        with torch.inference_mode(False), torch.enable_grad(), record(model, verify) as tape:
-            f = call(unwrapped(model), inputs, output)
-        with DisableTorchFunction(), own_arithmetic(f.device):
-            loss.check(f, y)
-            check_finite(loss.value(full(f), y))
-            return tape.pull(f, loss.gradient(f, y)[None])
+    recorded = forward(model, inputs, y.device, seed, output, verify)
+    with recorded as (tape, f), DisableTorchFunction(), own_arithmetic(f.device):
+        loss.check(f, y)
+        check_finite(loss.value(full(f), y))
+        return tape.pull(f, loss.gradient(f, y)[None])
 
 
 class Gradients:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,11 +24,10 @@ from paraboloid.posteriors.likelihood import Likelihood
 from paraboloid.posteriors.structures.eigenbasis import CrossFitted, Kronecker, diagonal_of
 from paraboloid.posteriors.structures.rows import Rows, compressed
 from paraboloid.quantities.curvature import DiagGGN, SqrtGGN
-from paraboloid.quantities.door import statistics
-from paraboloid.quantities.gradients import Grad, SampleGrads, SecondMoment
+from paraboloid.quantities.gradients import SampleGrads, SecondMoment
 from paraboloid.quantities.over_data import OverData
-from paraboloid.quantities.quantity import Quantity
-from paraboloid.quantities.result import Statistics
+from paraboloid.quantities.quantity import Quantity, Scale
+from paraboloid.quantities.result import finished
 from paraboloid.reductions.kronecker_factors import Factors, scale_factors
 
 STRUCTURES = ("full", "diag", "kron", "ekfac", "lowrank", "functional")
@@ -52,17 +51,6 @@ class Fitting:
     elements: int = 0  # of the targets
     target: tuple[int, ...] = ()  # shape of a sample's target
 
-    def batches(self, data: Data, quantities: list[Quantity]) -> Iterator[tuple[Statistics, int]]:
-        """Statistics of each batch, unreduced, and its number of samples."""
-        for batch in batch_data.batches(data):
-            stats = statistics(
-                self.model, self.likelihood.loss, batch, quantities, generator=self.generator, output=self.output,
-                max_memory=self.max_memory,
-            )  # fmt: skip
-            self.loss += stats.loss.item()
-            self.note(batch[1])
-            yield stats, len(stats.output)
-
     def note(self, y: Any) -> None:
         """Count a batch's targets."""
         self.constant += self.likelihood.constant(y)
@@ -70,18 +58,9 @@ class Fitting:
         self.elements += y.numel()
         self.target = tuple(y.shape[1:])
 
-    def watched(self, data: Data) -> Any:
-        """The data, whose targets are counted when it is read first."""
-        if (batch := batch_data.as_batch(data)) is not None:
-            self.note(batch[1])
-            return data
-        return _Watched(data, self.note)
-
     def over(self, data: Data, again: bool = False) -> OverData:
-        return OverData(
-            self.model, self.likelihood.loss, self.watched(data), output=self.output,
-            seed=self.generator.initial_seed(), max_memory=self.max_memory, again=again,
-        )  # fmt: skip
+        """Passes over the data, the first of which counts it."""
+        return _Counted(self, data, again)
 
     def factors(self, passes: OverData) -> dict[str, Factors]:
         """The sums of every parameter's Kronecker factors."""
@@ -100,18 +79,24 @@ class Fitting:
         return SqrtGGN(None if self.fisher == "exact" else self.samples)
 
 
-class _Watched:
-    """Batches of which `note` sees the targets, on the first pass."""
+class _Counted(OverData):
+    """Passes whose first one a fitting sees."""
 
-    def __init__(self, data: Data, note: Callable[[Any], None]):
-        self.data, self.note, self.seen = data, note, False
+    def __init__(self, fitting: Fitting, data: Data, again: bool):
+        self.fitting = fitting
+        super().__init__(
+            fitting.model, fitting.likelihood.loss, data, output=fitting.output, max_memory=fitting.max_memory,
+            seed=fitting.generator.initial_seed(), again=again,
+        )  # fmt: skip
 
-    def __iter__(self) -> Iterator[batch_data.Batch]:
-        for inputs, y in batch_data.batches(self.data):
-            if not self.seen:
-                self.note(y)
-            yield inputs, y
-        self.seen = True
+    def _count(self, f: Tensor, y: Any) -> None:
+        super()._count(f, y)
+        self.fitting.note(y)
+
+    def _look(self, f: Tensor, y: Any, index: int) -> float:
+        total = super()._look(f, y, index)
+        self.fitting.loss += total if self.passes == 0 else 0.0
+        return total
 
 
 def check_memory(what: str, size: int, instead: str) -> None:
@@ -138,18 +123,15 @@ def diagonal(fitting: Fitting, parameters: Mapping[str, Tensor], data: Data) -> 
     quantity: Quantity = (
         SecondMoment() if empirical else DiagGGN(None if fitting.fisher == "exact" else fitting.samples)
     )
-    h = {k: torch.zeros_like(p) for k, p in parameters.items()}
-    for stats, count in fitting.batches(data, [quantity]):
-        for k, t in stats[quantity.name].items():
-            h[k].add_(t, alpha=count if empirical else 1)
-    return diagonal_of(parameters, h)
+    sums = fitting.over(data).sums([quantity], fitting.generator).values[quantity.name]
+    return diagonal_of(parameters, {k: h.to(parameters[k].dtype) for k, h in sums.items()})
 
 
 def functional(fitting: Fitting, parameters: Mapping[str, Tensor], data: Data, subset: int | None) -> Rows:
     """All samples' rows, or those of `subset` samples drawn without replacement, scaled to stand for all."""
     if subset is None:
         return Rows(parameters, _all_rows(fitting, data))
-    for _ in fitting.batches(data, [Grad()]):  # for the likelihood of all samples, and their number
+    for _ in fitting.over(data):  # for the likelihood of all samples, and their number
         pass
     N = fitting.count
     check_count("subset", subset, most=N)
@@ -198,7 +180,6 @@ def kronecker(
         return Kronecker(parameters, along(fitting, data, before.by_name, exact))
     passes = fitting.over(data, again=exact)
     fitted = Kronecker.of_factors(parameters, fitting.factors(passes))
-    fitting.loss += passes.total
     if not exact:
         return fitted
     scales = fitting.scales(passes, fitted.by_name)
@@ -220,7 +201,6 @@ def along(
     else:
         products = {k: scale_factors(v, 1.0) for k, v in fitting.factors(passes).items()}
         found = {k: products[k].along(f) for k, f in forms.items()}
-    fitting.loss += passes.total
     return found
 
 
@@ -278,8 +258,9 @@ def low_rank(fitting: Fitting, parameters: Mapping[str, Tensor], data: Data, ran
 def _rows(fitting: Fitting, data: Data) -> Iterator[Tensor]:
     """S_n^T J_n of every sample and column of the root, [V N, D], batch by batch."""
     quantity = fitting.root()
-    for stats, _ in fitting.batches(data, [quantity]):
-        parts = stats[quantity.name].values()
+    passes = fitting.over(data)
+    for sums, _, _ in passes.by_batch([quantity], fitting.generator):
+        parts = finished(quantity, sums.values[quantity.name], passes.parameters, Scale(sums.N, 1.0)).values()
         flat = [t.flatten(1) if fitting.fisher == "empirical" else t.flatten(2).flatten(0, 1) for t in parts]
         yield torch.cat(flat, 1)
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
 from paraboloid.data import batches as batch_data
 from paraboloid.data.batches import Data, Output
-from paraboloid.engine.tape import record
 from paraboloid.passes import trees
 from paraboloid.passes.parameter_layers import layer_of
-from paraboloid.passes.random_state import isolated
-from paraboloid.passes.wrappers import unwrapped
+from paraboloid.quantities.recording import forward
 
 Weights = str | Sequence[str] | Callable[[str], bool]
 
@@ -53,9 +50,8 @@ def _last_layer(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], data: Data, output: Output | None
 ) -> list[str]:
     inputs, target = next(batch_data.batches(data))
-    with isolated(model, target.device, 0), torch.enable_grad(), record(model, verify=False) as tape:
-        f = batch_data.call(unwrapped(model), inputs, output)
-    calls = tape.reached(f, tape.calls).calls if f.requires_grad else []
+    with forward(model, inputs, target.device, 0, output, verify=False) as (tape, f):
+        calls = tape.reached(f, tape.calls).calls if f.requires_grad else []
     if not calls:
         raise ValueError("no layer with trainable parameters was found between the inputs and the output; expected one "
                          "for weights='last_layer'. Name the parameters instead.")  # fmt: skip

@@ -201,8 +201,7 @@ def forward(
 
     twice: whether the forward pass is differentiated twice.
     """
-    with isolated(model, device, seed):
-        double = twice_differentiable() if twice else nullcontext()
-        with torch.inference_mode(False), torch.enable_grad(), record(model, verify) as tape, double:
+    with isolated(model, device, seed), torch.inference_mode(False), torch.enable_grad():
+        with record(model, verify) as tape, twice_differentiable() if twice else nullcontext():
             f = batch_data.call(unwrapped(model), inputs, output)
         yield tape, f

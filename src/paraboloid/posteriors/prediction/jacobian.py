@@ -9,13 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from paraboloid.data import batches as batch_data
 from paraboloid.data.batches import Inputs, Output
-from paraboloid.engine.tape import Tape, record
+from paraboloid.engine.tape import Tape
 from paraboloid.passes import trees
-from paraboloid.passes.random_state import isolated
-from paraboloid.passes.wrappers import unwrapped
 from paraboloid.posteriors.weights import only
+from paraboloid.quantities.recording import forward
 from paraboloid.reductions.contractions import times
 from paraboloid.reductions.outer import Outer
 from paraboloid.reductions.products import merge
@@ -54,10 +52,8 @@ def recorded(
 ) -> Iterator[tuple[Tape, Tensor]]:
     """(tape, f) of a forward pass in evaluation of the chosen weights' Jacobian; the model is left as it was."""
     device = next(iter(trees.parameters(model).values())).device
-    with only(model, names), isolated(model, device, 0), torch.inference_mode(False), torch.enable_grad():
-        with record(model, verify) as tape:
-            f = batch_data.call(unwrapped(model), inputs, output)
-        yield tape, f
+    with only(model, names), forward(model, inputs, device, 0, output, verify) as tape_and_output:
+        yield tape_and_output
 
 
 def pull_outputs(tape: Tape, f: Tensor, elements: range | None = None) -> Jacobian:
