@@ -78,7 +78,7 @@ def _parts(shape: torch.Size, layout: Layout | Owned, use: Use, alias: Alias | N
     if isinstance(layout, Owned):
         if (sorted_rows := SortedRows.of(layout, rows)) is None:
             return None
-        split = (1, *sorted_rows.index.shape)
+        split = (1, sorted_rows.index.shape[0], sorted_rows.index.shape[1])
     else:
         axis, (a, N, b) = layout
         if axis not in rows:

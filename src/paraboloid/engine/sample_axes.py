@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from paraboloid.engine.sample_independence import Layout
+from paraboloid.engine.sample_independence import Layout, Layouts
 from paraboloid.passes.torch_internals import (
     axes_of_input,
     indexed_dims,
@@ -190,7 +190,7 @@ def _rule_of(node: Any) -> Rule | None:
     return _rules[kind]
 
 
-def sample_axes(f: Tensor, edges: Sequence[Any], batch_statistics: bool = False) -> list[Layout | None] | None:
+def sample_axes(f: Tensor, edges: Sequence[Any], batch_statistics: bool = False) -> Layouts | None:
     """The layout of the samples at every edge (None where no path leads to it), or None where nothing is proved.
 
     f [N, ...] has them on axis 0; `edges` are the graph edges of the recorded calls' outputs.  With

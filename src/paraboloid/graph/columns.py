@@ -65,7 +65,7 @@ def add_columns(
         products, shape, like = partial(hessian.products, j), recorded.calls[i].shape, f.new_empty(0)
         if "diagonal" in ways[i].values():
             layout = recorded.plan.layouts[i]
-            assert isinstance(layout, Layout)
+            assert isinstance(layout, Layout)  # see `single_uses`
             d = output_diagonal(products, shape, coordinates(shape, layout, f.device), count, like)
             found |= {name: from_diagonal(parts[i][name], d) for name in ways[i]}
         for name, kind in ways[i].items():

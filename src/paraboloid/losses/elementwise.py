@@ -148,7 +148,8 @@ class BCE(Elementwise):
         return None if self.weight is None else self.weight.to(f)
 
     def _weighted(self, t: Tensor, f: Tensor) -> Tensor:
-        return t if self.weight is None else t * self._weight(f)
+        weight = self._weight(f)
+        return t if weight is None else t * weight
 
     def sample_losses(self, f, y):
         y = y.to(f)

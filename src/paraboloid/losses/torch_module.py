@@ -21,7 +21,7 @@ class TorchLoss(Loss):
     def __init__(self, module: nn.Module):
         self.reduction = check_reduction(str(module.reduction))
         self.module = copy.copy(module)
-        self.module.reduction = "none"
+        self.module.__dict__["reduction"] = "none"
 
     def _unreduced(self, f, y):
         return type(self.module).forward(self.module, f, y)  # without the hooks that the module may carry
