@@ -234,7 +234,7 @@ def test_states_that_do_not_fit():
         load(K.state_dict(), nn.Linear(2, 3))
     with pytest.raises(ValueError, match="the state is of kind 'Circulant', which is not known"):
         load({**K.state_dict(), "kind": "Circulant"}, net())
-    with pytest.raises(ValueError, match="the state is of version 99; expected at most 1. Update paraboloid"):
+    with pytest.raises(ValueError, match=r"the state is of version 99; expected at most 1\. Update paraboloid"):
         load({**K.state_dict(), "version": 99}, net())
     close(load({k: v for k, v in K.state_dict().items() if k != "version"}, net()).to_dense(), K.to_dense())
     model = nn.Linear(2, 3).double()
