@@ -33,7 +33,9 @@ def gradients(outputs: Any, inputs: Any, vs: Tensor, batched: bool = True) -> li
     """Gradients [V *input] of vectors [V *output]: in one pass where all operations allow it, else one by one."""
     if batched and len(vs) > 1:
         with if_vectorised():
-            return [*torch.autograd.grad(outputs, inputs, vs, None, True, allow_unused=True, is_grads_batched=True)]
+            return list(
+                torch.autograd.grad(outputs, inputs, vs, retain_graph=True, allow_unused=True, is_grads_batched=True)
+            )
     each = [torch.autograd.grad(outputs, inputs, v, retain_graph=True, allow_unused=True) for v in vs]
     return [None if gs[0] is None else torch.stack(gs) for gs in zip(*each, strict=True)]
 
