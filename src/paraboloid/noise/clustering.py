@@ -146,8 +146,7 @@ class GradientClustering:
         progress      called as progress(samples done, samples in all) after each batch
         """
         for name, value in (("batch_size", batch_size), ("passes", passes)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; expected an integer of at least 1.")
+            check_count(name, value)
         data = Gradients(self.model, self.loss_fn, dataset, self.seed, self.output)
         N = data.samples
         if self.num_clusters > N:
