@@ -101,8 +101,8 @@ def _over_time(noise: dict[str, Any]) -> Table:
             for point in noise["checkpoints"]
         ],
         note=Markup(
-            "Critical batch: tr&#8239;Σ / ‖g‖² samples, where noise and signal are equal; a dash where the "
-            "gradient cannot be told from its noise."
+            "Critical batch: tr&#8239;Σ / (‖g‖² − tr&#8239;Σ / N) samples, where noise and signal are equal; a dash "
+            "where the gradient cannot be told from its noise."
         ),
     )
 
