@@ -26,8 +26,8 @@ BROADCAST = [(x(3, 2, 4), w(2, 4)), (x(3, 2, 4), w(2, 1)), (w(4), x(3, 4))]
 CASES = {
     F.linear: [(x(4, 5), w(3, 5), w(3)), (x(2, 3, 5), w(4, 5)), lambda n: (x(n, 2, 3), w(2, 3), w(2))],
     torch.matmul: MATRIX,
-    Tensor.matmul: MATRIX,
-    Tensor.__matmul__: MATRIX,
+    Tensor.matmul: MATRIX[:1],
+    Tensor.__matmul__: MATRIX[:1],
     torch.mm: MATRIX[:1],
     Tensor.mm: MATRIX[:1],
     torch.mv: MATRIX[2:],
@@ -69,14 +69,11 @@ CASES = {
     Tensor.repeat: [(w(1, 4), 3, 1), (w(4), (3, 1))],
 }
 ADDED = [*BROADCAST[:2], ((x(3, 4), w(4)), {"alpha": -2})]
-CASES |= dict.fromkeys(
-    [torch.add, Tensor.add, Tensor.add_, torch.sub, Tensor.sub, torch.subtract, Tensor.subtract], ADDED
-)
-CASES |= dict.fromkeys([Tensor.__add__, Tensor.__radd__, Tensor.__iadd__, Tensor.__sub__], BROADCAST[:2])
-CASES |= dict.fromkeys(
-    [torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply, Tensor.multiply], BROADCAST
-)
-CASES |= dict.fromkeys([torch.div, Tensor.div, Tensor.__truediv__, torch.divide, torch.true_divide], BROADCAST)
+CASES |= dict.fromkeys([torch.add, torch.sub], ADDED) | dict.fromkeys([torch.mul, torch.div], BROADCAST)
+CASES |= dict.fromkeys([Tensor.add, Tensor.add_, Tensor.sub, torch.subtract, Tensor.subtract], ADDED[2:])
+CASES |= dict.fromkeys([Tensor.__add__, Tensor.__radd__, Tensor.__iadd__, Tensor.__sub__], BROADCAST[:1])
+CASES |= dict.fromkeys([Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply, Tensor.multiply], BROADCAST[:1])
+CASES |= dict.fromkeys([Tensor.div, Tensor.__truediv__, torch.divide, torch.true_divide], BROADCAST[:1])
 CASES |= dict.fromkeys([torch.concat, torch.concatenate], CASES[torch.cat][:1])
 
 
