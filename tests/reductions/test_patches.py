@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import unfold as torch_unfold
 
-from paraboloid.reductions import patches as patches_module
+from paraboloid.reductions import right as patches_module
 
 
 def patches(x, kernel, stride, dilation, groups=1):
