@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.linalg.eigenform import Basis, Eigenform
+from paraboloid.linalg.kronecker import Side
 from paraboloid.operators.structured.block_diagonal import BlockDiagonal
 from paraboloid.operators.structured.diagonalised import Diagonalised
 from paraboloid.passes.wrappers import plain_parameters
@@ -50,7 +51,7 @@ KINDS: dict[str, tuple[type, Callable[[Any], State], Callable[..., Any]]] = {
     "eigenform": (Eigenform, _fields, lambda p, **inside: Eigenform(**inside)),
     "basis": (Basis, _fields, lambda p, **inside: Basis(**inside)),
     "factors": (kronecker_factors.Factors, _fields, lambda p, **inside: kronecker_factors.Factors(**inside)),
-    "factor_rows": (kronecker_factors.Rows, _fields, lambda p, **inside: kronecker_factors.Rows(**inside)),
+    "factor_rows": (Side, lambda s: {"data": s.data}, lambda p, data: Side("rows", data)),
 }
 NAMES = {c: kind for kind, (c, _, _) in KINDS.items()}
 # Files of version 2 name the places where the classes lay then.

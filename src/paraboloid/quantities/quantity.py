@@ -37,7 +37,7 @@ class Group(NamedTuple):
     outer: Outer
     memory: int | None
     name: str = ""
-    recent: Any = None  # what one parameter's quantities leave for the next one's: `recent.Recent`
+    recent: Any = None  # what one parameter's quantities leave for the next one's: `sums.Recent`
 
 
 class Quantity:

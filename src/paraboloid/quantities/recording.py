@@ -31,8 +31,7 @@ from paraboloid.quantities.result import Statistics, concluded, finished, of_sum
 from paraboloid.quantities.sums import Gradient, Sums, Values, normalizers
 from paraboloid.reductions.outer import Outer
 from paraboloid.reductions.products import keep_inputs, merge
-from paraboloid.reductions.recent import Recent
-from paraboloid.reductions.sums import reduce
+from paraboloid.reductions.sums import Recent, reduce
 
 
 class Recording(Tape):

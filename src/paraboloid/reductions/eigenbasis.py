@@ -18,9 +18,8 @@ from paraboloid.linalg.eigenform import Basis
 from paraboloid.passes.memory import pooled_product
 from paraboloid.reductions.outer import Outer, Zero
 from paraboloid.reductions.products import Products, merge, product
-from paraboloid.reductions.recent import same_memory
 from paraboloid.reductions.right import Right
-from paraboloid.reductions.sums import reduce
+from paraboloid.reductions.sums import reduce, same_memory
 
 
 @dataclass

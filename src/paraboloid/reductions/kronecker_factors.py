@@ -12,36 +12,25 @@ from paraboloid.linalg.kronecker import Kron, Side
 from paraboloid.passes.memory import FACTORS
 from paraboloid.reductions.outer import Outer, Zero
 from paraboloid.reductions.products import Lookup, Products
-from paraboloid.reductions.recent import Recent
-from paraboloid.reductions.sums import reduce
+from paraboloid.reductions.sums import Recent, reduce
 
 LARGE = 256  # rows from which halving by symmetry pays
 EXACT_VECTOR = 4096  # elements up to which a bias-like parameter's block is kept exactly
 
 
-@dataclass
-class Rows:
-    """A factor of low rank, rows^T rows, by its rows [G R p] with R < p."""
-
-    data: Tensor
-
-    def dense(self) -> Tensor:
-        return self.data.mT @ self.data
-
-
-def gradient_factor(o: Products, sharing: str, thin: bool = False) -> Tensor | Rows:
+def gradient_factor(o: Products, sharing: str, thin: bool = False) -> Tensor | Side:
     """sum over v, n (and t) of left left^T, [G p p]; `thin`: by its rows where these are fewer."""
     left = o.left.sum(3, keepdim=True) if sharing == "reduce" else o.left
     positions, rows = left.shape[3:]
     if thin and left[:, :, 0, :, 0].numel() < rows:
-        return Rows(left.permute(2, 0, 1, 3, 4).flatten(1, 3))
+        return Side("rows", left.permute(2, 0, 1, 3, 4).flatten(1, 3))
     if positions >= rows:  # images: a product for each sample, without a copy
         left = left.mT.flatten(0, 1)
         return (left @ left.mT).sum(0)
     return gram(left.permute(2, 0, 1, 3, 4).flatten(1, 3).mT)  # [G p VNT], for one group a view
 
 
-def input_factor(o: Products, sharing: str, memory: int | None = None, thin: bool = False) -> Tensor | Rows:
+def input_factor(o: Products, sharing: str, memory: int | None = None, thin: bool = False) -> Tensor | Side:
     """sum over n (and t) of right right^T, [G q q]; the diagonal [1 q] for a lookup; `thin`: as above."""
     reduced = sharing == "reduce"
     if isinstance(o, Lookup) and not reduced:
@@ -49,7 +38,7 @@ def input_factor(o: Products, sharing: str, memory: int | None = None, thin: boo
     N, G, T = o.left.shape[1:4]
     if thin and not isinstance(o, Lookup) and N * (1 if reduced else T) < o.q:
         right = o.mean_inputs().unsqueeze(2) if reduced else o.inputs()
-        return Rows(right.transpose(0, 1).flatten(1, 2).detach())  # it may be the layer's input itself
+        return Side("rows", right.transpose(0, 1).flatten(1, 2).detach())  # it may be the layer's input itself
     A = o.left.new_empty(G, o.q, o.q)
     for n in o.chunks(G * T * o.q, memory, FACTORS, least=4 * A.nbytes):
         add_gram(A, o.mean_inputs(n).movedim(0, 2) if reduced else o.columns(n), n.start > 0)  # [G q n]
@@ -116,7 +105,8 @@ def add_factors(
 ) -> Factors:
     """One more group of vectors for the Kronecker factors of one parameter.
 
-    `thin` keeps `Rows` where these are fewer; `recent` is carried from parameter to parameter of one group of vectors.
+    `thin` keeps factors by their rows where these are fewer; `recent` is carried from parameter to parameter of one
+    group of vectors.
 
     Raises NotImplementedError for a weight whose outer products live on a derived tensor or came from a fallback, and
     where the uses of a shared weight have blocks of different shapes.
@@ -166,15 +156,15 @@ def merged(value: Factors | None, other: Factors) -> Factors:
     return replace(value, positions=value.positions + other.positions)
 
 
-def _increase(sums: dict[str, Any], key: str, part: Tensor | Rows) -> None:
+def _increase(sums: dict[str, Any], key: str, part: Tensor | Side) -> None:
     sums[key] = _plus(sums[key], part) if key in sums else part
 
 
-def _plus(x: Tensor | Rows, y: Tensor | Rows) -> Tensor | Rows:
+def _plus(x: Tensor | Side, y: Tensor | Side) -> Tensor | Side:
     """[G p p] + [G p p], where one may be a diagonal [G p], or known by its rows."""
-    if isinstance(x, Rows) and isinstance(y, Rows) and x.data.shape[1] + y.data.shape[1] < x.data.shape[2]:
-        return Rows(torch.cat([x.data, y.data], 1))
-    x, y = (t.dense() if isinstance(t, Rows) else t for t in (x, y))
+    if isinstance(x, Side) and isinstance(y, Side) and x.data.shape[1] + y.data.shape[1] < x.data.shape[2]:
+        return Side("rows", torch.cat([x.data, y.data], 1))
+    x, y = (t.dense() if isinstance(t, Side) else t for t in (x, y))
     if x.dim() == y.dim():
         return x + y
     return x + y.diag_embed() if x.dim() > y.dim() else x.diag_embed() + y
@@ -190,7 +180,7 @@ def scale_factors(value: Factors, a: float) -> Kron:
     decoder), its two factors change places first, so that left (x) right reads in the parameter's own order.
     Sources: Martens & Grosse 2015 (KFAC), Botev et al. 2017 (KFLR), Eschenhagen et al. 2023 (expand, reduce).
     """
-    sides: list[Any] = [Side("rows", side.data) if isinstance(side, Rows) else side for side in _sides(value, a)]
+    sides = _sides(value, a)
     if value.groups == 1:
         sides = [side if isinstance(side, Side) else side[0] for side in sides]
     return Kron(*sides, groups=value.groups)
@@ -200,7 +190,7 @@ def _sides(value: Factors, a: float) -> list[Any]:
     """The two factors with all their groups, [G ..]."""
     if value.exact is not None:
         exact = _times(value.exact, a)
-        one = exact.data if isinstance(exact, Rows) else exact
+        one = exact.data if isinstance(exact, Side) else exact
         return [exact, one.new_ones(1, 1, 1)]
     scales = {"gradient": a, "input": 1 / max(1.0, float(value.positions))}
     sides = []
@@ -210,19 +200,19 @@ def _sides(value: Factors, a: float) -> list[Any]:
     return sides
 
 
-def _times(part: Tensor | Rows, scale: float) -> Tensor | Rows:
+def _times(part: Tensor | Side, scale: float) -> Tensor | Side:
     """The sum times a number; rows may be the pulled-back vectors themselves, and are left as they are."""
-    return Rows(part.data * scale**0.5) if isinstance(part, Rows) else part.mul_(scale)
+    return Side("rows", part.data * scale**0.5) if isinstance(part, Side) else part.mul_(scale)
 
 
-def _block(o: Outer, memory: int | None, thin: bool, recent: Recent | None) -> Tensor | Rows:
+def _block(o: Outer, memory: int | None, thin: bool, recent: Recent | None) -> Tensor | Side:
     """sum_{v,n} J_n^T v (J_n^T v)^T of a whole parameter, [1 p p]; its diagonal [1 p] beyond 4096 elements."""
     V, N = o.left.shape[:2]
     p = o.shape.numel()
     if p > EXACT_VECTOR:
         return reduce(o, {"squares"}, memory)["squares"].reshape(1, p)
     if thin and p > V * N:
-        return Rows(o.samples().reshape(1, V * N, p))
+        return Side("rows", o.samples().reshape(1, V * N, p))
     if o.sides and recent is not None and (factor := recent.factor_of(o.left)) is not None:
         return factor.clone()
     block = o.left.new_zeros(p, p)
@@ -236,5 +226,5 @@ def _zero_factors(o: Zero, thin: bool) -> Factors:
     """The factors of a matrix parameter without influence on the output; `thin`: no rows at all."""
     p, q = o.shape[0], o.shape[1:].numel()
     zeros = o.left.new_zeros
-    sides = (Rows(zeros(1, 0, p)), Rows(zeros(1, 0, q))) if thin else (zeros(1, p, p), zeros(1, q, q))
+    sides = (Side("rows", zeros(1, 0, p)), Side("rows", zeros(1, 0, q))) if thin else (zeros(1, p, p), zeros(1, q, q))
     return Factors({"gradient": sides[0]}, {"input": sides[1]}, positions=_count(0), groups=1)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from paraboloid.passes.memory import PIECES, Limit, pooled, pooled_product
 from paraboloid.reductions.outer import EVERYTHING, Outer, Several, Whole
-from paraboloid.reductions.recent import Recent
 from paraboloid.reductions.right import Right
+from paraboloid.reductions.sums import Recent
 
 NOTHING: frozenset[str] = frozenset()
 
