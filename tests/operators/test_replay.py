@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import paraboloid as pb
 from paraboloid.losses import NoTargets
 from paraboloid.operators import GGN, Hessian
-from paraboloid.passes.footprint import Footprint
+from paraboloid.operators.matrix_free.replay import Footprint
 
 OPERATORS = [GGN, Hessian]
 KEPT, ANEW = {"max_memory": None}, {"max_memory": 0}

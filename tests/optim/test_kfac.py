@@ -10,7 +10,7 @@ from torch import nn
 import paraboloid as pb
 from paraboloid.linalg.operand import LinAlgError
 from paraboloid.optim.acceptance import adapted
-from paraboloid.passes.schedule import due
+from paraboloid.optim.curvature import due
 
 LOSS = nn.CrossEntropyLoss()
 BOTH = [(pb.optim.KFAC, pb.KFAC), (pb.optim.EKFAC, pb.EKFAC)]

@@ -30,13 +30,17 @@ from paraboloid.passes import trees
 from paraboloid.passes.memory import gives_back, pooled
 from paraboloid.passes.modes import eager_code, own_arithmetic, rounding
 from paraboloid.passes.random_state import copied_buffers
-from paraboloid.passes.schedule import doubling
 from paraboloid.passes.torch_internals import LEAF, REENTRANT_CHECKPOINT, DisableTorchFunction
 from paraboloid.reductions.outer import Derived, Outer, known, zero
 
 SIGNATURES = 512  # recorded sequences of calls and shapes that are remembered per model
 _certified: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[int, list[Layouts]]]] = weakref.WeakKeyDictionary()
 gives_back(_certified.clear)
+
+
+def doubling(count: int) -> bool:
+    """Whether call number `count`, from 1, is one of 1, 2, 4, 8, ...: often at first, while things still change."""
+    return count & (count - 1) == 0
 
 
 class Reach(NamedTuple):

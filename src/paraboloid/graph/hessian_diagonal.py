@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paraboloid.engine.tape import SIGNATURES, Tape
+from paraboloid.engine.tape import SIGNATURES, Tape, doubling
 from paraboloid.graph.columns import Gradients, add_columns, products_needed
 from paraboloid.graph.nodes import Graph
 from paraboloid.graph.signed_root import Spread, add_bends, add_signed_root, spread
@@ -31,7 +31,6 @@ from paraboloid.graph.single_use import Parts, Recorded, single_uses
 from paraboloid.losses import Loss
 from paraboloid.passes.memory import gives_back
 from paraboloid.passes.modes import rounding
-from paraboloid.passes.schedule import doubling
 
 MANY = 5000  # pulled vectors from which the cost is announced
 SPOTS = 3  # parameters of which one entry is certified on the first call; one on later ones

@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from paraboloid.distributed import collectives
+from paraboloid.engine.tape import doubling
 from paraboloid.linalg.operand import check_count
 from paraboloid.optim.direction import Move
 from paraboloid.optim.fisher_factors import Eigenvalues, FisherFactors, Held
 from paraboloid.optim.measurement import Measurement
 from paraboloid.optim.options import check_choices, check_share
 from paraboloid.optim.preconditioner import Block
-from paraboloid.passes.schedule import due
 from paraboloid.quantities.kronecker import FISHERS
 
 
@@ -154,3 +154,8 @@ class FisherCurvature(Curvature):
         for name, block in self.blocks.items():
             if block.kron is not None:
                 block.invert(dampings[name], self.split)
+
+
+def due(t: int, interval: int) -> bool:
+    """Whether step t, from 0, is one of every `interval`; before the first interval is over also 1, 2, 4, 8, ..."""
+    return t % interval == 0 or (t < interval and doubling(t))

@@ -2,7 +2,8 @@
 
 import pytest
 
-from paraboloid.passes.schedule import doubling, due
+from paraboloid.engine.tape import doubling
+from paraboloid.optim.curvature import due
 
 
 def test_the_calls_that_double():
