@@ -132,8 +132,8 @@ class BCE(Elementwise):
     """`torch.nn.BCELoss` of probabilities f in [0, 1]: l = -weight (y log f + (1 - y) log(1 - f)), logarithms not below
     -100, and H = diag(weight (y / f^2 + (1 - y) / (1 - f)^2)).
 
-    Written out because torch's own second derivative has the wrong sign near 0 and 1 (from a logit of 15 on in single
-    precision, torch 2.13).  Sampled labels are drawn from f.
+    Written out because torch's own second derivative has the wrong sign near 0 and 1 (from a logit of 14 on, in
+    torch 2.13).  Sampled labels are drawn from f.
     """
 
     def __init__(self, weight: Tensor | None = None, reduction: str = "mean"):
