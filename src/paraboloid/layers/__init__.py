@@ -4,19 +4,10 @@ Rules know nothing of samples; the engine regroups their rows.  To teach the lib
 function with ``@rule(operation)``.
 """
 
-from paraboloid.layers import (
-    activations,
-    convolutions,
-    elementwise,
-    embeddings,
-    matrix_products,
-    normalization,
-    recurrent,
-    transposed_convolutions,
-)
+from paraboloid.layers import convolutions, elementwise, embeddings, matrix_products, normalization, recurrent
 from paraboloid.layers.registry import EMPTY, LOWERINGS, RULES, Rule, Use, channel, lowering, matrix, rule, spread
 
 __all__ = [
-    "EMPTY", "LOWERINGS", "RULES", "Rule", "Use", "activations", "channel", "convolutions", "elementwise", "embeddings",
-    "lowering", "matrix", "matrix_products", "normalization", "recurrent", "rule", "spread", "transposed_convolutions",
+    "EMPTY", "LOWERINGS", "RULES", "Rule", "Use", "channel", "convolutions", "elementwise", "embeddings",
+    "lowering", "matrix", "matrix_products", "normalization", "recurrent", "rule", "spread",
 ]  # fmt: skip

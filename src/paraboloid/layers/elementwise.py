@@ -1,11 +1,11 @@
-"""Raw scale and shift parameters, and parameters joined to data (class tokens)."""
+"""Raw scale and shift parameters, those of activations, and parameters joined to data (class tokens)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from paraboloid.layers.registry import rule, spread
+from paraboloid.layers.registry import channel, rule, spread
 
 
 @rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__)
@@ -53,3 +53,10 @@ def cat(tensors, dim=0):
         piece = (axis + 1, start, t.shape[axis])
         yield spread(t, arrange=lambda g, piece=piece: g.narrow(*piece), shape=t.shape)
         start += t.shape[axis]
+
+
+@rule(torch.prelu)
+def prelu(x, weight):
+    """One slope for everything, or one for each channel (axis 1)."""
+    shared = weight.numel() == 1
+    yield (spread if shared else channel)(weight, factor=lambda: x.clamp(max=0), affine=True)

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paraboloid.linalg.conjugate_gradients import Iterates
+from paraboloid.linalg.conjugate_gradients import Iterates, stopping_rule
 from paraboloid.linalg.krylov import orthogonalise
-from paraboloid.linalg.stopping import stopping_rule
 from paraboloid.passes.memory import RESIDUALS
 
 

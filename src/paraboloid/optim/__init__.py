@@ -1,9 +1,8 @@
 """Second-order optimisers, subclasses of `torch.optim.Optimizer`; imports from `quadratics`, `operators` and below."""
 
-from paraboloid.optim.ekfac import EKFAC
 from paraboloid.optim.hessian_free import HessianFree
 from paraboloid.optim.kbfgs import KBFGS, KBFGSL
-from paraboloid.optim.kfac import KFAC
+from paraboloid.optim.kfac import EKFAC, KFAC
 from paraboloid.optim.preconditioned import Preconditioned
 
 __all__ = ["EKFAC", "KBFGS", "KBFGSL", "KFAC", "HessianFree", "Preconditioned"]

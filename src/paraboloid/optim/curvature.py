@@ -13,9 +13,8 @@ from paraboloid.linalg.operand import check_count
 from paraboloid.optim.direction import Move
 from paraboloid.optim.fisher_factors import Eigenvalues, FisherFactors, Held
 from paraboloid.optim.measurement import Measurement
-from paraboloid.optim.options import check_choices, check_share
+from paraboloid.optim.options import check_share
 from paraboloid.optim.preconditioner import Block
-from paraboloid.quantities.kronecker import FISHERS
 
 
 class Curvature:
@@ -68,7 +67,6 @@ class FisherCurvature(Curvature):
         self, names: Iterable[str], *, fisher: str, samples: int, sharing: str, decay: float, factor_interval: int,
         inverse_interval: int, split: bool, half: bool, exact: bool,
     ):  # fmt: skip
-        check_choices({"fisher": (fisher, tuple(FISHERS))})
         super().__init__(names, check_share("factor_decay", decay))
         self.factor_interval = check_count("factor_interval", factor_interval)
         self.inverse_interval = check_count("inverse_interval", inverse_interval)

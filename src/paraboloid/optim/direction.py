@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paraboloid.linalg.operand import check_choice
 from paraboloid.optim import foreach
-from paraboloid.optim.options import check_choices, check_number
+from paraboloid.optim.options import check_number
 
 GRAFTS = ("sgd", "adam")
 
@@ -90,7 +91,7 @@ class Graft:
     """
 
     def __init__(self, kind: str | None):
-        check_choices({"graft": (kind, (None, *GRAFTS))})
+        check_choice("graft", kind, (None, *GRAFTS))
         self.kind = kind
 
     def __call__(self, m: Move) -> None:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from paraboloid.data import batches
 from paraboloid.data.batches import Output
 from paraboloid.linalg.measured_cg import measured_iterates
-from paraboloid.linalg.operand import check_count
+from paraboloid.linalg.operand import check_choice, check_count
 from paraboloid.losses import Loss
 from paraboloid.optim.acceptance import adapted, reduction_ratio
 from paraboloid.optim.base import Frame
-from paraboloid.optim.options import check_choices, check_number, check_share
+from paraboloid.optim.options import check_number, check_share
 from paraboloid.passes import trees
 from paraboloid.passes.random_state import isolated, seeded
 from paraboloid.passes.wrappers import unwrapped
@@ -86,8 +86,8 @@ class HessianFree(Frame):
         output: Output | None = None,
         max_memory: int | None = None,
     ):
-        check_choices({"curvature": (curvature, tuple(CURVATURES)),
-                       "preconditioner": (preconditioner, (None, "second_moment"))})  # fmt: skip
+        check_choice("curvature", curvature, list(CURVATURES))
+        check_choice("preconditioner", preconditioner, (None, "second_moment"))
         defaults = {"lr": check_number("lr", lr, 0), "damping": check_number("damping", damping, 0),
                     "weight_decay": check_number("weight_decay", weight_decay, 0)}  # fmt: skip
         self.curvature, self.debias, self.seed = curvature, debias, seed

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.data.batches import Output, batches
-from paraboloid.linalg.operand import check_count
+from paraboloid.linalg.operand import check_choice, check_count
 from paraboloid.losses import Loss
 from paraboloid.operators import GGN
 from paraboloid.optim import direction, foreach
@@ -19,7 +19,7 @@ from paraboloid.optim.closures import Closure, Evaluation
 from paraboloid.optim.curvature import FisherCurvature
 from paraboloid.optim.direction import Move, Part
 from paraboloid.optim.measurement import Measurement
-from paraboloid.optim.options import check_choices, check_number, check_samplable, group_defaults
+from paraboloid.optim.options import check_number, check_samplable, group_defaults
 
 OMEGA = 19 / 20  # of the damping, to the power of its interval
 
@@ -109,8 +109,9 @@ class KFAC(Frame):
         output: Output | None = None,
     ):
         check_number("damping", damping, 0, above=True)
-        check_choices({"split": (split, (None, "pi")), "step_size": (step_size, ("fixed", "quadratic")),
-                       "measure_on": (measure_on, (None, "half"))})  # fmt: skip
+        check_choice("split", split, (None, "pi"))
+        check_choice("step_size", step_size, ("fixed", "quadratic"))
+        check_choice("measure_on", measure_on, (None, "half"))
         self.fisher, self.samples, self.sharing, self.factor_decay = fisher, samples, sharing, factor_decay
         self.factor_interval, self.inverse_interval = factor_interval, inverse_interval
         self.split, self.half = split == "pi" and measure_on is None and not self.exact_values, measure_on == "half"
@@ -257,3 +258,19 @@ class KFAC(Frame):
 
 def _named(lists: Iterable[tuple[Move, list[Tensor]]]) -> dict[str, Tensor]:
     return {name: t for m, tensors in lists for name, t in zip(m.names, tensors, strict=True)}
+
+
+class EKFAC(KFAC):
+    """`KFAC` with exact eigenvalues along the eigenvectors of its factors:
+
+        theta <- theta - lr U (S + damping)^-1 U^T g
+
+    S are running averages of a sum_{v,n} (u . (J_n^T v) w)^2, measured in every step that measures factors; when the
+    eigenvectors are renewed, S is carried over: the diagonal of the old matrix in the new basis.  Damping is exact, so
+    `split` has no effect.  With several passes in a step that renews eigenvectors (gradient accumulation), all their
+    layer inputs and gradients are kept until then.  Everything else is as in `KFAC`.
+
+    Source: George et al. 2018, arXiv:1806.03884.
+    """
+
+    exact_values = True

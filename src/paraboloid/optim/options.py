@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from paraboloid.losses import Loss
@@ -24,12 +23,6 @@ def check_share(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise ValueError(f"{name} is {value!r}; expected a number in [0, 1).")
     return value
-
-
-def check_choices(choices: Mapping[str, tuple[Any, tuple]]) -> None:
-    for name, (value, known) in choices.items():
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}; expected one of {known}.")
 
 
 def check_samplable(loss: Loss, fisher: str) -> None:

@@ -9,14 +9,8 @@ import torch
 from torch import Tensor
 
 from paraboloid.graph.hessian_diagonal import diag_hessian
-from paraboloid.linalg.operand import check_count
 from paraboloid.quantities.gradients import over_vectors
-from paraboloid.quantities.quantity import NOTHING, ROOT, PerSample, Quantity, Source, plus
-
-
-def sampled(samples: int | None) -> Source:
-    """The exact root for None, or so many drawn labels."""
-    return ROOT if samples is None else Source("sampled", check_count("samples", samples))
+from paraboloid.quantities.quantity import NOTHING, ROOT, PerSample, Quantity, plus, sampled
 
 
 class DiagGGN(Quantity):

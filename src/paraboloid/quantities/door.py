@@ -14,10 +14,10 @@ from paraboloid.distributed.collectives import AllReduce
 from paraboloid.losses import Loss
 from paraboloid.quantities.named import resolve
 from paraboloid.quantities.over_data import OverData
-from paraboloid.quantities.over_ranks import check_summable
 from paraboloid.quantities.quantity import Quantity
 from paraboloid.quantities.recording import forward
 from paraboloid.quantities.result import Statistics, of_sums
+from paraboloid.quantities.sums import check_summable
 
 
 def statistics(

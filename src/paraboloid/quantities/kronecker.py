@@ -11,8 +11,7 @@ from paraboloid.linalg.eigenform import Eigenform
 from paraboloid.linalg.kronecker import Kron
 from paraboloid.linalg.operand import check_choice, check_count
 from paraboloid.passes.memory import INPUTS
-from paraboloid.quantities.curvature import sampled
-from paraboloid.quantities.quantity import GRADIENT, NOTHING, ROOT, Quantity, Source, plus
+from paraboloid.quantities.quantity import GRADIENT, NOTHING, ROOT, Quantity, Source, plus, sampled
 from paraboloid.reductions import kronecker_factors
 from paraboloid.reductions.eigenbasis import Turned, eigen_scale
 

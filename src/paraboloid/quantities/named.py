@@ -16,6 +16,7 @@ and J_n^T S_n the pulled-back root of the output-Hessian: the GGN of the loss as
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from paraboloid.quantities.curvature import DiagGGN, DiagHessian, SampleDiagGGN, SqrtGGN
@@ -53,7 +54,7 @@ def resolve(entries: Any) -> list[Quantity]:
                              "pb.quantities.")  # fmt: skip
         if not isinstance(entry, str | Quantity):
             raise ValueError(f"a quantity is {entry!r}; expected a name or an object such as pb.quantities.DiagGGN().")
-        quantity = QUANTITIES[entry]() if isinstance(entry, str) else entry
+        quantity = _named(entry) if isinstance(entry, str) else entry
         if quantity.name in found and entry != quantity.name:
             raise ValueError(f"{quantity.name!r} is asked for twice; ask for it once.")
         if unknown := set(quantity.needs) - PARTS:
@@ -63,6 +64,12 @@ def resolve(entries: Any) -> list[Quantity]:
     if not found:
         raise ValueError(f"no quantity is asked for; expected some of {sorted(QUANTITIES)}.")
     return list(found.values())
+
+
+@cache
+def _named(name: str) -> Quantity:
+    """Made once: what a quantity notes of a batch is in the copy that `bound` gives."""
+    return QUANTITIES[name]()
 
 
 def check_samples(quantities: Sequence[Quantity], N: int) -> None:

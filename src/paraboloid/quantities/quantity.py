@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from paraboloid.engine.tape import Tape
+from paraboloid.linalg.operand import check_count
 from paraboloid.losses import Loss
 from paraboloid.reductions.outer import Outer
 
@@ -21,6 +22,11 @@ class Source(NamedTuple):
 
 
 GRADIENT, ROOT, NOTHING = Source("gradient"), Source("root"), Source("nothing")
+
+
+def sampled(samples: int | None) -> Source:
+    """The exact root for None, or so many drawn labels."""
+    return ROOT if samples is None else Source("sampled", check_count("samples", samples))
 
 
 class Scale(NamedTuple):

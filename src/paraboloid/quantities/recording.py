@@ -25,10 +25,9 @@ from paraboloid.passes.random_state import isolated
 from paraboloid.passes.torch_internals import DisableTorchFunction
 from paraboloid.passes.wrappers import unwrapped
 from paraboloid.quantities.named import check_samples, resolve
-from paraboloid.quantities.over_ranks import check_summable
 from paraboloid.quantities.quantity import GRADIENT, Group, Quantity, Scale, Source
 from paraboloid.quantities.result import Statistics, concluded, finished, of_sums
-from paraboloid.quantities.sums import Gradient, Sums, Values, normalizers
+from paraboloid.quantities.sums import Gradient, Sums, Values, check_summable, normalizers
 from paraboloid.reductions.outer import Outer
 from paraboloid.reductions.products import keep_inputs, merge
 from paraboloid.reductions.sums import Recent, reduce

@@ -16,9 +16,8 @@ from paraboloid.losses import Loss
 from paraboloid.losses.loss import full
 from paraboloid.passes import trees
 from paraboloid.quantities.named import check_samples
-from paraboloid.quantities.over_ranks import combine
 from paraboloid.quantities.quantity import Quantity, Scale
-from paraboloid.quantities.sums import Gradient, Sums, Values, scale_of
+from paraboloid.quantities.sums import Gradient, Sums, Values, combine, scale_of
 
 
 class Statistics(Mapping[str, dict[str, Any]]):
