@@ -176,7 +176,7 @@ class Recorder(TorchFunctionMode):
         below = [get_gradient_edge(t).node for t in below] if mixes else []
         z = op(*args, **kwargs)
         # of a weight that is standardised by a batch norm no samples are mixed
-        if op is F.batch_norm and not all_clean and uses_batch_statistics(op, args, kwargs) and z.requires_grad:
+        if op is F.batch_norm and not all_clean and uses_batch_statistics(args, kwargs) and z.requires_grad:
             self.batch_norms.append((z.grad_fn, constant_statistics(args, kwargs)))
         if all_clean or (op in STRETCHES and clean[0]):
             self._note_clean(op, args, kwargs, inputs, clean, before, weights, z)

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import resolve_name
@@ -190,7 +191,7 @@ class Tape:
                             raise
                         break  # the weights that were taken for data are none
                 calls, steps = further, [*steps, layouts]
-                further = promote(calls, layouts, recorder.candidates, recorder.alias)
+                further = promote(calls, layouts, recorder.candidates, recorder.alias) if recorder.candidates else None
             proved = None if recorder.hooked else sample_axes(f, [c.edge for c in calls], mixed)
             if proved is not None:  # where gradients have vanished, numbers fit any layout
                 layouts = [None if layout is None else p for layout, p in zip(layouts, proved, strict=True)]
@@ -209,7 +210,7 @@ class Tape:
 
     def _refuse_batch_statistics(self, calls: list[Call], layouts: Layouts) -> None:
         for call, layout in zip(calls, layouts, strict=True):
-            if layout is not None and uses_batch_statistics(call.op, call.args, call.kwargs):
+            if layout is not None and call.op is F.batch_norm and uses_batch_statistics(call.args, call.kwargs):
                 raise ValueError(
                     f"{self.where(call)} ran in training mode on an input {tuple(call.args[0].shape)}: its batch "
                     "statistics mix the samples, so there are no per-sample gradients. Call model.eval() first, or "

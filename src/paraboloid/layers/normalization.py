@@ -47,9 +47,9 @@ def batch_norm(x, running_mean, running_var, weight=None, bias=None, training=Fa
     yield channel(bias)
 
 
-def uses_batch_statistics(op: Callable, args: tuple, kwargs: dict) -> bool:
-    """Whether a call is a batch norm in training mode, which mixes the samples."""
-    return op is F.batch_norm and _arguments(*args, **kwargs)[2]
+def uses_batch_statistics(args: tuple, kwargs: dict) -> bool:
+    """Whether a call of `F.batch_norm` is in training mode, which mixes the samples."""
+    return _arguments(*args, **kwargs)[2]
 
 
 def _arguments(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):

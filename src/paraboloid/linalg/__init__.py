@@ -16,21 +16,6 @@ from paraboloid.linalg.stochastic_diagonal import diagonal, xdiag
 from paraboloid.linalg.trace import hutchinson_trace, hutchpp_trace, xtrace
 
 __all__ = [
-    "Estimate",
-    "Iterates",
-    "Nystrom",
-    "TensorEstimate",
-    "cg",
-    "cg_iterates",
-    "diagonal",
-    "eigh",
-    "eigsh",
-    "hutchinson_trace",
-    "hutchpp_trace",
-    "lanczos",
-    "lobpcg",
-    "nystrom",
-    "spectral_density",
-    "xdiag",
-    "xtrace",
-]
+    "Estimate", "Iterates", "Nystrom", "TensorEstimate", "cg", "cg_iterates", "diagonal", "eigh", "eigsh",
+    "hutchinson_trace", "hutchpp_trace", "lanczos", "lobpcg", "nystrom", "spectral_density", "xdiag", "xtrace",
+]  # fmt: skip

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paraboloid.losses.elementwise import check_not_negative
-from paraboloid.losses.loss import FROM_TORCH, Loss, NoTargets, check_lengths, check_reduction, full
+from paraboloid.losses.loss import FROM_TORCH, Loss, NoTargets, check_lengths, check_not_negative, check_reduction, full
 from paraboloid.passes.memory import CACHED
 
 

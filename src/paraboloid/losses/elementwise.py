@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paraboloid.losses.loss import FROM_TORCH, Loss, check_lengths, check_reduction, full
+from paraboloid.losses.loss import FROM_TORCH, Loss, check_lengths, check_not_negative, check_reduction, full
 
 
 class Elementwise(Loss):
@@ -42,13 +42,6 @@ class Elementwise(Loss):
                              f"{tuple(y.shape)}.")  # fmt: skip
         if not y.is_floating_point():
             raise ValueError(f"{type(self).__name__} needs floating-point targets; found {y.dtype}.")
-
-
-def check_not_negative(**options: Tensor | None) -> None:
-    """Raise ValueError for a negative weight: with it the loss is not convex and its curvature has no real root."""
-    for name, value in options.items():
-        if value is not None and (value < 0).any():
-            raise ValueError(f"{name} has the entry {value.min():.4g}; expected none below zero.")
 
 
 class MSE(Elementwise):

@@ -338,3 +338,10 @@ def full(f: Tensor) -> Tensor:
     """Detached output in at least float32: softmax and sums of a half-precision output are taken in float32."""
     f = f.detach()
     return f.float() if f.dtype in (torch.float16, torch.bfloat16) else f
+
+
+def check_not_negative(**options: Tensor | None) -> None:
+    """Raise ValueError for a negative weight: with it the loss is not convex and its curvature has no real root."""
+    for name, value in options.items():
+        if value is not None and (value < 0).any():
+            raise ValueError(f"{name} has the entry {value.min():.4g}; expected none below zero.")

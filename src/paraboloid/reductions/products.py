@@ -21,27 +21,14 @@ from paraboloid.reductions.sums import Recent
 NOTHING: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, eq=False)
-class Vector(Outer):
+class Vector(Whole):
     """left [V N 1 1 p] is J_n^T v, the parameter's p elements having no second side: q = 1 and right is one."""
 
-    left: Tensor
-    shape: torch.Size
-    sides = bias_like = True
+    sides = bias_like = True  # pyright: ignore[reportAssignmentType]
 
     @property
     def block(self) -> tuple[int, int, int]:
         return 1, self.left.shape[4], 1
-
-    def samples(self, n: slice = EVERYTHING) -> Tensor:
-        left = self.left[:, n].clone(memory_format=torch.contiguous_format)
-        return left.view(*left.shape[:2], *self.shape)
-
-    def of(self, n: slice) -> Outer:
-        return Vector(self.left[:, n], self.shape)
-
-    def rows(self, max_memory: int | None) -> Iterator[Tensor]:
-        yield self.left.flatten(2).transpose(0, 1)  # they are there already
 
     def total(self, left: Tensor | None = None, squared: bool = False) -> Tensor:
         """sum_n J_n^T v, [V *shape]; of other gradients; with the input (one) squared."""
@@ -282,9 +269,10 @@ def merge(uses: list[Outer]) -> Outer:
     forms = {(o.lasting, o.flip, o.shape, o.block, len(o.products)) for o in uses}
     if len(forms) > 1 or not first.lasting:
         return Several(uses)
-    if all(isinstance(o, Vector) for o in uses) or all(isinstance(o, Whole) for o in uses):
+    vectors = [isinstance(o, Vector) for o in uses]
+    if all(vectors) or (not any(vectors) and all(isinstance(o, Whole) for o in uses)):
         left = sum((o.left for o in uses[1:]), first.left)
-        return Vector(left, first.shape) if isinstance(first, Vector) else Whole(left, first.shape)
+        return (Vector if vectors[0] else Whole)(left, first.shape)
     products = [p for o in uses for p in o.products]
     if len(products) < len(uses):
         return Several(uses)
