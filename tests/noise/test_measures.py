@@ -9,7 +9,7 @@ from noise.test_clustering import CE, data, gradients, net, simple_variance, str
 from torch import nn
 
 from paraboloid import noise
-from paraboloid.noise.allocation import allocate
+from paraboloid.noise.sampler import allocate
 
 
 def test_every_measure_from_explicit_gradients():

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 from paraboloid.noise import StratifiedBatchSampler
-from paraboloid.noise.allocation import allocate
+from paraboloid.noise.sampler import allocate
 
 SIZES = [7, 1, 0, 4, 12]  # the third cluster is empty
 ASSIGNMENTS = torch.arange(5).repeat_interleave(torch.tensor(SIZES))[

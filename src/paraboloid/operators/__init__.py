@@ -17,8 +17,8 @@ from paraboloid.linalg.estimate import Estimate, TensorEstimate
 from paraboloid.operators.identity import Identity
 from paraboloid.operators.linear_operator import LinearOperator, Scaled, Sum
 from paraboloid.operators.matrix_free.fisher import EmpiricalFisher, Fisher
-from paraboloid.operators.matrix_free.ggn import GGN
 from paraboloid.operators.matrix_free.hessian import Hessian
+from paraboloid.operators.matrix_free.jacobian_form import GGN
 from paraboloid.operators.matrix_free.pch import PCH
 from paraboloid.operators.product import Product
 from paraboloid.operators.saving import load

@@ -1,4 +1,4 @@
-"""Matrices of the form sum_n J_n^T H_n J_n: the GGN and the Fishers, which differ in H_n alone."""
+"""Matrices of the form sum_n J_n^T H_n J_n, the GGN first; the Fishers differ in H_n alone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from paraboloid.data.batches import Data
 from paraboloid.linalg.probes import Seed
 from paraboloid.losses import LossFunction
 from paraboloid.operators.matrix_free.ggn_root import Root, of_roots
+from paraboloid.operators.matrix_free.output_graph import OutputGraph
 from paraboloid.operators.matrix_free.recorded import Recorded
 from paraboloid.operators.partition import Blocks, places
 from paraboloid.operators.vectors import join, split
@@ -108,3 +109,22 @@ class JacobianForm(Recorded):
             return sum(len(graph.f) * graph.root_columns() for graph in self.replay.kept)
         except NotImplementedError:  # a plain callable may couple the samples
             return self.shape[0]
+
+
+class GGN(JacobianForm):
+    """sum_n J_n^T H_n J_n times the reduction's factor: the curvature of the loss as reduced, without the model's own.
+
+    J_n is the Jacobian of the output of sample n, H_n the Hessian of its unreduced loss.  A loader counts as one big
+    batch.  See `paraboloid.operators` for the arguments, and for what is kept between products.
+
+    Cost, in gradients: a product with a kept graph is about 1.5, a quadratic form 1 (J alone).  `to_dense` takes D
+    products; `diagonal` and `trace` one backward pass for each column of the loss's root (about C of them; see
+    `pb.statistics`' diag_ggn), but where samples are coupled or an operation has no rule, D quadratic forms or N C
+    backward passes; `samples=` takes that many products.  Where weights are used at many
+    positions (convolutions) and many products are asked for, a square root of the matrix takes over: see `Root`.
+
+    blocks: "all", or only the diagonal blocks of each "parameter", each "layer" or lists of names: see
+    `paraboloid.operators.partition`.  A product with every block costs up to 2 gradients for each of them.
+    """
+
+    graph = OutputGraph

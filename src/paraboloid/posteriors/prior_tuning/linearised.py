@@ -15,7 +15,7 @@ from torch import Tensor
 from paraboloid import linalg
 from paraboloid.data.batches import Data, Output
 from paraboloid.losses import MSE
-from paraboloid.operators.matrix_free.ggn import OutputGraph
+from paraboloid.operators.matrix_free.output_graph import OutputGraph
 from paraboloid.operators.matrix_free.replay import Replay
 from paraboloid.operators.vectors import join, split
 
