@@ -182,3 +182,18 @@ def test_hooks_on_the_module_are_not_called_by_its_loss():
     module.register_forward_hook(lambda *a: calls.append(1))
     stats = pb.statistics(network(nn.Identity), module, (draw(N, 4), draw(N, C)), ["variance"])
     assert not calls and stats.loss > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MODULES)
+def test_outputs_in_half_precision(name, dtype):
+    build, last, y = MODULES[name]
+    module, model, x = build(), network(last).to(dtype), draw(N, 4, seed=2).to(dtype)
+    half = y.to(dtype) if y.is_floating_point() else y
+    exact, wide = (lambda t: t.double() if t.is_floating_point() else t), copy.deepcopy(model).double()
+    found = pb.statistics(model, module, (x, half), ["grad", "sample_grads"])
+    expected = pb.statistics(wide, module, (exact(x), exact(half)), ["grad", "sample_grads"])
+    for quantity in expected:
+        for k, t in expected[quantity].items():
+            error = (found[quantity][k].double() - t).norm()
+            assert error < 20 * torch.finfo(dtype).eps * t.norm(), (quantity, k)

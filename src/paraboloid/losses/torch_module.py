@@ -38,13 +38,16 @@ class TorchLoss(Loss):
 class TorchElementwise(TorchLoss, Elementwise):
     """A torch loss of each element apart, convex in the output: the Hessian is a diagonal."""
 
+    def _unreduced(self, f, y):
+        return super()._unreduced(f, y.to(f))  # outputs in half precision are measured in float32
+
     def normalizer(self, f, y):
         return Elementwise.normalizer(self, f, y)
 
     def _curvature(self, f, y):
         with torch.enable_grad():
             f = full(f).requires_grad_()
-            (g,) = torch.autograd.grad(self._unreduced(f, y.to(f)).sum(), f, create_graph=True)
+            (g,) = torch.autograd.grad(self._unreduced(f, y).sum(), f, create_graph=True)
             if not g.requires_grad:
                 return torch.zeros_like(g)
             (d,) = torch.autograd.grad(g.sum(), f)
