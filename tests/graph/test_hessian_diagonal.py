@@ -441,11 +441,29 @@ def test_single_precision_and_autocast():
     exact = check(model, x, nn.CrossEntropyLoss(), y)
     single = pb.statistics(model.float(), nn.CrossEntropyLoss(), (x.float(), y), "diag_hessian")["diag_hessian"]
     with torch.autocast("cpu", torch.bfloat16):
-        half = pb.statistics(model, nn.CrossEntropyLoss(), (x.float(), y), "diag_hessian", verify=False)["diag_hessian"]
+        half = pb.statistics(model, nn.CrossEntropyLoss(), (x.float(), y), "diag_hessian", verify="always")[
+            "diag_hessian"
+        ]
     for k, value in exact.items():
         assert single[k].dtype == half[k].dtype == torch.float32
         torch.testing.assert_close(single[k].double(), value, rtol=1e-3, atol=1e-5)
         assert (half[k].double() - value).abs().max() < 0.1 * value.abs().max()
+
+
+@pytest.mark.parametrize("middle", [nn.ReLU, nn.GELU])
+@pytest.mark.parametrize("seed", range(8))
+def test_autocast_rounds_what_the_certificate_compares(middle, seed):
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 8), middle(), nn.Linear(8, 3))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) / 2)
+    x, y = torch.randn(6, 4, generator=generator), torch.tensor([0, 2, 1, 1, 0, 2])
+    with torch.autocast("cpu", torch.bfloat16):
+        half = pb.statistics(model, nn.CrossEntropyLoss(), (x, y), "diag_hessian", verify="always")["diag_hessian"]
+    exact = pb.Hessian(model.double(), nn.CrossEntropyLoss(), (x.double(), y)).to_dense().diagonal()
+    found = torch.cat([t.flatten() for t in half.values()]).double()
+    assert (found - exact).abs().max() < 0.1 * exact.abs().max()
 
 
 def test_unused_and_frozen_parameters():

@@ -112,12 +112,13 @@ def certify(recorded: Recorded, names: list[str], found: Mapping[str, Tensor], s
     parameters = [recorded.tape.parameters[name] for name in names]
     largest = torch.stack([d.abs().max() for d in found.values()]).max()
     gradients = Gradients(recorded.loss, recorded.f, recorded.y, parameters, batched=False)
+    dtypes = {recorded.f.dtype, *(call.autocast for call in recorded.calls if call.autocast is not None)}
     for i, (name, p) in enumerate(zip(names, parameters, strict=True)):
         at = int(torch.randint(p.numel(), (), generator=generator))
         unit = torch.zeros(p.numel(), dtype=p.dtype, device=p.device)
         unit[at] = 1
         column, d = gradients.products(i, unit.view(1, *p.shape)).flatten(), found[name].flatten()
-        eps, g = rounding(p.dtype, p.device), gradients.g[i]
+        eps, g = max(rounding(dtype, p.device) for dtype in {p.dtype, *dtypes}), gradients.g[i]
         absolute = eps**0.75 * (largest + (0 if g is None else g.detach().abs().max()))  # where the entry is zero
         if not abs(column[at] - d[at]) <= eps**0.5 * (column.abs().max() + d.abs().max()) + absolute:
             raise RuntimeError(
