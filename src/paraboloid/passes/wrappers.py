@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from paraboloid.passes.torch_internals import WRAPPERS, inside_compiled
 DATA_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
+@lru_cache(maxsize=2**16)  # asked for every parameter in every pass
 def plain_name(name: str) -> str:
     """The parameter's name in the plain module: what torch.compile, FSDP and checkpoint wrappers insert is removed."""
     for wrapper in WRAPPERS:
