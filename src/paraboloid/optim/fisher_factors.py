@@ -17,8 +17,6 @@ from paraboloid.reductions.eigenbasis import eigen_scale
 from paraboloid.reductions.outer import Outer, known
 from paraboloid.reductions.sums import reduce
 
-Halves = tuple[Any, Any]
-
 
 class FisherFactors(Quantity):
     """Kronecker factors of each parameter in `names`, `Kron`, of the loss as reduced; see `pb.quantities.KFAC`.
