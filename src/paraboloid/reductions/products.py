@@ -152,7 +152,7 @@ class Products(Outer):
         """`right` averaged over the positions, [n G q]."""
         if self.right.filled is not None:
             return self.right(n).sum(2) / self.right.filled[n].clamp(min=1)[:, None, None]
-        return (self.right(n) / self.left.shape[3]).sum(2)
+        return self.right(n).mean(2)
 
     def turned(self, U: Tensor) -> Right:
         """`right` times U [q r] or [G q r]."""
