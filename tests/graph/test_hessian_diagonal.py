@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from itertools import pairwise
+from itertools import pairwise, product
 
 import losses_table
 import models
@@ -464,6 +464,31 @@ def test_autocast_rounds_what_the_certificate_compares(middle, seed):
     exact = pb.Hessian(model.double(), nn.CrossEntropyLoss(), (x.double(), y)).to_dense().diagonal()
     found = torch.cat([t.flatten() for t in half.values()]).double()
     assert (found - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+class Tokens(nn.Module):
+    """An embedding far below the only activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.below, self.hidden, self.last = nn.Embedding(7, 4), nn.Conv1d(4, 5, 3, padding=1), nn.Conv1d(5, 3, 1)
+
+    def forward(self, x):
+        return self.last(self.hidden(self.below(x).transpose(1, 2)).tanh())
+
+
+@pytest.mark.parametrize("ignored", [0, 1, 2, 3])
+def test_samples_whose_targets_are_all_ignored(ignored):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, x, y = Tokens().double(), torch.randint(0, 7, (3, 4)), torch.randint(0, 3, (3, 4))
+    y[:ignored] = -100
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    exact = pb.Hessian(model, loss, (x, y)).to_dense().diagonal()
+    batches = [(x[:2], y[:2]), (x[2:], y[2:])]
+    for data, verify in product(((x, y), batches), (False, "always")):
+        found = pb.statistics(model, loss, data, "diag_hessian", verify=verify)["diag_hessian"]
+        close(torch.cat([t.flatten() for t in found.values()]), exact)
 
 
 def test_unused_and_frozen_parameters():

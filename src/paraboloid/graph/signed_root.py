@@ -134,7 +134,7 @@ def _pull(recorded: Recorded, parts: Parts, bend: Bend, at: Tensor, calls: list[
     d = bend.d.flatten()[at.T]  # [V N]
     curved = d.abs().sum(1).nonzero().flatten()
     count = recorded.count(bend.d.numel() + sum(recorded.calls[i].shape.numel() for i in calls))
-    for rows in curved.split(count):
+    for rows in curved.split(count) if len(curved) else ():  # none where the loss is flat in all that reaches it
         v = units(at.T[rows], d[rows].abs().sqrt(), bend.d.shape)
         pulled = gradients(bend.below, edges, v, not recorded.convolutional)
         for i, g in zip(calls, pulled, strict=True):
