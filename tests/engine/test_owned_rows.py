@@ -211,3 +211,11 @@ def test_mixing_is_still_refused(mix):
         model, x, y = made(Mixing, n)
         with pytest.raises(ValueError, match="does not separate into the"):
             pb.statistics(model, CE, (x, y), ["variance"])
+
+
+def test_a_refusal_in_half_precision_says_so():
+    model, (x, y) = Shuffled(), (torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), torch.arange(5) % 3)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"In half precision .*use float32"):
+        pb.statistics(model, CE, (x, y), "variance")
+    with pytest.warns(UserWarning):
+        pb.statistics(model, CE, (x, y), "variance")

@@ -123,8 +123,8 @@ def certify(
     if apart and not mixing:
         layouts, mixing = _owners(f, edges, u, layouts, apart, generator, spread)
     if mixing:
-        call = calls[min(mixing)]
-        raise mixes(where(call), call.shape, N)
+        call, g = calls[min(mixing)], gs[min(mixing)]
+        raise mixes(where(call), call.shape, N, half or min(t.element_size() for t in (f, g) if t is not None) < 4)
     if vanished:
         i, size = min(vanished)
         warnings.warn(
@@ -135,12 +135,14 @@ def certify(
     return layouts, (u, gs, truth)
 
 
-def mixes(where: str, shape: Sequence[int], N: int) -> ValueError:
+def mixes(where: str, shape: Sequence[int], N: int, short: bool = False) -> ValueError:
+    """short: whether the gradients are in half precision, which leaves open which sample owns a row."""
+    hint = " In half precision (autocast too) samples that the model shuffles or routes are refused: use float32."
     return ValueError(
         f"{where}: its output {tuple(shape)} does not separate into the {N} samples along any axis, so there are no "
         "per-sample gradients here. Something between it and the output mixes or reorders the samples: BatchNorm in "
         "training mode (call model.eval()), a softmax or mean over the batch, a transposed layer. (A constant tensor "
-        "that is no buffer of the model counts as data: register it.)"
+        "that is no buffer of the model counts as data: register it.)" + (hint if short else "")
     )
 
 
