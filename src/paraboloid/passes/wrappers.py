@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from paraboloid.passes.torch_internals import WRAPPERS, inside_compiled
 DATA_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
-@lru_cache(maxsize=2**16)  # asked for every parameter in every pass
 def plain_name(name: str) -> str:
     """The parameter's name in the plain module: what torch.compile, FSDP and checkpoint wrappers insert is removed."""
     for wrapper in WRAPPERS:
@@ -54,7 +52,10 @@ def distributed(model: Any) -> nn.parallel.DistributedDataParallel | None:
 
 def plain_parameters(model: Any) -> dict[str, nn.Parameter]:
     """All parameters by plain name, frozen ones too."""
-    return {plain_name(name): p for name, p in unwrapped(model).named_parameters()}
+    named = dict(unwrapped(model).named_parameters())
+    if "_mod" not in "".join(named):  # which is in the prefix of every wrapper
+        return named
+    return {plain_name(name): p for name, p in named.items()}
 
 
 class Elsewhere:
