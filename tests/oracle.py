@@ -57,13 +57,18 @@ def factor(loss_fn, f, y):
 def ggn_blocks(loss_fn, f, y, params):
     """name -> [D, D]: the GGN's diagonal block of each parameter, of the loss as reduced."""
     J, H, a = jacobians(f, params), output_hessians(loss_fn, f, y), factor(loss_fn, f, y)
-    return {k: a * torch.einsum("nop,nor,nrq->pq", j.flatten(2), H, j.flatten(2)) for k, j in J.items()}
+    return {
+        k: a * torch.einsum("nop,nor,nrq->pq", j.reshape(*j.shape[:2], -1), H, j.reshape(*j.shape[:2], -1))
+        for k, j in J.items()
+    }
 
 
 def sample_diag_ggn(loss_fn, f, y, params):
     J, H = jacobians(f, params), output_hessians(loss_fn, f, y)
     return {
-        k: torch.einsum("nop,nor,nrp->np", j.flatten(2), H, j.flatten(2)).view(len(f), *params[k].shape)
+        k: torch.einsum("nop,nor,nrp->np", j.reshape(*j.shape[:2], -1), H, j.reshape(*j.shape[:2], -1)).view(
+            len(f), *params[k].shape
+        )
         for k, j in J.items()
     }
 

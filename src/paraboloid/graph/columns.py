@@ -44,7 +44,9 @@ class Gradients:
         d = torch.zeros(p.numel(), dtype=p.dtype, device=p.device)
         for rows in torch.arange(p.numel(), device=p.device).split(count):
             v = torch.zeros(len(rows), p.numel(), dtype=p.dtype, device=p.device).scatter_(1, rows.unsqueeze(1), 1.0)
-            d[rows] = self.products(i, v.view(-1, *p.shape)).flatten(1).gather(1, rows.unsqueeze(1)).squeeze(1)
+            d[rows] = (
+                self.products(i, v.view(-1, *p.shape)).reshape(len(rows), -1).gather(1, rows.unsqueeze(1)).squeeze(1)
+            )
         return d.view(p.shape)
 
 

@@ -261,7 +261,8 @@ def _rows(fitting: Fitting, data: Data) -> Iterator[Tensor]:
     passes = fitting.over(data)
     for sums, _, _ in passes.by_batch([quantity], fitting.generator):
         parts = finished(quantity, sums.values[quantity.name], passes.parameters, Scale(sums.N, 1.0)).values()
-        flat = [t.flatten(1) if fitting.fisher == "empirical" else t.flatten(2).flatten(0, 1) for t in parts]
+        lead = 1 if fitting.fisher == "empirical" else 2
+        flat = [t.reshape(t.shape[:lead].numel(), -1) for t in parts]
         yield torch.cat(flat, 1)
 
 

@@ -92,7 +92,7 @@ class Laplace:
 
     def sample(self, n_samples: int = 100, seed: int = 0) -> Tensor:
         """Weights drawn from the posterior, flat [n_samples, D]."""
-        return torch.cat([w.flatten(1) for w in self.posterior.sample(n_samples, seed).values()], 1)
+        return torch.cat([w.reshape(n_samples, -1) for w in self.posterior.sample(n_samples, seed).values()], 1)
 
     @property
     def prior_precision(self) -> Any:

@@ -215,7 +215,7 @@ class Posterior:
         self.check_weights()
         check_count("samples", samples)
         drawn = self.sample(samples, seed)
-        deviations = torch.cat([(drawn[k] - w).flatten(1) for k, w in self.weights.items()], 1)
+        deviations = torch.cat([(drawn[k] - w).reshape(len(drawn[k]), -1) for k, w in self.weights.items()], 1)
 
         def draws_of(J: Jacobian) -> Tensor:
             return J.dense() @ deviations.T  # [n, K, samples]

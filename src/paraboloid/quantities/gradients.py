@@ -67,7 +67,8 @@ class _GramOfAll(SampleGrads):
     name = "gram"
 
     def finish(self, value, scale):
-        g = super().finish(value, scale).flatten(1)
+        g = super().finish(value, scale)
+        g = g.reshape(len(g), -1)
         return g @ g.mT
 
 

@@ -55,7 +55,7 @@ def weighted_squares(o: Outer, weights: Tensor, memory: int | None) -> Tensor:
         return o.total(left, squared=True)[0]
     total = torch.zeros(o.shape.numel(), dtype=o.left.dtype, device=o.left.device)
     for n, J in o.pieces(memory):
-        total += weights[:, n].to(J).flatten() @ J.square().flatten(2).flatten(0, 1)
+        total += weights[:, n].to(J).flatten() @ J.square().reshape(weights[:, n].numel(), -1)
     return total.view(o.shape)
 
 

@@ -88,7 +88,7 @@ class Outer:
     def rows(self, max_memory: int | None) -> Iterator[Tensor]:
         """J_n^T v for consecutive ranges of samples as rows, [n V D]; not to be changed."""
         for _, J in self.pieces(max_memory):
-            yield J.flatten(2).transpose(0, 1)
+            yield J.reshape(*J.shape[:2], -1).transpose(0, 1)
 
     def together(self, wanted: Set[str]) -> Set[str]:
         """Those of the wanted parts that are found from the formed samples, each formed once for all of them."""
@@ -107,7 +107,7 @@ class Outer:
 
     def finish(self, J: Tensor, lead: tuple[int, ...]) -> Tensor:
         """[.. G ..] as in `blocks`, the vectors and samples before -> [*lead, *shape]."""
-        return J.reshape(*lead, *self.shape)
+        return J.reshape((*lead, *self.shape))
 
 
 @dataclass(frozen=True, eq=False)

@@ -79,7 +79,7 @@ class Products(Outer):
 
     def finish(self, J: Tensor, lead: tuple[int, ...]) -> Tensor:
         """[.. G p q] -> [*lead, *shape]."""
-        return (J.mT if self.flip else J).reshape(*lead, *self.shape)
+        return (J.mT if self.flip else J).reshape((*lead, *self.shape))
 
     def of(self, n: slice) -> Products:
         return type(self)(self.left[:, n], self.right.of(n), self.shape, self.q, self.flip)
