@@ -79,6 +79,10 @@ class Frame(torch.optim.Optimizer):
     def _added(self, names: Iterable[str]) -> None:
         """Parameters came after the optimiser was made."""
 
+    def _keeps_batches(self) -> bool:
+        """Whether the step evaluates the model on the batches of the passes that were watched."""
+        return False
+
     def _parameters(self) -> Iterator[nn.Parameter]:
         for group in self.param_groups:
             yield from group["params"]

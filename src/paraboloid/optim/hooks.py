@@ -1,6 +1,7 @@
 """Watch a model's training passes from outside: record the forward pass, and measure when the loss is called.
 
-One pair of hooks on the root module records what runs under gradients; one hook on the loss sees outputs and targets.
+One pair of hooks on the root module records what runs under gradients; one hook on the loss sees outputs and targets,
+and finds the passes that its outputs come from: several forward passes may come before the losses.
 The measurement happens there, before `backward` frees the graph, so that the plain loop ``loss.backward(); opt.step()``
 needs no change.  Forward passes under `no_grad` are ignored, and so is everything while `muted`.
 """
@@ -9,9 +10,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import fields, is_dataclass
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from paraboloid.distributed import collectives
 from paraboloid.engine.twice_differentiable import twice_differentiable
 from paraboloid.losses import CrossEntropy, Loss
+from paraboloid.optim.recorded_passes import Recorded
 from paraboloid.passes.torch_internals import compiled_in_place, running_data_parallel
 from paraboloid.quantities.recording import Recording
 
@@ -62,8 +63,7 @@ class Capture:
         self._muted = False
         self._open: tuple[ExitStack, Recording, FrameType] | None = None
         self._depth = 0
-        self._last: tuple[Recording, Any, Any] | None = None
-        self._seen: tuple[Tensor, Tensor] | None = None
+        self._recorded = Recorded()
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(_Hook(self._before), with_kwargs=True),
             model.register_forward_hook(_Hook(self._after), with_kwargs=True, always_call=True),
@@ -89,7 +89,7 @@ class Capture:
 
     def forget(self) -> None:
         """Let go of the recorded pass, and count anew."""
-        self._last, self._seen, self.passes, self.nonfinite = None, None, 0, False
+        self._recorded, self.passes, self.nonfinite = Recorded(), 0, False
 
     @contextmanager
     def muted(self) -> Iterator[None]:
@@ -111,8 +111,7 @@ class Capture:
             self._depth += 1
         elif not self._muted and torch.is_grad_enabled() and self.wanted():
             self._check_wrapper()
-            self._last = self._seen = None
-            stack, tape = ExitStack(), Recording(self.model, self.verify)
+            stack, tape = ExitStack(), self._recorded.following() or Recording(self.model, self.verify)
             stack.enter_context(tape.recording())
             stack.enter_context(twice_differentiable() if self.twice else nullcontext())
             self._open, self._depth = (stack, tape, sys._getframe(2)), 1
@@ -133,7 +132,7 @@ class Capture:
             tape = self._open[1]
             self._close()
             if output is not None:
-                self._last = tape, output, _inputs(args, kwargs)
+                self._recorded.add(tape, output, _inputs(args, kwargs))
 
     def _close(self) -> None:
         assert self._open is not None
@@ -149,33 +148,32 @@ class Capture:
 
     @property
     def _waiting(self) -> bool:
-        return self._last is not None and not self._muted and torch.is_grad_enabled()
+        return bool(self._recorded.passes) and not self._muted and torch.is_grad_enabled()
 
     def _on_loss(self, f: Tensor, y: Tensor, value: Tensor | None = None) -> None:
-        """Measure, if f comes from the pass that was recorded last."""
-        if not self._waiting or not f.requires_grad:
+        """Measure, if f comes from passes that were recorded: each belongs to the loss that its output enters."""
+        if not self._waiting or not f.requires_grad or not (found := self._recorded.behind(f)):
             return
-        assert self._last is not None
-        tape, output, inputs = self._last
-        if not _comes_from(f, output):
-            return
-        if self._seen is not None:
-            if self._seen[0] is f and self._seen[1] is y:
-                return  # once more, for a log say
+        if all(p.seen_with(f, y) for p in found):
+            return  # once more, for a log say
+        if any(p.is_seen for p in found):
             raise RuntimeError("the loss was called twice on one forward pass with different outputs or targets, so "
                                "the curvature of their sum is not known here. Give the optimiser one loss that "
                                "contains both (pb.Loss objects add up), and call that.")  # fmt: skip
-        self._seen = f, y
+        first, tape, inputs = found[0], found[0].tape, found[0].inputs if len(found) == 1 else None
+        assert tape is not None
+        for p in found:
+            p.see(f, y)
         value = self.loss.value(f.detach(), y) if value is None else value
         if not collectives.everywhere(torch.isfinite(value.detach()), self.group):
             self.nonfinite = True
             return
         self.passes += 1
-        self.measure(Observed(tape, *by_sample(self.loss, f, y, _first(output)), inputs))
+        self.measure(Observed(tape, *by_sample(self.loss, f, y, first.samples), inputs))
 
     def observe(self, f: Tensor, y: Tensor) -> None:
         """What the hook on the loss does, for losses computed by a function: call it before backward()."""
-        if self._last is None and not self._muted and self.wanted():
+        if not self._recorded.passes and not self._muted and self.wanted():
             raise RuntimeError("no forward pass of the model was recorded since the last step; call the model (itself, "
                                "not a submodule or its .forward) with gradients enabled before observe().")  # fmt: skip
         self._on_loss(f, y)
@@ -204,52 +202,16 @@ def _remove(handles: list[RemovableHandle]) -> None:
     handles.clear()
 
 
-def by_sample(loss: Loss, f: Tensor, y: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+def by_sample(loss: Loss, f: Tensor, y: Tensor, N: int) -> tuple[Tensor, Tensor]:
     """Output and target with the samples on axis 0, where a sequence was flattened into rows for the loss.
 
     A [N T, C] output of a model whose output has N samples becomes [N, C, T] for cross-entropy, [N, T, C] for others;
     the loss is the same.
     """
-    N = len(output)
     if len(f) == N or N == 0 or len(f) % N or len(y) != len(f):
         return f, y
     f, y = f.unflatten(0, (N, -1)), y.unflatten(0, (N, -1))
     return (f.movedim(-1, 1) if isinstance(loss, CrossEntropy) and f.dim() == 3 else f), y
-
-
-def _first(output: Any) -> Tensor:
-    """The first tensor of the model's result that depends on its parameters."""
-    return next(t for t in _tensors(output) if t.requires_grad)
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors with axes in a model's result, whatever containers and dataclasses it is made of."""
-    if isinstance(output, Tensor):
-        yield from [output] if output.dim() else []
-    elif isinstance(output, Mapping):
-        yield from _tensors(tuple(output.values()))
-    elif isinstance(output, tuple | list):
-        for item in output:
-            yield from _tensors(item)
-    elif is_dataclass(output):
-        yield from _tensors([getattr(output, f.name) for f in fields(output)])
-
-
-def _comes_from(f: Tensor, output: Any, most: int = 64) -> bool:
-    """Whether f is one of the output's tensors or computed from one in few steps."""
-    tensors = [t for t in _tensors(output) if t.requires_grad]
-    if any(t is f for t in tensors):
-        return True
-    nodes = {t.grad_fn for t in tensors}
-    stack, seen = [f.grad_fn], set()
-    while stack and len(seen) < most:
-        node = stack.pop(0)
-        if node in nodes:
-            return True
-        if node is not None and node not in seen:
-            seen.add(node)
-            stack += [n for n, _ in node.next_functions]
-    return False
 
 
 def _inputs(args: tuple, kwargs: dict) -> Any:

@@ -159,6 +159,9 @@ class KFAC(Frame):
     def _wanted(self) -> bool:
         return self._curvature.factors_due(self.counters["steps"]) or self.step_size == "quadratic"
 
+    def _keeps_batches(self) -> bool:
+        return self.step_size == "quadratic"
+
     def _quantities(self) -> list[Any]:
         return self._curvature.quantities(self.counters["steps"])
 
@@ -210,14 +213,15 @@ class KFAC(Frame):
 
     def _move_by_model(self, moves: list[Move]) -> float:
         """delta = alpha d + mu delta_0 at the minimum of the quadratic model of the batch; its predicted change."""
-        if self._measured.inputs_and_target is None:
-            raise RuntimeError("step_size='quadratic' evaluates the model on the step's batch, but none was seen whose "
-                               "inputs are either all positional or all by name; call the model and the loss before "
-                               "step().")  # fmt: skip
+        batches = self._measured.batches
+        if not batches or None in batches:
+            raise RuntimeError("step_size='quadratic' evaluates the model on the step's batch, but none was seen, or "
+                               "one whose inputs are neither all positional nor all by name, or a loss of several "
+                               "passes of the model; call the model and then the loss before step().")  # fmt: skip
         started = any("last_step" in state for m in moves for state in m.states)
         with self._measured.muted():
-            C = GGN(self.model, self._measured.loss, self._measured.inputs_and_target, output=self._measured.output,
-                    seed=self.counters["steps"])  # fmt: skip
+            data = batches[0] if len(batches) == 1 else batches
+            C = GGN(self.model, self._measured.loss, data, output=self._measured.output, seed=self.counters["steps"])
             zeros = {k: torch.zeros_like(p) for k, p in C.parameters.items()}
             last = _named((m, m.kept("last_step")) for m in moves) if started else None
             alpha, mu, predicted = quadratic_step(

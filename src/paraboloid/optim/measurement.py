@@ -24,7 +24,8 @@ from paraboloid.quantities.result import Statistics
 class Measurement(Capture):
     """Quantities of an optimiser's training passes, measured when the loss is called.
 
-    opt          says in `_wanted()` whether passes are to be watched at all, in `_quantities()` what to measure now
+    opt          says in `_wanted()` whether passes are to be watched at all, in `_quantities()` what to measure now, in
+                 `_keeps_batches()` whether it evaluates the model on the step's batches itself
     by_samples   they are weighted by the number of samples, even where the loss is a sum
     """
 
@@ -34,7 +35,7 @@ class Measurement(Capture):
     ):  # fmt: skip
         self._opt: Any = weakref.proxy(opt)  # no cycle: the hooks go with an optimiser that nobody holds, at once
         self.max_memory, self.output, self.by_samples = max_memory, output, by_samples
-        self.pooled, self.inputs_and_target = Pooled(), None
+        self.pooled, self.batches = Pooled(), list[Any]()
         super().__init__(opt.model, loss_fn, verify, twice, opt._group)
 
     def wanted(self) -> bool:
@@ -50,7 +51,8 @@ class Measurement(Capture):
             )  # fmt: skip
             sums = self.loss.reduction == "sum" and not self.by_samples
             self.pooled.add(stats, sums, self.by_samples)
-        self.inputs_and_target = None if seen.inputs is None else (seen.inputs, seen.target)
+        if opt._keeps_batches():
+            self.batches.append(None if seen.inputs is None else (seen.inputs, seen.target))
 
     def elsewhere(self, batch: Any, quantities: Sequence[Quantity]) -> Mapping[str, Any]:
         """Quantities of another batch at the present parameters."""
@@ -76,7 +78,7 @@ class Measurement(Capture):
     def forget(self) -> None:
         """The step is over."""
         super().forget()
-        self.pooled, self.inputs_and_target = Pooled(), None
+        self.pooled, self.batches = Pooled(), []
 
 
 class Pooled:
