@@ -26,6 +26,7 @@ MAY_IMPORT = {
         "operators", "quadratics",
     },
     "posteriors": {"passes", "data", "losses", "linalg", "engine", "reductions", "quantities", "operators"},
+    "tomography": {"passes"},
     "logging": {"passes", "data", "losses", "linalg", "quantities", "noise"},
     "testing": {"passes", "data", "layers", "engine", "losses", "linalg", "quantities", "optim"},
     "problems": {"passes", "data", "losses"},
@@ -36,7 +37,7 @@ MAY_IMPORT = {
     },
     "": {
         "passes", "linalg", "logging", "losses", "noise", "operators", "optim", "posteriors", "problems", "quadratics",
-        "quantities", "testing", "jobs", "report",
+        "quantities", "testing", "tomography", "jobs", "report",
     },
 }  # fmt: skip
 FACE = {"__init__", "__main__", "cli"}

@@ -1,6 +1,6 @@
 """Local quadratic models of deep-learning losses from mini-batches: statistics, curvature, debiasing."""
 
-from paraboloid import linalg, logging, losses, noise, operators, optim, posteriors, quantities, testing
+from paraboloid import linalg, logging, losses, noise, operators, optim, posteriors, quantities, testing, tomography
 from paraboloid.linalg.kronecker import Kron
 from paraboloid.losses import Loss
 from paraboloid.operators import EKFAC, GGN, KFAC, KFLR, PCH, DiagonalGGN, EmpiricalFisher, Fisher, Hessian, LowRank
@@ -23,4 +23,5 @@ __all__ = [
     "Kron", "Loss", "LowRank", "Posterior", "Problem", "Quadratic", "Statistics", "bias", "cross_fit", "free_memory",
     "laplace", "linalg", "load_posterior", "logging", "losses", "noise", "operators", "optim", "posteriors",
     "predicted_bias", "quadratic", "quantities", "record", "shrunk_curvature", "statistics", "testing",
+    "tomography",
 ]  # fmt: skip

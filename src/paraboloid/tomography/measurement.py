@@ -1,0 +1,124 @@
+"""The door for measurement operators: what a user gives as A, made a `Projector`, and tried once."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import torch
+from torch import Tensor
+
+from paraboloid.tomography.projector import Matrix, Projector, Shape
+
+
+class Foreign:
+    """Products with somebody else's operator, one image after another, in its own arrays (torch's or NumPy's)."""
+
+    def __init__(self, A: Any, takes: Shape, gives: Shape, on_torch: bool):
+        self.A, self.takes, self.gives, self.on_torch = A, takes, gives, on_torch
+        self.shape = (math.prod(gives), math.prod(takes))
+
+    @property
+    def T(self) -> Foreign:
+        return Foreign(self.A.T, self.gives, self.takes, self.on_torch)
+
+    def times(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.stack([_product(self.A, one.view(self.takes), self.on_torch).reshape(-1) for one in x])
+
+
+def projector(A: Any, sinogram: Tensor, image_shape: Shape | None = None) -> Projector:
+    """A as a `Projector` of [H, W] images: itself, or any object with ``@`` and ``.T``.
+
+    A matrix [m, n] (SciPy's sparse matrices and LinearOperators, NumPy's and torch's arrays) multiplies flat images;
+    n is a square number, or `image_shape` says what shape they have.  Any other object multiplies images [H, W], and
+    its ``A.T @ sinogram`` shows which.  One product each way is made to see that A.T is the adjoint of A.
+
+    Raises TypeError for an object without ``@`` and ``.T``; ValueError where shapes and the sinogram disagree, and for
+    an A.T that is not the adjoint: <A x, y> and <x, A.T y> differ for random x and y.
+    """
+    if isinstance(A, Projector):
+        _check_sinogram(A.gives, sinogram)
+        return A
+    is_array = isinstance(A, np.ndarray | Tensor) or scipy.sparse.issparse(A)
+    if not hasattr(type(A), "__matmul__") or not hasattr(A, "T"):
+        raise TypeError(f"A is a {type(A).__name__}; expected an operator, that is an object with @ and .T.")
+    shape = tuple(getattr(A, "shape", ()))
+    if len(shape) == 2 and (is_array or shape[0] == sinogram.numel()):
+        made = _of_matrix(A, shape, sinogram, image_shape)
+    else:
+        made = _of_images(A, sinogram)
+    check_adjoint(made, sinogram.dtype)
+    return made
+
+
+def check_adjoint(A: Projector, dtype: torch.dtype) -> None:
+    """Raise ValueError unless <A x, y> = <x, A.T y> for one pair of x and y, within the precision's rounding.
+
+    x is random; y is random plus as much of A x, so that an A.T that is off by a factor shows as well.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in (A.takes, A.gives))
+    Ax = A @ x
+    y = y * (Ax.norm() / y.norm()) + Ax
+    one, other = float((Ax * y).sum()), float((x * (A.T @ y)).sum())
+    if not abs(one - other) <= (1e-8 if dtype == torch.float64 else 1e-3) * float(Ax.norm() * y.norm()):
+        raise ValueError(
+            f"A.T is not the adjoint of A: <A x, y> = {one:.6g} but <x, A.T y> = {other:.6g} for a random image x and "
+            "sinogram y; expected equal numbers. A back projection with a filter, or one that interpolates otherwise "
+            "than the projection, is no adjoint; pb.tomography.ParallelBeam has one, and so has a sparse matrix."
+        )
+
+
+def _of_matrix(A: Any, shape: Shape, sinogram: Tensor, image_shape: Shape | None) -> Projector:
+    m, n = shape
+    if m != sinogram.numel():
+        raise ValueError(f"A has the shape {shape} but the sinogram {tuple(sinogram.shape)}, {sinogram.numel()} "
+                         f"numbers; expected {m} of them.")  # fmt: skip
+    side = math.isqrt(n)
+    takes = (side, side) if image_shape is None else tuple(image_shape)
+    if math.prod(takes) != n or len(takes) != 2:
+        raise ValueError(f"A has {n} columns, which are no {takes[0]} x {takes[-1]} image; expected a square number of "
+                         "them, or image_shape=(H, W).")  # fmt: skip
+    names = ("image", "sinogram")
+    if scipy.sparse.issparse(A):
+        return Projector(
+            Matrix(scipy.sparse.csr_array(A, dtype=np.float64)), takes, tuple(sinogram.shape), names, sinogram.dtype
+        )
+    on_torch = isinstance(getattr(A, "dtype", None), torch.dtype)
+    linear = Foreign(A, (n,), (m,), on_torch)
+    return Projector(linear, takes, tuple(sinogram.shape), names, sinogram.dtype)
+
+
+def _of_images(A: Any, sinogram: Tensor) -> Projector:
+    on_torch, back = _tried(A.T, sinogram)
+    if back.dim() != 2:
+        raise ValueError(f"A.T @ sinogram has shape {tuple(back.shape)} for a sinogram {tuple(sinogram.shape)}; "
+                         "expected an image [H, W].")  # fmt: skip
+    takes, gives = tuple(back.shape), tuple(sinogram.shape)
+    forth = _product(A, back, on_torch)
+    if tuple(forth.shape) != gives:
+        raise ValueError(f"A gives sinograms of shape {tuple(forth.shape)}; found one of shape {gives}.")
+    return Projector(Foreign(A, takes, gives, on_torch), takes, gives, ("image", "sinogram"), sinogram.dtype)
+
+
+def _tried(A: Any, x: Tensor) -> tuple[bool, Tensor]:
+    """Whether A multiplies torch tensors (else NumPy arrays), and A @ x."""
+    try:
+        return True, _product(A, x, True)
+    except Exception:  # whatever an operator on NumPy arrays says to a tensor
+        return False, _product(A, x, False)
+
+
+def _product(A: Any, x: Tensor, on_torch: bool) -> Tensor:
+    found = A @ (x if on_torch else x.cpu().numpy())
+    found = found.detach() if isinstance(found, Tensor) else torch.from_numpy(np.array(found))
+    return found.to(x)
+
+
+def _check_sinogram(expected: Shape, sinogram: Tensor) -> None:
+    if tuple(sinogram.shape[-2:]) != expected:
+        raise ValueError(f"the sinogram has shape {tuple(sinogram.shape)}; expected [..., angles, detectors] with "
+                         f"{expected[0]} angles and {expected[1]} detectors, as A has.")  # fmt: skip
