@@ -7,6 +7,7 @@ import pytest
 import torch
 from linalg.matrices import Counted, with_spectrum
 
+import paraboloid as pb
 from paraboloid.linalg import Estimate, diagonal, hutchinson_trace, hutchpp_trace, spectral_density, xdiag, xtrace
 
 TRACES = [hutchinson_trace, hutchpp_trace, xtrace]
@@ -182,3 +183,25 @@ def test_xdiag_where_the_spectrum_decays():
     assert counted.products == 10
     with pytest.raises(ValueError, match="samples is 3; expected an integer of at least 4"):
         xdiag(M, samples=3)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "array", "product"])
+def test_matrices_that_are_not_symmetric_have_exchangeable_estimates_without_bias(kind):
+    """tr and diag of A B, whose symmetric part alone is not what products with A B show."""
+    first, second = with_spectrum(SPECTRA["decaying"]), with_spectrum(SPECTRA["flat"], seed=1)
+    M = first @ second
+    assert (M - M.T).norm() > 0.1 * M.norm()
+    parameters = {"w": torch.zeros(len(M), dtype=M.dtype)}
+    symmetric = [pb.operators.BlockDiagonal(parameters, [[0]], [A]) for A in (first, second)]
+    A = {"tensor": M, "array": M.numpy(), "product": symmetric[0] @ symmetric[1]}[kind]
+    draws = torch.stack([xdiag(A, samples=20, seed=s).as_subclass(torch.Tensor) for s in range(60)])
+    error = draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - M.diagonal()).abs() <= 5 * error).all()
+    for trace in TRACES:
+        totals = torch.tensor([trace(A, samples=21, seed=s) for s in range(60)])
+        assert abs(totals.mean() - M.trace()) <= 5 * totals.std() / len(totals) ** 0.5
+
+
+def test_xdiag_refuses_what_has_no_transpose():
+    with pytest.raises(ValueError, match=r"A, a Counted, is not symmetric, and xdiag needs .* or one with a transpose"):
+        xdiag(Counted(with_spectrum(SPECTRA["decaying"]).triu()), samples=20)

@@ -99,6 +99,17 @@ def test_the_split_inverse_is_the_papers():
     torch.testing.assert_close(zero.to_dense(), torch.eye(6) / (0.2 * 1.2))
 
 
+def test_a_factor_beside_a_number_is_inverted_exactly():
+    """A bias's block is number * left: damping it as a whole costs the same as splitting it."""
+    eye = torch.eye(3).double()
+    for number in (2.5, 0.0):
+        one = torch.full((1, 1), number).double()
+        rows = pb.Kron(Side("rows", torch.ones(1, 2, 3).double()), Side("matrix", one[None]))
+        diagonal = pb.Kron(torch.ones(3).double(), one)
+        for kron in (pb.Kron(factor(3), one), pb.Kron(one, factor(3)), diagonal, rows):
+            close(kron.inverse(0.3, split="pi").to_dense(), torch.linalg.inv(kron.to_dense() + 0.3 * eye))
+
+
 def test_single_precision_factors():
     kron = KRONS["weight"]()
     single = pb.Kron(kron.left.float(), kron.right.float())

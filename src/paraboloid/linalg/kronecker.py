@@ -100,6 +100,11 @@ class Side:
         """u_i . (factor u_i) for the columns u_i of a basis, [G, r]."""
         return self.diagonal() if basis.vectors is None else (basis.vectors * self.times(basis.vectors)).sum(1)
 
+    def scaled(self, factor: Tensor) -> Side:
+        """factor [G] times it, for numbers of at least 0."""
+        factor = factor.sqrt() if self.kind == "rows" else factor
+        return Side(self.kind, self.data * factor.view(-1, *(1,) * (self.data.dim() - 1)))
+
     def inverse(self, shift: Tensor, what: str) -> Side:
         """(factor + shift I)^-1 for a shift [G]; raises ValueError where that is not safely positive definite."""
         if self.kind == "diagonal":
@@ -266,12 +271,20 @@ class Kron:
     def split_inverse(self, damping: float, name: str = "the block") -> Kron:
         """(left + pi sqrt(damping) I)^-1 (x) (right + sqrt(damping) / pi I)^-1, an approximation of the damped inverse.
 
-        pi^2 is the mean eigenvalue of left over that of right.  Needs no eigendecomposition, only two inverses.
+        pi^2 is the mean eigenvalue of left over that of right.  Needs no eigendecomposition, only two inverses.  Where
+        one side is a number (a bias, a single output) nothing is split: (number * other + damping I)^-1, exact.
         Source: Martens & Grosse 2015, arXiv:1503.05671, section 6.3.
         """
         if not damping >= 0:
             raise ValueError(f"damping is {damping}; expected a number of at least 0 to split between the factors.")
         left, right = self.sides
+        shift = torch.full((self.groups,), float(damping), dtype=self.dtype, device=self.device)
+        if right.size == 1:
+            whole = left.scaled(right.dense().flatten()).inverse(shift, f"{name}: the left factor")
+            return Kron(whole, Side("matrix", torch.ones_like(right.dense())))
+        if left.size == 1:
+            whole = right.scaled(left.dense().flatten()).inverse(shift, f"{name}: the right factor")
+            return Kron(Side("matrix", torch.ones_like(left.dense())), whole)
         pi = ((left.trace() / left.size) / (right.trace() / right.size)).sqrt()
         pi = pi.where(torch.isfinite(pi) & (pi > 0), 1.0)
         return Kron(

@@ -51,6 +51,16 @@ class Operand:
         return (A @ v).detach().to(v.dtype)
 
 
+def transposed(A: Operand, what: str) -> Operand:
+    """The transpose of a matrix that is not symmetric; raises ValueError where it is not at hand as `A.T`."""
+    other = getattr(A.A, "T", None)
+    if other is None or tuple(getattr(other, "shape", ())) != A.shape:
+        raise ValueError(f"A, a {type(A.A).__name__}, is not symmetric, and {what} needs products with its transpose "
+                         "too; expected a symmetric operator, or one with a transpose A.T. Use "
+                         "pb.linalg.diagonal(A, samples=...), which takes products with A alone.")  # fmt: skip
+    return Operand(other)
+
+
 def check_choice(name: str, value: object, allowed: Collection[object]) -> None:
     """Raise ValueError unless the value is one of those allowed."""
     if value not in allowed:

@@ -66,7 +66,7 @@ def xtrace(A: Any, samples: int = 64, seed: Seed = 0) -> Estimate:
     S = left_out(R, A.size)
     C = C - S * (S * C).sum(0)  # w_i in the basis Q, without s_i
     sketched = H.trace() - (S * (H @ S)).sum(0)
-    rest = (W * Y).sum(0) - 2 * (C * (Z.T @ W)).sum(0) + (C * (H @ C)).sum(0)
+    rest = (W * Y).sum(0) - (C * (Z.T @ W + R)).sum(0) + (C * (H @ C)).sum(0)  # R = Q^T A W, Z^T W its symmetric twin
     length = A.size - C.square().sum(0)
     return mean_estimate(sketched + (A.size - q + 1) / length * rest)
 

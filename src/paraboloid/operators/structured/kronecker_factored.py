@@ -99,7 +99,8 @@ class KroneckerFactored(LinearOperator, kind="KroneckerFactored"):
 
     def inverse(self, damping: float = 0.0, split: str | None = None) -> Diagonalised | KroneckerFactored:
         """(A + damping I)^-1, exact by eigendecomposition; or with split="pi" an approximation by two inverses for each
-        parameter, (left + pi sqrt(damping) I)^-1 (x) (right + sqrt(damping) / pi I)^-1.
+        parameter, (left + pi sqrt(damping) I)^-1 (x) (right + sqrt(damping) / pi I)^-1.  Blocks with one factor alone,
+        those of biases, are exact with both.
 
         Raises ValueError, with the parameter's name, where an eigenvalue + damping is below eps times the largest.
         Source of the split: Martens & Grosse 2015, arXiv:1503.05671, section 6.3.
