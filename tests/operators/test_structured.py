@@ -139,6 +139,9 @@ def test_the_split_inverse_of_all_parameters():
     found = K.inverse(0.2, split="pi").to_dense()
     expected = torch.block_diag(*(k.inverse(0.2, split="pi").to_dense() for k in krons().values()))
     close(found, expected)
+    exact = K.inverse(0.2).to_dense()
+    for at in (slice(8, 12), slice(30, 33)):  # blocks with one factor alone: nothing to split
+        close(found[at, at], exact[at, at])
     with pytest.raises(ValueError, match="split is 'half'"):
         K.inverse(0.2, split="half")
 
@@ -320,3 +323,21 @@ def test_autocast_and_inference_mode_change_nothing(name):
         close(A.sqrt_matmul(A.sqrt_matmul(v)), expected @ v)
         values, vectors = A.eigsh(2)
         torch.testing.assert_close(expected @ vectors, vectors * values, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("scale", [4, 4.0, np.float32(4), np.array(4.0), torch.tensor(4.0)])
+def test_multiples_by_numbers_of_any_kind(scale):
+    K = kronecker_factored()
+    for A in (K, K @ K):
+        close((A / scale).to_dense(), A.to_dense() / 4)
+        close((A * scale).to_dense(), 4 * A.to_dense())
+
+
+def test_multiples_by_arrays_are_refused():
+    K = kronecker_factored()
+    for A in (K, K @ K):
+        for wrong in (np.ones(3), np.ones((1, 1)), "4"):
+            with pytest.raises(TypeError, match=r"unsupported operand|does not support ufuncs"):
+                A / wrong
+            with pytest.raises(TypeError, match=r"unsupported operand|does not support ufuncs|can.t multiply"):
+                A * wrong

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +15,7 @@ from paraboloid.linalg.estimate import Estimate, TensorEstimate, mean_estimate
 from paraboloid.linalg.operand import check_count
 from paraboloid.linalg.probes import Seed, block_size, blocks, generator_of, signs
 from paraboloid.operators import saving
-from paraboloid.operators.product import Product, as_scipy
+from paraboloid.operators.product import Product, as_number, as_scipy
 from paraboloid.passes import trees
 from paraboloid.passes.modes import precisely
 
@@ -251,14 +250,16 @@ class LinearOperator:
         return Sum(self, -other) if isinstance(other, LinearOperator) else NotImplemented
 
     def __mul__(self, scale: Any) -> LinearOperator:
-        return Scaled(self, float(scale)) if isinstance(scale, Real) else NotImplemented
+        return NotImplemented if (number := as_number(scale)) is None else Scaled(self, number)
 
     __rmul__ = __mul__
 
     def __truediv__(self, scale: Any) -> LinearOperator:
-        if scale == 0:
+        if (number := as_number(scale)) is None:
+            return NotImplemented
+        if number == 0:
             raise ValueError(f"the operator is divided by {scale}; expected a number other than 0.")
-        return Scaled(self, 1 / float(scale)) if isinstance(scale, Real) else NotImplemented
+        return Scaled(self, 1 / number)
 
     def __neg__(self) -> LinearOperator:
         return Scaled(self, -1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -40,11 +41,15 @@ class Product:
         return v
 
     def __mul__(self, scale: Any) -> Product:
+        if as_number(scale) is None:
+            return NotImplemented
         return Product(scale * self.factors[0], *self.factors[1:])
 
     __rmul__ = __mul__
 
     def __truediv__(self, scale: Any) -> Product:
+        if as_number(scale) is None:
+            return NotImplemented
         return Product(self.factors[0] / scale, *self.factors[1:])
 
     def __neg__(self) -> Product:
@@ -60,6 +65,16 @@ class Product:
 
     def __repr__(self) -> str:
         return " @ ".join(repr(A) for A in self.factors)
+
+
+def as_number(scale: Any) -> float | None:
+    """A real number, a tensor's or a NumPy array's of no axes too, as a float; None for anything else."""
+    if isinstance(scale, Real):
+        return float(scale)
+    if getattr(scale, "shape", None) == () and not isinstance(scale, complex):
+        value = scale.item()
+        return float(value) if isinstance(value, Real) else None
+    return None
 
 
 def as_scipy(A: Any, transposed: Any) -> Any:
