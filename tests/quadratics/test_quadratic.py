@@ -63,10 +63,11 @@ def test_everything_includes_weight_decay(kind, beta, memory, name):
     expected = value + g @ step + step @ C @ step / 2
     torch.testing.assert_close(q(step), expected, rtol=1e-10, atol=0)
     torch.testing.assert_close(q(tree(step, q.gradient)), expected, rtol=1e-10, atol=0)
-    D = random(3, len(g), seed=1)  # of any length: the values are d.g and d.C d
+    D = random(3, len(g), seed=1)  # of any length: the values are those per unit step
+    U = D / D.norm(dim=1, keepdim=True)
     slopes, curvatures = q.along(D)
-    torch.testing.assert_close(slopes, D @ g, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(curvatures, (D @ C * D).sum(1), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(slopes, U @ g, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(curvatures, (U @ C * U).sum(1), rtol=1e-10, atol=1e-12)
 
 
 def tree(vector, like):
@@ -193,6 +194,13 @@ def test_a_step_does_not_depend_on_the_directions_lengths():
     D = q.eigen_directions(3)
     lengths = torch.tensor([[2.0], [-0.5], [10.0]], dtype=torch.float64)
     torch.testing.assert_close(q.step_along(lengths * D, damping=0.1), q.step_along(D, damping=0.1))
+    slopes, curvatures = q.along(lengths * D)
+    torch.testing.assert_close(slopes, lengths[:, 0].sign() * q.along(D)[0])
+    torch.testing.assert_close(curvatures, q.along(D)[1])
+    D[1] = 0
+    for use in (q.along, q.step_along):
+        with pytest.raises(ValueError, match=r"direction 1 has the length 0; expected one above 0"):
+            use(D)
 
 
 # --- errors ------------------------------------------------------------------------------------------------------
@@ -282,7 +290,8 @@ def test_structured_curvatures_are_those_operators_with_weight_decay(name, Opera
     C = Operator(model, CE, data, seed=5).to_dense() + BETA * torch.eye(57, dtype=torch.float64)
     torch.testing.assert_close(q.curvature.to_dense(), C, rtol=1e-10, atol=1e-14)
     curvatures = q.along(random(4, 57))[1]
-    torch.testing.assert_close(curvatures, torch.stack([d @ C @ d for d in random(4, 57)]), rtol=1e-10, atol=1e-12)
+    expected = torch.stack([d @ C @ d / (d @ d) for d in random(4, 57)])
+    torch.testing.assert_close(curvatures, expected, rtol=1e-10, atol=1e-12)
     given = quadratic(model, CE, data, curvature=Operator(model, CE, data))
     assert given.kron_directions(3).shape == (3, 57)
 

@@ -52,12 +52,20 @@ class Quadratic:
         return trees.flatten(self.gradient, self.curvature.parameters)
 
     def along(self, directions: Tensor) -> tuple[Tensor, Tensor]:
-        """(slopes d.g [k], curvatures d.C d [k]) along the rows of `directions` [k, D], taken as they are given.
+        """(slopes d.g / |d| [k], curvatures d.C d / |d|^2 [k]) along the rows d of `directions` [k, D].
 
-        Of unit length they are the first and second derivative of q per unit step.  For the GGN a curvature needs J d
-        alone, about one gradient's cost.
+        The first and second derivative of q per unit step, whatever the directions' lengths.  For the GGN a curvature
+        needs J d alone, about one gradient's cost.  Raises ValueError for a direction of length 0, NaN or infinity.
         """
-        return self.curvature.rows(directions) @ self._flat_gradient, self.curvature.quadratic_forms(directions)
+        rows = self.curvature.rows(directions)
+        lengths = torch.linalg.vector_norm(rows, dim=1)
+        if not (lengths.isfinite() & (lengths > 0)).all():
+            wrong = int((~(lengths.isfinite() & (lengths > 0))).nonzero()[0])
+            raise ValueError(f"direction {wrong} has the length {lengths[wrong]:.4g}; expected one above 0, which says "
+                             "where to.")  # fmt: skip
+        if not (lengths - 1).abs().max() < 100 * torch.finfo(rows.dtype).eps:  # unit vectors are taken as they are
+            rows = rows / lengths.unsqueeze(1)
+        return rows @ self._flat_gradient, self.curvature.quadratic_forms(rows)
 
     def eigen_directions(self, k: int, tol: float | None = None, seed: Seed = 0) -> Tensor:
         """The top k eigenvectors of C, algebraically largest first: orthonormal rows [k, D]."""
@@ -114,19 +122,19 @@ class Quadratic:
         return directions
 
     def step_along(self, directions: Tensor, damping: float = 0.0) -> Tensor:
-        """sum_i -slope_i / (curvature_i + damping ||d_i||^2) d_i, with slopes and curvatures of this q: a flat [D].
+        """sum_i -slope_i / (curvature_i + damping) d_i / |d_i|, with slopes and curvatures of this q: a flat [D].
 
         With directions from another batch it is the debiased step; with this q's own conjugate directions, and the
         damping they were made with, the CG iterate.  Source: arXiv:2410.14325.
         """
         rows = self.curvature.rows(directions)
         slopes, curvatures = self.along(rows)
-        curvatures = curvatures + damping * rows.square().sum(1)
+        curvatures = curvatures + damping
         if not (curvatures != 0).all():
             flat = (curvatures == 0).nonzero()[0].item()
             raise ValueError(f"the curvature + damping is 0 along direction {flat}; expected a number other than 0 to "
                              f"divide the slope by. Give a damping above {damping}.")  # fmt: skip
-        return (-slopes / curvatures) @ rows
+        return (-slopes / curvatures / torch.linalg.vector_norm(rows, dim=1)) @ rows
 
 
 def chosen(q: Quadratic, directions: str, k: int, damping: float, seed: int, tol: float | None = None) -> Tensor:
