@@ -1,9 +1,11 @@
 """What other Laplace packages get wrong or refuse, each by name: right here."""
 
+import math
+
 import models
 import pytest
 import torch
-from posteriors.dense import close, curvature, jacobian
+from posteriors.dense import close, curvature, jacobian, log_evidence, theta
 from torch import nn
 from torch.linalg import LinAlgError
 from torch.utils.data import DataLoader, TensorDataset
@@ -123,3 +125,59 @@ def test_a_failed_cholesky_says_why():
     posterior.curvature.matrices[0].sub_(5 * torch.eye(31, dtype=F64))  # as an indefinite matrix of one's own would be
     with pytest.raises(LinAlgError, match=r"precision of 31 weights has no Cholesky factor .the curvature's smallest"):
         posterior.functional(x)
+
+
+@pytest.mark.parametrize("structure", ["full", "diag", "kron", "ekfac", "functional"])
+def test_the_empirical_fisher_of_a_gaussian_is_divided_by_the_noise_variance_twice(structure):
+    """Its gradients are (f - y) / s times the Jacobian, so that the curvature is r^2 J J^T / s^2."""
+    torch.manual_seed(0)
+    model, s, prior = nn.Linear(3, 1, bias=False).double(), 0.3, 0.7
+    x, y = torch.randn(12, 3, dtype=F64), torch.randn(12, 1, dtype=F64)
+    posterior = pb.laplace(model, nn.MSELoss(), (x, y), structure, fisher="empirical", noise_variance=s,
+                           prior_precision=prior, temperature=2.0)  # fmt: skip
+    f, J = jacobian(model, x)
+    g = (f - y) * J[:, 0] / s
+    H = g.T @ g / 2.0
+    if structure == "diag":
+        H = H.diagonal().diag()
+    if structure in ("kron", "ekfac"):  # the eigenvectors are the inputs'
+        kron = pb.statistics(model, nn.MSELoss(), (x, y), "kfac_empirical")["kfac_empirical"]["weight"]
+        values, U = torch.linalg.eigh(kron.right)
+        along = (g @ U).square().sum(0) if structure == "ekfac" else values * ((f - y) / s).square().sum()
+        H = (U * along / 2.0) @ U.T
+    Sigma = torch.linalg.inv(H + prior * torch.eye(3, dtype=F64))
+    close(posterior.functional(x)[1], J @ Sigma @ J.mT)
+    log_likelihood = -((f - y).square().sum() / s + 12 * math.log(2 * math.pi * s)) / 2 / 2.0
+    weights = theta(model)
+    expected = log_evidence(log_likelihood, H, torch.full((3,), prior, dtype=F64), weights)
+    close(posterior.log_evidence(), expected)
+    noise = torch.tensor(s, dtype=F64, requires_grad=True)
+    close(posterior.log_evidence(noise_variance=noise), expected)
+    posterior.temperature = 1.0
+    posterior.tune_prior("evidence", noise=True, steps=500)
+    noise = torch.tensor(posterior.noise_variance, dtype=F64, requires_grad=True)
+    (slope,) = torch.autograd.grad(posterior.log_evidence(noise_variance=noise), noise)
+    assert abs(slope * noise) < 1e-3  # tuned: a stationary point
+
+
+@pytest.mark.parametrize("structure", ["full", "diag", "kron", "functional", "lowrank"])
+def test_a_model_in_training_mode_predicts_as_in_evaluation_mode(structure):
+    """Neither batch norm's other samples nor one fixed mask of dropout have a say, at the fit and at predictions."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Dropout(), nn.Linear(4, 3)).double()
+    x, y = torch.randn(12, 3, dtype=F64), torch.arange(12) % 3
+    model(x)  # running statistics
+    expected = pb.laplace(model.eval(), CE, (x, y), structure)
+    model.train()
+    model[3].eval()
+    found = pb.laplace(model, CE, (x, y), structure, weights="all")
+    for link in ("probit", "mc", "weights"):
+        close(found.predict(x, link, samples=20), expected.predict(x, link, samples=20))
+        close(expected.predict(x[:5], link, samples=20), expected.predict(x, link, samples=20)[:5])
+    close(found.functional_samples(x[:2], 3), expected.functional_samples(x, 3)[:, :2])
+    close(found.log_evidence(), expected.log_evidence())
+    close(found.update((x, y)).functional(x)[1], expected.update((x, y)).functional(x)[1])
+    assert [m.training for m in model] == [True, True, True, False, True]
+    close(torch.tensor(found.tune_prior("adapted", (x, y)).prior_precision).double(),
+          torch.tensor(expected.tune_prior("adapted", (x, y)).prior_precision).double())  # fmt: skip
+    close(torch.tensor(found.match_confidence((x, y)).sharpness), torch.tensor(expected.match_confidence((x, y)).sharpness))  # fmt: skip

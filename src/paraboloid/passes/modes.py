@@ -10,7 +10,6 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import nn
 
 from paraboloid.passes.torch_internals import COMPILER
 
@@ -68,9 +67,13 @@ def precisely(method: Callable[P, R]) -> Callable[P, R]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and afterwards each of its modules in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
+def evaluating(model: Any) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards each of its modules in the mode it was in; a plain callable, or a
+    model that is in evaluation mode, as it is."""
+    modes = {module: module.training for module in model.modules()} if hasattr(model, "modules") else {}
+    if not any(modes.values()):
+        yield
+        return
     model.eval()
     try:
         yield

@@ -39,7 +39,8 @@ def laplace(
     """The Laplace approximation at a trained model's weights: N(theta, (H / noise_variance + Lambda)^-1).
 
     H is the GGN of the *summed* negative log-likelihood of the data, whatever `reduction` says (class weights and
-    ignored targets inside), and Lambda the diagonal of the prior's precisions.
+    ignored targets inside), and Lambda the diagonal of the prior's precisions.  The empirical Fisher of a squared error
+    is divided by noise_variance^2: its gradients are (f - y) / noise_variance times the Jacobian.
 
     loss_fn          CrossEntropyLoss (categorical), BCEWithLogitsLoss (Bernoulli), MSELoss (read as
                      N(f, noise_variance I)), GaussianNLL (heteroscedastic), PoissonNLLLoss, or a `pb.Loss` of your own
@@ -57,7 +58,8 @@ def laplace(
     output           picks the output tensor from a structured result, e.g. ``lambda o: o.logits``
     max_memory       bytes, an upper aim for temporary memory
 
-    The model is used in the mode it is in (call eval() for batch norm and dropout) and left as it was.
+    The model is run in evaluation mode, at the fit and at predictions, and left in the mode it is in: a prediction
+    depends neither on the batch that an input comes in nor on masks of dropout.
 
     Raises ValueError for arguments that do not fit, weights that are not finite, and matrices that would not fit into
     memory (saying how large they are, and what would); TypeError for an unknown loss.

@@ -75,6 +75,11 @@ class Likelihood:
         """What the summed loss and its curvature are multiplied by: 1 / noise_variance of a Gaussian, else 1."""
         return 1 / noise_variance if self.takes_noise else 1.0
 
+    def curvature_strength(self, noise_variance: Any, fisher: str) -> Any:
+        """What the curvature is multiplied by: as the loss, but for products of gradients, which it enters twice."""
+        strength = self.strength(noise_variance)
+        return strength * strength if fisher == "empirical" else strength
+
     def log_normalizer(self, elements: int, noise_variance: Any) -> Any:
         """Sum over the target's elements of log(2 pi noise_variance) / 2 of a Gaussian, else 0."""
         if not self.takes_noise:

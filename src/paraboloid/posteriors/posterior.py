@@ -40,8 +40,9 @@ class Posterior:
     """N(theta, (strength H + Lambda)^-1) over the chosen weights theta of a trained model.
 
     H is the curvature of the summed negative log-likelihood in one of the structures, Lambda = diag(prior_precision),
-    and strength = 1 / (noise_variance * temperature).  Made by `paraboloid.laplace`; `model` must keep its weights, and
-    stay in the mode in which it was (eval() for batch norm).
+    and strength = 1 / (noise_variance * temperature), or 1 / (noise_variance^2 * temperature) with the empirical
+    Fisher, whose gradients (f - y) / noise_variance enter twice.  Made by `paraboloid.laplace`; `model` must keep its
+    weights.  It is run in evaluation mode, whatever mode it is in, and left as it was.
     """
 
     model: nn.Module
@@ -81,9 +82,10 @@ class Posterior:
         return priors.scalars(prior, self.structure) if self.structure in ("kron", "ekfac") else prior
 
     def strength(self, noise_variance: Any = None) -> Any:
-        """What H is multiplied by: 1 / (noise_variance * temperature), with noise_variance 1 but for a Gaussian."""
+        """What H is multiplied by: 1 / (noise_variance * temperature), with noise_variance 1 but for a Gaussian; its
+        square in the empirical Fisher, which is made of gradients."""
         noise = self.noise_variance if noise_variance is None else noise_variance
-        return self.likelihood.strength(noise) / self.temperature
+        return self.likelihood.curvature_strength(noise, self.options.get("fisher", "exact")) / self.temperature
 
     def precision(self, prior: priors.Prior | None = None, noise_variance: Any = None) -> Precision:
         """strength H + Lambda and its inverse; the last one that no gradients flow through is remembered."""

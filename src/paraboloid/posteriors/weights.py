@@ -10,6 +10,7 @@ from torch import nn
 from paraboloid.data import batches as batch_data
 from paraboloid.data.batches import Data, Output
 from paraboloid.passes import trees
+from paraboloid.passes.modes import evaluating
 from paraboloid.passes.parameter_layers import layer_of
 from paraboloid.quantities.recording import forward
 
@@ -50,7 +51,7 @@ def _last_layer(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], data: Data, output: Output | None
 ) -> list[str]:
     inputs, target = next(batch_data.batches(data))
-    with forward(model, inputs, target.device, 0, output, verify=False) as (tape, f):
+    with evaluating(model), forward(model, inputs, target.device, 0, output, verify=False) as (tape, f):
         calls = tape.reached(f, tape.calls).calls if f.requires_grad else []
     if not calls:
         raise ValueError("no layer with trainable parameters was found between the inputs and the output; expected one "
@@ -63,13 +64,15 @@ def _last_layer(
 
 @contextmanager
 def only(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Inside, the other parameters are frozen: nothing is recorded below the first chosen layer."""
+    """Inside, the other parameters are frozen, and the model is in evaluation mode: nothing is recorded below the first
+    chosen layer, and no sample depends on the others."""
     wanted = set(names)
     frozen = [p for name, p in trees.parameters(model).items() if name not in wanted]
     for p in frozen:
         p.requires_grad_(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         for p in frozen:
             p.requires_grad_(True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from paraboloid.data import batches as batch_data
 from paraboloid.data.batches import Inputs
 from paraboloid.linalg.operand import check_count
+from paraboloid.passes.modes import evaluating
 from paraboloid.passes.random_state import isolated
 from paraboloid.passes.wrappers import Elsewhere
 from paraboloid.posteriors.prediction.sharpness import sharpened
@@ -136,7 +137,7 @@ def _network_draws(posterior: Posterior, x: Inputs, samples: int, seed: int) -> 
     drawn = posterior.sample(samples, seed)
     for s in range(samples):
         network: Any = Elsewhere(posterior.model, {k: w[s] for k, w in drawn.items()})
-        with isolated(network.model, next(iter(drawn.values())).device, 0):
+        with evaluating(network.model), isolated(network.model, next(iter(drawn.values())).device, 0):
             f = batch_data.call(network, x, posterior.output)
         yield f
 

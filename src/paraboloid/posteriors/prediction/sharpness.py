@@ -16,6 +16,7 @@ from torch import Tensor
 
 from paraboloid.data import batches as batch_data
 from paraboloid.data.batches import Data
+from paraboloid.passes.modes import evaluating
 from paraboloid.passes.random_state import isolated
 from paraboloid.passes.wrappers import unwrapped
 
@@ -36,7 +37,8 @@ def matched(posterior: Posterior, data: Data | None) -> float:
     kind = posterior.likelihood.kind
     predicted, own, seen = [], 0.0, 0
     for inputs, _ in batch_data.batches(data):
-        with torch.no_grad(), isolated(posterior.model, next(iter(posterior.weights.values())).device, 0):
+        device = next(iter(posterior.weights.values())).device
+        with torch.no_grad(), evaluating(posterior.model), isolated(posterior.model, device, 0):
             f = batch_data.call(unwrapped(posterior.model), inputs, posterior.output)
         predicted.append(_logits(posterior.predict(inputs), kind))
         own += _entropy(f, kind).sum().item()

@@ -40,7 +40,8 @@ def tune(
         raise ValueError("method='adapted' needs the training data, and this posterior has it no longer (it was loaded "
                          "or updated); pass data=, all of it.")  # fmt: skip
     else:
-        by_evidence(posterior, data if method == "adapted" else None, per, noise, steps)
+        with only(posterior.model, list(posterior.weights)):
+            by_evidence(posterior, data if method == "adapted" else None, per, noise, steps)
 
 
 def by_evidence(posterior: Posterior, data: Data | None, per: str, noise: bool, steps: int) -> None:
@@ -53,24 +54,26 @@ def by_evidence(posterior: Posterior, data: Data | None, per: str, noise: bool, 
     )
     theta, delta, linear = posterior.weights, None, None
     if data is not None:
-        with only(posterior.model, list(theta)):
-            linear = LinearisedModel.of(
-                posterior.model, posterior.likelihood.loss, data, posterior.output, posterior.max_memory
-            )
+        linear = LinearisedModel.of(
+            posterior.model, posterior.likelihood.loss, data, posterior.output, posterior.max_memory
+        )
     # The relative change of every precision that ends the updates.
     tolerance = 1e-6 if next(iter(theta.values())).dtype == torch.float64 else 1e-3
+    strength = lambda: posterior.likelihood.strength(posterior.noise_variance) / posterior.temperature  # noqa: E731
+    # Times gamma / noise_variance the slope of -log_det: twice as steep where the curvature is made of gradients.
+    slope = posterior.temperature * (2 if posterior.options.get("fisher") == "empirical" else 1)
     moved = [math.inf]
     for _ in range(steps):
         precision = posterior.precision(prior)
         if linear is not None:
             # No more exact than the precisions are by now, which move on.
             rough = max(tolerance / 100, min(1e-2, 0.1 * max(moved)))
-            delta = optimum(linear, priors.flat(prior, theta), precision.strength, delta, precision.apply, rough)
+            delta = optimum(linear, priors.flat(prior, theta), strength(), delta, precision.apply, rough)
             weights, loss = trees.unflatten(linear.theta + delta, theta), linear.value(delta).item()
         updated, gamma = mackay(precision, groups, weights)
         moved = [abs(math.log(float(updated[names[0]] / prior[names[0]].mean()))) for names in groups]
         if noise:
-            variance = 2 * loss / max(posterior.elements - gamma.item(), 1e-3 * posterior.elements)
+            variance = 2 * loss / max(posterior.elements - slope * gamma.item(), 1e-3 * posterior.elements)
             moved.append(abs(math.log(variance / posterior.noise_variance)))
             posterior.noise_variance = variance
         prior = updated
