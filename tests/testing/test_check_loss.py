@@ -8,6 +8,8 @@ from torch import nn
 
 import paraboloid as pb
 
+BEAM = pb.tomography.ParallelBeam(4, 2)
+
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("name", CASES)
@@ -23,9 +25,12 @@ def test_every_torch_loss(name, reduction):
         (Dice(), *images()),
         (Dice("clip"), *images()),
         (pb.losses.GaussianNLL(log_variance=True), draw(3, 4), draw(3, 2, seed=1)),
+        (pb.losses.Observed(nn.MSELoss(), BEAM), draw(3, 4, 4), draw(3, *BEAM.gives, seed=1)),
+        (2 * pb.losses.Observed(pb.losses.PoissonNLL(), BEAM), draw(2, 3, 4, 4), draw(2, 3, *BEAM.gives).exp()),
+        (pb.losses.Observed(pb.losses.MSE("sum") + pb.losses.MSE(), BEAM), draw(2, 4, 4), draw(2, *BEAM.gives)),
         (2 * pb.losses.MSE() + pb.losses.MSE(reduction="sum"), draw(3, 2), draw(3, 2, seed=1)),
     ],
-    ids=["learned variance", "dice", "dice, clipped", "gaussian", "sum"],
+    ids=["learned variance", "dice", "dice, clipped", "gaussian", "observed", "observed counts", "observed sum", "sum"],
 )
 def test_losses_of_all_kinds(loss, f, y):
     pb.testing.check_loss(loss, f, y)

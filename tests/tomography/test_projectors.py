@@ -11,8 +11,7 @@ import scipy.sparse.linalg
 import torch
 
 import paraboloid as pb
-from paraboloid.tomography import FanBeam, ParallelBeam
-from paraboloid.tomography.measurement import projector
+from paraboloid.tomography import FanBeam, ParallelBeam, as_projector
 
 # torch itself scripts functions when forward mode is first used
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
@@ -171,13 +170,13 @@ def test_any_object_with_a_product_and_a_transpose_is_an_operator():
     matrix = A.to_scipy()
     for given in (A, matrix, scipy.sparse.coo_matrix(matrix), scipy.sparse.linalg.aslinearoperator(matrix), matrix.toarray(),
                   torch.from_numpy(matrix.toarray()), OnImages(A), OnImages(A, of_numpy=True)):  # fmt: skip
-        found = projector(given, y)
+        found = as_projector(given, y)
         torch.testing.assert_close(found @ x, A @ x)
         torch.testing.assert_close(found.T @ y, A.T @ y)
         assert torch.autograd.gradcheck(lambda x, found=found: found @ x, x, check_forward_ad=True)
-    flat = projector(matrix, y.flatten())
+    flat = as_projector(matrix, y.flatten())
     assert (flat @ x).shape == (2, y.numel())
-    wide = projector(matrix[:, :20], y, image_shape=(4, 5))
+    wide = as_projector(matrix[:, :20], y, image_shape=(4, 5))
     assert wide.takes == (4, 5)
 
 
@@ -198,10 +197,10 @@ ERRORS = [
     (lambda: ParallelBeam(8, 3) @ torch.zeros(8, 9), r"the image has shape \(8, 9\); expected \[..., 8, 8\]"),
     (lambda: ParallelBeam(8, 3).T @ torch.zeros(4, 12), r"the sinogram has shape \(4, 12\); expected \[..., 3, 12\]"),
     (lambda: ParallelBeam(8, 3) @ torch.zeros(8, 8, dtype=torch.complex64), "expected real numbers"),
-    (lambda: projector(ParallelBeam(8, 3), torch.zeros(4, 12)), "with 3 angles and 12 detectors, as A has"),
-    (lambda: projector(torch.rand(6, 16), torch.zeros(7)), "7 numbers; expected 6 of them"),
-    (lambda: projector(torch.rand(6, 15), torch.zeros(6)), "A has 15 columns, which are no 3 x 3 image"),
-    (lambda: projector(OnImages(ParallelBeam(5, 3), adjoint=1.02), torch.rand(3, 9)), "A.T is not the adjoint of A: <A x, y> = "),
+    (lambda: as_projector(ParallelBeam(8, 3), torch.zeros(4, 12)), "with 3 angles and 12 detectors, as A has"),
+    (lambda: as_projector(torch.rand(6, 16), torch.zeros(7)), "7 numbers; expected 6 of them"),
+    (lambda: as_projector(torch.rand(6, 15), torch.zeros(6)), "A has 15 columns, which are no 3 x 3 image"),
+    (lambda: as_projector(OnImages(ParallelBeam(5, 3), adjoint=1.02), torch.rand(3, 9)), "A.T is not the adjoint of A: <A x, y> = "),
 ]  # fmt: skip
 
 
@@ -213,9 +212,9 @@ def test_errors(call, message):
 
 def test_what_is_no_operator():
     with pytest.raises(TypeError, match="A is a list; expected an operator, that is"):
-        projector([[1.0]], torch.zeros(1))
+        as_projector([[1.0]], torch.zeros(1))
     with pytest.raises(TypeError):
         ParallelBeam(8, 3) @ [1.0]
     with pytest.raises(NotImplementedError, match="known by its products alone"):
-        projector(OnImages(ParallelBeam(5, 3)), torch.rand(3, 9)).to_scipy()
+        as_projector(OnImages(ParallelBeam(5, 3)), torch.rand(3, 9)).to_scipy()
     assert pb.tomography.ParallelBeam is ParallelBeam

@@ -13,11 +13,13 @@ from paraboloid.losses.elementwise import BCE, MSE, BCEWithLogits, Elementwise
 from paraboloid.losses.gaussian import GaussianNLL
 from paraboloid.losses.log_probabilities import NLL, KLDiv
 from paraboloid.losses.loss import Loss, LossFunction, NoTargets, Scaled, Sum, settled
+from paraboloid.losses.observed import Observed
 from paraboloid.losses.opaque import Opaque
 from paraboloid.losses.poisson import PoissonNLL
 from paraboloid.losses.torch_module import PiecewiseLinear, TorchElementwise, TorchLoss
 
 __all__ = [
     "BCE", "MSE", "NLL", "BCEWithLogits", "CrossEntropy", "Elementwise", "GaussianNLL", "KLDiv", "Loss", "LossFunction",
-    "NoTargets", "Opaque", "PiecewiseLinear", "PoissonNLL", "Scaled", "Sum", "TorchElementwise", "TorchLoss", "settled",
+    "NoTargets", "Observed", "Opaque", "PiecewiseLinear", "PoissonNLL", "Scaled", "Sum", "TorchElementwise",
+    "TorchLoss", "settled",
 ]  # fmt: skip

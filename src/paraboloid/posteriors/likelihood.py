@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paraboloid.losses import MSE, BCEWithLogits, CrossEntropy, GaussianNLL, Loss, LossFunction, PoissonNLL, Scaled
+from paraboloid.losses import (
+    MSE,
+    BCEWithLogits,
+    CrossEntropy,
+    GaussianNLL,
+    Loss,
+    LossFunction,
+    Observed,
+    PoissonNLL,
+    Scaled,
+)
 
 KINDS = ("categorical", "bernoulli", "gaussian", "heteroscedastic", "poisson", "other")
 
@@ -32,7 +42,8 @@ class Likelihood:
     """-log p(y | f) = loss(f, y) + constant(y), summed over the samples and unreduced, whatever `reduction` says.
 
     A squared error is read as N(f, noise_variance I): `loss` is half of it, and the noise variance enters by `strength`
-    (and `log_normalizer`), so that it can be changed, or tuned, without another pass over the data.
+    (and `log_normalizer`), so that it can be changed, or tuned, without another pass over the data.  One behind a
+    linear measurement (`losses.Observed`) is N(A f, noise_variance I).
     """
 
     kind: str
@@ -48,8 +59,9 @@ class Likelihood:
                 f"the loss is a sum of terms with the reductions {[t.reduction for t in loss.terms]}; expected one "
                 "reduction, so that the unreduced loss is a negative log-likelihood."
             )
-        summed = Scaled(loss, 0.5 if isinstance(loss, MSE) else 1.0, normalizer=1.0)
-        if isinstance(loss, MSE):
+        is_squared = isinstance(loss.loss if isinstance(loss, Observed) else loss, MSE)
+        summed = Scaled(loss, 0.5 if is_squared else 1.0, normalizer=1.0)
+        if is_squared:
             return Likelihood("gaussian", summed)
         if isinstance(loss, CrossEntropy):
             return Likelihood("categorical", summed)
@@ -65,6 +77,11 @@ class Likelihood:
     def given(self) -> Any:
         """The loss itself, of the class that `kind` stands for."""
         return self.loss.loss
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether the targets are measurements of the outputs, so that a prediction, of outputs, has no noise."""
+        return isinstance(self.given, Observed)
 
     @property
     def takes_noise(self) -> bool:

@@ -29,7 +29,7 @@ class Foreign:
             return torch.stack([_product(self.A, one.view(self.takes), self.on_torch).reshape(-1) for one in x])
 
 
-def projector(A: Any, sinogram: Tensor, image_shape: Shape | None = None) -> Projector:
+def as_projector(A: Any, sinogram: Tensor, image_shape: Shape | None = None) -> Projector:
     """A as a `Projector` of [H, W] images: itself, or any object with ``@`` and ``.T``.
 
     A matrix [m, n] (SciPy's sparse matrices and LinearOperators, NumPy's and torch's arrays) multiplies flat images;

@@ -74,7 +74,12 @@ def _predict(posterior: Posterior, x: Inputs, link: str | None, samples: int, se
         return poisson(posterior, mean, variance)
     if kind == "heteroscedastic":
         return heteroscedastic(posterior, mean, variance)
-    return Prediction(mean, variance, torch.full_like(variance, posterior.noise_variance))
+    return Prediction(mean, variance, gaussian_noise(posterior, variance))
+
+
+def gaussian_noise(posterior: Posterior, like: Tensor) -> Tensor:
+    """The noise's variance in what is predicted: none where the output itself is, since only a measurement has it."""
+    return torch.full_like(like, 0.0 if posterior.likelihood.is_observed else posterior.noise_variance)
 
 
 def poisson(posterior: Posterior, mean: Tensor, variance: Tensor) -> Prediction:
@@ -112,7 +117,7 @@ def averaged(posterior: Posterior, draws: Iterator[Tensor]) -> Any:
     moments = []
     for f in draws:
         if kind == "gaussian":
-            moments.append((f, torch.full_like(f, posterior.noise_variance)))
+            moments.append((f, gaussian_noise(posterior, f)))
         else:
             found = poisson if kind == "poisson" else heteroscedastic
             certain = found(posterior, f, torch.zeros_like(f))
