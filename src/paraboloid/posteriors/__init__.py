@@ -10,13 +10,16 @@ from typing import Any
 
 from paraboloid.posteriors.candidates import Candidates
 from paraboloid.posteriors.fit_laplace import laplace
+from paraboloid.posteriors.fit_sampled import sampled_laplace
 from paraboloid.posteriors.laplace_torch import Laplace
 from paraboloid.posteriors.online import train_by_evidence
 from paraboloid.posteriors.posterior import Posterior, load_posterior
 from paraboloid.posteriors.prediction.predictive import Prediction
+from paraboloid.posteriors.sampled.sampled_posterior import SampledPosterior
 
 __all__ = [
-    "Candidates", "Laplace", "Posterior", "Prediction", "laplace", "load_posterior", "train_by_evidence",
+    "Candidates", "Laplace", "Posterior", "Prediction", "SampledPosterior", "laplace", "load_posterior",
+    "sampled_laplace", "train_by_evidence",
 ]  # fmt: skip
 
 

@@ -75,7 +75,9 @@ def as_loss(loss_fn: LossFunction) -> Loss:
 
 
 @contextmanager
-def _twice(model: Any, autocast: Autocast, inside: Callable[[], AbstractContextManager[T]]) -> Iterator[T]:
+def differentiated_twice(
+    model: Any, autocast: Autocast, inside: Callable[[], AbstractContextManager[T]]
+) -> Iterator[T]:
     """Of a forward pass that will be differentiated twice."""
     with undisturbed(model), TwiceDifferentiable(), autocast(), inside() as given:
         yield given
@@ -107,10 +109,10 @@ class Replay(Passes[Any]):
         self.max_memory = RECORDINGS.of(max_memory)
         model = innermost(model)
         self.autocast = Autocast(next(iter(trees.parameters(model).values())).device)
+        around = partial(differentiated_twice, model, self.autocast, inside)
+        instead = f", or let the graphs fit into max_memory (now {self.max_memory} bytes), so that one pass is enough"
         super().__init__(
-            model, as_loss(loss_fn), data, partial(_twice, model, self.autocast, inside), output=output, seed=seed,
-            ordered=ordered, instead=f", or let the graphs fit into max_memory (now {self.max_memory} bytes), so that "
-            "one pass is enough",
+            model, as_loss(loss_fn), data, around, output=output, seed=seed, ordered=ordered, instead=instead
         )  # fmt: skip
         self.graph = graph
         self.versions = self._versions()
@@ -230,7 +232,7 @@ class Replay(Passes[Any]):
         """(tape, output, targets) of each batch of one pass, its forward pass made inside ``with record() as tape``."""
         self.check_unchanged()
         with undisturbed(self.model):
-            yield self.inside(partial(_twice, self.model, self.autocast, record))
+            yield self.inside(partial(differentiated_twice, self.model, self.autocast, record))
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(version(p), p.data_ptr()) for p in self.parameters.values()]

@@ -1,0 +1,161 @@
+"""The linear system whose solutions are posterior samples, over the graphs of the data; it knows J and J^T alone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paraboloid.losses import NoTargets
+from paraboloid.operators.matrix_free.jacobian_form import JacobianForm
+from paraboloid.operators.matrix_free.output_graph import OutputGraph
+from paraboloid.operators.vectors import join, put, split
+from paraboloid.posteriors.sampled import noise
+from paraboloid.quantities.curvature import DiagGGN
+from paraboloid.quantities.recording import record
+
+RELATIVE_FLOOR = 1e-12  # of the curvature's diagonal, below which a weight counts as unseen by the data
+
+
+@dataclass(eq=False)
+class TangentSystem:
+    """(S (strength G) S + Lambda) w = b over rows w [K, D], with G = sum_n J_n^T H_n J_n of the summed loss.
+
+    A row stands for the deviation S w of the weights, where S = diag(scale) is the g-prior's (the identity without).
+    b = Lambda^1/2 theta_0 + sqrt(strength) S sum_n J_n^T L_n eps_n with L_n L_n^T = H_n and standard normal theta_0 and
+    eps makes each solution an exact draw from N(0, (S strength G S + Lambda)^-1): the minimiser of
+
+        strength / 2 sum_n ||J_n S w||^2_{H_n} + ||w - Lambda^-1 b||^2_Lambda / 2.
+
+    Source: Antoran et al. 2023, arXiv:2210.04994, equation 7.
+    """
+
+    curvature: JacobianForm
+    strength: float
+    seed: int
+    samples: range  # which of the posterior's samples are solved for here
+    scale: Tensor | None = None  # [D]
+
+    def __post_init__(self) -> None:
+        self.replay = self.curvature.replay
+        self.parameters: list[Tensor] = list(self.replay.parameters.values())
+        self.size = sum(p.numel() for p in self.parameters)
+
+    @property
+    def everyone(self) -> range:
+        """All samples of the posterior, those of other processes included."""
+        return range(self.samples.stop)
+
+    @property
+    def like(self) -> Tensor:
+        return self.parameters[0].detach()
+
+    def product(self, rows: Tensor) -> Tensor:
+        """S (strength G) S times the rows of a [K, D] tensor; one pass over the data."""
+        found = self.curvature._product(self.deviations(rows))
+        found.mul_(self.strength)
+        return found if self.scale is None else found.mul_(self.scale)
+
+    def deviations(self, rows: Tensor) -> Tensor:
+        """S w: deviations of the weights."""
+        return rows if self.scale is None else rows * self.scale
+
+    def prior_noise(self, sample: int) -> Tensor:
+        """theta_0 [D]."""
+        return noise.of_prior(self.seed, sample, self.size, self.like)
+
+    @torch.no_grad()
+    def right_hand_sides(self, precision: Tensor) -> Tensor:
+        """b [K, D] under Lambda = diag(precision [D]); one pass over the data."""
+        b, start = self.like.new_zeros(len(self.samples), self.size), 0
+        with self.replay.graphs() as graphs:
+            for graph in graphs:
+                self.replay.certify(graph)
+                u = self._noisy_outputs(graph, start)
+                start += len(graph.f)
+                for k in range(len(u)):
+                    put(graph.pull(u[k]), b[k], self.strength**0.5, add=True)
+        if self.scale is not None:
+            b.mul_(self.scale)
+        for row, sample in zip(b, self.samples, strict=True):
+            row.addcmul_(precision.sqrt(), self.prior_noise(sample))
+        return b
+
+    @torch.no_grad()
+    def reweighted(self, b: Tensor, before: Tensor, after: Tensor) -> None:
+        """The right-hand sides under another prior, in place: theta_0 alone moves with it."""
+        moved = after.sqrt() - before.sqrt()
+        for row, sample in zip(b, self.samples, strict=True):
+            row.addcmul_(moved, self.prior_noise(sample))
+
+    def _noisy_outputs(self, graph: OutputGraph, start: int, samples: range | None = None) -> Tensor:
+        """L_n eps_n [K, *f.shape] of a batch whose first data point is number `start`."""
+        samples = self.samples if samples is None else samples
+        f, columns = graph.f.detach(), graph.root_columns()
+        eps = noise.of_data(self.seed, start, len(f), samples, columns, f)
+        u = f.new_zeros(len(samples), *f.shape)
+        for v, column in enumerate(graph.root()):
+            u.addcmul_(column, eps[:, :, v].reshape(len(samples), len(f), *[1] * (f.dim() - 1)))
+        return u
+
+    def diagonal(self) -> Tensor:
+        """The diagonal of strength G, [D]: exact where the root of H_n has no more columns than there are samples, else
+
+            mean over the samples of sum_n (J_n^T L_n eps_n)^2,
+
+        by the engine in one pass.  Where an operation has no rule, the squares of the sums over n, which have the same
+        mean and more variance.
+        """
+        total = self.like.new_zeros(self.size)
+        if not self._squares(total):
+            total.zero_()
+            start = 0
+            with torch.no_grad(), self.replay.graphs() as graphs:
+                sums = self.like.new_zeros(len(self.everyone), self.size)
+                for graph in graphs:
+                    u = self._noisy_outputs(graph, start, self.everyone)
+                    start += len(graph.f)
+                    for k in range(len(u)):
+                        put(graph.pull(u[k]), sums[k], 1.0, add=True)
+                total = sums.square_().mean(0)
+        return total.mul_(self.strength)
+
+    def _squares(self, total: Tensor) -> bool:
+        with warnings.catch_warnings(), suppress(ValueError, NotImplementedError, RuntimeError, Warning):
+            warnings.simplefilter("error")  # a warned-of fallback is exact, but slower than the graph
+            start = 0
+            with self.replay.recorded(lambda: record(self.replay.model)) as tapes:
+                for index, (tape, f, y) in enumerate(tapes):
+                    graph: Any = self.replay.graph(f, y, self.replay.loss, self.parameters, index)
+                    with suppress(NoTargets):
+                        total += join(self._batch_squares(tape, f, graph, start))
+                    start += len(f)
+            return True
+        return False
+
+    def _batch_squares(self, tape: Any, f: Tensor, graph: OutputGraph, start: int) -> Sequence[Tensor]:
+        if graph.root_columns() <= max(len(self.everyone), 10):
+            vectors = graph.root()
+        else:
+            u = self._noisy_outputs(graph, start, self.everyone)
+            vectors = iter(u / len(u) ** 0.5)
+        return list(tape.of_vectors(f, vectors, DiagGGN(), self.replay.max_memory).values())
+
+
+def feature_scales(diagonal: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The g-prior's s = diag(strength G)^-1/2, [D]: features of equal curvature, whatever unit each came in.
+
+    A weight that the data does not see gets that of its parameter's mean curvature, and a parameter without any 1.
+    Source: Antoran et al. 2023, arXiv:2210.04994, section 5.
+    """
+    found = []
+    for d in split(diagonal, parameters):
+        seen = d > RELATIVE_FLOOR * d.max()
+        typical = d[seen].mean() if seen.any() else d.new_ones(())
+        found.append(torch.where(seen, d, typical).rsqrt().reshape(-1))
+    return torch.cat(found)
