@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paraboloid.losses.leading_root import LeadingRoot, largest
 from paraboloid.losses.loss import FROM_TORCH, Loss, NoTargets, check_lengths, check_not_negative, check_reduction, full
 from paraboloid.passes.memory import CACHED
 
@@ -122,6 +124,33 @@ class CrossEntropy(Loss):
                     alone[:, :, t] = column[:, :, t]
                     yield alone.view_as(f)
 
+    def leading_root(self, f, y, tol):
+        """The columns of `hessian_root` with the classes in the order of their probability, position by position.
+
+        What is left after the classes of a set are eliminated is r (diag(p/r) - (p/r)(p/r)^T) over the others, whose
+        probabilities sum to r: the same matrix again for the remaining mass, so that few columns take most of it.
+        """
+        if f.shape[1] == 1 or type(self).hessian_root is not CrossEntropy.hessian_root:
+            return super().leading_root(f, y, tol)
+        f = full(f)
+        p, classes = f.softmax(1).reshape(len(f), f.shape[1], -1).sort(1, descending=True)  # [N C T]
+        factor = _Cholesky.of(p, self._mass(f, y).sqrt().reshape(len(f), 1, -1))
+        T = p.shape[2]
+        order = largest(factor.squares().reshape(len(f), -1), tol)
+
+        def columns():
+            for place in order.places.T:
+                j, t = (place // T).unsqueeze(1), place % T
+                at = t.view(-1, 1, 1).expand(-1, p.shape[1], 1)
+                column = torch.zeros_like(p[:, :, 0])
+                column.scatter_(1, classes.gather(2, at)[:, :, 0], factor.column(j, at))
+                if T == 1:
+                    yield column.view_as(f)
+                else:
+                    yield torch.zeros_like(p).scatter_(2, at, column.unsqueeze(2)).view_as(f)
+
+        return LeadingRoot(columns(), order.places.shape[1], order.left, order.total)
+
     def sampled_gradients(self, f, y, samples, generator):
         f = full(f)
         p, scale = f.softmax(1), (self._mass(f, y) / samples).sqrt()
@@ -160,24 +189,52 @@ def _zero(p: Tensor) -> Iterator[Tensor]:
     yield torch.zeros_like(p)
 
 
+class _Cholesky(NamedTuple):
+    """Cholesky factor of diag(p) - p p^T over axis 1 of p [N C T], times scale: column j is diagonal_j at class j, and
+    down_j p_i / r_j at the classes i > j, with r_j = sum_{i>j} p_i."""
+
+    p: Tensor
+    diagonal: Tensor  # [N C-1 T]
+    down: Tensor
+    rest: Tensor  # r, 1 where it underflowed
+
+    @staticmethod
+    def of(p: Tensor, scale: Tensor) -> _Cholesky:
+        tail = p.flip(1).cumsum(1).flip(1)  # tail_j = p_j + r_j
+        below = tail.masked_fill(tail == 0, 1.0)  # for quotients: where all that is left underflowed, they are 0
+        rest = tail[:, 1:]
+        # Quotients of at most 1 only: rest * tail underflows long before its quotient with p is negligible.
+        down = (rest * (p[:, :-1] / below[:, :-1])).sqrt_().mul_(-scale)
+        diagonal = (p[:, :-1] * (rest / below[:, :-1])).sqrt_().mul_(scale)
+        return _Cholesky(p, diagonal, down, below[:, 1:])
+
+    def squares(self) -> Tensor:
+        """Squared norms of the columns, [N C-1 T]."""
+        after = self.p.double().square().flip(1).cumsum(1).flip(1)[:, 1:].sqrt() / self.rest
+        return self.diagonal.double().square() + (self.down * after).square()
+
+    def column(self, j: Tensor, at: Tensor) -> Tensor:
+        """Column j [N, 1] of each sample at its own position, `at` [N, C, 1]; [N, C]."""
+
+        def here(t: Tensor) -> Tensor:
+            return t.gather(2, at[:, : t.shape[1]])[:, :, 0].gather(1, j)
+
+        column = self.p.gather(2, at)[:, :, 0] / here(self.rest) * here(self.down)
+        column.masked_fill_(torch.arange(self.p.shape[1], device=j.device) <= j, 0.0)
+        return column.scatter_(1, j, here(self.diagonal))
+
+
 def _cholesky_columns(p: Tensor, scale: Tensor) -> Iterator[Tensor]:
-    """The C - 1 columns [N C T] of the Cholesky factor of diag(p) - p p^T over axis 1, times scale [N 1 T]; as many at
-    a time as fit into the cache."""
-    C = p.shape[1]
-    tail = p.flip(1).cumsum(1).flip(1)  # tail_j = p_j + r_j
-    below = tail.masked_fill(tail == 0, 1.0)  # for quotients: where all that is left underflowed, they are 0
-    rest = tail[:, 1:]
-    # Quotients of at most 1 only: rest * tail underflows long before its quotient with p is negligible.
-    down = (rest * (p[:, :-1] / below[:, :-1])).sqrt_().mul_(-scale)
-    diagonal = (p[:, :-1] * (rest / below[:, :-1])).sqrt_().mul_(scale)
+    """The C - 1 columns [N C T] of the factor, as many at a time as fit into the cache."""
+    C, factor = p.shape[1], _Cholesky.of(p, scale)
     step, classes = CACHED.count(p.nbytes, device=p.device), torch.arange(C, device=p.device)
     for start in range(0, C - 1, step):
         j = slice(start, min(start + step, C - 1))
-        columns = p / below[:, 1:][:, j].transpose(0, 1).unsqueeze(2)
-        columns.mul_(down[:, j].transpose(0, 1).unsqueeze(2))  # [j N C T]
+        columns = p / factor.rest[:, j].transpose(0, 1).unsqueeze(2)
+        columns.mul_(factor.down[:, j].transpose(0, 1).unsqueeze(2))  # [j N C T]
         above = classes <= classes[j].unsqueeze(1)
         columns.masked_fill_(above[:, None, :, None], 0.0)
-        columns.diagonal(start, 0, 2).copy_(diagonal[:, j].movedim(1, -1))
+        columns.diagonal(start, 0, 2).copy_(factor.diagonal[:, j].movedim(1, -1))
         yield from columns
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paraboloid.losses.leading_root import LeadingRoot, largest
 from paraboloid.losses.loss import FROM_TORCH, Loss, check_lengths, check_not_negative, check_reduction, full
 
 
@@ -34,6 +35,18 @@ class Elementwise(Loss):
             column = torch.zeros_like(root)
             column[:, j] = root[:, j]
             yield column.view_as(f)
+
+    def leading_root(self, f, y, tol):
+        if type(self).hessian_root is not Elementwise.hessian_root:
+            return super().leading_root(f, y, tol)
+        squares = self._curvature(full(f), y).reshape(len(f), -1)
+        order, root = largest(squares, tol), squares.sqrt()
+
+        def columns():
+            for place in order.places.T.unsqueeze(2):
+                yield torch.zeros_like(root).scatter_(1, place, root.gather(1, place)).view_as(f)
+
+        return LeadingRoot(columns(), order.places.shape[1], order.left, order.total)
 
     def check(self, f, y):
         check_lengths(f, y)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from paraboloid.losses.leading_root import LeadingRoot, of_columns
+
 REDUCTIONS = ("mean", "sum", "batchmean")
 FROM_TORCH: dict[type[nn.Module], Callable[[Any], Loss]] = {}  # torch class -> the Loss of such a module
 
@@ -144,6 +146,11 @@ class Loss:
         root = vectors * values.clamp(min=0).sqrt().unsqueeze(1)
         return iter(root.permute(2, 0, 1).reshape(-1, *f.shape))
 
+    def leading_root(self, f: Tensor, y: Tensor, tol: float) -> LeadingRoot:
+        """Each sample's own largest vectors of `hessian_root`, as few as leave out at most `tol` of the trace of all
+        H_n together."""
+        return of_columns(self.hessian_root(f, y), self.hessian_root(f, y), tol)
+
     def sample_targets(self, f: Tensor, generator: torch.Generator) -> Tensor:
         """Labels drawn from the predictive distribution that the output f stands for, as targets of this loss."""
         raise NotImplementedError(
@@ -233,6 +240,11 @@ class Scaled(Loss):
 
     def hessian_root(self, f, y):
         return (self.scale**0.5 * s for s in self.loss.hessian_root(f, y))
+
+    def leading_root(self, f, y, tol):
+        own = self.loss.leading_root(f, y, tol)
+        columns = (self.scale**0.5 * s for s in own.columns)
+        return own._replace(columns=columns, left=self.scale * own.left, total=self.scale * own.total)
 
     def sampled_gradients(self, f, y, samples, generator):
         return (self.scale**0.5 * s for s in self.loss.sampled_gradients(f, y, samples, generator))

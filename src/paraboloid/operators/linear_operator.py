@@ -36,6 +36,8 @@ class LinearOperator:
     """What files call it, as given in ``class A(LinearOperator, kind="A")``; empty where it has no state."""
     exact = False
     """Whether its eigenvalues are at hand without products."""
+    left_out: float = 0.0
+    """What a `tol` left out: the relative trace of the loss's Hessians, over all data."""
     blocks: list[list[int]] | None = None
     """The places of each block's parameters, where the matrix is block-diagonal."""
 

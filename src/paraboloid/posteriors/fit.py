@@ -28,6 +28,7 @@ from paraboloid.quantities.gradients import SampleGrads, SecondMoment
 from paraboloid.quantities.over_data import OverData
 from paraboloid.quantities.quantity import Quantity, Scale
 from paraboloid.quantities.result import finished
+from paraboloid.quantities.sums import Sums
 from paraboloid.reductions.kronecker_factors import Factors, scale_factors
 
 STRUCTURES = ("full", "diag", "kron", "ekfac", "lowrank", "functional")
@@ -50,6 +51,8 @@ class Fitting:
     count: int = 0  # samples
     elements: int = 0  # of the targets
     target: tuple[int, ...] = ()  # shape of a sample's target
+    tol: float = 0.0  # of the relative trace of the loss's Hessians
+    left_out: tuple[float, float] = (0.0, 0.0)  # that trace: left out, and in all
 
     def note(self, y: Any) -> None:
         """Count a batch's targets."""
@@ -62,21 +65,32 @@ class Fitting:
         """Passes over the data, the first of which counts it."""
         return _Counted(self, data, again)
 
+    def sums(self, passes: OverData, quantity: Quantity, generator: torch.Generator | None = None) -> dict[str, Any]:
+        """A quantity of all the data, unscaled."""
+        found = passes.sums([quantity], generator)
+        self.leave(found)
+        return found.values[quantity.name]
+
+    def leave(self, sums: Sums) -> None:
+        """Count what a tolerance left out."""
+        for left, total in sums.left_out.values():
+            self.left_out = self.left_out[0] + left, self.left_out[1] + total
+
     def factors(self, passes: OverData) -> dict[str, Factors]:
         """The sums of every parameter's Kronecker factors."""
-        quantity = factors_of(self.fisher, self.samples)
+        quantity = factors_of(self.fisher, self.samples, tol=self.tol)
         quantity.per_sample = True
-        return passes.sums([quantity]).values[quantity.name]
+        return self.sums(passes, quantity)
 
     def scales(self, passes: OverData, forms: Mapping[str, Eigenform]) -> dict[str, Tensor]:
         """The exact eigenvalues along given eigenvectors."""
-        return measured_scales(passes, forms, self.fisher, self.samples, separate=True)
+        return measured_scales(passes, forms, self.fisher, self.samples, separate=True, tol=self.tol)[0]
 
     def root(self) -> Quantity:
         """The quantity whose rows, squared and summed, are the curvature."""
         if self.fisher == "empirical":
             return SampleGrads()
-        return SqrtGGN(None if self.fisher == "exact" else self.samples)
+        return SqrtGGN(None if self.fisher == "exact" else self.samples, self.tol)
 
 
 class _Counted(OverData):
@@ -121,9 +135,9 @@ def full(fitting: Fitting, parameters: Mapping[str, Tensor], data: Data) -> Bloc
 def diagonal(fitting: Fitting, parameters: Mapping[str, Tensor], data: Data) -> Diagonalised:
     empirical = fitting.fisher == "empirical"
     quantity: Quantity = (
-        SecondMoment() if empirical else DiagGGN(None if fitting.fisher == "exact" else fitting.samples)
+        SecondMoment() if empirical else DiagGGN(None if fitting.fisher == "exact" else fitting.samples, fitting.tol)
     )
-    sums = fitting.over(data).sums([quantity], fitting.generator).values[quantity.name]
+    sums = fitting.sums(fitting.over(data), quantity, fitting.generator)
     return diagonal_of(parameters, {k: h.to(parameters[k].dtype) for k, h in sums.items()})
 
 
@@ -138,7 +152,9 @@ def functional(fitting: Fitting, parameters: Mapping[str, Tensor], data: Data, s
     chosen = torch.zeros(N, dtype=torch.bool, device=fitting.generator.device)
     chosen[torch.randperm(N, generator=fitting.generator, device=chosen.device)[:subset]] = True
     part = replace(fitting)  # what it notes is counted already
-    return Rows(parameters, (N / subset) ** 0.5 * _all_rows(part, _Chosen(data, chosen.cpu())))
+    rows = (N / subset) ** 0.5 * _all_rows(part, _Chosen(data, chosen.cpu()))
+    fitting.left_out = part.left_out
+    return Rows(parameters, rows)
 
 
 def _all_rows(fitting: Fitting, data: Data) -> Tensor:
@@ -243,6 +259,9 @@ def low_rank(fitting: Fitting, parameters: Mapping[str, Tensor], data: Data, ran
     size = sum(p.numel() for p in parameters.values())
     if fitting.fisher != "exact":
         raise ValueError(f"fisher is {fitting.fisher!r} with structure='lowrank'; expected 'exact'.")
+    if fitting.tol:
+        raise ValueError(f"tol is {fitting.tol} with structure='lowrank'; expected 0: its products with the GGN are "
+                         "exact and cost no pull per class.")  # fmt: skip
     operator = GGN(
         fitting.model, fitting.likelihood.loss, data, output=fitting.output, max_memory=fitting.max_memory, seed=seed
     )
@@ -260,6 +279,7 @@ def _rows(fitting: Fitting, data: Data) -> Iterator[Tensor]:
     quantity = fitting.root()
     passes = fitting.over(data)
     for sums, _, _ in passes.by_batch([quantity], fitting.generator):
+        fitting.leave(sums)
         parts = finished(quantity, sums.values[quantity.name], passes.parameters, Scale(sums.N, 1.0)).values()
         lead = 1 if fitting.fisher == "empirical" else 2
         flat = [t.reshape(t.shape[:lead].numel(), -1) for t in parts]

@@ -15,6 +15,8 @@ from paraboloid.posteriors import fit
 from paraboloid.posteriors.likelihood import Likelihood
 from paraboloid.posteriors.posterior import Posterior
 from paraboloid.posteriors.weights import Weights, choose, only
+from paraboloid.quantities.kronecker import fisher_source
+from paraboloid.quantities.quantity import check_tolerance
 
 
 def laplace(
@@ -35,6 +37,7 @@ def laplace(
     temperature: float = 1.0,
     output: Output | None = None,
     max_memory: int | None = None,
+    tol: float = 0.0,
 ) -> Posterior:
     """The Laplace approximation at a trained model's weights: N(theta, (H / noise_variance + Lambda)^-1).
 
@@ -57,6 +60,8 @@ def laplace(
     temperature      divides the log-likelihood
     output           picks the output tensor from a structured result, e.g. ``lambda o: o.logits``
     max_memory       bytes, an upper aim for temporary memory
+    tol              with fisher="exact": relative trace of the loss's Hessians that may be left out, for many classes;
+                     see `paraboloid.statistics`.  What was left out is `posterior.left_out`
 
     The model is run in evaluation mode, at the fit and at predictions, and left in the mode it is in: a prediction
     depends neither on the batch that an input comes in nor on masks of dropout.
@@ -84,10 +89,12 @@ def laplace(
         device = next(iter(parameters.values())).device
         fitting = fit.Fitting(
             model, likelihood, fisher, check_count("samples", samples), torch.Generator(device).manual_seed(seed),
-            output, max_memory,
+            output, max_memory, tol=fisher_source(fisher, samples, check_tolerance(tol)).tol,
         )  # fmt: skip
         options = {"fisher": fisher, "samples": samples, "rank": rank, "subset": subset, "seed": seed, "debias": debias}
+        options["tol"] = fitting.tol
         curvature = fit.curvature(structure, fitting, parameters, data, options)
+        options["left_out"] = list(fitting.left_out)
     posterior = Posterior(
         model, likelihood, structure, curvature, parameters, fitting.loss, fitting.constant, fitting.count,
         fitting.elements, fitting.target, float(noise_variance), float(temperature), output, max_memory, options, data,

@@ -29,6 +29,7 @@ from paraboloid.posteriors.structures.dense import Dense
 from paraboloid.posteriors.structures.eigenbasis import CrossFitted, InEigenbasis, Kronecker, Mixture
 from paraboloid.posteriors.structures.rows import Rows, Woodbury
 from paraboloid.posteriors.weights import only
+from paraboloid.quantities.result import relative
 
 PRECISIONS: dict[type, type[Precision]] = {  # by what the curvature is kept as
     BlockDiagonal: Dense, Diagonalised: InEigenbasis, Kronecker: InEigenbasis, CrossFitted: Mixture, Rows: Woodbury,
@@ -65,6 +66,11 @@ class Posterior:
     _prior: Any = 1.0
     _sizes: dict[Any, float] = field(default_factory=dict, repr=False)  # what a sample takes to predict
     _precision: Precision | None = field(default=None, repr=False)  # the last one, with what it solved
+
+    @property
+    def left_out(self) -> float:
+        """The relative trace of the loss's Hessians that `tol` left out, over all data."""
+        return relative(self.options.get("left_out"))
 
     @property
     def prior_precision(self) -> Any:
@@ -261,11 +267,13 @@ class Posterior:
         device = next(iter(self.weights.values())).device
         fitting = Fitting(
             self.model, self.likelihood, self.options["fisher"], self.options["samples"],
-            torch.Generator(device).manual_seed(seed), self.output, self.max_memory,
+            torch.Generator(device).manual_seed(seed), self.output, self.max_memory, tol=self.options.get("tol", 0.0),
         )  # fmt: skip
         with only(self.model, list(self.weights)):
             more = curvature(self.structure, fitting, self.weights, more_data, self.options, self.curvature)
         self.curvature = self.curvature.plus(more)
+        before = self.options.get("left_out", (0.0, 0.0))
+        self.options["left_out"] = [a + b for a, b in zip(before, fitting.left_out, strict=True)]
         self.loss += fitting.loss
         self.constant += fitting.constant
         self.count += fitting.count

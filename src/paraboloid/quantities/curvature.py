@@ -15,13 +15,16 @@ from paraboloid.quantities.quantity import NOTHING, ROOT, PerSample, Quantity, p
 
 class DiagGGN(Quantity):
     """Diagonal of the GGN of the loss as reduced, [*shape]; exact, or by Monte Carlo with `samples` sampled labels
-    (unbiased; the diagonal of the Monte Carlo Fisher)."""
+    (unbiased; the diagonal of the Monte Carlo Fisher).
+
+    tol: relative trace of the loss's Hessians that may be left out, see `paraboloid.statistics`.
+    """
 
     needs = frozenset({"squares"})
     over_ranks = "running"
 
-    def __init__(self, samples: int | None = None):
-        self.name, self.source = "diag_ggn" if samples is None else "diag_ggn_mc", sampled(samples)
+    def __init__(self, samples: int | None = None, tol: float = 0.0):
+        self.name, self.source = "diag_ggn" if samples is None else "diag_ggn_mc", sampled(samples, tol)
 
     def add(self, value, group):
         return plus(value, group.parts["squares"])
@@ -31,12 +34,13 @@ class DiagGGN(Quantity):
 
 
 class SampleDiagGGN(PerSample):
-    """Diagonal of J_n^T H_n J_n of every sample, [N, *shape]; of the unreduced loss, exact or by Monte Carlo."""
+    """Diagonal of J_n^T H_n J_n of every sample, [N, *shape]; of the unreduced loss, exact (but for `tol`) or by Monte
+    Carlo."""
 
     needs = frozenset({"samples"})
 
-    def __init__(self, samples: int | None = None):
-        self.name, self.source = "sample_diag_ggn", sampled(samples)
+    def __init__(self, samples: int | None = None, tol: float = 0.0):
+        self.name, self.source = "sample_diag_ggn", sampled(samples, tol)
 
     def add(self, value, group):
         return plus(value, over_vectors(group.parts["samples"].square()))
@@ -48,12 +52,15 @@ class SqrtGGN(PerSample):
     a times the sum over V and N of outer products is the GGN of the loss as reduced.  Exact: V = (classes - 1) per
     position for cross-entropy, whose Hessian has that rank, and one per output element otherwise; or Monte Carlo,
     V = samples.
+
+    tol: relative trace of the loss's Hessians that may be left out; V then is as many vectors as that takes, each
+    sample's own largest ones, and batches with fewer are filled up with zeros.
     """
 
     needs, axis = frozenset({"samples"}), 1
 
-    def __init__(self, samples: int | None = None):
-        self.name, self.source = "sqrt_ggn", sampled(samples)
+    def __init__(self, samples: int | None = None, tol: float = 0.0):
+        self.name, self.source = "sqrt_ggn", sampled(samples, tol)
 
     def add(self, value, group):
         return [*(value or []), group.parts["samples"]]
@@ -63,6 +70,9 @@ class SqrtGGN(PerSample):
 
     def merge(self, a, b):
         joined = super().merge(a, b)
+        if self.source.tol:
+            most = max(len(root) for root in joined)
+            return [torch.cat([root, root.new_zeros(most - len(root), *root.shape[1:])]) for root in joined]
         if len(found := {len(root) for root in joined}) > 1:
             raise ValueError(f"'sqrt_ggn': the batches have {sorted(found)} vectors for each sample; expected outputs "
                              "of one shape. Ask for it batch by batch.")  # fmt: skip

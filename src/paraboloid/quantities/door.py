@@ -31,6 +31,7 @@ def statistics(
     max_memory: int | None = None,
     accumulate_grad: bool = False,
     all_reduce: AllReduce = False,
+    tol: float = 0.0,
     output: Output | None = None,
     verify: str | bool = "auto",
 ) -> Statistics:
@@ -49,6 +50,12 @@ def statistics(
     all_reduce       True or a `torch.distributed` process group: quantities, loss and accumulated gradient are those of
                      one big batch, the samples of all ranks together, whatever the number of each; per-sample ones
                      (sample_grads, square_norms, gram, sqrt_ggn, ...) stay those of this rank.  All ranks must call
+    tol              relative trace of the loss's Hessians, over the samples of a batch, that "diag_ggn", "kflr",
+                     "sqrt_ggn" and "sample_diag_ggn" may leave out.  Each sample's own largest directions are pulled
+                     back, as few as that takes: for many classes a fraction of the pulls.  What is left out is positive
+                     semi-definite, so results are never above the exact ones (tr, diagonal); its part of the trace in
+                     output space is certain, and is in `stats.left_out[quantity]`.  In a parameter's block the part
+                     follows the directions' gradients: about the same.  0: exact
     output           picks the output tensor from a structured result, e.g. ``lambda o: o.logits``
     verify           how often sample independence is certified by numbers (two extra pulls): "auto" (when a sequence
                      of calls and shapes is first seen, on its calls 2, 4, 8, ..., and wherever the graph alone is no
@@ -61,7 +68,7 @@ def statistics(
     are not independent; NotImplementedError for Kronecker factors of a parameter that has none.
     Sources: BackPACK, arXiv:1912.10985; for each quantity see its class.
     """
-    wanted = resolve(quantities)
+    wanted = resolve(quantities, tol)
     twice = any(q.twice for q in wanted)
     if (pair := batch_data.as_batch(batch)) is not None:
         inputs, target = pair

@@ -18,10 +18,14 @@ from paraboloid.reductions.eigenbasis import Turned, eigen_scale
 FISHERS = {"mc": "kfac", "exact": "kflr", "empirical": "kfac_empirical"}
 
 
-def fisher_source(fisher: str, samples: int = 1) -> Source:
-    """What a Fisher pulls back; raises ValueError for an unknown one and for samples < 1."""
+def fisher_source(fisher: str, samples: int = 1, tol: float = 0.0) -> Source:
+    """What a Fisher pulls back; raises ValueError for an unknown one, for samples < 1, and for tol where not exact."""
     check_choice("fisher", fisher, list(FISHERS))
-    return {"mc": sampled(check_count("samples", samples)), "exact": ROOT, "empirical": GRADIENT}[fisher]
+    check_count("samples", samples)
+    if tol and fisher != "exact":
+        raise ValueError(f"tol is {tol} with fisher={fisher!r}; expected 0, or fisher='exact', whose root tells what "
+                         "is left out.")  # fmt: skip
+    return {"mc": sampled(samples), "exact": sampled(None, tol), "empirical": GRADIENT}[fisher]
 
 
 def check_sharing(sharing: str) -> str:
@@ -35,6 +39,7 @@ class KFAC(Quantity):
 
     fisher: "mc" (labels sampled from the model, unbiased factors), "exact" (KFLR) or "empirical" (the given labels).
     sharing: "expand" or "reduce", for weights used at several positions.
+    tol: with fisher="exact", relative trace of the loss's Hessians that may be left out; see `paraboloid.statistics`.
 
     Batch norm in training mode is accepted, as optimisers need it: the vectors of all samples are pulled at once, and a
     sample's row of a layer's output gradient also holds what the others feel through the batch's statistics.  For
@@ -44,8 +49,8 @@ class KFAC(Quantity):
     per_sample = False
     over_ranks = "running"
 
-    def __init__(self, fisher: str = "mc", samples: int = 1, sharing: str = "expand"):
-        self.source = fisher_source(fisher, samples)
+    def __init__(self, fisher: str = "mc", samples: int = 1, sharing: str = "expand", tol: float = 0.0):
+        self.source = fisher_source(fisher, samples, tol)
         self.name, self.sharing = FISHERS[fisher], check_sharing(sharing)
         self.thin = False  # whether factors of few rows are kept by these
 
@@ -67,7 +72,7 @@ class EigenScale(Quantity):
     a sum_{v,n} (u_i . (J_n^T v) w_j)^2 for the eigenvectors u_i, w_j of each parameter's factors: the diagonal of its
     exact block (or Monte Carlo, or empirical) in that basis, positions and uses summed before squaring.
 
-    forms: an `Eigenform` by parameter name, from `Kron.eigenform()` say.  fisher, samples: as in `KFAC`.
+    forms: an `Eigenform` by parameter name, from `Kron.eigenform()` say.  fisher, samples, tol: as in `KFAC`.
     Source: George et al. 2018, arXiv:1806.03884.
     """
 
@@ -75,14 +80,18 @@ class EigenScale(Quantity):
     over_ranks = "running"
     some = False  # whether parameters without an eigenbasis are left out
 
-    def __init__(self, forms: Mapping[str, Eigenform], fisher: str = "mc", samples: int = 1):
-        self.forms, self.source = forms, fisher_source(fisher, samples)
+    def __init__(self, forms: Mapping[str, Eigenform], fisher: str = "mc", samples: int = 1, tol: float = 0.0):
+        self.forms, self.source = forms, fisher_source(fisher, samples, tol)
         self.vectors: int | None = None  # of a batch
         self.turned: Turned | None = None
 
     def bound(self, tape, loss, f, y, memory):
         quantity = copy(self)
-        quantity.vectors = loss.root_columns(f) if self.source == ROOT else self.source.samples
+        source = self.source
+        if source.tol:
+            quantity.vectors = loss.leading_root(f, y, source.tol).count
+        else:
+            quantity.vectors = loss.root_columns(f) if source == ROOT else source.samples
         quantity.turned = Turned(INPUTS.of(memory))
         return quantity
 

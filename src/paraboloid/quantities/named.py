@@ -22,7 +22,7 @@ from typing import Any
 from paraboloid.quantities.curvature import DiagGGN, DiagHessian, SampleDiagGGN, SqrtGGN
 from paraboloid.quantities.gradients import Grad, Gram, SampleGrads, SecondMoment, SquareNorms, Variance
 from paraboloid.quantities.kronecker import KFAC, KFRA
-from paraboloid.quantities.quantity import Quantity
+from paraboloid.quantities.quantity import Quantity, check_tolerance
 from paraboloid.reductions.sums import PARTS
 
 QUANTITIES = {
@@ -38,14 +38,18 @@ QUANTITIES = {
     "sample_diag_ggn": SampleDiagGGN,
     "sqrt_ggn": SqrtGGN,
     "kfac": KFAC,
-    "kflr": lambda: KFAC("exact"),
+    "kflr": lambda **options: KFAC("exact", **options),
     "kfac_empirical": lambda: KFAC("empirical"),
     "kfra": KFRA,
 }
 
+EXACT = {"diag_ggn", "sample_diag_ggn", "sqrt_ggn", "kflr"}  # those of the root, which take a tolerance
 
-def resolve(entries: Any) -> list[Quantity]:
-    """Names and `Quantity` objects -> objects, without repeats.  Raises ValueError for unknown or clashing ones."""
+
+def resolve(entries: Any, tol: float = 0.0) -> list[Quantity]:
+    """Names and `Quantity` objects -> objects, without repeats; those named of the loss's root with the tolerance.
+
+    Raises ValueError for unknown or clashing ones, and for a tolerance that no name takes."""
     entries = [entries] if isinstance(entries, str | Quantity) else list(entries)
     found: dict[str, Quantity] = {}
     for entry in entries:
@@ -54,22 +58,25 @@ def resolve(entries: Any) -> list[Quantity]:
                              "pb.quantities.")  # fmt: skip
         if not isinstance(entry, str | Quantity):
             raise ValueError(f"a quantity is {entry!r}; expected a name or an object such as pb.quantities.DiagGGN().")
-        quantity = _named(entry) if isinstance(entry, str) else entry
+        quantity = _named(entry, tol if entry in EXACT else 0.0) if isinstance(entry, str) else entry
         if quantity.name in found and entry != quantity.name:
             raise ValueError(f"{quantity.name!r} is asked for twice; ask for it once.")
         if unknown := set(quantity.needs) - PARTS:
             raise ValueError(f"{quantity.name!r} needs {sorted(unknown)}; the parts that a quantity may need are "
                              f"{sorted(PARTS)}.")  # fmt: skip
         found[quantity.name] = quantity
+    if check_tolerance(tol) and not any(entry in EXACT for entry in entries if isinstance(entry, str)):
+        raise ValueError(f"tol is {tol}, but none of {list(found)} takes it; expected one of {sorted(EXACT)} by its "
+                         "name. An object has its own, as pb.quantities.DiagGGN(tol=1e-2).")  # fmt: skip
     if not found:
         raise ValueError(f"no quantity is asked for; expected some of {sorted(QUANTITIES)}.")
     return list(found.values())
 
 
 @cache
-def _named(name: str) -> Quantity:
+def _named(name: str, tol: float) -> Quantity:
     """Made once: what a quantity notes of a batch is in the copy that `bound` gives."""
-    return QUANTITIES[name]()
+    return QUANTITIES[name](tol=tol) if tol else QUANTITIES[name]()
 
 
 def check_samples(quantities: Sequence[Quantity], N: int) -> None:

@@ -239,7 +239,7 @@ class OverData(Passes[Recording]):
             with DisableTorchFunction(), own_arithmetic(self.device):
                 values, gradient = tape.running(self.loss, f, y, quantities, generator, self.max_memory, accumulate)
                 counted = normalizers(self.loss, f, y) if self.passes else self.counted
-            yield Sums(len(f), counted, self.latest, values, gradient), f, y
+            yield Sums(len(f), counted, self.latest, values, gradient, tape.left_out), f, y
             del tape, f, y, values, gradient
 
     def sums(

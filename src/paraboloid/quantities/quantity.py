@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,14 +20,27 @@ class Source(NamedTuple):
 
     kind: Literal["gradient", "root", "sampled", "nothing"]
     samples: int = 1
+    tol: float = 0.0  # of a root: the relative trace that may be left out
 
 
 GRADIENT, ROOT, NOTHING = Source("gradient"), Source("root"), Source("nothing")
 
 
-def sampled(samples: int | None) -> Source:
-    """The exact root for None, or so many drawn labels."""
-    return ROOT if samples is None else Source("sampled", check_count("samples", samples))
+def sampled(samples: int | None, tol: float = 0.0) -> Source:
+    """The root for None, exact or but for a relative trace `tol`; or so many drawn labels."""
+    if samples is None:
+        return Source("root", tol=check_tolerance(tol))
+    if tol:
+        raise ValueError(f"tol is {tol} with samples={samples}; expected 0, for what drawn labels leave out is not "
+                         "known. Give samples=None for the root of the loss's Hessian.")  # fmt: skip
+    return Source("sampled", check_count("samples", samples))
+
+
+def check_tolerance(tol: float) -> float:
+    if isinstance(tol, bool) or not isinstance(tol, Real) or not 0 <= tol < 1:
+        raise ValueError(f"tol is {tol!r}; expected a number from 0 (exact) to below 1, the part of the trace of the "
+                         "loss's Hessians that may be left out.")  # fmt: skip
+    return float(tol)
 
 
 class Scale(NamedTuple):

@@ -17,6 +17,7 @@ from paraboloid.distributed.collectives import AllReduce
 from paraboloid.engine.tape import Tape
 from paraboloid.engine.twice_differentiable import twice_differentiable
 from paraboloid.losses import Loss
+from paraboloid.losses.leading_root import LeadingRoot
 from paraboloid.losses.loss import full
 from paraboloid.passes import trees
 from paraboloid.passes.memory import GRADIENTS, INPUTS
@@ -27,7 +28,7 @@ from paraboloid.passes.wrappers import unwrapped
 from paraboloid.quantities.named import check_samples, resolve
 from paraboloid.quantities.quantity import GRADIENT, Group, Quantity, Scale, Source
 from paraboloid.quantities.result import Statistics, concluded, finished, of_sums
-from paraboloid.quantities.sums import Gradient, Sums, Values, check_summable, normalizers
+from paraboloid.quantities.sums import Gradient, LeftOut, Sums, Values, check_summable, normalizers
 from paraboloid.reductions.outer import Outer
 from paraboloid.reductions.products import keep_inputs, merge
 from paraboloid.reductions.sums import Recent, reduce
@@ -40,6 +41,7 @@ class Recording(Tape):
         super().__init__(model, verify)
         self.room = 0  # bytes of pulled-back vectors that are kept, for the same source to be asked for again
         self.pulled: dict[Source, list[dict[str, list[Outer]]]] = {}
+        self.left_out: LeftOut = {}  # of the latest running values
 
     def statistics(
         self,
@@ -53,12 +55,13 @@ class Recording(Tape):
         max_memory: int | None = None,
         accumulate_grad: bool = False,
         all_reduce: AllReduce = False,
+        tol: float = 0.0,
     ) -> Statistics:
         """Quantities of the recorded forward pass; see `statistics`.
 
         Before ``loss.backward()``, or after it with ``retain_graph=True``.
         """
-        loss, wanted = Loss.from_torch(loss_fn), resolve(quantities)
+        loss, wanted = Loss.from_torch(loss_fn), resolve(quantities, tol)
         if (group := collectives.group_of(all_reduce)) is not None:
             check_summable(wanted)
         with DisableTorchFunction(), own_arithmetic(output.device):
@@ -72,10 +75,13 @@ class Recording(Tape):
             values, gradient = self.running(loss, output, target, wanted, generator, max_memory, accumulate_grad)
             if group is not None:
                 total = float(loss.sample_losses(full(output), target).sum())
-                sums = Sums(len(output), normalizers(loss, output, target), total, values, gradient)
+                counted = normalizers(loss, output, target)
+                sums = Sums(len(output), counted, total, values, gradient, self.left_out)
                 return of_sums(self.model, self.parameters, wanted, loss, sums, [output], accumulate_grad, group)
             totals = gradient if accumulate_grad else None
-            return concluded(self.model, self.parameters, wanted, values, totals, scale, value, output.detach())
+            return concluded(
+                self.model, self.parameters, wanted, values, totals, scale, value, output.detach(), self.left_out
+            )  # fmt: skip
 
     def running(
         self, loss: Loss, f: Tensor, y: Tensor, quantities: Iterable[Quantity], generator: torch.Generator,
@@ -91,8 +97,12 @@ class Recording(Tape):
         mixed = not any(q.per_sample for q in quantities)
         values: Values = {q.name: {} for q in quantities}
         gradient: Gradient = {}
+        self.left_out = {}
         for source, sharing in by_source.items():
             vectors = output_vectors(loss, f, y, source, generator)
+            if isinstance(vectors, LeadingRoot):
+                self.left_out |= {q.name: (vectors.left, vectors.total) for q in sharing}
+                vectors = vectors.columns
             totals = gradient if accumulate and source == GRADIENT else None
             values |= self._reduce(f, vectors, sharing, totals, max_memory, mixed, source)
         return {q.name: q.complete(values[q.name]) for q in quantities}, gradient
@@ -162,12 +172,14 @@ def _owned(value: Any, held: set[int]) -> Any:
     return trees.mapped(own, value)
 
 
-def output_vectors(loss: Loss, f: Tensor, y: Tensor, source: Source, generator: torch.Generator) -> Iterator[Tensor]:
-    """The vectors of the output's shape that a source stands for."""
+def output_vectors(
+    loss: Loss, f: Tensor, y: Tensor, source: Source, generator: torch.Generator
+) -> Iterator[Tensor] | LeadingRoot:
+    """The vectors of the output's shape that a source stands for; with a tolerance, and what they leave out."""
     if source.kind == "gradient":
         return iter([loss.gradient(f, y)])
     if source.kind == "root":
-        return loss.hessian_root(f, y)
+        return loss.leading_root(f, y, source.tol) if source.tol else loss.hessian_root(f, y)
     if source.kind == "nothing":
         return iter(())
     return loss.sampled_gradients(f, y, source.samples, generator)

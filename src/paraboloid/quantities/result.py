@@ -17,18 +17,22 @@ from paraboloid.losses.loss import full
 from paraboloid.passes import trees
 from paraboloid.quantities.named import check_samples
 from paraboloid.quantities.quantity import Quantity, Scale
-from paraboloid.quantities.sums import Gradient, Sums, Values, combine, scale_of
+from paraboloid.quantities.sums import Gradient, LeftOut, Sums, Values, combine, scale_of
 
 
 class Statistics(Mapping[str, dict[str, Any]]):
     """quantity -> parameter name -> value; with the loss as reduced and the model's output, detached.
 
     `samples` is the number of samples N and `normalizer` what the loss divides by (N for a plain mean, 1 for a sum);
-    with `all_reduce` both are those of all ranks, like the loss.
+    with `all_reduce` both are those of all ranks, like the loss.  `left_out[quantity]` is the relative trace of the
+    loss's Hessians that quantities with a `tol` left out, 0 for those without.
     """
 
-    def __init__(self, values: dict[str, dict[str, Any]], loss: Tensor, output: Tensor, scale: Scale):
+    def __init__(
+        self, values: dict[str, dict[str, Any]], loss: Tensor, output: Tensor, scale: Scale, left_out: LeftOut
+    ):
         self._values, self.loss, self.output = values, loss, output
+        self.left_out = {name: relative(left_out.get(name)) for name in values}
         self.samples, self.normalizer = scale.N, 1 / scale.a
 
     def __getitem__(self, name: str) -> dict[str, Any]:
@@ -57,15 +61,22 @@ class Statistics(Mapping[str, dict[str, Any]]):
 TOTALS = {"square_norms", "gram"}
 
 
+def relative(traces: Sequence[float] | None) -> float:
+    """What was left out as a part of all; 0 where nothing was, or there is nothing."""
+    left, total = traces or (0.0, 0.0)
+    return left / total if total else 0.0
+
+
 def concluded(
     model: nn.Module, parameters: Mapping[str, Tensor], quantities: Sequence[Quantity], values: Values,
-    gradient: Gradient | None, scale: Scale, loss: Tensor, output: Any, group: Group = None,
+    gradient: Gradient | None, scale: Scale, loss: Tensor, output: Any, left_out: LeftOut,
+    group: Group = None,
 ) -> Statistics:  # fmt: skip
     """The finished values; a gradient that is given is added to `.grad`."""
     found = {q.name: finished(q, values[q.name], parameters, scale) for q in quantities}
     if gradient is not None:
         _accumulate(gradient, parameters, scale.a, collectives.wrapper_group(model) if group is None else None)
-    return Statistics(found, loss, output, scale)
+    return Statistics(found, loss, output, scale, left_out)
 
 
 def of_sums(
@@ -81,7 +92,9 @@ def of_sums(
     value = check_finite(torch.tensor(sums.loss * scale.a, dtype=f.dtype, device=f.device))
     check_samples(quantities, scale.N)
     gradient = sums.gradient if accumulate else None
-    return concluded(model, parameters, quantities, sums.values, gradient, scale, value, joined(outputs), group)
+    return concluded(
+        model, parameters, quantities, sums.values, gradient, scale, value, joined(outputs), sums.left_out, group
+    )  # fmt: skip
 
 
 @torch.no_grad()

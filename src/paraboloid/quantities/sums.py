@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from paraboloid.passes import trees
 from paraboloid.quantities.quantity import Quantity, Scale
 
 Values = dict[str, dict[str, Any]]  # quantity -> parameter -> running value
+LeftOut = dict[str, tuple[float, float]]  # quantity -> the trace of the loss's Hessians: left out, and in all
 Gradient = dict[str, Tensor | None]  # of the unreduced loss, summed over samples; None without influence
 
 
@@ -35,6 +36,12 @@ class Sums:
     loss: float
     values: Values
     gradient: Gradient
+    left_out: LeftOut = field(default_factory=dict)
+
+
+def added_traces(parts: Sequence[LeftOut]) -> LeftOut:
+    """Those of several batches, or ranks, together."""
+    return {k: (sum(p[k][0] for p in parts), sum(p[k][1] for p in parts)) for k in parts[0]}
 
 
 def normalizers(loss: Loss, f: Tensor, y: Tensor) -> list[float]:
@@ -54,7 +61,8 @@ def merged(quantities: Sequence[Quantity], loss: Loss, a: Sums | None, b: Sums) 
         return b
     values = {q.name: {k: q.merge(v, b.values[q.name][k]) for k, v in a.values[q.name].items()} for q in quantities}
     gradient = {k: g if (h := b.gradient[k]) is None else h if g is None else g + h for k, g in a.gradient.items()}
-    return Sums(a.N + b.N, added_normalizers(loss, [a.normalizers, b.normalizers]), a.loss + b.loss, values, gradient)
+    counted = added_normalizers(loss, [a.normalizers, b.normalizers])
+    return Sums(a.N + b.N, counted, a.loss + b.loss, values, gradient, added_traces([a.left_out, b.left_out]))
 
 
 def added_normalizers(loss: Loss, parts: Sequence[Sequence[float]]) -> list[float]:
@@ -96,6 +104,7 @@ class Share(NamedTuple):
     loss: float
     used: list[bool]  # parameters that the output depends on
     structure: int  # of everything that is summed: equal on all ranks
+    left_out: LeftOut
 
 
 def check_summable(quantities: Sequence[Quantity]) -> None:
@@ -119,7 +128,7 @@ def combine(
     """
     used, grads = collectives.filled(own.gradient, parameters)
     tree = {q.name: own.values[q.name] for q in quantities if q.over_ranks == "running"}, grads if own.gradient else {}
-    shares = collectives.gathered(Share(own.N, own.normalizers, own.loss, used, _structure(tree)), group)
+    shares = collectives.gathered(Share(own.N, own.normalizers, own.loss, used, _structure(tree), own.left_out), group)
     if len({share.structure for share in shares}) > 1:
         raise ValueError(
             "all_reduce: the ranks do not hold the same quantities of the same parameters; expected the same model, "
@@ -130,7 +139,8 @@ def combine(
     used = collectives.used_anywhere([share.used for share in shares])
     gradient = {name: total[name] if total and there else None for name, there in zip(parameters, used, strict=True)}
     value = sum(share.loss for share in shares)
-    return Sums(scale.N, own.normalizers, value, {**own.values, **values}, gradient), scale
+    left_out = added_traces([share.left_out for share in shares])
+    return Sums(scale.N, own.normalizers, value, {**own.values, **values}, gradient, left_out), scale
 
 
 def _structure(tree: Any) -> int:

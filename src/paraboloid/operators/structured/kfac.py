@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -29,6 +29,7 @@ from paraboloid.operators.structured.diagonalised import Diagonalised
 from paraboloid.operators.structured.kronecker_factored import KroneckerFactored
 from paraboloid.quantities import kronecker
 from paraboloid.quantities.over_data import OverData
+from paraboloid.quantities.result import relative
 from paraboloid.reductions.kronecker_factors import Factors, scale_factors
 
 
@@ -44,6 +45,7 @@ def KFAC(
     output: Output | None = None,
     max_memory: int | None = None,
     measure_on: Data | None = None,
+    tol: float = 0.0,
 ) -> KroneckerFactored | Diagonalised:
     """Kronecker-factored approximate curvature of the loss as reduced, as a linear operator: one pass over the data.
 
@@ -52,6 +54,8 @@ def KFAC(
     sharing     "expand" or "reduce", for weights used at several positions
     measure_on  other data: the eigenvectors are those of `data`, the eigenvalues those of the factors of the other data
                 along them, diag(U^T left U) (x) diag(W^T right W)
+    tol         with fisher="exact": relative trace of the loss's Hessians that may be left out, see
+                `paraboloid.statistics`; what was (of what the eigenvalues were measured on) is the result's `left_out`
 
     See `paraboloid.operators` for the other arguments; a loader counts as one big batch.  Batch norm in training mode
     is accepted, see `pb.quantities.KFAC`.  Factors are decomposed when something first needs that.
@@ -60,14 +64,18 @@ def KFAC(
     Sources: Martens & Grosse 2015, arXiv:1503.05671; Eschenhagen et al. 2023, arXiv:2311.00636 (expand, reduce).
     """
     options = {"seed": seed, "output": output, "max_memory": max_memory}
-    quantity = factors_of(fisher, samples, sharing, thin=measure_on is None)
+    quantity = factors_of(fisher, samples, sharing, measure_on is None, tol)
     passes = OverData(model, loss_fn, data, **options)
-    K = KroneckerFactored(passes.values, fitted(passes, quantity)[0])
+    own = fitted(passes, quantity)
+    K = KroneckerFactored(passes.values, own.blocks)
+    K.left_out = own.left_out
     if measure_on is None:
         return K
-    other, _ = fitted(OverData(model, loss_fn, measure_on, **options), factors_of(fisher, samples, sharing))
-    pairs = zip(K.eigenform.forms, other.values(), strict=True)
-    return Diagonalised(K.parameters, [kron.along(form) for form, kron in pairs])
+    other = fitted(OverData(model, loss_fn, measure_on, **options), factors_of(fisher, samples, sharing, True, tol))
+    pairs = zip(K.eigenform.forms, other.blocks.values(), strict=True)
+    measured = Diagonalised(K.parameters, [kron.along(form) for form, kron in pairs])
+    measured.left_out = other.left_out
+    return measured
 
 
 def KFLR(model: nn.Module, loss_fn: LossFunction, data: Data, **options: Any) -> KroneckerFactored | Diagonalised:
@@ -92,6 +100,7 @@ def EKFAC(
     output: Output | None = None,
     max_memory: int | None = None,
     measure_on: Data | None = None,
+    tol: float = 0.0,
 ) -> Diagonalised:
     """Curvature with the eigenvectors of KFAC and the exact eigenvalues along them: each block's trace is the GGN's.
 
@@ -106,39 +115,56 @@ def EKFAC(
     options = {"seed": seed, "output": output, "max_memory": max_memory}
     same = measure_on is None
     # summed or averaged over positions, the rows do not span what the exact eigenvalues see: no thin bases then
-    quantity = factors_of(fisher, samples, sharing, thin=same and sharing == "expand")
+    quantity = factors_of(fisher, samples, sharing, same and sharing == "expand", tol)
     passes = OverData(model, loss_fn, data, **options, again=same)
-    factors, exact = fitted(passes, quantity)
+    factors, exact, left_out = fitted(passes, quantity)
     names = block_names(passes.parameters, [[i] for i in range(len(passes.parameters))])
     known: list[Decomposed] = []
     forms = {k: product.eigenform(n, known) for (k, product), n in zip(factors.items(), names, strict=True)}
     other = passes if same else OverData(model, loss_fn, measure_on, **options)
     forms_left = {k: form for k, form in forms.items() if not (same and k in exact)}
-    scales = measured_scales(other, forms_left, fisher, samples)
-    return Diagonalised(
+    scales, measured_out = measured_scales(other, forms_left, fisher, samples, tol=tol)
+    E = Diagonalised(
         passes.values, [replace(form, values=scales[k]) if k in scales else form for k, form in forms.items()]
     )
+    E.left_out = left_out if same else measured_out
+    return E
 
 
-def factors_of(fisher: str, samples: int, sharing: str = "expand", thin: bool = True) -> kronecker.KFAC:
+def factors_of(
+    fisher: str, samples: int, sharing: str = "expand", thin: bool = True, tol: float = 0.0
+) -> kronecker.KFAC:
     """The quantity whose running values are the sums of factors; `thin`: those of few rows are kept by these."""
-    quantity = kronecker.KFAC(fisher, samples, sharing)
+    quantity = kronecker.KFAC(fisher, samples, sharing, tol)
     quantity.thin = thin
     return quantity
 
 
-def fitted(passes: OverData, quantity: kronecker.KFAC) -> tuple[dict[str, Kron], set[str]]:
-    """The factors of every parameter from one pass, summed over all data before the product; whose block is exact."""
-    sums: dict[str, Factors] = passes.sums([quantity]).values[quantity.name]
+class Fitted(NamedTuple):
+    """The factors of every parameter, whose block is exact, and the relative trace that was left out."""
+
+    blocks: dict[str, Kron]
+    exact: set[str]
+    left_out: float
+
+
+def fitted(passes: OverData, quantity: kronecker.KFAC) -> Fitted:
+    """From one pass, summed over all data before the product."""
+    found = passes.sums([quantity])
+    sums: dict[str, Factors] = found.values[quantity.name]
     exact = {name for name, value in sums.items() if value.exact is not None}
-    return {name: scale_factors(value, passes.factor) for name, value in sums.items()}, exact
+    blocks = {name: scale_factors(value, passes.factor) for name, value in sums.items()}
+    return Fitted(blocks, exact, relative(found.left_out.get(quantity.name)))
 
 
 def measured_scales(
-    passes: OverData, forms: Mapping[str, Eigenform], fisher: str, samples: int, separate: bool = False
-) -> dict[str, Tensor]:
-    """The exact eigenvalues along the eigenvectors of `forms`, from one pass."""
-    quantity = kronecker.EigenScale(forms, fisher, samples)
+    passes: OverData, forms: Mapping[str, Eigenform], fisher: str, samples: int, separate: bool = False,
+    tol: float = 0.0,
+) -> tuple[dict[str, Tensor], float]:  # fmt: skip
+    """The exact eigenvalues along the eigenvectors of `forms`, from one pass; the relative trace that was left out."""
+    quantity = kronecker.EigenScale(forms, fisher, samples, tol)
     quantity.some, quantity.per_sample = True, separate
-    sums = passes.sums([quantity]).values[quantity.name]
-    return {name: (passes.factor * sums[name]).to(form.values) for name, form in forms.items()}
+    found = passes.sums([quantity])
+    sums = found.values[quantity.name]
+    scales = {name: (passes.factor * sums[name]).to(form.values) for name, form in forms.items()}
+    return scales, relative(found.left_out.get(quantity.name))
