@@ -25,6 +25,7 @@ from torch import Tensor
 
 from paraboloid.engine.tape import SIGNATURES, Tape, doubling
 from paraboloid.graph.columns import Gradients, add_columns, products_needed
+from paraboloid.graph.custom_functions import check_twice
 from paraboloid.graph.nodes import Graph
 from paraboloid.graph.signed_root import Spread, add_bends, add_signed_root, spread
 from paraboloid.graph.single_use import Parts, Recorded, single_uses
@@ -143,6 +144,7 @@ def _checked_graph(graph: Graph) -> Graph:
     if any("WeightNormInterface" in node.name() for node in graph.active):
         raise RuntimeError("the model's weight_norm ran as a fused operation, whose second derivative is wrong in "
                            "torch; expected the plain one, which pb.statistics(...) runs instead.")  # fmt: skip
+    check_twice(graph.active, "diag_hessian")
     return graph
 
 

@@ -98,8 +98,18 @@ LEAF = "variable"  # attribute of the nodes that add to a leaf's .grad: the leaf
 REENTRANT_CHECKPOINT = "CheckpointFunctionBackward"  # the type of its node
 
 
+def is_custom(node: Any) -> bool:
+    """Whether it is that of an `autograd.Function` written in Python, whatever its name."""
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
 def operation(node: Any) -> str:
-    """What a node of autograd's graph goes back through, as torch names it: "Relu" for a ReluBackward0."""
+    """What a node of autograd's graph goes back through, as torch names it: "Relu" for a ReluBackward0.
+
+    A user's own function is "Function Relu", whatever torch calls by that name.
+    """
+    if is_custom(node):
+        return f"Function {node.name().removesuffix('Backward')}"
     return re.sub(r"Backward\d*$", "", node.name())
 
 
@@ -117,6 +127,12 @@ def output_shapes(node: Any) -> list[Sequence[int]]:
 def output_shape(node: Any, nr: int) -> Sequence[int]:
     """One of them."""
     return node._input_metadata[nr].shape
+
+
+def zeros_of(node: Any, nr: int) -> Tensor:
+    """Zeros of the shape, type and device of what the operation of a node returned."""
+    meta = node._input_metadata[nr]
+    return torch.zeros(tuple(meta.shape), dtype=meta.dtype, device=meta.device)
 
 
 def output_count(node: Any) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -11,8 +12,20 @@ from torch import Tensor
 
 from paraboloid.linalg.probes import normal
 from paraboloid.losses import Loss
+from paraboloid.operators.matrix_free.certificate import lacks_derivative, without_derivative
 from paraboloid.operators.matrix_free.recorded import Recorded
 from paraboloid.operators.vectors import dot
+
+
+@contextmanager
+def twice() -> Iterator[None]:
+    """Say what needs a second derivative where an operation has none."""
+    try:
+        yield
+    except RuntimeError as e:  # NotImplementedError is one
+        if lacks_derivative(e):
+            raise without_derivative(e) from e
+        raise
 
 
 class GradientGraph:
@@ -20,6 +33,8 @@ class GradientGraph:
 
     def __init__(self, f: Tensor, y: Any, loss: Loss, parameters: list[Tensor], index: int = 0):
         self.f, self.y, self.loss, self.parameters = f, y, loss, parameters
+        self.direction: list[Tensor] = []
+        self.curvature: list[Tensor] = []
 
     def prepare(self) -> None:
         _ = self.g
@@ -28,16 +43,18 @@ class GradientGraph:
     def g(self) -> list[Tensor]:
         """The gradient, differentiable once more."""
         total = self.loss.sample_losses(self.f, self.y).sum()
-        grads = torch.autograd.grad(total, self.parameters, create_graph=True, allow_unused=True)
+        with twice():
+            grads = torch.autograd.grad(total, self.parameters, create_graph=True, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, grads, strict=True)]
 
     def gradient(self) -> list[Tensor]:
         return [g.detach() for g in self.g]
 
     def adjoint_pair(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """w.(A v) and v.(A w) for random v and w."""
+        """w.(A v) and v.(A w) for random v and w; v and A v are kept."""
         v, w = ([normal(tuple(p.shape), p, generator) for p in self.parameters] for _ in range(2))
         Av, Aw = self.product(v), self.product(w)
+        self.direction, self.curvature = v, Av
         return dot(w, Av), dot(v, Aw), dot(Av, Av).sqrt() + dot(Aw, Aw).sqrt()
 
     def product(self, v: Sequence[Tensor], block: Sequence[int] | None = None) -> list[Tensor]:
@@ -49,9 +66,10 @@ class GradientGraph:
             return [torch.zeros_like(w) for w in v]
         grads, weights = zip(*curved, strict=True)
         batched = v[0].dim() > chosen[0].dim()
-        found = torch.autograd.grad(
-            grads, chosen, weights, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )  # fmt: skip
+        with twice():
+            found = torch.autograd.grad(
+                grads, chosen, weights, retain_graph=True, allow_unused=True, is_grads_batched=batched
+            )  # fmt: skip
         return [torch.zeros_like(w) if t is None else t for t, w in zip(found, v, strict=True)]
 
 

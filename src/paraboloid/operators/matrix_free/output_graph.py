@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +12,21 @@ from torch import Tensor
 
 from paraboloid.linalg.probes import normal
 from paraboloid.losses import Loss
+from paraboloid.operators.matrix_free.certificate import lacks_derivative
+from paraboloid.operators.matrix_free.jacobian_rows import by_pulls
 from paraboloid.operators.vectors import dot
+from paraboloid.passes.autograd_walks import depends
+from paraboloid.passes.memory import RECORDINGS
+
+
+@contextmanager
+def suppress_lacking() -> Iterator[None]:
+    """Go on behind the block where an operation has no second derivative: `push` sees to it."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not lacks_derivative(e):
+            raise
 
 
 class OutputGraph:
@@ -19,13 +34,44 @@ class OutputGraph:
 
     g(u) = J^T u is linear in u, so J v is the gradient of g(u).v in u, for the price of about one backward pass; the
     graph of g is recorded once.  Source: Townsend 2017, "A new trick for calculating Jacobian vector products".
+
+    That takes a derivative of g's operations, which some have not (Hardsigmoid, `cdist`, a NumPy kernel): then J itself
+    is kept, `rows` [f.numel(), D], made by `made_rows` (default: one backward pass for each of them).
     """
 
     def __init__(self, f: Tensor, y: Any, loss: Loss, parameters: list[Tensor], index: int = 0):
         self.f, self.y, self.loss, self.parameters, self.index = f, y, loss, parameters, index
+        self.rows: Tensor | None = None
+        self.made_rows: Callable[[], Callable[[OutputGraph], Tensor] | None] = lambda: None  # a weak reference
 
     def prepare(self) -> None:
-        _ = self.transposed
+        if self.rows is None:
+            with suppress_lacking():
+                _ = self.transposed
+
+    def take_rows(self) -> None:
+        """J row by row from now on."""
+        if self.rows is None:
+            made = self.made_rows()
+            rows = by_pulls(self.f, self.parameters, RECORDINGS.default) if made is None else made(self)
+            self.rows = rows
+
+    def check_cut(self) -> None:
+        """Take the rows where a parameter's part of g is cut off from u, though it is not zero."""
+        if self.rows is not None:
+            return
+        try:
+            u, parts = self.transposed
+        except RuntimeError as e:
+            if not lacks_derivative(e):
+                raise
+            self.take_rows()
+            return
+        reached = {i for i, t in parts.items() if depends(t, [u])}
+        if len(reached) < len(self.parameters):
+            w = normal(tuple(self.f.shape), self.f, torch.Generator(self.f.device).manual_seed(0))
+            if any(bool(t.any()) for i, t in enumerate(self.pull(w)) if i not in reached):
+                self.take_rows()
 
     @cached_property
     def transposed(self) -> tuple[Tensor, dict[int, Tensor]]:
@@ -46,6 +92,22 @@ class OutputGraph:
 
     def push(self, v: Sequence[Tensor], block: Sequence[int] | None = None) -> Tensor:
         """J v, of the output's shape; for v along the parameters of a block.  For v [K, *shape]: [K, *f.shape]."""
+        if self.rows is None:
+            try:
+                return self._push(v, block)
+            except RuntimeError as e:  # NotImplementedError is one
+                if not lacks_derivative(e):
+                    raise
+                self.take_rows()
+        assert self.rows is not None
+        sizes = [p.numel() for p in self.parameters]
+        at = range(len(sizes)) if block is None else block
+        pieces = self.rows.split(sizes, 1)
+        found = sum(t.reshape(-1, sizes[i]).to(self.rows) @ pieces[i].T for i, t in zip(at, v, strict=True))
+        lead = v[0].shape[:1] if v[0].dim() > self.parameters[at[0]].dim() else ()
+        return torch.as_tensor(found).view(*lead, *self.f.shape).to(self.f.dtype)
+
+    def _push(self, v: Sequence[Tensor], block: Sequence[int] | None) -> Tensor:
         u, g = self.transposed
         at = range(len(self.parameters)) if block is None else block
         lead = v[0].shape[:1] if v[0].dim() > self.parameters[at[0]].dim() else ()
@@ -87,6 +149,9 @@ class OutputGraph:
         v = [normal(tuple(p.shape), p, generator) for p in self.parameters]
         w = normal(tuple(self.f.shape), self.f, generator)
         jv, jw = self.push(v), self.pull(w)
+        if self.rows is None and not jv.isfinite().all() and all(bool(t.isfinite().all()) for t in jw):
+            self.take_rows()  # J is finite, but not what a derivative of g makes of it
+            jv = self.push(v)
         return (w * jv).sum(), dot(jw, v), jv.norm() + dot(jw, jw).sqrt()
 
     def gradient(self) -> list[Tensor]:

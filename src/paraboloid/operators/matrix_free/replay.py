@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -13,8 +14,12 @@ from torch import Tensor
 from paraboloid.data.batches import Data, Output
 from paraboloid.losses import Loss, LossFunction, Opaque
 from paraboloid.operators.matrix_free.batching import Batching
+from paraboloid.operators.matrix_free.certificate import Certificate
+from paraboloid.operators.matrix_free.jacobian_rows import by_engine, by_pulls
+from paraboloid.operators.matrix_free.output_graph import OutputGraph
 from paraboloid.operators.matrix_free.second_order_passes import Autocast, TwiceDifferentiable, undisturbed
 from paraboloid.passes import trees
+from paraboloid.passes.autograd_walks import depends
 from paraboloid.passes.memory import RECORDINGS
 from paraboloid.passes.torch_internals import (
     StorageWeakRef,
@@ -49,15 +54,6 @@ class Graph(Protocol):
     def adjoint_pair(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Two numbers that are equal if the derivatives are right, and their scale."""
         ...
-
-
-@runtime_checkable
-class Telling(Protocol):
-    """A graph whose products give the two numbers of `adjoint_pair` on the way."""
-
-    def telling_product(
-        self, v: Sequence[Tensor], block: Sequence[int]
-    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]: ...
 
 
 def _is_dense(t: Tensor) -> bool:
@@ -116,7 +112,9 @@ class Replay(Passes[Any]):
         )  # fmt: skip
         self.graph = graph
         self.versions = self._versions()
-        self.certified = False  # whether autograd's second derivatives were found right, on the first batch
+        self.certificate = Certificate(type(self.model).__name__, list(self.parameters.values()), self.autocast.enabled)
+        self.rows: list[Tensor] | None = None  # of every kept graph's Jacobian, where they are needed
+        self.by_rows = False
         self.size, self.flops = 0, 0  # bytes of the kept graphs, floating-point operations of their forward passes
         self.kept: list[Any] | None = []
         self.batching: Batching | None = None
@@ -156,7 +154,25 @@ class Replay(Passes[Any]):
 
     def _made(self, f: Tensor, y: Any, index: int) -> Graph:
         f = f.float() if f.dtype in (torch.float16, torch.bfloat16) else f
-        return self.graph(f, y, self.loss, list(self.parameters.values()), index)
+        graph = self.graph(f, y, self.loss, list(self.parameters.values()), index)
+        if isinstance(graph, OutputGraph):
+            graph.made_rows = WeakMethod(self._rows_of)  # no circle: graphs go at once with their operator
+            if self.by_rows:
+                graph.take_rows()
+        return graph
+
+    def _rows_of(self, graph: OutputGraph) -> Tensor:
+        """J of a graph, row by row: by the engine for all kept graphs at once, or for itself."""
+        first, self.by_rows = not self.by_rows, True
+        parameters, most = list(self.parameters.values()), max(self.max_memory, RECORDINGS.default)
+        if self.kept and first:
+            counts = [kept.f.numel() for kept in self.kept]
+            self.rows = by_engine(self.model, self.recorded, counts, most)
+        if self.rows is not None and self.kept:
+            for kept, rows in zip(self.kept, self.rows, strict=True):
+                kept.rows = rows
+            return self.rows[graph.index]
+        return by_pulls(graph.f, parameters, most)
 
     def _first_pass(self) -> None:
         with undisturbed(self.model):
@@ -173,6 +189,12 @@ class Replay(Passes[Any]):
                             "the model's output does not depend on any parameter that requires a gradient; expected a "
                             "differentiable output. Does the model detach it, or run under no_grad?"
                         )
+                    if not depends(f, self.parameters.values()):
+                        raise ValueError(
+                            f"the model's output does not depend on any of its own {len(self.parameters)} trainable "
+                            "parameters; expected it computed with them, not with another module's, those of a "
+                            "functional call, or a sharded model's whole ones."
+                        )
                     self.kept.append(self._made(f, y, len(self.kept)))
                     self.kept[-1].prepare()
                     del batch, f, y
@@ -184,16 +206,20 @@ class Replay(Passes[Any]):
 
     def product(self, graph: Graph, v: list[Tensor], block: Sequence[int]) -> list[Tensor]:
         """The graph's product with v; the first one certifies it (see `certify`)."""
-        if self.certified:
+        if self.certificate.given:
             return graph.product(v, block)
         # A product with a vector of many directions tells for itself whether J and J^T belong together.
-        if not isinstance(graph, Telling) or not all(_is_dense(t.reshape(-1)) for t in v):
+        whole = len(block) == len(self.parameters)
+        if not (whole and isinstance(graph, OutputGraph) and all(_is_dense(t.reshape(-1)) for t in v)):
             self.certify(graph)
             return graph.product(v, block)
+        graph.check_cut()
         found, one, other, scale = graph.telling_product(v, block)
         if scale > 0:
-            self._compare(one, other, scale)
-        return found
+            self.certificate.compare(graph, one, other, scale)
+            return found
+        self.certify(graph)  # zero and NaN tell nothing
+        return graph.product(v, block)
 
     def together(
         self, graph: Graph, V: list[Tensor], of: Callable[[Sequence[Tensor]], list[Tensor]]
@@ -209,23 +235,27 @@ class Replay(Passes[Any]):
         return self.batching.together(V, of)
 
     def certify(self, graph: Graph) -> None:
-        """Raise RuntimeError where a matrix and its transpose, as autograd has them, are not each other's transpose.
+        """Raise RuntimeError where the graph's second derivatives are wrong; see `Certificate`.  Done once."""
+        if not self.certificate.given:
+            if isinstance(graph, OutputGraph):
+                graph.check_cut()
+            self.certificate.check(graph, self.elsewhere)
 
-        What a wrong double backward nearly always shows.  Done once, on one batch.
-        """
-        if not self.certified:
-            self._compare(*graph.adjoint_pair(torch.Generator(self.device).manual_seed(0)))
-
-    def _compare(self, one: Tensor, other: Tensor, scale: Tensor) -> None:
-        dtype = next(iter(self.parameters.values())).dtype
-        tolerance = 1e-6 if dtype == torch.float64 else 2e-2
-        self.certified = bool(abs(one - other) <= tolerance * scale)
-        if not self.certified:
-            raise RuntimeError(
-                f"autograd's second derivative of {type(self.model).__name__} is wrong: two numbers that must be "
-                f"equal are {one.item():.6g} and {other.item():.6g}. Some operation of the model has no correct double "
-                "backward (a custom autograd.Function, a fused kernel); write it out in plain torch operations."
-            )
+    @contextmanager
+    def elsewhere(self, values: Sequence[Tensor]) -> Iterator[Graph]:
+        """The first batch's graph with the parameters at other values, to be used inside the block; they are put back
+        bit for bit, and what was recorded with them stays valid."""
+        state, parameters = self.stream.state, list(self.parameters.values())
+        before = [p.detach().clone() for p in parameters]
+        try:
+            for p, value in zip(parameters, values, strict=True):
+                p.data.copy_(value)  # autograd does not see it: the version stays
+            _, f, y = next(self._outputs(self.around))
+            yield self._made(f, y, 0)
+        finally:
+            for p, value in zip(parameters, before, strict=True):
+                p.data.copy_(value)
+            self.stream.state = state
 
     @contextmanager
     def recorded(self, record: Callable[[], AbstractContextManager[T]]) -> Iterator[Iterator[tuple[T, Tensor, Any]]]:
