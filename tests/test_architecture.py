@@ -30,13 +30,14 @@ MAY_IMPORT = {
     "logging": {"passes", "data", "losses", "linalg", "quantities", "noise"},
     "testing": {"passes", "data", "layers", "engine", "losses", "linalg", "quantities", "optim"},
     "problems": {"passes", "data", "losses"},
+    "gp": {"passes", "linalg"},
     "report": set(),
     "jobs": {
         "passes", "data", "losses", "linalg", "quantities", "operators", "quadratics", "noise", "optim", "posteriors",
         "problems", "report",
     },
     "": {
-        "passes", "linalg", "logging", "losses", "noise", "operators", "optim", "posteriors", "problems", "quadratics",
+        "passes", "gp", "linalg", "logging", "losses", "noise", "operators", "optim", "posteriors", "problems", "quadratics",
         "quantities", "testing", "tomography", "jobs", "report",
     },
 }  # fmt: skip

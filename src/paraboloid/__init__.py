@@ -1,6 +1,6 @@
 """Local quadratic models of deep-learning losses from mini-batches: statistics, curvature, debiasing."""
 
-from paraboloid import linalg, logging, losses, noise, operators, optim, posteriors, quantities, testing, tomography
+from paraboloid import gp, linalg, logging, losses, noise, operators, optim, posteriors, quantities, testing, tomography
 from paraboloid.linalg.kronecker import Kron
 from paraboloid.losses import Loss
 from paraboloid.operators import EKFAC, GGN, KFAC, KFLR, PCH, DiagonalGGN, EmpiricalFisher, Fisher, Hessian, LowRank
@@ -21,7 +21,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "EKFAC", "GGN", "KFAC", "KFLR", "PCH", "Bias", "CrossFit", "DiagonalGGN", "EmpiricalFisher", "Fisher", "Hessian",
     "Kron", "Loss", "LowRank", "Posterior", "Problem", "Quadratic", "SampledPosterior", "Statistics", "bias",
-    "cross_fit", "free_memory", "laplace", "linalg", "load_posterior", "logging", "losses", "noise", "operators",
+    "cross_fit", "free_memory", "gp", "laplace", "linalg", "load_posterior", "logging", "losses", "noise", "operators",
     "optim", "posteriors", "predicted_bias", "quadratic", "quantities", "record", "sampled_laplace",
     "shrunk_curvature", "statistics", "testing", "tomography",
 ]  # fmt: skip

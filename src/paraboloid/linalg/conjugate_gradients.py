@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from paraboloid.linalg.operand import LinAlgError, Operand, check_count
+from paraboloid.linalg.solution import Solution
 
 
 def cg(
@@ -44,10 +45,7 @@ def cg(
     A, b, x0, M, limit = _checked(A, b, x0, preconditioner, tol, max_iterations)
     stop = stopping_rule(stopping, tol, progress)
     run = _iterate(A, b, x0, limit, M, stop)
-    if run.flat is not None:
-        iteration, curvature = run.flat
-        raise LinAlgError(f"iteration {iteration} of conjugate gradients met the curvature p.A p = {curvature:.4g}; "
-                          "expected a positive number. A is not positive definite: add damping.")  # fmt: skip
+    _check_curvature(run)
     if max_iterations is None and stopping == "residual" and run.residual > tol:
         raise LinAlgError(
             f"conjugate gradients stopped after {limit} iterations at a relative residual of {run.residual:.3g}; "
@@ -55,6 +53,33 @@ def cg(
         )
     x = run.x.squeeze(1) if b.dim() == 1 else run.x
     return x.numpy() if as_array else x
+
+
+def cg_solution(
+    A: Any,
+    b: Tensor,
+    tol: float = 1e-6,
+    max_iterations: int | None = None,
+    preconditioner: Any = None,
+    *,
+    x0: Any = None,
+) -> Solution:
+    """As `cg` with its tolerance on the residual, but with what it took beside the solution; never raises for a
+    tolerance that was not met, which `residual` tells."""
+    A, b, x0, M, limit = _checked(A, b, x0, preconditioner, tol, max_iterations)
+    history: list[tuple[float, float]] = []
+    norms = b.norm(dim=0) if b.dim() == 2 else b.norm().view(1)
+    run = _iterate(A, b, x0, limit, M, _Told(tol, norms, history))
+    _check_curvature(run)
+    x = run.x.squeeze(1) if b.dim() == 1 else run.x
+    return Solution(x, run.residual, run.iterations, run.iterations + (x0 is not None), None, history)
+
+
+def _check_curvature(run: _Run) -> None:
+    if run.flat is not None:
+        iteration, curvature = run.flat
+        raise LinAlgError(f"iteration {iteration} of conjugate gradients met the curvature p.A p = {curvature:.4g}; "
+                          "expected a positive number. A is not positive definite: add damping.")  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,6 +261,18 @@ class Stop:
         if iteration <= k:
             return done
         return done | (value < 0) & (value - self.values[iteration - k] > k * self.progress * value)
+
+
+class _Told(Stop):
+    """The tolerance on the residual, and what the largest relative one was after every iteration."""
+
+    def __init__(self, tol: float, norms: Tensor, history: list[tuple[float, float]]):
+        super().__init__(tol)
+        self.norms, self.history = torch.where(norms > 0, norms, 1), history
+
+    def after(self, iteration: int, value: Tensor, r: Tensor) -> Tensor:
+        self.history.append((float(iteration), float((r.norm(dim=0) / self.norms).max())))
+        return super().after(iteration, value, r)
 
 
 def stopping_rule(stopping: str, tol: float, progress: float) -> Stop:

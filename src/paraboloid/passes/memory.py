@@ -56,6 +56,7 @@ CACHED = Limit("what is formed and used at once, to stay in the cache", MIB, dev
 COMPARED = Limit("gradients that are compared to certify sample independence", 4 * MIB)
 PROBES = Limit("random vectors that are multiplied together", 64 * MIB)
 RESIDUALS = Limit("residuals against which the next one is orthogonalised", 256 * MIB)
+KERNEL_TILES = Limit("tiles of a kernel matrix that are kept from product to product", 2 * GIB)
 MEASURED = Limit("directions that are collected before they are measured on the full data", 256 * MIB)
 LEFT_OUT = Limit("sums over groups of draws, for a jackknife", 512 * MIB)
 JOINED = Limit("inputs of small batches that are joined", 512 * KIB)

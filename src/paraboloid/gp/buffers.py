@@ -1,0 +1,25 @@
+"""Buffers for tiles of a kernel matrix, used again and again: fresh memory costs more than what is computed in it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Buffers:
+    """Uninitialised matrices of at most `size` elements; `give` one back to have it handed out again."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device):
+        self.size, self.dtype, self.device = size, dtype, device
+        self.free: list[Tensor] = []
+
+    def take(self, rows: int, columns: int) -> Tensor:
+        """[rows, columns], contiguous."""
+        flat = self.free.pop() if self.free else torch.empty(self.size, dtype=self.dtype, device=self.device)
+        if rows * columns > len(flat):
+            flat = flat.new_empty(rows * columns)
+        return flat[: rows * columns].view(rows, columns)
+
+    def give(self, tile: Tensor) -> None:
+        """What was taken is not needed any more."""
+        self.free.append(tile._base if tile._base is not None else tile.view(-1))

@@ -1,0 +1,97 @@
+"""The Nystrom approximation from columns of a positive semi-definite matrix, chosen by randomly pivoted Cholesky."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paraboloid.linalg.nystrom_approximation import Nystrom
+from paraboloid.linalg.operand import LinAlgError, check_count
+from paraboloid.linalg.probes import Seed, generator_of
+from paraboloid.linalg.row_blocks import row_blocks
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """A ~ F F^T with F [D, r] in the span of the columns `pivots` [r] of A; A - F F^T is positive semi-definite.
+
+    left  its trace over that of A: what the approximation leaves out
+    """
+
+    F: Tensor
+    pivots: Tensor
+    left: float
+
+    def nystrom(self) -> Nystrom:
+        """The same matrix by its eigenvalues, for a preconditioner."""
+        F = self.F
+        values, Q = torch.linalg.eigh((F.T @ F).double())
+        keep = values > torch.finfo(F.dtype).eps * values[-1]
+        values, Q = values[keep].flip(0), Q[:, keep].flip(1)
+        return Nystrom(F @ (Q / values.sqrt()).to(F), values.to(F))
+
+
+def pivoted_columns(
+    A: Any, diagonal: Tensor, rank: int, tol: float = 0.0, block: int | None = None, seed: Seed = 0
+) -> Columns:
+    """Columns of A drawn in blocks with probabilities proportional to what is left of its diagonal.
+
+    A positive semi-definite with blocks (`linalg.row_blocks`), diagonal [D].  It ends at `rank` columns, or when what
+    is left of the trace is at most tol times the trace.  D rank^2 operations, rank columns of A.
+    Source: Chen, Epperly, Tropp and Webber 2022, arXiv:2207.06503, algorithm 2.1 in blocks (2410.03969).
+    """
+    A, generator = row_blocks(A), generator_of(seed, A.device)
+    D = A.shape[0]
+    rank = check_count("rank", min(rank, D))
+    block = min(rank, block or max(8, rank // 8))
+    every, d = torch.arange(D, device=A.device), diagonal.clone()
+    F = torch.zeros(rank, D, dtype=A.dtype, device=A.device)  # rows, so that columns of A lie side by side
+    pivots, r, total = [], 0, float(diagonal.sum())
+    while r < rank and float(d.sum()) > max(tol, 10 * torch.finfo(A.dtype).eps) * total:
+        weights = d.double()
+        count = min(block, rank - r, int((weights > 0).sum()))
+        if D <= 2**24:
+            S = torch.multinomial(weights.to(generator.device), count, generator=generator).to(A.device)
+        else:
+            cumulated = weights.cumsum(0)
+            u = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64).to(A.device)
+            S = torch.searchsorted(cumulated, u * cumulated[-1]).clamp(max=D - 1).unique()
+        G = A.block(S, every) - F[:r, S].T @ F[:r]
+        chosen, L = _independent(G[:, S].double())
+        S, G = S[chosen], G[chosen]
+        if not len(S):
+            break
+        part = torch.linalg.solve_triangular(L.to(G), G, upper=False)
+        k = len(S)
+        F[r : r + k] = part
+        d = (d - part.square().sum(0)).clamp(min=0)
+        d[S] = 0
+        pivots.append(S)
+        r += k
+    if not pivots:
+        raise LinAlgError(f"the trace of A is {total:.4g}; expected a positive one.")
+    return Columns(F[:r].T, torch.cat(pivots), float(d.sum()) / total)
+
+
+def _independent(core: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the block whose columns are clearly independent, and their Cholesky factor (diagonal pivoting)."""
+    size, floor = len(core), 1e-3 * float(core.diagonal().max().clamp(min=0))
+    L, failed = torch.linalg.cholesky_ex(core)
+    if not failed and float(L.diagonal().square().min()) >= floor:
+        return torch.arange(size, device=core.device), L
+    chosen: list[int] = []
+    left, rows = core.diagonal().clone(), torch.zeros(size, size, dtype=core.dtype, device=core.device)
+    for i in range(size):
+        j = int(left.argmax())
+        if not float(left[j]) > floor:
+            break
+        column = (core[:, j] - rows[:, :i] @ rows[j, :i]) / left[j].sqrt()
+        rows[:, i] = column
+        left = left - column.square()
+        left[j] = -torch.inf
+        chosen.append(j)
+    index = torch.tensor(chosen, dtype=torch.long, device=core.device)
+    return index, rows[index, : len(chosen)]

@@ -1,0 +1,142 @@
+"""Means, variances and samples of every solver against a Cholesky factor in plain view, in float64."""
+
+import math
+
+import pytest
+import torch
+
+import paraboloid as pb
+
+KERNEL = pb.gp.Matern(1.5, lengthscale=torch.tensor([0.8, 1.3]), outputscale=1.7)
+NOISE = 0.1
+MET = {"cholesky": 1e-8, "cg": 1e-3, "block": 1e-3, "sdd": 1e-3, "sgd": 1e-2}  # of the mean, relative
+
+
+def data(N=300, d=2, outputs=None, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(N, d, generator=g, dtype=torch.float64)
+    f = torch.sin(2 * x[:, 0]) + x[:, 1].cos()
+    y = f + NOISE**0.5 * torch.randn(N, generator=g, dtype=torch.float64)
+    return x, y if outputs is None else torch.stack([y * (1 + c) - c for c in range(outputs)], 1)
+
+
+def exact(kernel, x, y, new, noise=NOISE):
+    """Posterior mean and covariance of f at new inputs, by the textbook's formula."""
+    A = kernel(x) + noise * torch.eye(len(x), dtype=x.dtype)
+    k = kernel(new, x)
+    return k @ torch.linalg.solve(A, y), kernel(new) - k @ torch.linalg.solve(A, k.T)
+
+
+NEW = data(60, seed=1)[0]
+
+
+@pytest.mark.parametrize("solver", MET)
+def test_the_mean_meets_its_accuracy_by_default(solver):
+    x, y = data()
+    gp = pb.gp.condition(KERNEL, x, y, NOISE, solver=solver, samples=2, seed=0)
+    mean, _ = exact(KERNEL, x, y, NEW)
+    assert gp.mean(NEW).shape == (60,) and gp.mean(NEW).dtype == torch.float64
+    assert (gp.mean(NEW) - mean).norm() < MET[solver] * mean.norm()
+    assert gp.solver == solver and gp.notes == []
+
+
+@pytest.mark.parametrize("solver", ["cholesky", "cg", "block"])
+def test_samples_have_the_posteriors_mean_and_covariance(solver):
+    x, y = data()
+    gp = pb.gp.condition(KERNEL, x, y, NOISE, solver=solver, samples=1024, seed=0, features=512)
+    mean, covariance = exact(KERNEL, x, y, NEW)
+    drawn = gp.sample(NEW)
+    assert drawn.shape == (1024, 60)
+    std = covariance.diagonal().sqrt()
+    assert ((drawn.mean(0) - mean) / std).abs().max() < 5 / 1024**0.5
+    ratio = drawn.var(0) / covariance.diagonal()
+    assert (ratio.mean() - 1).abs() < 0.05 and ratio.min() > 0.8 and ratio.max() < 1.25
+    correlation = covariance / std.outer(std)
+    assert (drawn.T.corrcoef() - correlation).abs().max() < 0.2
+    variance = gp.variance(NEW)
+    expected = covariance.diagonal() if solver == "cholesky" else (drawn - gp.mean(NEW)).square().mean(0)
+    torch.testing.assert_close(variance, expected)
+    both = gp.predict(NEW)
+    torch.testing.assert_close(both, (gp.mean(NEW), variance))
+
+
+def test_a_value_does_not_depend_on_what_else_is_asked_for():
+    x, y = data()
+    gp = pb.gp.condition(KERNEL, x, y, NOISE, solver="cg", samples=40, seed=3)
+    every = gp.sample(NEW)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(gp.sample(NEW[order]), every[:, order])
+    torch.testing.assert_close(gp.sample(NEW[7:8]), every[:, 7:8])
+    again = pb.gp.condition(KERNEL, x, y, NOISE, solver="cg", samples=40, seed=3)
+    assert torch.equal(again.sample(NEW), every)
+    assert not torch.equal(pb.gp.condition(KERNEL, x, y, NOISE, solver="cg", samples=40).sample(NEW), every)
+
+
+def test_nothing_touches_the_global_random_state():
+    x, y = data(100)
+    before = torch.get_rng_state()
+    for solver in MET:
+        pb.gp.condition(KERNEL, x, y, NOISE, solver=solver, samples=2, steps=20)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_evidence_and_the_likelihood_include_their_constants():
+    x, y = data(80)
+    gp = pb.gp.condition(KERNEL, x, y, NOISE, solver="cholesky", samples=0)
+    A = KERNEL(x) + NOISE * torch.eye(80, dtype=x.dtype)
+    density = torch.distributions.MultivariateNormal(torch.zeros(80, dtype=x.dtype), A)
+    assert gp.log_evidence() == pytest.approx(float(density.log_prob(y)))
+    mean, covariance = exact(KERNEL, x, y, NEW)
+    target = torch.ones(60, dtype=x.dtype)
+    expected = -torch.distributions.Normal(mean, (covariance.diagonal() + NOISE).sqrt()).log_prob(target).mean()
+    assert gp.nll(NEW, target) == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("solver", MET)
+def test_several_outputs_share_a_kernel(solver):
+    x, y = data(outputs=3)
+    gp = pb.gp.condition(KERNEL, x, y, NOISE, solver=solver, samples=5)
+    mean, covariance = exact(KERNEL, x, y, NEW)
+    assert (gp.mean(NEW) - mean).norm() < MET[solver] * mean.norm()
+    assert gp.sample(NEW).shape == (5, 60, 3) and gp.variance(NEW).shape == (60,)
+    if solver == "cholesky":
+        torch.testing.assert_close(gp.variance(NEW), covariance.diagonal())
+
+
+@pytest.mark.parametrize("solver", ["cholesky", "cg", "block", "sdd"])
+def test_noise_of_its_own_for_every_input(solver):
+    x, y = data(200)
+    noise = torch.linspace(0.05, 0.5, 200, dtype=x.dtype)
+    gp = pb.gp.condition(KERNEL, x, y, noise, solver=solver, samples=0)
+    mean = KERNEL(NEW, x) @ torch.linalg.solve(KERNEL(x) + noise.diag(), y)
+    assert (gp.mean(NEW) - mean).norm() < 1e-3 * mean.norm()
+
+
+def test_a_step_that_diverges_is_noticed_halved_and_told():
+    x, y = data()
+    with pytest.warns(UserWarning, match="started again with"):
+        gp = pb.gp.condition(KERNEL, x, y, NOISE, solver="sdd", samples=2, step_size=1.0)
+    mean, _ = exact(KERNEL, x, y, NEW)
+    assert gp.step < 1 and (gp.mean(NEW) - mean).norm() < 1e-3 * mean.norm()
+
+
+def test_too_few_steps_are_taken_as_asked_for_and_too_hard_a_system_is_told():
+    x, y = data()
+    gp = pb.gp.condition(KERNEL, x, y, NOISE, solver="cg", samples=0, steps=2, rank=5)
+    assert gp.iterations == 2 and gp.residual > 1e-3 and gp.notes == []
+
+
+def test_float32_comes_back_as_float32():
+    x, y = data()
+    for solver in ("cholesky", "cg", "block", "auto"):
+        gp = pb.gp.condition(KERNEL, x.float(), y.float(), NOISE, solver=solver, samples=3)
+        mean, _ = exact(KERNEL, x, y, NEW)
+        assert gp.mean(NEW).dtype == torch.float32 and gp.sample(NEW).dtype == torch.float32
+        assert (gp.mean(NEW) - mean).norm() < 1e-3 * mean.norm()
+
+
+def test_auto_says_what_it_chose():
+    x, y = data(50)
+    gp = pb.gp.condition(KERNEL, x, y, NOISE, samples=0)
+    assert gp.solver == "cholesky" and "50 inputs" in gp.reason
+    assert math.isfinite(gp.residual)
