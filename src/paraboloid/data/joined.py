@@ -36,7 +36,7 @@ class _Joined:
             if held and not (_fits(held[0], (x, y)) and sum(a.nbytes for a, _ in held) + x.nbytes <= JOINED.of()):
                 yield _together(held)
                 held = []
-            if _is_plain(x):
+            if _is_plain(x, y):
                 held.append((x, y))
             else:
                 yield x, y
@@ -44,9 +44,13 @@ class _Joined:
             yield _together(held)
 
 
-def _is_plain(x: Any) -> bool:
-    """Numbers, one row for each sample; token ids stand for much larger layer outputs."""
-    return isinstance(x, Tensor) and x.dim() > 1 and x.is_floating_point()
+def _is_plain(x: Any, y: Any) -> bool:
+    """Numbers, one row for each sample; token ids stand for much larger layer outputs.
+
+    Where another axis is as long the samples may lie on that one, as in a recurrent layer's [T, N, D].
+    """
+    plain = isinstance(x, Tensor) and x.layout == torch.strided and x.dim() > 1 and x.is_floating_point()
+    return plain and isinstance(y, Tensor) and y.dim() > 0 and len(x) == len(y) and len(x) not in x.shape[1:]
 
 
 def _fits(first: tuple[Tensor, Tensor], then: tuple[Any, Tensor]) -> bool:
@@ -54,7 +58,7 @@ def _fits(first: tuple[Tensor, Tensor], then: tuple[Any, Tensor]) -> bool:
         isinstance(b, Tensor) and a.shape[1:] == b.shape[1:] and (a.dtype, a.device) == (b.dtype, b.device)
         for a, b in zip(first, then, strict=True)
     )
-    return same and _is_plain(then[0])
+    return same and _is_plain(*then)
 
 
 def _together(held: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

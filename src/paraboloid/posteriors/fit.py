@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from paraboloid.data import batches as batch_data
 from paraboloid.data.batches import Data, Output
+from paraboloid.data.cutting import Chosen, Cut, Cuts, Half
 from paraboloid.data.joined import joined
 from paraboloid.linalg.eigenform import Eigenform
 from paraboloid.linalg.operand import check_count
@@ -51,8 +51,17 @@ class Fitting:
     count: int = 0  # samples
     elements: int = 0  # of the targets
     target: tuple[int, ...] = ()  # shape of a sample's target
+    cuts: Cuts = field(default_factory=Cuts)
     tol: float = 0.0  # of the relative trace of the loss's Hessians
     left_out: tuple[float, float] = (0.0, 0.0)  # that trace: left out, and in all
+
+    def cut(self, inputs: Any) -> Cut:
+        """Where the samples of a batch lie in its inputs; raises ValueError where they cannot be told apart."""
+        found = self.cuts.of(self.model, inputs, self.output)
+        if found.samples > 1 and not found.possible:
+            raise ValueError("the inputs of a batch cannot be cut into samples: the model on some of them does not "
+                             "give these rows of its output. Leave subset= or debias=True out.")  # fmt: skip
+        return found
 
     def note(self, y: Any) -> None:
         """Count a batch's targets."""
@@ -152,7 +161,7 @@ def functional(fitting: Fitting, parameters: Mapping[str, Tensor], data: Data, s
     chosen = torch.zeros(N, dtype=torch.bool, device=fitting.generator.device)
     chosen[torch.randperm(N, generator=fitting.generator, device=chosen.device)[:subset]] = True
     part = replace(fitting)  # what it notes is counted already
-    rows = (N / subset) ** 0.5 * _all_rows(part, _Chosen(data, chosen.cpu()))
+    rows = (N / subset) ** 0.5 * _all_rows(part, Chosen(data, fitting.cut, chosen.cpu()))
     fitting.left_out = part.left_out
     return Rows(parameters, rows)
 
@@ -170,22 +179,6 @@ def _all_rows(fitting: Fitting, data: Data) -> Tensor:
         if R > 2 * D:
             held = [compressed(torch.cat(held))]
     return compressed(torch.cat(held))
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """The chosen samples of the data, by their place in it."""
-
-    data: Data
-    chosen: Tensor
-
-    def __iter__(self) -> Iterator[batch_data.Batch]:
-        start = 0
-        for inputs, y in batch_data.batches(self.data):
-            at = self.chosen[start : start + len(y)].nonzero()[:, 0].to(y.device)
-            start += len(y)
-            if len(at):
-                yield trees.mapped(lambda t, at=at: t[at.to(t.device)], inputs), y[at]
 
 
 def kronecker(
@@ -224,7 +217,7 @@ def cross_fitted(
     fitting: Fitting, parameters: Mapping[str, Tensor], data: Data, exact: bool, before: CrossFitted | None = None
 ) -> CrossFitted:
     """Two posteriors, each with the eigenvectors of one half of the data and the eigenvalues of the other half."""
-    halves = [_Half(data, which) for which in (0, 1)]
+    halves = [Half(data, fitting.cut, which) for which in (0, 1)]
     if before is None:
         forms = [kronecker(replace(fitting), parameters, half, False).by_name for half in halves]
     else:
@@ -239,19 +232,6 @@ def cross_fitted(
         Kronecker(parameters, {k: f.map(lambda h, s=s: s * h) for k, f in part.items()})
         for part, s in zip(parts, scales, strict=True)
     ))  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Half:
-    """Every other sample of each batch, from the first or the second on."""
-
-    data: Data
-    which: int
-
-    def __iter__(self) -> Iterator[batch_data.Batch]:
-        for inputs, y in batch_data.batches(self.data):
-            if len(y) > self.which:
-                yield trees.mapped(lambda t: t[self.which :: 2], inputs), y[self.which :: 2]
 
 
 def low_rank(fitting: Fitting, parameters: Mapping[str, Tensor], data: Data, rank: int, seed: int) -> Rows:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.data.batches import Data, Inputs, Output
+from paraboloid.data.cutting import Cuts
 from paraboloid.linalg.operand import check_count
 from paraboloid.linalg.probes import Seed, generator_of
 from paraboloid.losses import LossFunction
@@ -64,7 +65,8 @@ class Posterior:
     data: Data | None = None  # what it was fitted on, for `tune_prior` and `match_confidence`; not saved
     sharpness: float = 1.0  # exponent of the predicted probabilities, see `match_confidence`
     _prior: Any = 1.0
-    _sizes: dict[Any, float] = field(default_factory=dict, repr=False)  # what a sample takes to predict
+    _sizes: dict[Any, Any] = field(default_factory=dict, repr=False)  # what an output takes to predict
+    _cuts: Cuts = field(default_factory=Cuts, repr=False)  # where samples lie in inputs
     _precision: Precision | None = field(default=None, repr=False)  # the last one, with what it solved
 
     @property
@@ -208,11 +210,12 @@ class Posterior:
         def covariance_of(J: Jacobian) -> Tensor:
             return precision.covariance(J, diagonal, self.max_memory)
 
-        if diagonal and (found := last_layer.variances(self, x, precision)) is not None:
+        if diagonal and (found := last_layer.variances(self, x, precision, self._cuts)) is not None:
             return found
         mean, covariance = moments(
-            self.model, names, x, self.output, covariance_of, precision.formed, self.max_memory, self._sizes
-        )
+            self.model, names, x, self.output, covariance_of, precision.formed, self.max_memory, self._sizes,
+            self._cuts, apart=diagonal,
+        )  # fmt: skip
         return mean, covariance.view_as(mean) if diagonal else covariance
 
     def functional_samples(self, x: Inputs, samples: int, seed: int = 0) -> Tensor:
@@ -229,8 +232,9 @@ class Posterior:
             return J.dense() @ deviations.T  # [n, K, samples]
 
         mean, found = moments(
-            self.model, list(self.weights), x, self.output, draws_of, deviations.shape[1], self.max_memory, self._sizes
-        )
+            self.model, list(self.weights), x, self.output, draws_of, deviations.shape[1], self.max_memory,
+            self._sizes, self._cuts, apart=True,
+        )  # fmt: skip
         return mean + found.permute(2, 0, 1).reshape(samples, *mean.shape)
 
     def check_weights(self) -> None:

@@ -8,50 +8,96 @@ import torch
 from torch import Tensor
 
 from paraboloid.data.batches import Inputs
-from paraboloid.passes.trees import mapped
+from paraboloid.data.cutting import Cuts
+from paraboloid.engine.recorder import Call
+from paraboloid.engine.tape import Tape
+from paraboloid.passes.memory import JACOBIANS
 from paraboloid.posteriors.precision import Precision
 from paraboloid.posteriors.prediction.jacobian import recorded
-from paraboloid.posteriors.prediction.moments import length
+from paraboloid.posteriors.prediction.moments import PROBE
 from paraboloid.posteriors.structures.eigenbasis import InEigenbasis, Mixture
 
 if TYPE_CHECKING:
     from paraboloid.posteriors.posterior import Posterior
 
-CHUNK = 1024  # samples at a time
+CHUNK = 1024  # samples at a time, of outputs that are not large
+DIGITS = 4096  # of numbers of places, which half of the bits of a float32 hold exactly
 
 
-def variances(posterior: Posterior, inputs: Inputs, precision: Precision) -> tuple[Tensor, Tensor] | None:
-    """Mean and variance [N, C] of f = W phi + b under a posterior over W and b alone, features phi [F].
+def variances(
+    posterior: Posterior, inputs: Inputs, precision: Precision, cuts: Cuts | None = None
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """Mean and variance of f = W phi + b at every position under a posterior over W and b alone, features phi [F]:
 
-    diagonal     var[n, c] = sum_j phi[n, j]^2 var(W)[c, j] + var(b)[c]
-    Kronecker    sum_i U[c, i]^2 sum_j (phi[n] V)[j]^2 / (h + lambda)[i, j], with the factors' eigenvectors U and V
+    diagonal     var[c] = sum_j phi[j]^2 var(W)[c, j] + var(b)[c]
+    Kronecker    sum_i U[c, i]^2 sum_j (phi V)[j]^2 / (h + lambda)[i, j], with the factors' eigenvectors U and V
 
-    In C F + N (C + F) numbers.  None where the posterior is over something else, or has another structure.
+    f may be a view of that, its axes in any order.  In as many numbers as the outputs and features have.  None where
+    the posterior is over something else, or has another structure.
     """
     if not isinstance(precision, InEigenbasis | Mixture) or len(posterior.weights) > 2:
         return None
-    means, found = [], []
-    for start in range(0, length(inputs), CHUNK):
-        piece = mapped(lambda t, n=slice(start, start + CHUNK): t[n], inputs)
+    cut = (Cuts() if cuts is None else cuts).of(posterior.model, inputs, posterior.output)
+    means, found, start, step = [], [], 0, min(PROBE, cut.samples)
+    while start < cut.samples:
+        piece = cut.take(inputs, slice(start, start + step)) if cut.possible else inputs
         with recorded(posterior.model, list(posterior.weights), piece, posterior.output, verify=False) as (tape, f):
-            calls = tape.calls
-            uses = calls[0].uses() if len(calls) == 1 and f.dim() == 2 and calls[0].edge.node is f.grad_fn else []
-            uses = {name: u for u in uses if (name := tape.names.get(id(u.weight))) is not None}
-        weight, bias = (next((k for k, u in uses.items() if (u.right is None) == b), None) for b in (False, True))
-        if weight is None or set(uses) != set(posterior.weights) or not all(u.is_plain for u in uses.values()):
+            pair = _of_batch(tape, f, list(posterior.weights), precision)
+        if pair is None:
             return None
-        use = uses[weight]
-        if use.right is None or use.flip or use.lookup or use.q_axes is not None:
-            return None
-        if not all(torch.equal(u.arranged(f[None]).flatten(), f.flatten()) for u in uses.values()):
-            return None
-        phi = use.right(slice(None)).flatten(1)
-        if phi.shape != (len(f), use.q):
-            return None
-        with torch.no_grad():
-            means.append(f.detach())
-            found.append(_of(precision, phi.detach(), weight, bias))
+        means.append(pair[0])
+        found.append(pair[1])
+        start += len(f)
+        size = f[0].numel() * f.element_size()
+        step = min(CHUNK, JACOBIANS.count(4 * size, posterior.max_memory, f.device), DIGITS**2 // f[0].numel())
     return torch.cat(means), torch.cat(found)
+
+
+def _of_batch(
+    tape: Tape, f: Tensor, weights: list[str], precision: InEigenbasis | Mixture
+) -> tuple[Tensor, Tensor] | None:
+    if len(tape.calls) != 1 or f.dtype not in (torch.float32, torch.float64):
+        return None
+    (call,) = tape.calls
+    uses = {name: u for u in call.uses() if (name := tape.names.get(id(u.weight))) is not None}
+    weight, bias = (next((k for k, u in uses.items() if (u.right is None) == b), None) for b in (False, True))
+    if weight is None or set(uses) != set(weights) or not all(u.is_plain for u in uses.values()):
+        return None
+    use = uses[weight]
+    if use.right is None or use.flip or use.lookup or use.q_axes is not None or use.groups > 1:
+        return None
+    if (places := _places(f, call)) is None:
+        return None
+    at = use.arranged(places[None])[0]  # [R 1 T p], with the row of features that makes each of them
+    phi = use.right(slice(None)).flatten(0, -2)
+    if at.numel() != f.numel() or phi.shape != (at.numel() // at.shape[-1], use.q):
+        return None
+    if bias is not None and uses[bias].arranged(places[None]).flatten().sort().values.diff().min() < 1:
+        return None
+    with torch.no_grad():
+        each = _of(precision, phi.detach(), weight, bias)
+        return f.detach(), torch.empty_like(f.detach()).flatten().scatter_(0, at.flatten(), each.flatten()).view_as(f)
+
+
+def _places(f: Tensor, call: Call) -> Tensor | None:
+    """For each element of the call's output its flat place in f, where f is a re-indexing of it; else None.
+
+    The transpose of a re-indexing, which a pull applies, takes numbers to where they came from.
+    """
+    numbers = torch.arange(f.numel(), device=f.device)
+    if call.edge.node is f.grad_fn:
+        return numbers.view(call.shape) if f.shape == call.shape else None
+    if f.numel() > DIGITS**2:
+        return None
+    parts = [numbers // DIGITS, numbers % DIGITS, torch.ones_like(numbers)]
+    pulled = [
+        torch.autograd.grad(f, call.edge, t.to(f.dtype).view_as(f), retain_graph=True, allow_unused=True)[0]
+        for t in parts
+    ]
+    if any(t is None for t in pulled) or not (pulled[2] == 1).all():
+        return None
+    places = pulled[0].long() * DIGITS + pulled[1].long()
+    return places if torch.equal(places.flatten().sort().values, numbers) else None
 
 
 def _of(precision: InEigenbasis | Mixture, phi: Tensor, weight: str, bias: str | None) -> Tensor:

@@ -2,68 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from paraboloid.data.batches import Inputs, Output
+from paraboloid.data.cutting import Cut, Cuts, tensors
 from paraboloid.passes.memory import JACOBIANS
-from paraboloid.passes.trees import mapped
 from paraboloid.posteriors.prediction.jacobian import Jacobian, pull_outputs, recorded
 
-PROBE = 8  # samples of the first chunk, which tells what a sample takes
+PROBE = 8  # samples of the first chunk, which tells what one takes
+PULLED = 32  # elements of their outputs that are looked at for it, where these are taken apart
 Covariance = Callable[[Jacobian], Tensor]
 
 
 def moments(
     model: nn.Module, names: list[str], inputs: Inputs, output: Output | None, covariance: Covariance, formed: int,
-    max_memory: int | None, known: dict[Any, float] | None = None,
+    max_memory: int | None, known: dict[Any, Any] | None = None, cuts: Cuts | None = None, apart: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(f [N, *shape], what `covariance` makes of each chunk's Jacobian, joined along N).
 
     `formed` is how many numbers it forms for each of the n K outputs: D for J [n, K, D].  The smallest chunk is one
-    sample.  `known` remembers, for the caller, what a sample of such inputs takes, which else a few samples have to
-    tell.
+    sample; with `apart`, for what is made of each output element by itself, [n, k, ...] joined along k too, a few of
+    one sample's elements.  `known` remembers, for the caller, what an output of such inputs takes, which else a few
+    have to tell, and `cuts` where their samples lie.
     """
-    N = length(inputs)
-    limit = JACOBIANS.of(max_memory, next(_tensors(inputs)).device)
+    cut = (Cuts() if cuts is None else cuts).of(model, inputs, output)
+    N = cut.samples
+    limit = JACOBIANS.of(max_memory, tensors(inputs)[0].device)
     known = {} if known is None else known
-    like = (formed, tuple((t.shape[1:], t.dtype) for t in _tensors(inputs)))
+    like = (formed, apart, tuple((t.shape[1:], t.dtype) for t in tensors(inputs)))
     means, parts, start = [], [], 0
     while start < N:
-        step = max(1, int(limit / known[like])) if like in known else min(PROBE, N)
-        piece = mapped(lambda t, n=slice(start, start + step): t[n], inputs)
+        planned = like in known
+        step, columns = _chunks(known[like], limit, apart, cut) if planned else (_least(cut, PROBE), PULLED)
+        piece = cut.take(inputs, slice(start, start + step)) if step < N else inputs
         with recorded(model, names, piece, output) as (tape, f):
-            J = pull_outputs(tape, f)
-            if like not in known:
-                known[like] = _bytes(J, formed) / len(f)
-                if min(step, N) != min(int(limit / known[like]), N):
+            K = f[0].numel()
+            columns = min(columns, K) if apart else K
+            found, J = [], None
+            if not planned:
+                J = pull_outputs(tape, f, range(columns))
+                known[like] = _bytes(J, len(f) * columns, formed) / (len(f) * columns), K
+                if (step, columns) != _chunks(known[like], limit, apart, cut):
                     continue  # from the start: the chunks, and with them the rounding, are those of every later call
-        with torch.no_grad():
-            parts.append(covariance(J))
-            means.append(J.outputs)
+            for first in range(0, K, columns):
+                if J is None or found:
+                    J = pull_outputs(tape, f, range(first, min(K, first + columns)))
+                with torch.no_grad():
+                    found.append(covariance(J))
+        parts.append(torch.cat(found, 1) if len(found) > 1 else found[0])
+        means.append(f.detach())
         start += step
     return torch.cat(means), torch.cat(parts)
 
 
-def _bytes(J: Jacobian, formed: int) -> int:
-    """What a chunk takes: the gradients at the layers' outputs, what is made of them, and what `covariance` forms."""
+def _least(cut: Cut, step: int = 1) -> int:
+    """So many samples, or all where they cannot be cut."""
+    return min(step, cut.samples) if cut.possible else cut.samples
+
+
+def _chunks(known: tuple[float, int], limit: int, apart: bool, cut: Cut) -> tuple[int, int]:
+    """How many samples, and how many of their K output elements, to take at a time; known are an element's bytes, K."""
+    size, K = known
+    if apart and size * K * _least(cut) > limit:
+        return _least(cut), max(1, int(limit / (size * _least(cut))))
+    return _least(cut, max(1, int(limit / (size * K)))), K
+
+
+def _bytes(J: Jacobian, outputs: int, formed: int) -> int:
+    """What so many outputs take: the gradients at the layers' outputs, what is made of them, what is formed of them."""
     left = sum(o.left.untyped_storage().nbytes() for o in J.uses.values())
-    return 4 * left + 2 * J.outputs.numel() * formed * J.outputs.element_size()
-
-
-def length(inputs: Inputs) -> int:
-    """Samples of the inputs: axis 0 of their first tensor."""
-    return next(_tensors(inputs)).shape[0]
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        yield from _tensors(list(tree.values()))
-    elif isinstance(tree, tuple | list):
-        for t in tree:
-            yield from _tensors(t)
+    return 4 * left + 2 * outputs * formed * J.outputs.element_size() or 1

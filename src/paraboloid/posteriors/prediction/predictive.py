@@ -13,9 +13,10 @@ from torch import Tensor
 from paraboloid.data import batches as batch_data
 from paraboloid.data.batches import Inputs
 from paraboloid.linalg.operand import check_count
+from paraboloid.passes.memory import COVARIANCES
 from paraboloid.passes.modes import evaluating
 from paraboloid.passes.random_state import isolated
-from paraboloid.passes.wrappers import Elsewhere
+from paraboloid.passes.wrappers import Elsewhere, unwrapped
 from paraboloid.posteriors.prediction.sharpness import sharpened
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ def _predict(posterior: Posterior, x: Inputs, link: str | None, samples: int, se
     if link == "weights":
         return averaged(posterior, _network_draws(posterior, x, samples, seed))
     if link == "mc" or kind == "other":
+        if _is_large(posterior, x):
+            return averaged(posterior, iter(posterior.functional_samples(x, samples, seed)))
         mean, covariance = posterior.functional(x)
         draws = gaussian_draws(mean.flatten(1), covariance, samples, seed)
         return averaged(posterior, iter(draws.view(samples, *mean.shape)))
@@ -80,6 +83,16 @@ def _predict(posterior: Posterior, x: Inputs, link: str | None, samples: int, se
 def gaussian_noise(posterior: Posterior, like: Tensor) -> Tensor:
     """The noise's variance in what is predicted: none where the output itself is, since only a measurement has it."""
     return torch.full_like(like, 0.0 if posterior.likelihood.is_observed else posterior.noise_variance)
+
+
+def _is_large(posterior: Posterior, x: Inputs) -> bool:
+    """Whether the covariances of all elements of each output, [N, K, K], are too much to hold."""
+    cut = posterior._cuts.of(posterior.model, x, posterior.output)
+    one = cut.take(x, slice(0, 1)) if cut.possible else x
+    first = next(iter(posterior.weights.values()))
+    with torch.no_grad(), evaluating(posterior.model), isolated(posterior.model, first.device, 0):
+        K = batch_data.call(unwrapped(posterior.model), one, posterior.output)[0].numel()
+    return cut.samples * K**2 * first.element_size() > COVARIANCES.of()
 
 
 def poisson(posterior: Posterior, mean: Tensor, variance: Tensor) -> Prediction:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from paraboloid.data import batches as batch_data
 from paraboloid.data.batches import Inputs, Output
+from paraboloid.data.cutting import Cuts
 from paraboloid.operators.matrix_free.batching import Batching
 from paraboloid.operators.matrix_free.output_graph import OutputGraph
 from paraboloid.operators.matrix_free.replay import Footprint, differentiated_twice
@@ -19,9 +20,7 @@ from paraboloid.operators.vectors import split
 from paraboloid.passes import trees
 from paraboloid.passes.memory import JACOBIANS
 from paraboloid.passes.random_state import seeded
-from paraboloid.passes.trees import mapped
 from paraboloid.passes.wrappers import innermost
-from paraboloid.posteriors.prediction.moments import length
 from paraboloid.posteriors.weights import only
 
 PROBE = 8  # samples of the first chunk, which tells what a sample takes
@@ -35,14 +34,16 @@ def tangent_outputs(
     The Jacobian is that of the parameters `names`, in their order.  About one gradient for each deviation.
     """
     model = innermost(model)
-    N, start, size, flops, batching = length(inputs), 0, 0, 0, None
+    start, size, flops, batching = 0, 0, 0, None
+    cut = Cuts().of(model, inputs, output)
+    N = cut.samples
     with only(model, names):
         parameters: list[Any] = list(trees.parameters(model).values())
         autocast = Autocast(parameters[0].device)
         limit = JACOBIANS.of(max_memory, parameters[0].device)
         while start < N:
             step = max(1, limit // size) if size else min(PROBE, N)
-            piece = mapped(lambda t, n=slice(start, start + step): t[n], inputs)
+            piece = cut.take(inputs, slice(start, start + step)) if cut.possible else inputs
             with differentiated_twice(model, autocast, nullcontext), seeded(0, parameters[0].device):
                 with Footprint(parameters) as footprint:
                     f = batch_data.call(model, piece, output)
