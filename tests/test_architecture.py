@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "linalg": {"passes"},
     "reductions": {"passes", "linalg"},
     "engine": {"passes", "layers", "reductions"},
-    "graph": {"passes", "layers", "losses", "linalg", "engine", "reductions"},
+    "graph": {"passes", "layers", "losses", "engine", "reductions"},
     "quantities": {"passes", "distributed", "data", "losses", "linalg", "engine", "reductions", "graph"},
     "operators": {"passes", "data", "losses", "linalg", "engine", "reductions", "graph", "quantities"},
     "quadratics": {"passes", "data", "losses", "linalg", "operators"},

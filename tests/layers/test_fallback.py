@@ -64,13 +64,15 @@ def test_exact_with_one_warning_for_each_call(name):
 
 
 @pytest.mark.parametrize("name", ["einsum", "centres", "the largest of a bag"])
-def test_matrices_have_no_factors_there(name):
+def test_matrices_have_their_diagonal_there(name):
     model, x = make(name)
     with (
         pytest.warns(UserWarning, match="falling back"),
-        pytest.raises(NotImplementedError, match=r"'kfac': parameter '.*' has no Kronecker factors.*Use diag_ggn"),
+        pytest.warns(UserWarning, match=r"parameter.* no Kronecker factors.*the diagonal of its block is kept"),
     ):
-        pb.statistics(model, SUM, (x, torch.zeros_like(model(x))), "kfac")
+        stats = pb.statistics(model, SUM, (x, torch.zeros_like(model(x))), ["kflr", "diag_ggn"])
+    for k, kron in stats["kflr"].items():
+        close(kron.diagonal(), stats["diag_ggn"][k].flatten(), k)
 
 
 @pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}], ids=str)

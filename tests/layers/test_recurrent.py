@@ -62,7 +62,7 @@ def test_a_sequence_without_a_batch_is_refused():
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
-def test_a_packed_sequence_takes_the_net_and_has_no_factors(kind):
+def test_a_packed_sequence_takes_the_net_and_has_diagonals_for_factors(kind):
     recurrent, x = layer(kind, batch_first=True)
 
     def forward(m, x):
@@ -72,6 +72,9 @@ def test_a_packed_sequence_takes_the_net_and_has_no_factors(kind):
     model = Around(recurrent, forward)
     with (
         pytest.warns(UserWarning, match="could not be recorded"),
-        pytest.raises(NotImplementedError, match=r"'kfac': parameter 'layer\.weight_ih_l0' has no Kronecker factors"),
+        pytest.warns(UserWarning, match=r"parameters 'layer\.weight_ih_l0', .* have no Kronecker factors"),
     ):
-        pb.statistics(model, nn.MSELoss(), (x, torch.zeros(2, 5, 4).double()), "kfac")
+        stats = pb.statistics(model, nn.MSELoss(), (x, torch.zeros(2, 5, 4).double()), ["kflr", "diag_ggn"])
+    torch.testing.assert_close(
+        stats["kflr"]["layer.weight_ih_l0"].left, stats["diag_ggn"]["layer.weight_ih_l0"].flatten()
+    )

@@ -334,10 +334,6 @@ def test_wrong_options():
                 make(model, CE, batch, samples=samples)
         with pytest.raises(TypeError, match="is not one that paraboloid knows"):
             make(model, lambda f, y: f.sum(), batch)
-        with pytest.raises(
-            NotImplementedError, match=r"parameter '0.parametrizations.weight.original0' has no Kronecker factors"
-        ):
-            make(make_model("weight norm"), CE, batch)
     with pytest.raises(ValueError, match="fisher is 'mc'; KFLR is KFAC with fisher='exact'"):
         pb.KFLR(model, CE, batch, fisher="mc")
     with pytest.raises(ValueError, match="the loss is nan; expected a finite number"):

@@ -1,5 +1,7 @@
 """Kronecker factors and options of quantities against their definitions, written out with hooks and loops."""
 
+import warnings
+
 import losses_table
 import models
 import oracle
@@ -196,11 +198,23 @@ def test_large_bias_like_parameters_keep_a_diagonal(monkeypatch):
 
 
 @pytest.mark.parametrize("model_name", ["reparametrised", "low rank"])
-def test_derived_weights_have_no_factors_and_say_so(model_name):
+def test_derived_weights_alone_have_their_diagonal_and_it_is_said_once(model_name):
     model, x = models.make(model_name)
     y = torch.zeros_like(call(model, x))
-    with pytest.raises(NotImplementedError, match=r"'kfac': parameter '.*' has no Kronecker factors"):
-        pb.statistics(model, nn.MSELoss(), (x, y), "kfac")
+    batches = [(t[:2], u[:2]) for t, u in [(x, y)]] + [(x[2:], y[2:])]
+    for data in ((x, y), batches):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            stats = pb.statistics(model, nn.MSELoss(), data, ["kflr", "diag_ggn"])
+        assert len(caught) == 1
+        assert "no Kronecker factors" in str(caught[0].message)
+        alone = 0
+        for k, kron in stats["kflr"].items():
+            if repr(k) in str(caught[0].message):
+                alone += 1
+                close(kron.left, stats["diag_ggn"][k].flatten())
+                assert kron.right.shape == (1, 1)
+        assert alone
 
 
 def test_transposed_tying_keeps_its_factors():

@@ -1,8 +1,8 @@
 """KFRA: Kronecker factors by a recursion over the layers of a sequential network, averaged over the batch.
 
-The curvature of the loss as reduced, summed over the samples, is carried from the output down:
+The curvature of the unreduced loss, summed over the samples, is carried from the output down:
 
-    M_f = a sum_n H_n,        below a layer: M = mean_n J_n^T M J_n        (a mean of products taken as their product)
+    M_f = sum_n H_n,        below a layer: M = mean_n J_n^T M J_n        (a mean of products taken as their product)
 
 and a layer's gradient factor is read off M at its output.  For one sample, and wherever J_n is the same for all of
 them, it is that of KFLR.  Source: Botev, Ritter & Barber 2017, arXiv:1706.03662.
@@ -41,18 +41,28 @@ from paraboloid.graph.averaged_curvature import (
 from paraboloid.graph.nodes import VIEWS, Graph, pointwise
 from paraboloid.graph.single_use import Recorded, single_uses
 from paraboloid.layers import RULES, Use
-from paraboloid.linalg.kronecker import Kron
 from paraboloid.losses import Loss
 from paraboloid.passes.memory import SECOND_DERIVATIVES
 from paraboloid.passes.torch_internals import maxima, operation, output_count, shape_of
-from paraboloid.reductions.kronecker_factors import EXACT_VECTOR, Factors, input_factor, scale_factors
+from paraboloid.reductions.kronecker_factors import (
+    DEFAULT,
+    EXACT_VECTOR,
+    Factors,
+    Kept,
+    add_factors,
+    input_factor,
+    longer,
+)
+from paraboloid.reductions.outer import zero
 from paraboloid.reductions.products import Products
 
 SELECTIONS = {"MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D"}
 
 
-def kfra(tape: Tape, loss: Loss, f: Tensor, y: Tensor, memory: int | None) -> dict[str, Kron]:
-    """The factors of every parameter, for the loss as reduced.
+def kfra(
+    tape: Tape, loss: Loss, f: Tensor, y: Tensor, memory: int | None, kept: Kept = DEFAULT
+) -> dict[str, Factors]:  # fmt: skip
+    """The factors of every parameter, of the unreduced loss: the gradients' as a sum over the samples.
 
     Raises NotImplementedError for networks that are not a chain, for other layers, and for parameters that several
     calls use or that enter through other tensors.
@@ -67,14 +77,14 @@ def kfra(tape: Tape, loss: Loss, f: Tensor, y: Tensor, memory: int | None) -> di
             "rule; expected one layer for each. Use 'kflr'."
         )
     with torch.no_grad():
-        return _Descent(recorded, parts).factors()
+        return _Descent(recorded, parts, kept).factors()
 
 
 class _Descent:
     """The walk from the output to the lowest layer, with the curvature M at the current edge."""
 
-    def __init__(self, recorded: Recorded, parts: dict[int, dict[str, Part]]):
-        self.recorded, self.parts = recorded, parts
+    def __init__(self, recorded: Recorded, parts: dict[int, dict[str, Part]], kept: Kept):
+        self.recorded, self.parts, self.kept = recorded, parts, kept
         self.f, self.N = recorded.f, len(recorded.f)
         self.graph = Graph(self.f, [c.edge for c in recorded.calls])
         self.largest = math.isqrt(SECOND_DERIVATIVES.count(self.f.element_size(), recorded.max_memory))
@@ -85,8 +95,8 @@ class _Descent:
                     f"{tuple(call.shape)}; expected axis 0."
                 )
 
-    def factors(self) -> dict[str, Kron]:
-        found: dict[str, Kron] = {}
+    def factors(self) -> dict[str, Factors]:
+        found: dict[str, Factors] = {}
         edge = get_gradient_edge(self.f)
         self.last = self._channels_last(edge)
         M = self._top()
@@ -94,22 +104,22 @@ class _Descent:
             node: Any = edge.node
             i = self.graph.calls.get((node, edge.output_nr))
             if i is not None:
-                found |= {name: self._kron(M, part, edge) for name, part in self.parts.get(i, {}).items()}
+                found |= {name: self._factors(M, part, edge) for name, part in self.parts.get(i, {}).items()}
             if not self.graph.under[node]:
                 break
             M, edge = self._through_call(M, edge, i) or self._through_node(M, edge)
         parameters = self.recorded.tape.parameters
-        return {name: found[name] if name in found else _zero(p) for name, p in parameters.items()}
+        zeros = {name: zero(p, 1, self.N) for name, p in parameters.items() if name not in found}
+        return {k: found[k] if k in found else add_factors(None, zeros[k], self.kept) for k in parameters}
 
     def _top(self) -> Curvature:
-        """a sum_n H_n from the loss's root."""
+        """sum_n H_n from the loss's root."""
         recorded, f = self.recorded, self.f
-        a = 1 / recorded.loss.normalizer(f, recorded.y)
         groups = self._groups(get_gradient_edge(f))
         K = f.new_zeros(groups.shape[0], groups.shape[1], groups.shape[1])
         for s in recorded.loss.hessian_root(f.detach(), recorded.y):
             part = s.to(f.dtype).flatten(1)[:, groups].transpose(0, 1) if f.dim() > 1 else s.view(1, -1, 1)
-            K.baddbmm_(part.mT, part, alpha=a)
+            K.baddbmm_(part.mT, part)
         return Blocks(groups, K)
 
     # --- the matrix's form -------------------------------------------------------------------------------------------
@@ -227,7 +237,7 @@ class _Descent:
 
     # --- factors -----------------------------------------------------------------------------------------------------
 
-    def _kron(self, M: Curvature, part: Part, edge: GradientEdge) -> Kron:
+    def _factors(self, M: Curvature, part: Part, edge: GradientEdge) -> Factors:
         assert part.use is not None
         if part.elements is None:
             raise NotImplementedError(f"'kfra': {edge.node.name()} adds rows of a table; use 'kflr'.")
@@ -235,14 +245,16 @@ class _Descent:
         size = shape_of(edge).numel() // self.N
         at = in_each_sample(at, size, edge.node)
         if part.use.right is None:
-            return Kron(self._vector_block(M, at, scale, size), scale.new_ones(1, 1))
+            return Factors({}, {}, torch.tensor(0.0), 1, self._vector_block(M, at, scale, size).unsqueeze(0))
         o = part.outer(scale.new_zeros(()).expand(1, *shape_of(edge)))
         assert isinstance(o, Products)
         left = _within(M, at, scale, size).to(o.left.dtype)
-        sums = {"gradient": left}, {"input": input_factor(o, "expand", self.recorded.max_memory)}
+        left = left.diagonal(dim1=1, dim2=2).clone() if left.shape[1] > self.kept.max_factor else left
+        sums = {"gradient": left}, {"input": input_factor(o, self.kept, self.recorded.max_memory)}
         rows, columns = reversed(sums) if o.flip else sums
         positions = torch.tensor(o.positions, dtype=torch.float64)
-        return scale_factors(Factors(rows, columns, positions, o.left.shape[2]), 1.0)
+        why = longer(self.kept, left.shape[1], o.q)
+        return Factors(rows, columns, positions, o.left.shape[2], diagonal=why)
 
     def _vector_block(self, M: Curvature, at: Tensor, scale: Tensor, size: int) -> Tensor:
         """S^T (M * mean_n c_n c_n^T) S for z_i = c_n,i theta_j(i), S[i, j(i)] = 1: a bias, a scale; at [1 T p]."""
@@ -255,7 +267,7 @@ class _Descent:
         c[:, at[inside]] = scale[:, inside]
         M = blocks_of(M, torch.arange(size, device=c.device).unsqueeze(0)) if isinstance(M, Root) else M
         K, owner = pass_pointwise(M, c).K, owner[M.index].clamp(min=0)  # [T C C], [T C]
-        if p > EXACT_VECTOR:
+        if p > min(EXACT_VECTOR, self.kept.max_factor):
             same = owner.unsqueeze(2) == owner.unsqueeze(1)
             return K.new_zeros(p).index_add_(0, owner.unsqueeze(2).expand_as(K)[same], K[same])
         rows = K.new_zeros(len(K), p, K.shape[2]).scatter_add_(1, owner.unsqueeze(2).expand_as(K), K)
@@ -278,10 +290,3 @@ def _within(M: Curvature, at: Tensor, scale: Tensor, size: int) -> Tensor:
             K = M.K[group[rows].unsqueeze(1), place[rows].unsqueeze(1), place[rows]] * same
         left[g] += K * (s.T @ s / len(s))
     return left
-
-
-def _zero(p: Tensor) -> Kron:
-    """The factors of a parameter without influence on the output."""
-    rows, columns = (len(p), p[0].numel()) if p.dim() > 1 else (p.numel(), 1)
-    right = p.new_ones(1, 1) if p.dim() < 2 else p.new_zeros(columns, columns)
-    return Kron(p.new_zeros(rows, rows), right)

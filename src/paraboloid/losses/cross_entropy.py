@@ -13,6 +13,8 @@ from paraboloid.losses.leading_root import LeadingRoot, largest
 from paraboloid.losses.loss import FROM_TORCH, Loss, NoTargets, check_lengths, check_not_negative, check_reduction, full
 from paraboloid.passes.memory import CACHED
 
+MANY = 2048  # classes from which labels are drawn by the inverse of their distribution
+
 
 class CrossEntropy(Loss):
     """`torch.nn.CrossEntropyLoss`: class indices [N, ...] or probabilities [N, C, ...], outputs [N, C, ...].
@@ -156,8 +158,8 @@ class CrossEntropy(Loss):
         p, scale = f.softmax(1), (self._mass(f, y) / samples).sqrt()
         flat = p.movedim(1, -1).reshape(-1, f.shape[1])
         for _ in range(samples):
-            label = torch.multinomial(flat, 1, generator=generator).view(len(f), 1, *f.shape[2:])
-            yield scale * (p - torch.zeros_like(p).scatter_(1, label, 1.0))
+            label = _drawn(flat, generator).view(len(f), 1, *f.shape[2:])
+            yield p.scatter_add(1, label, -torch.ones_like(p[:, :1])).mul_(scale)
 
     def check(self, f, y):
         check_lengths(f, y)
@@ -183,6 +185,16 @@ class CrossEntropy(Loss):
             raise ValueError(f"target {int(y[tuple(where)])} at index {where if len(where) > 1 else where[0]} is out "
                              f"of range; expected class indices 0..{f.shape[1] - 1} for {f.shape[1]} outputs"
                              f" (or ignore_index={self.ignore_index}).")  # fmt: skip
+
+
+def _drawn(p: Tensor, generator: torch.Generator) -> Tensor:
+    """A class for each row of p [rows, C], with those probabilities."""
+    rows, C = p.shape
+    if C <= MANY:
+        return torch.multinomial(p, 1, generator=generator)[:, 0]
+    cumulative = p.cumsum(1)  # one number drawn for a row; multinomial draws one for each class
+    u = torch.rand(rows, 1, dtype=p.dtype, device=p.device, generator=generator) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, u, right=True)[:, 0].clamp_(max=C - 1)
 
 
 def _zero(p: Tensor) -> Iterator[Tensor]:

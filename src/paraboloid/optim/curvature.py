@@ -65,15 +65,16 @@ class FisherCurvature(Curvature):
 
     def __init__(
         self, names: Iterable[str], *, fisher: str, samples: int, sharing: str, decay: float, factor_interval: int,
-        inverse_interval: int, split: bool, half: bool, exact: bool,
+        inverse_interval: int, split: bool, half: bool, exact: bool, max_factor: int,
     ):  # fmt: skip
         super().__init__(names, check_share("factor_decay", decay))
         self.factor_interval = check_count("factor_interval", factor_interval)
         self.inverse_interval = check_count("inverse_interval", inverse_interval)
         self.split, self.half, self.exact, self.new = split, half, exact, False
         self._sampling: dict[str, Any] = {"fisher": fisher, "samples": samples}
-        self._factors = FisherFactors(self.blocks.keys(), **self._sampling, sharing=sharing, halves=half)
-        self._whole = FisherFactors(self.blocks.keys(), **self._sampling, sharing=sharing)
+        kept: dict[str, Any] = {**self._sampling, "sharing": sharing, "max_factor": max_factor}
+        self._factors = FisherFactors(self.blocks.keys(), **kept, halves=half)
+        self._whole = FisherFactors(self.blocks.keys(), **kept)
 
     def add(self, names: Iterable[str]) -> None:
         super().add(names)
@@ -118,7 +119,7 @@ class FisherCurvature(Curvature):
                     if block.kron is not None:
                         block.decompose(carried=self.exact)
             if self.exact:
-                self._average_values(measured, measure_on)
+                self._average_values(found, measured, measure_on)
             if renew or not self.split:
                 self._invert(dampings)
         # an eigendecomposition serves every damping; the split inverses wait for their interval
@@ -135,18 +136,17 @@ class FisherCurvature(Curvature):
             if second is not None:
                 block.average(second, decay, other=True)
 
-    def _average_values(self, measured: Measurement, measure_on: Any) -> None:
-        forms, pooled = self._forms, measured.pooled
-        values = pooled.values.get("eigenvalues", {})
+    def _average_values(self, found: Mapping[str, Any], measured: Measurement, measure_on: Any) -> None:
+        forms, held, values = self._forms, found.get("held", {}), found.get("eigenvalues", {})
         if measure_on is not None:
-            values = measured.elsewhere(measure_on, [Eigenvalues(forms, **self._sampling)])["eigenvalues"]
+            held, values = {}, measured.elsewhere(measure_on, [Eigenvalues(forms, **self._sampling)])["eigenvalues"]
         for name, form in forms.items():
-            held = pooled.held.get(name, []) if measure_on is None else []
-            found = pooled.pool([h.eigenvalues(form) for h in held]) if held else values.get(name)
-            if held and measured.group is not None:
-                found = collectives.summed(found, measured.group, form.values.device)
-            if found is not None:
-                self.blocks[name].average_values(found, self.decay)
+            vectors = held.get(name)
+            value = values.get(name) if vectors is None else vectors.eigenvalues(form)
+            if vectors is not None and measured.group is not None:
+                value = collectives.summed(value, measured.group, form.values.device)
+            if value is not None:
+                self.blocks[name].average_values(value, self.decay)
 
     def _invert(self, dampings: Mapping[str, float]) -> None:
         for name, block in self.blocks.items():

@@ -1,4 +1,7 @@
-"""What the optimisers measure in a training pass: a Kronecker block for every parameter, whatever its structure."""
+"""What the optimisers measure in a training pass: a Kronecker block for every parameter, whatever its structure.
+
+Running values are sums over samples, so that several passes in a step (gradient accumulation) are one big batch.
+"""
 
 from __future__ import annotations
 
@@ -9,62 +12,86 @@ import torch
 from torch import Tensor
 
 from paraboloid.linalg.eigenform import Eigenform
-from paraboloid.linalg.kronecker import Kron
-from paraboloid.quantities.kronecker import EigenScale, check_sharing, fisher_source
+from paraboloid.quantities.kronecker import KFAC, EigenScale, fisher_source
+from paraboloid.quantities.named import check_samples
 from paraboloid.quantities.quantity import Group, Quantity, Scale
 from paraboloid.reductions import kronecker_factors
 from paraboloid.reductions.eigenbasis import eigen_scale
+from paraboloid.reductions.kronecker_factors import MAX_FACTOR
 from paraboloid.reductions.outer import Outer, known
 from paraboloid.reductions.sums import reduce
 
 
-class FisherFactors(Quantity):
-    """Kronecker factors of each parameter in `names`, `Kron`, of the loss as reduced; see `pb.quantities.KFAC`.
+class FisherFactors(KFAC):
+    """`pb.quantities.KFAC` of the parameters in `names`; None for others.
 
-    A parameter without Kronecker structure (weight_norm's, one that a fallback pulls) has the diagonal of its block
-    instead, as the one-dimensional left factor of a `Kron` whose right factor is one.
-
-    halves: the batch in two, samples [0, N/2) and [N/2, N), each with factors of its own as if it were the batch.
+    halves: each batch in two, samples [0, N/2) and [N/2, N), with factors of its own as if it were the batch.
     """
 
-    name, per_sample = "fisher_factors", False
-    over_ranks = "running"
-
-    def __init__(self, names: Container[str], fisher: str, samples: int, sharing: str, halves: bool = False):
-        self.source = fisher_source(fisher, samples)
-        self.names, self.sharing, self.halves = names, check_sharing(sharing), halves
+    def __init__(
+        self, names: Container[str], fisher: str, samples: int, sharing: str, halves: bool = False,
+        max_factor: int = MAX_FACTOR,
+    ):  # fmt: skip
+        super().__init__(fisher, samples, sharing, max_factor=max_factor)
+        self.name, self.names, self.halves = "fisher_factors", names, halves
         self.least_samples = 2 if halves else 1
+        self._said = False
+
+    def bound(self, tape, loss, f, y, memory):
+        check_samples([self], len(f))  # of each batch, not of all together
+        return self
 
     def add(self, value: Any, group: Group) -> Any:
         if group.name not in self.names:
             return None
         if not self.halves:
-            return self._add(value, group.outer, group.memory, group.recent)
-        parts = value or (None, None)
-        return tuple(
-            self._add(part, half, group.memory) for part, half in zip(parts, in_halves(group.outer), strict=True)
-        )
+            return super().add(value, group)
+        parts, counts = value or ((None, None), _counts(group.outer))
+        pairs = zip(parts, in_halves(group.outer), strict=True)
+        return tuple(kronecker_factors.add_factors(part, o, self.kept, group.memory) for part, o in pairs), counts
 
-    def _add(self, value: Any, o: Outer, memory: int | None, recent: Any = None) -> Any:
-        if isinstance(value, Tensor):
-            return value.add_(reduce(o, {"squares"}, memory)["squares"])
-        try:
-            return kronecker_factors.add_factors(value, o, self.sharing, memory, recent=recent)
-        except NotImplementedError:
-            return reduce(o, {"squares"}, memory)["squares"]
+    def merge(self, a: Any, b: Any) -> Any:
+        if a is None or b is None:
+            return b if a is None else a
+        if not self.halves:
+            return super().merge(a, b)
+        return tuple(super(FisherFactors, self).merge(x, y) for x, y in zip(a[0], b[0], strict=True)), a[1] + b[1]
+
+    def announce(self, values: Mapping[str, Any]) -> None:
+        """Of sides that are too long, once in an optimiser's life; its `diagnostics` say what structure each has."""
+        found = {k: v[0][0] if self.halves else v for k, v in values.items() if v is not None}
+        long = {k: v for k, v in found.items() if "max_factor" in v.diagonal}
+        if long and not self._said:
+            self._said = True
+            kronecker_factors.say_what_is_diagonal(long)
 
     def finish(self, value: Any, scale: Scale) -> Any:
-        if value is None:
-            return None
-        if not self.halves:
-            return block(value, scale.a)
-        first = scale.N // 2
-        return block(value[0], scale.a * scale.N / first), block(value[1], scale.a * scale.N / (scale.N - first))
+        if value is None or not self.halves:
+            return None if value is None else super().finish(value, scale)
+        parts, counts = value
+        N, *each = counts.tolist()
+        return tuple(super(FisherFactors, self).finish(part, scale._replace(a=scale.a * N / n))
+                     for part, n in zip(parts, each, strict=True))  # fmt: skip
+
+
+class HeldVectors:
+    """One parameter's pulled-back vectors of the passes of a step; the factor that their squares take."""
+
+    def __init__(self, groups: list[Outer | Tensor], counts: Tensor, factor: float = 1.0):
+        self.groups, self.counts, self.factor = groups, counts, factor
+
+    def eigenvalues(self, form: Eigenform) -> Tensor:
+        """What `Eigenvalues` measures, in a basis that was not known yet."""
+        found = [
+            eigen_scale(group, form.left, form.right) if isinstance(group, Outer) else group.reshape(form.values.shape)
+            for group in self.groups
+        ]
+        return torch.stack(found).sum(0).mul_(self.factor)
 
 
 class Held(Quantity):
     """The pulled-back vectors of each parameter in `names` themselves, for eigenvalues in a basis that comes later; the
-    sum of their squares where the basis will be that of single entries.  `half`: of the second half of the batch."""
+    sum of their squares where the basis will be that of single entries.  `half`: of the second half of each batch."""
 
     name, per_sample = "held", False
     over_ranks = "local"
@@ -80,29 +107,23 @@ class Held(Quantity):
         found: Any = o
         if not o.lasting:  # it needs the graph, which goes: look at it now
             found = known(o.samples()) if o.bias_like else reduce(o, {"squares"}, group.memory)["squares"]
-        return [*(value or []), found]
+        return HeldVectors([*(value.groups if value else []), found], _counts(group.outer))
+
+    def merge(self, a: HeldVectors | None, b: HeldVectors | None) -> HeldVectors | None:
+        if a is None or b is None:
+            return b if a is None else a
+        return HeldVectors([*a.groups, *b.groups], a.counts + b.counts)
 
     def finish(self, value: Any, scale: Scale) -> Any:
-        return None if value is None else HeldVectors(value, scale.a * _of_half(scale.N, self.half))
-
-
-class HeldVectors:
-    """One parameter's pulled-back vectors of one pass, with the factor of its batch."""
-
-    def __init__(self, groups: list[Outer | Tensor], factor: float):
-        self.groups, self.factor = groups, factor
-
-    def eigenvalues(self, form: Eigenform) -> Tensor:
-        """What `Eigenvalues` measures, in a basis that was not known yet."""
-        found = [
-            eigen_scale(group, form.left, form.right) if isinstance(group, Outer) else group.reshape(form.values.shape)
-            for group in self.groups
-        ]
-        return torch.stack(found).sum(0).mul_(self.factor)
+        return (
+            None
+            if value is None
+            else HeldVectors(value.groups, value.counts, scale.a * _share(value.counts, self.half))
+        )
 
 
 class Eigenvalues(EigenScale):
-    """EKFAC's eigenvalues of the parameters that have a basis; `half`: those of the second half of the batch, as if it
+    """EKFAC's eigenvalues of the parameters that have a basis; `half`: those of the second half of each batch, as if it
     were the batch."""
 
     name, some = "eigenvalues", True
@@ -112,21 +133,23 @@ class Eigenvalues(EigenScale):
         self.half, self.least_samples = half, 2 if half else 1
 
     def add(self, value: Any, group: Group) -> Any:
-        return super().add(value, group._replace(outer=in_halves(group.outer)[1]) if self.half else group)
+        before, counts = value or (None, _counts(group.outer))
+        o = in_halves(group.outer)[1] if self.half else group.outer
+        found = super().add(before, group._replace(outer=o))
+        return None if found is None else (found, counts)
 
     def finish(self, value: Any, scale: Scale) -> Any:
-        return None if value is None else value.mul_(scale.a * _of_half(scale.N, self.half))
+        return None if value is None else value[0].mul_(scale.a * _share(value[1], self.half))
 
 
-def _of_half(N: int, half: bool) -> float:
-    return N / (N - N // 2) if half else 1.0
+def _counts(o: Outer) -> Tensor:
+    """Samples of a batch, of its first and of its second half, [3]; a tensor, to be summed over passes and ranks."""
+    N = o.left.shape[1]
+    return torch.tensor([N, N // 2, N - N // 2], dtype=torch.float64)
 
 
-def block(value: Any, a: float) -> Kron:
-    """The finished block of a running value: of factors, or of the sum of squares."""
-    if isinstance(value, Tensor):
-        return Kron(value.mul_(a).flatten(), value.new_ones(1, 1))
-    return kronecker_factors.scale_factors(value, a)
+def _share(counts: Tensor, half: bool) -> float:
+    return float(counts[0] / counts[2]) if half else 1.0
 
 
 def in_halves(o: Outer) -> tuple[Outer, Outer]:

@@ -20,6 +20,7 @@ from paraboloid.optim.curvature import FisherCurvature
 from paraboloid.optim.direction import Move, Part
 from paraboloid.optim.measurement import Measurement
 from paraboloid.optim.options import check_number, check_samplable, group_defaults
+from paraboloid.reductions.kronecker_factors import MAX_FACTOR
 
 OMEGA = 19 / 20  # of the damping, to the power of its interval
 
@@ -54,6 +55,7 @@ class KFAC(Frame):
                       GGN of the batch, at about four more gradients; lr=1 takes that step as it is
     measure_on        "half": eigenvectors from the first half of each batch, eigenvalues from the second (debiased;
                       needs exact damping, and sets split=None).  Or step(measure_on=batch) gives other data for that
+    max_factor        a Kronecker side with more rows (over a large vocabulary) is kept as its diagonal, said once
     seed              of the sampled labels;  verify, max_memory: as in `pb.statistics`
     all_reduce        "auto": over the ranks of a DistributedDataParallel model; or as in `pb.statistics`
     output            as in `pb.statistics`, for the passes that the optimiser makes itself
@@ -72,7 +74,7 @@ class KFAC(Frame):
 
     exact_values = False
     OPTIONS = ("fisher", "samples", "sharing", "factor_decay", "factor_interval", "inverse_interval", "split",
-               "adapt_damping", "damping_interval", "reject", "kl_clip", "max_step", "graft", "step_size",
+               "max_factor", "adapt_damping", "damping_interval", "reject", "kl_clip", "max_step", "graft", "step_size",
                "half")  # fmt: skip
 
     def __init__(
@@ -102,6 +104,7 @@ class KFAC(Frame):
         graft: str | None = None,
         step_size: str = "fixed",
         measure_on: str | None = None,
+        max_factor: int = MAX_FACTOR,
         seed: int = 0,
         verify: str | bool = "auto",
         max_memory: int | None = None,
@@ -117,7 +120,7 @@ class KFAC(Frame):
         self.split, self.half = split == "pi" and measure_on is None and not self.exact_values, measure_on == "half"
         self.adapt_damping, self.damping_interval = adapt_damping, check_count("damping_interval", damping_interval)
         self.reject, self.kl_clip, self.max_step = reject, kl_clip, max_step
-        self.graft, self.step_size = graft, step_size
+        self.graft, self.step_size, self.max_factor = graft, step_size, max_factor
         defaults = group_defaults(lr, momentum, nesterov, weight_decay, decoupled, damping)
         super().__init__(model, defaults, params, seed, all_reduce)
         self._ratio: float | None = None
@@ -130,7 +133,7 @@ class KFAC(Frame):
         self._curvature = FisherCurvature(
             self.names.values(), fisher=self.fisher, samples=self.samples, sharing=self.sharing,
             decay=self.factor_decay, factor_interval=self.factor_interval, inverse_interval=self.inverse_interval,
-            split=self.split, half=self.half, exact=self.exact_values,
+            split=self.split, half=self.half, exact=self.exact_values, max_factor=self.max_factor,
         )  # fmt: skip
         self._blocks = self._curvature.blocks
         shape: list[Part] = [direction.coupled_decay, self._curvature.precondition, direction.Graft(self.graft)]

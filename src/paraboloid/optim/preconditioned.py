@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paraboloid.data.batches import Output
 from paraboloid.linalg.kronecker import Kron
 from paraboloid.losses import Loss
 from paraboloid.optim import direction
@@ -17,13 +18,13 @@ from paraboloid.optim.curvature import Curvature
 from paraboloid.optim.fisher_factors import FisherFactors
 from paraboloid.optim.measurement import Measurement
 from paraboloid.optim.options import check_samplable, check_share, group_defaults
-from paraboloid.quantities.kronecker import FISHERS
+from paraboloid.quantities.kronecker import FISHERS, KFRA
 from paraboloid.quantities.named import QUANTITIES
+from paraboloid.reductions.kronecker_factors import MAX_FACTOR, merged
 
 FISHER_OF = {name: fisher for fisher, name in FISHERS.items()}
 DIAGONALS = ("diag_ggn", "diag_ggn_mc", "diag_hessian", "second_moment", "variance")
 CURVATURES = (*DIAGONALS, *FISHER_OF, "kfra")
-MOMENTS = ("second_moment", "variance")  # of the single samples' gradients, whatever the loss divides by
 LEAST = 0.1  # of the damping: what must be left of it where curvature is negative
 
 
@@ -35,10 +36,11 @@ class Preconditioned(Frame):
         opt.step()
 
     curvature   a quantity of `pb.statistics`: "diag_ggn", "diag_ggn_mc", "diag_hessian", "second_moment", "variance",
-                "kfac", "kflr", "kfac_empirical" or "kfra"; measured in every step, of that step's batch alone
-                over several passes in a step: a variance is the mean of the passes' own, around the mean of each
+                "kfac", "kflr", "kfac_empirical" or "kfra"; measured in every step, of that step's batch alone, which
+                several passes make up together
     decay       of a running average of C over steps; 0: no average
     momentum    heavy ball on the preconditioned gradient
+    output      as in `KFAC`
 
     The inverse is exact: elementwise, or by eigendecompositions of the Kronecker factors.  Where a diagonal is negative
     (the Hessian's) and less than a tenth of damping + weight_decay would be left, its absolute value is taken.
@@ -48,7 +50,7 @@ class Preconditioned(Frame):
     Source: Dangel, Kunstner & Hennig 2020, arXiv:1912.10985, section 4 and eq. 26 (with exact inverses).
     """
 
-    OPTIONS = ("curvature", "decay")
+    OPTIONS = ("curvature", "decay", "max_factor")
 
     def __init__(
         self,
@@ -62,24 +64,26 @@ class Preconditioned(Frame):
         weight_decay: float = 0.0,
         momentum: float = 0.0,
         decay: float = 0.0,
+        max_factor: int = MAX_FACTOR,
         seed: int = 0,
         verify: str | bool = "auto",
         max_memory: int | None = None,
         all_reduce: Any = "auto",
+        output: Output | None = None,
     ):
         if curvature not in CURVATURES:
             raise ValueError(f"curvature is {curvature!r}; expected one of {CURVATURES}.")
         defaults = group_defaults(lr, momentum, False, weight_decay, False, damping)
-        self.curvature, self.decay = curvature, check_share("decay", decay)
+        self.curvature, self.decay, self.max_factor = curvature, check_share("decay", decay), max_factor
         super().__init__(model, defaults, params, seed, all_reduce)
         self._compose()
         check_samplable(Loss.from_torch(loss_fn), "mc" if curvature in ("kfac", "diag_ggn_mc") else "exact")
         self._measured = Measurement(self, loss_fn, verify=verify, twice=self._curvature.quantity.twice,
-                                     max_memory=max_memory, by_samples=curvature in MOMENTS)  # fmt: skip
+                                     max_memory=max_memory, output=output)  # fmt: skip
 
     def _compose(self) -> None:
         super()._compose()
-        self._curvature = BatchCurvature(self.names.values(), self.curvature, self.decay)
+        self._curvature = BatchCurvature(self.names.values(), self.curvature, self.decay, self.max_factor)
         self._blocks = self._curvature.blocks
         self._parts = [direction.coupled_decay, self._curvature.precondition, direction.momentum, direction.descend]
 
@@ -127,15 +131,24 @@ class Preconditioned(Frame):
         return {"skipped_curvature": 0, **self.counters, "layers": layers}
 
 
+class MergedKFRA(KFRA):
+    """KFRA's factors of several passes together, each pass's curvature averaged by itself on its way down."""
+
+    def merge(self, a, b):
+        return merged(a, b)
+
+
 class BatchCurvature(Curvature):
     """A quantity of `pb.statistics` for every parameter, inverted in every step."""
 
-    def __init__(self, names: Iterable[str], curvature: str, decay: float):
+    def __init__(self, names: Iterable[str], curvature: str, decay: float, max_factor: int):
         super().__init__(names, decay)
-        self.quantity: Any = (
-            FisherFactors(self.blocks.keys(), FISHER_OF[curvature], 1, "expand") if curvature in FISHER_OF
-            else QUANTITIES[curvature]()
-        )  # fmt: skip
+        if curvature in FISHER_OF:
+            self.quantity: Any = FisherFactors(
+                self.blocks.keys(), FISHER_OF[curvature], 1, "expand", max_factor=max_factor
+            )
+        else:
+            self.quantity = MergedKFRA(max_factor) if curvature == "kfra" else QUANTITIES[curvature]()
 
     def update(self, measured: Measurement, dampings: Mapping[str, float]) -> None:
         """Average what the step measured, and invert it."""

@@ -19,7 +19,8 @@ def mapped(function: Callable[[Tensor], Any], tree: Any) -> Any:
     if isinstance(tree, Mapping):
         return {k: mapped(function, t) for k, t in tree.items()}
     if isinstance(tree, tuple | list):
-        return type(tree)(mapped(function, t) for t in tree)
+        found = [mapped(function, t) for t in tree]
+        return type(tree)(*found) if hasattr(tree, "_fields") else type(tree)(found)  # a named tuple
     if is_dataclass(tree) and not isinstance(tree, type):
         return replace(tree, **{f.name: mapped(function, getattr(tree, f.name)) for f in fields(tree) if f.init})
     return tree

@@ -29,7 +29,7 @@ from paraboloid.quantities.over_data import OverData
 from paraboloid.quantities.quantity import Quantity, Scale
 from paraboloid.quantities.result import finished
 from paraboloid.quantities.sums import Sums
-from paraboloid.reductions.kronecker_factors import Factors, scale_factors
+from paraboloid.reductions.kronecker_factors import MAX_FACTOR, Factors, scale_factors
 
 STRUCTURES = ("full", "diag", "kron", "ekfac", "lowrank", "functional")
 FISHERS = ("exact", "mc", "empirical")
@@ -46,6 +46,8 @@ class Fitting:
     generator: torch.Generator
     output: Output | None
     max_memory: int | None
+    max_factor: int = MAX_FACTOR
+    said: list[bool] = field(default_factory=list)  # shared by copies: what is diagonal is said once
     loss: float = 0.0  # summed over the data
     constant: float = 0.0
     count: int = 0  # samples
@@ -87,9 +89,13 @@ class Fitting:
 
     def factors(self, passes: OverData) -> dict[str, Factors]:
         """The sums of every parameter's Kronecker factors."""
-        quantity = factors_of(self.fisher, self.samples, tol=self.tol)
+        quantity = factors_of(self.fisher, self.samples, tol=self.tol, max_factor=self.max_factor)
         quantity.per_sample = True
-        return self.sums(passes, quantity)
+        found = self.sums(passes, quantity)
+        if not self.said:
+            quantity.announce(found)
+            self.said.append(True)
+        return found
 
     def scales(self, passes: OverData, forms: Mapping[str, Eigenform]) -> dict[str, Tensor]:
         """The exact eigenvalues along given eigenvectors."""

@@ -17,6 +17,7 @@ from paraboloid.posteriors.posterior import Posterior
 from paraboloid.posteriors.weights import Weights, choose, only
 from paraboloid.quantities.kronecker import fisher_source
 from paraboloid.quantities.quantity import check_tolerance
+from paraboloid.reductions.kronecker_factors import MAX_FACTOR, check_max_factor
 
 
 def laplace(
@@ -35,6 +36,7 @@ def laplace(
     rank: int = 10,
     subset: int | None = None,
     temperature: float = 1.0,
+    max_factor: int = MAX_FACTOR,
     output: Output | None = None,
     max_memory: int | None = None,
     tol: float = 0.0,
@@ -58,6 +60,8 @@ def laplace(
                      in both roles (`CrossFitted`); for posteriors fitted on few samples
     fisher           "exact" (the loss's own Hessian), "mc" (`samples` labels drawn from the model) or "empirical"
     temperature      divides the log-likelihood
+    max_factor       of "kron" and "ekfac": a Kronecker side with more rows is kept as its diagonal, and so is the whole
+                     block of a parameter without Kronecker factors; a warning names them
     output           picks the output tensor from a structured result, e.g. ``lambda o: o.logits``
     max_memory       bytes, an upper aim for temporary memory
     tol              with fisher="exact": relative trace of the loss's Hessians that may be left out, for many classes;
@@ -89,10 +93,11 @@ def laplace(
         device = next(iter(parameters.values())).device
         fitting = fit.Fitting(
             model, likelihood, fisher, check_count("samples", samples), torch.Generator(device).manual_seed(seed),
-            output, max_memory, tol=fisher_source(fisher, samples, check_tolerance(tol)).tol,
+            output, max_memory, check_max_factor(max_factor),
+            tol=fisher_source(fisher, samples, check_tolerance(tol)).tol,
         )  # fmt: skip
-        options = {"fisher": fisher, "samples": samples, "rank": rank, "subset": subset, "seed": seed, "debias": debias}
-        options["tol"] = fitting.tol
+        options = {"fisher": fisher, "samples": samples, "rank": rank, "subset": subset, "seed": seed, "debias": debias,
+                   "max_factor": max_factor, "tol": fitting.tol}  # fmt: skip
         curvature = fit.curvature(structure, fitting, parameters, data, options)
         options["left_out"] = list(fitting.left_out)
     posterior = Posterior(

@@ -31,6 +31,7 @@ from paraboloid.posteriors.structures.eigenbasis import CrossFitted, InEigenbasi
 from paraboloid.posteriors.structures.rows import Rows, Woodbury
 from paraboloid.posteriors.weights import only
 from paraboloid.quantities.result import relative
+from paraboloid.reductions.kronecker_factors import MAX_FACTOR
 
 PRECISIONS: dict[type, type[Precision]] = {  # by what the curvature is kept as
     BlockDiagonal: Dense, Diagonalised: InEigenbasis, Kronecker: InEigenbasis, CrossFitted: Mixture, Rows: Woodbury,
@@ -271,7 +272,8 @@ class Posterior:
         device = next(iter(self.weights.values())).device
         fitting = Fitting(
             self.model, self.likelihood, self.options["fisher"], self.options["samples"],
-            torch.Generator(device).manual_seed(seed), self.output, self.max_memory, tol=self.options.get("tol", 0.0),
+            torch.Generator(device).manual_seed(seed), self.output, self.max_memory,
+            self.options.get("max_factor", MAX_FACTOR), tol=self.options.get("tol", 0.0),
         )  # fmt: skip
         with only(self.model, list(self.weights)):
             more = curvature(self.structure, fitting, self.weights, more_data, self.options, self.curvature)

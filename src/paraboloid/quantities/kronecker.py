@@ -8,12 +8,12 @@ from functools import partial
 
 from paraboloid.graph.kfra_recursion import kfra
 from paraboloid.linalg.eigenform import Eigenform
-from paraboloid.linalg.kronecker import Kron
 from paraboloid.linalg.operand import check_choice, check_count
 from paraboloid.passes.memory import INPUTS
 from paraboloid.quantities.quantity import GRADIENT, NOTHING, ROOT, Quantity, Source, plus, sampled
 from paraboloid.reductions import kronecker_factors
 from paraboloid.reductions.eigenbasis import Turned, eigen_scale
+from paraboloid.reductions.kronecker_factors import MAX_FACTOR, Factors, Kept, check_max_factor
 
 FISHERS = {"mc": "kfac", "exact": "kflr", "empirical": "kfac_empirical"}
 
@@ -40,6 +40,10 @@ class KFAC(Quantity):
     fisher: "mc" (labels sampled from the model, unbiased factors), "exact" (KFLR) or "empirical" (the given labels).
     sharing: "expand" or "reduce", for weights used at several positions.
     tol: with fisher="exact", relative trace of the loss's Hessians that may be left out; see `paraboloid.statistics`.
+    max_factor: a side with more rows (an output layer's over a large vocabulary) is kept as its diagonal, [p] or [q].
+
+    A weight that enters its layer through another tensor (weight_norm), or that an operation without a rule uses, has
+    the diagonal of its block, `Kron([D], [[1]])`, which is exact entry by entry; a warning names it, and such sides.
 
     Batch norm in training mode is accepted, as optimisers need it: the vectors of all samples are pulled at once, and a
     sample's row of a layer's output gradient also holds what the others feel through the batch's statistics.  For
@@ -49,15 +53,18 @@ class KFAC(Quantity):
     per_sample = False
     over_ranks = "running"
 
-    def __init__(self, fisher: str = "mc", samples: int = 1, sharing: str = "expand", tol: float = 0.0):
-        self.source = fisher_source(fisher, samples, tol)
-        self.name, self.sharing = FISHERS[fisher], check_sharing(sharing)
-        self.thin = False  # whether factors of few rows are kept by these
+    def __init__(
+        self, fisher: str = "mc", samples: int = 1, sharing: str = "expand", tol: float = 0.0,
+        max_factor: int = MAX_FACTOR, thin: bool = False,
+    ):  # fmt: skip
+        self.source, self.name = fisher_source(fisher, samples, tol), FISHERS[fisher]
+        self.kept = Kept(check_sharing(sharing), thin, check_max_factor(max_factor))
 
     def add(self, value, group):
-        return kronecker_factors.add_factors(
-            value, group.outer, self.sharing, group.memory, self.thin, recent=group.recent
-        )
+        return kronecker_factors.add_factors(value, group.outer, self.kept, group.memory, group.recent)
+
+    def announce(self, values):
+        kronecker_factors.say_what_is_diagonal(values)
 
     def merge(self, a, b):
         return kronecker_factors.merged(a, b)
@@ -121,22 +128,31 @@ class KFRA(Quantity):
     The matrix has D x D entries for a layer with D output elements.  Where images make it larger than a quarter of
     `max_memory` (64 MiB by default) it is kept in channel blocks: what couples the channels at one position, for each
     position; what couples different positions is dropped, at every layer below too.  A bias's factor then is the sum of
-    these blocks.
+    these blocks.  `max_factor`: as in `KFAC`.
 
     Raises NotImplementedError for branches (residual connections), other layers, and parameters used several times.
     Source: Botev, Ritter & Barber 2017, arXiv:1706.03662.
     """
 
     name, source = "kfra", NOTHING
-    _compute: Callable[[], dict[str, Kron]]
+    _compute: Callable[[], dict[str, Factors]]
+
+    def __init__(self, max_factor: int = MAX_FACTOR):
+        self.kept = Kept(max_factor=check_max_factor(max_factor))
 
     def bound(self, tape, loss, f, y, memory):
-        quantity = KFRA()
-        quantity._compute = partial(kfra, tape, loss, f, y, memory)
+        quantity = copy(self)
+        quantity._compute = partial(kfra, tape, loss, f, y, memory, self.kept)
         return quantity
 
     def complete(self, values):
         return self._compute()
+
+    def finish(self, value, scale):
+        return kronecker_factors.scale_factors(value, scale.a)
+
+    def announce(self, values):
+        kronecker_factors.say_what_is_diagonal(values)
 
     def merge(self, a, b):
         raise ValueError(

@@ -112,6 +112,9 @@ class Quantity:
         """The running values of one batch, with what takes more than pulled-back vectors."""
         return values
 
+    def announce(self, values: Mapping[str, Any]) -> None:
+        """Warn, once a call, of what a reader of the values should know; `values` are the running ones of all data."""
+
     def over_batches(self) -> Quantity:
         """The quantity to take where several batches are to be merged."""
         return self

@@ -72,16 +72,25 @@ class Recording(Tape):
                 value = batch_data.check_finite(loss.value(full(output), target))
             if generator is None:
                 generator = torch.Generator(device=output.device).manual_seed(collectives.rank_seed(seed, group))
-            values, gradient = self.running(loss, output, target, wanted, generator, max_memory, accumulate_grad)
             if group is not None:
-                total = float(loss.sample_losses(full(output), target).sum())
-                counted = normalizers(loss, output, target)
-                sums = Sums(len(output), counted, total, values, gradient, self.left_out)
+                sums = self.sums(loss, output, target, wanted, generator, max_memory, accumulate_grad)
                 return of_sums(self.model, self.parameters, wanted, loss, sums, [output], accumulate_grad, group)
+            values, gradient = self.running(loss, output, target, wanted, generator, max_memory, accumulate_grad)
             totals = gradient if accumulate_grad else None
             return concluded(
                 self.model, self.parameters, wanted, values, totals, scale, value, output.detach(), self.left_out
             )  # fmt: skip
+
+    def sums(
+        self, loss: Loss, f: Tensor, y: Tensor, quantities: Iterable[Quantity], generator: torch.Generator,
+        max_memory: int | None = None, accumulate: bool = False, total: float | None = None,
+    ) -> Sums:  # fmt: skip
+        """What this batch adds up to; `total`: of the unreduced loss, where it is known or does not matter."""
+        with DisableTorchFunction(), own_arithmetic(f.device):
+            loss.check(f, y)
+            values, gradient = self.running(loss, f, y, quantities, generator, max_memory, accumulate)
+            total = float(loss.sample_losses(full(f), y).sum()) if total is None else total
+            return Sums(len(f), normalizers(loss, f, y), total, values, gradient, self.left_out)
 
     def running(
         self, loss: Loss, f: Tensor, y: Tensor, quantities: Iterable[Quantity], generator: torch.Generator,

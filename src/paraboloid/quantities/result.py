@@ -100,6 +100,7 @@ def of_sums(
 @torch.no_grad()
 def finished(q: Quantity, values: Mapping[str, Any], parameters: Mapping[str, Tensor], scale: Scale) -> dict[str, Any]:
     """A quantity's values, in the parameters' types: the sums of one in half precision were kept in float32."""
+    q.announce(values)
     return {k: _in(parameters[k].dtype, q.finish(v, scale)) for k, v in values.items()}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from paraboloid.linalg.kronecker import Kron, Side
+from paraboloid.linalg.operand import check_count
 from paraboloid.passes.memory import FACTORS
 from paraboloid.reductions.outer import Outer, Zero
 from paraboloid.reductions.products import Lookup, Products
@@ -16,13 +19,33 @@ from paraboloid.reductions.sums import Recent, reduce
 
 LARGE = 256  # rows from which halving by symmetry pays
 EXACT_VECTOR = 4096  # elements up to which a bias-like parameter's block is kept exactly
+MAX_FACTOR = 5000  # rows up to which a factor is a matrix, by default
 
 
-def gradient_factor(o: Products, sharing: str, thin: bool = False) -> Tensor | Side:
-    """sum over v, n (and t) of left left^T, [G p p]; `thin`: by its rows where these are fewer."""
-    left = o.left.sum(3, keepdim=True) if sharing == "reduce" else o.left
+@dataclass(frozen=True)
+class Kept:
+    """How factors are kept.
+
+    sharing     "expand" or "reduce", for weights used at several positions
+    thin        factors of few rows by these
+    max_factor  a side with more rows is its diagonal
+    """
+
+    sharing: str = "expand"
+    thin: bool = False
+    max_factor: int = MAX_FACTOR
+
+
+DEFAULT = Kept()
+
+
+def gradient_factor(o: Products, kept: Kept = DEFAULT) -> Tensor | Side:
+    """sum over v, n (and t) of left left^T, [G p p], or its diagonal [G p]; `thin`: by its rows if these are fewer."""
+    left = o.left.sum(3, keepdim=True) if kept.sharing == "reduce" else o.left
     positions, rows = left.shape[3:]
-    if thin and left[:, :, 0, :, 0].numel() < rows:
+    if rows > kept.max_factor:
+        return left.square().sum((0, 1, 3))
+    if kept.thin and left[:, :, 0, :, 0].numel() < rows:
         return Side("rows", left.permute(2, 0, 1, 3, 4).flatten(1, 3))
     if positions >= rows:  # images: a product for each sample, without a copy
         left = left.mT.flatten(0, 1)
@@ -30,13 +53,19 @@ def gradient_factor(o: Products, sharing: str, thin: bool = False) -> Tensor | S
     return gram(left.permute(2, 0, 1, 3, 4).flatten(1, 3).mT)  # [G p VNT], for one group a view
 
 
-def input_factor(o: Products, sharing: str, memory: int | None = None, thin: bool = False) -> Tensor | Side:
-    """sum over n (and t) of right right^T, [G q q]; the diagonal [1 q] for a lookup; `thin`: as above."""
-    reduced = sharing == "reduce"
+def input_factor(o: Products, kept: Kept = DEFAULT, memory: int | None = None) -> Tensor | Side:
+    """sum over n (and t) of right right^T, [G q q], or its diagonal [G q], as that of a lookup; `thin`: as above."""
+    reduced = kept.sharing == "reduce"
     if isinstance(o, Lookup) and not reduced:
         return o.counts()[None]
     N, G, T = o.left.shape[1:4]
-    if thin and not isinstance(o, Lookup) and N * (1 if reduced else T) < o.q:
+    if o.q > kept.max_factor:
+        squares = o.left.new_zeros(G, o.q)
+        for n in o.chunks(G * T * o.q, memory, FACTORS):
+            part = o.mean_inputs(n).movedim(0, 2) if reduced else o.columns(n)  # [G q n]
+            squares += part.square().sum(2)
+        return squares
+    if kept.thin and not isinstance(o, Lookup) and N * (1 if reduced else T) < o.q:
         right = o.mean_inputs().unsqueeze(2) if reduced else o.inputs()
         return Side("rows", right.transpose(0, 1).flatten(1, 2).detach())  # it may be the layer's input itself
     A = o.left.new_empty(G, o.q, o.q)
@@ -85,7 +114,8 @@ class Factors:
 
     Each of `rows` and `columns` is {"gradient": sum, "input": sum} over those uses whose gradients (inputs) run along
     it; the gradient's sums grow with every group of vectors, the input's are taken once.  `exact` is the whole block of
-    a bias-like parameter instead: a matrix [1 p p], or a diagonal [1 p] beyond 4096 elements.
+    a bias-like parameter instead: a matrix [1 p p], or a diagonal [1 p] beyond 4096 elements; and the diagonal [1 D] of
+    one without such structure.  `diagonal` says why a parameter has less than it could.
     """
 
     rows: dict[str, Any]
@@ -93,53 +123,86 @@ class Factors:
     positions: Tensor  # [], float64, on the CPU
     groups: int
     exact: Any = None
+    diagonal: str = ""
 
 
 def add_factors(
-    value: Factors | None,
-    o: Outer,
-    sharing: str,
-    memory: int | None = None,
-    thin: bool = False,
-    recent: Recent | None = None,
+    value: Factors | None, o: Outer, kept: Kept = DEFAULT, memory: int | None = None, recent: Recent | None = None
 ) -> Factors:
     """One more group of vectors for the Kronecker factors of one parameter.
 
-    `thin` keeps factors by their rows where these are fewer; `recent` is carried from parameter to parameter of one
-    group of vectors.
-
-    Raises NotImplementedError for a weight whose outer products live on a derived tensor or came from a fallback, and
-    where the uses of a shared weight have blocks of different shapes.
+    A weight whose outer products live on a derived tensor or came from a fallback, or whose uses have blocks of
+    different shapes, has no such factors: the diagonal of its block is summed instead.  `recent` is carried from
+    parameter to parameter of one group of vectors.
     """
     if o.bias_like:
-        block = _block(o, memory, thin, recent)
-        return Factors(
-            {}, {}, _count(0), 1, block if value is None or value.exact is None else _plus(value.exact, block)
-        )
+        block = _block(o, memory, kept, recent)
+        p = o.shape.numel()
+        return _whole(value, block, longer(kept, p) if p <= EXACT_VECTOR else "")
     if isinstance(o, Zero):
-        return _zero_factors(o, thin)
-    if not (products := o.products):
-        raise NotImplementedError(
-            "has no Kronecker factors: it enters the layer through another tensor (weight_norm, a product, columns) "
-            "or through an operation without a rule. Use diag_ggn or diag_ggn_mc, or freeze it with "
-            "requires_grad_(False)."
-        )
+        return _zero_factors(o, kept)
+    products = o.products
     blocks = {(G, *((q, p) if use.flip else (p, q))) for use in products for G, p, q in [use.block]}
-    if len(blocks) > 1:
-        raise NotImplementedError(f"is used with blocks of different shapes (groups, rows, columns) {sorted(blocks)}.")
+    if len(blocks) != 1:
+        squares = reduce(o, {"squares"}, memory)["squares"].reshape(1, -1)
+        return _whole(value, squares, _unstructured(blocks))
     first = value is None
     if value is None:
-        positions = sum(use.left.shape[1] if sharing == "reduce" else use.positions for use in products)
+        positions = sum(use.left.shape[1] if kept.sharing == "reduce" else use.positions for use in products)
         value = Factors({}, {}, _count(positions), o.left.shape[2])
     for use in products:
         gradients, inputs = (value.columns, value.rows) if use.flip else (value.rows, value.columns)
-        part = gradient_factor(use, sharing, thin)
-        if recent is not None and isinstance(part, Tensor) and use.left.shape[2:4] == (1, 1):
+        part = gradient_factor(use, kept)
+        if recent is not None and isinstance(part, Tensor) and part.dim() == 3 and use.left.shape[2:4] == (1, 1):
             recent.factor = use.left, part
         _increase(gradients, "gradient", part)
         if first:
-            _increase(inputs, "input", input_factor(use, sharing, memory, thin))
+            _increase(inputs, "input", input_factor(use, kept, memory))
+            lookup = isinstance(use, Lookup) and kept.sharing == "expand"
+            value.diagonal = value.diagonal or longer(kept, use.left.shape[4], 0 if lookup else use.q)
     return value
+
+
+def _whole(value: Factors | None, block: Tensor | Side, why: str) -> Factors:
+    before = None if value is None else value.exact
+    return Factors({}, {}, _count(0), 1, block if before is None else _plus(before, block), why)
+
+
+def check_max_factor(max_factor: int) -> int:
+    """A number of rows; raises ValueError below 1."""
+    return check_count("max_factor", max_factor)
+
+
+def longer(kept: Kept, *sides: int) -> str:
+    limit = kept.max_factor
+    if max(sides) <= limit:
+        return ""
+    return f"a side of {max(sides)} rows, longer than max_factor={limit}: its diagonal is kept"
+
+
+def _unstructured(blocks: set[tuple[int, ...]]) -> str:
+    why = (
+        f"no Kronecker factors, being used with blocks of different shapes (groups, rows, columns) {sorted(blocks)}"
+        if blocks else "no Kronecker factors, entering the layer through another tensor (weight_norm, a product, "
+        "columns) or through an operation without a rule"
+    )  # fmt: skip
+    return f"{why}: the diagonal of its block is kept, exact in every entry"
+
+
+def say_what_is_diagonal(values: Mapping[str, Factors]) -> None:
+    """Warn, once for all parameters, of diagonals in the place of factors, or of blocks."""
+    why: dict[str, list[str]] = {}
+    for name, value in values.items():
+        if value.diagonal:
+            why.setdefault(value.diagonal, []).append(name)
+    if why:
+        warnings.warn("; ".join(f"{_some(names)} {reason}" for reason, names in why.items()) + ".", stacklevel=4)
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    who = ", ".join(map(repr, names[:most])) + more
+    return f"parameter {who} has" if len(names) == 1 else f"parameters {who} have"
 
 
 def merged(value: Factors | None, other: Factors) -> Factors:
@@ -148,6 +211,9 @@ def merged(value: Factors | None, other: Factors) -> Factors:
         return other
     if not other.positions and other.exact is None:
         return value
+    if (value.exact is None) != (other.exact is None):
+        raise ValueError(f"a parameter has Kronecker factors in some batches only, in others "
+                         f"{value.diagonal or other.diagonal}. Ask for 'diag_ggn', or for batches alike.")  # fmt: skip
     if other.exact is not None:
         return replace(value, exact=_plus(value.exact, other.exact))
     for mine, theirs in ((value.rows, other.rows), (value.columns, other.columns)):
@@ -205,13 +271,13 @@ def _times(part: Tensor | Side, scale: float) -> Tensor | Side:
     return Side("rows", part.data * scale**0.5) if isinstance(part, Side) else part.mul_(scale)
 
 
-def _block(o: Outer, memory: int | None, thin: bool, recent: Recent | None) -> Tensor | Side:
+def _block(o: Outer, memory: int | None, kept: Kept, recent: Recent | None) -> Tensor | Side:
     """sum_{v,n} J_n^T v (J_n^T v)^T of a whole parameter, [1 p p]; its diagonal [1 p] beyond 4096 elements."""
     V, N = o.left.shape[:2]
     p = o.shape.numel()
-    if p > EXACT_VECTOR:
+    if p > min(EXACT_VECTOR, kept.max_factor):
         return reduce(o, {"squares"}, memory)["squares"].reshape(1, p)
-    if thin and p > V * N:
+    if kept.thin and p > V * N:
         return Side("rows", o.samples().reshape(1, V * N, p))
     if o.sides and recent is not None and (factor := recent.factor_of(o.left)) is not None:
         return factor.clone()
@@ -222,9 +288,12 @@ def _block(o: Outer, memory: int | None, thin: bool, recent: Recent | None) -> T
     return block.unsqueeze(0)
 
 
-def _zero_factors(o: Zero, thin: bool) -> Factors:
+def _zero_factors(o: Zero, kept: Kept) -> Factors:
     """The factors of a matrix parameter without influence on the output; `thin`: no rows at all."""
-    p, q = o.shape[0], o.shape[1:].numel()
-    zeros = o.left.new_zeros
-    sides = (Side("rows", zeros(1, 0, p)), Side("rows", zeros(1, 0, q))) if thin else (zeros(1, p, p), zeros(1, q, q))
+    sides = []
+    for size in (o.shape[0], o.shape[1:].numel()):
+        if size > kept.max_factor:
+            sides.append(o.left.new_zeros(1, size))
+        else:
+            sides.append(Side("rows", o.left.new_zeros(1, 0, size)) if kept.thin else o.left.new_zeros(1, size, size))
     return Factors({"gradient": sides[0]}, {"input": sides[1]}, positions=_count(0), groups=1)

@@ -30,7 +30,7 @@ from paraboloid.operators.structured.kronecker_factored import KroneckerFactored
 from paraboloid.quantities import kronecker
 from paraboloid.quantities.over_data import OverData
 from paraboloid.quantities.result import relative
-from paraboloid.reductions.kronecker_factors import Factors, scale_factors
+from paraboloid.reductions.kronecker_factors import MAX_FACTOR, Factors, scale_factors
 
 
 def KFAC(
@@ -42,6 +42,7 @@ def KFAC(
     samples: int = 1,
     seed: int = 0,
     sharing: str = "expand",
+    max_factor: int = MAX_FACTOR,
     output: Output | None = None,
     max_memory: int | None = None,
     measure_on: Data | None = None,
@@ -52,6 +53,7 @@ def KFAC(
     fisher      "mc" (labels sampled from the model, `samples` of them for each input: unbiased factors whose trace does
                 not depend on `samples`), "exact" (KFLR) or "empirical" (the given labels)
     sharing     "expand" or "reduce", for weights used at several positions
+    max_factor  a side with more rows (over a large vocabulary) is its diagonal; a warning says which
     measure_on  other data: the eigenvectors are those of `data`, the eigenvalues those of the factors of the other data
                 along them, diag(U^T left U) (x) diag(W^T right W)
     tol         with fisher="exact": relative trace of the loss's Hessians that may be left out, see
@@ -60,18 +62,21 @@ def KFAC(
     See `paraboloid.operators` for the other arguments; a loader counts as one big batch.  Batch norm in training mode
     is accepted, see `pb.quantities.KFAC`.  Factors are decomposed when something first needs that.
 
-    Raises NotImplementedError for parameters without Kronecker structure, with what to do.
+    A parameter without Kronecker structure (weight_norm's, one used by an operation without a rule) has the diagonal of
+    its block, exact entry by entry; a warning names it.
+
     Sources: Martens & Grosse 2015, arXiv:1503.05671; Eschenhagen et al. 2023, arXiv:2311.00636 (expand, reduce).
     """
     options = {"seed": seed, "output": output, "max_memory": max_memory}
-    quantity = factors_of(fisher, samples, sharing, measure_on is None, tol)
+    quantity = factors_of(fisher, samples, sharing, measure_on is None, tol, max_factor)
     passes = OverData(model, loss_fn, data, **options)
     own = fitted(passes, quantity)
     K = KroneckerFactored(passes.values, own.blocks)
     K.left_out = own.left_out
     if measure_on is None:
         return K
-    other = fitted(OverData(model, loss_fn, measure_on, **options), factors_of(fisher, samples, sharing, True, tol))
+    quantity = factors_of(fisher, samples, sharing, True, tol, max_factor)
+    other = fitted(OverData(model, loss_fn, measure_on, **options), quantity)
     pairs = zip(K.eigenform.forms, other.blocks.values(), strict=True)
     measured = Diagonalised(K.parameters, [kron.along(form) for form, kron in pairs])
     measured.left_out = other.left_out
@@ -97,6 +102,7 @@ def EKFAC(
     samples: int = 1,
     seed: int = 0,
     sharing: str = "expand",
+    max_factor: int = MAX_FACTOR,
     output: Output | None = None,
     max_memory: int | None = None,
     measure_on: Data | None = None,
@@ -115,7 +121,7 @@ def EKFAC(
     options = {"seed": seed, "output": output, "max_memory": max_memory}
     same = measure_on is None
     # summed or averaged over positions, the rows do not span what the exact eigenvalues see: no thin bases then
-    quantity = factors_of(fisher, samples, sharing, same and sharing == "expand", tol)
+    quantity = factors_of(fisher, samples, sharing, same and sharing == "expand", tol, max_factor)
     passes = OverData(model, loss_fn, data, **options, again=same)
     factors, exact, left_out = fitted(passes, quantity)
     names = block_names(passes.parameters, [[i] for i in range(len(passes.parameters))])
@@ -132,12 +138,11 @@ def EKFAC(
 
 
 def factors_of(
-    fisher: str, samples: int, sharing: str = "expand", thin: bool = True, tol: float = 0.0
-) -> kronecker.KFAC:
+    fisher: str, samples: int, sharing: str = "expand", thin: bool = True, tol: float = 0.0,
+    max_factor: int = MAX_FACTOR,
+) -> kronecker.KFAC:  # fmt: skip
     """The quantity whose running values are the sums of factors; `thin`: those of few rows are kept by these."""
-    quantity = kronecker.KFAC(fisher, samples, sharing, tol)
-    quantity.thin = thin
-    return quantity
+    return kronecker.KFAC(fisher, samples, sharing, tol, max_factor, thin)
 
 
 class Fitted(NamedTuple):
@@ -152,6 +157,7 @@ def fitted(passes: OverData, quantity: kronecker.KFAC) -> Fitted:
     """From one pass, summed over all data before the product."""
     found = passes.sums([quantity])
     sums: dict[str, Factors] = found.values[quantity.name]
+    quantity.announce(sums)
     exact = {name for name, value in sums.items() if value.exact is not None}
     blocks = {name: scale_factors(value, passes.factor) for name, value in sums.items()}
     return Fitted(blocks, exact, relative(found.left_out.get(quantity.name)))
