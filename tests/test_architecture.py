@@ -25,7 +25,7 @@ MAY_IMPORT = {
         "passes", "layers", "distributed", "data", "losses", "linalg", "engine", "reductions", "quantities",
         "operators", "quadratics",
     },
-    "posteriors": {"passes", "data", "losses", "linalg", "engine", "reductions", "quantities", "operators"},
+    "posteriors": {"passes", "distributed", "data", "losses", "linalg", "engine", "reductions", "quantities", "operators"},
     "tomography": {"passes"},
     "logging": {"passes", "data", "losses", "linalg", "quantities", "noise"},
     "testing": {"passes", "data", "layers", "engine", "losses", "linalg", "quantities", "optim"},

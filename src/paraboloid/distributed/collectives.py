@@ -50,6 +50,14 @@ def wrapper_group(model: nn.Module) -> Any:
     return wrapper.process_group if wrapper is not None and wrapper.require_backward_grad_sync else None
 
 
+def rank_of(group: Group) -> int:
+    return 0 if group is None else dist.get_rank(group)
+
+
+def size_of(group: Group) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
 def gathered(item: T, group: Group) -> list[T]:
     """The (small, picklable) items of all ranks, in their order."""
     items: list[Any] = [None] * dist.get_world_size(group)

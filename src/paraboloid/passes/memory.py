@@ -66,6 +66,18 @@ POOLED = Limit("memory of results that have gone, kept for those to come", GIB)
 LARGE = Limit("results below it take torch's own memory, not the pool's", 2 * MIB)
 
 
+def available(device: torch.device) -> int | None:
+    """Bytes that are free on the device now; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * KIB
+    except (OSError, KeyError, ValueError):
+        return None
+
+
 class Pool:
     """Buffers whose tensors have gone, the latest last.  The first touch of fresh memory costs several times what is
     written to it (much more on a virtual machine, whose host has to find it first); that of a used one costs nothing.

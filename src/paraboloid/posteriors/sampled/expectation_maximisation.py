@@ -10,11 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paraboloid.distributed import collectives
+from paraboloid.distributed.collectives import Group
+from paraboloid.linalg.stochastic_descent import Diverged
 from paraboloid.operators.vectors import split
 from paraboloid.posteriors.prior_tuning.evidence import HIGHEST, LOWEST
 from paraboloid.posteriors.prior_tuning.linearised import optimum
 from paraboloid.posteriors.sampled.scaled_model import ScaledModel
-from paraboloid.posteriors.sampled.solvers import by_conjugate_gradients
+from paraboloid.posteriors.sampled.solvers import (
+    HALVINGS,
+    Descent,
+    Position,
+    by_conjugate_gradients,
+    descended,
+    first_position,
+    optimum_targets,
+    sample_targets,
+    slower,
+    steepest,
+)  # fmt: skip
 from paraboloid.posteriors.sampled.tangent_system import TangentSystem
 
 OPTIMUM = 1e-3  # of the gradient's norm, to which the linearised optimum is found
@@ -36,6 +50,26 @@ class EMStep:
     residual: float
 
 
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is: what a callback sees.
+
+    doing                "samples" (under `precision`), "optimum" (of the linearised model), "precision" (was updated)
+    em_step              updates of the precision so far
+    epoch, epochs        of the descent that is going on; 0, 0 where there is none
+    effective_dimension  the last one that is known, of all groups together; None at first
+    residual             of the last samples that were finished; None at first
+    """
+
+    doing: str
+    em_step: int
+    epoch: int
+    epochs: int
+    precision: tuple[float, ...]
+    effective_dimension: float | None
+    residual: float | None
+
+
 @dataclass(eq=False)
 class State:
     """All that a run consists of: what is saved, and gone on from."""
@@ -48,6 +82,7 @@ class State:
     steps: int = 0  # updates of the precision that were made
     sampled: bool = False  # whether `w` and `gammas` are those of `precision`
     settled: bool = False
+    position: Position | None = None  # of the descent that is going on
     history: list[EMStep] = field(default_factory=list)
 
 
@@ -69,6 +104,8 @@ class Run:
     theta: Tensor  # [D]
     diagonal: Tensor  # [D], of S (strength G) S
     tol: float
+    descent: Descent | None = None  # None: conjugate gradients
+    across: Group = None  # the processes that hold other samples
 
     def expanded(self, precision: Sequence[float]) -> Tensor:
         """One precision for each weight, [D]."""
@@ -93,37 +130,108 @@ class Run:
         """Up to `em_steps` updates in total, and the samples under the last precisions; `after` sees every state."""
         while True:
             if not state.sampled:
-                self.sample(state)
+                self.sample(state, after)
                 after(state)
             if state.steps >= em_steps or state.settled:
                 return state
-            self.update(state)
+            self.update(state, after)
             after(state)
 
-    def sample(self, state: State) -> None:
+    def progress(self, state: State) -> Progress:
+        position, last = state.position, state.history[-1] if state.history else None
+        updated = last is not None and last.step < state.steps and position is None
+        doing = "precision" if updated else "optimum" if position is not None and state.sampled else "samples"
+        return Progress(
+            doing, state.steps, 0 if position is None else position.epoch,
+            0 if position is None or self.descent is None else self.descent.epochs, tuple(state.precision),
+            None if last is None else sum(last.effective_dimension), None if last is None else last.residual,
+        )  # fmt: skip
+
+    def sample(self, state: State, after: Callable[[State], None]) -> None:
         """The E step, in place: samples under the current precisions, from those under the ones before."""
         precision = self.expanded(state.precision)
         if state.b is None or state.w is None:
             state.b = self.system.right_hand_sides(precision)
-            state.w = torch.zeros_like(state.b)
-        state.w = by_conjugate_gradients(self.system, precision, state.b, state.w, self.tol, self.diagonal)
-        products = self.system.product(state.w)
-        residual = state.b - products - precision * state.w
-        relative = (residual.norm(dim=1) / state.b.norm(dim=1)).max().item()
-        forms = self.totals(products.mul_(state.w).sum(0))
-        wholes = self.totals(torch.addcmul(products, precision, state.w.square()).sum(0))
+            state.w = self.system.prior_draws(precision)
+        if self.descent is None:
+            state.w = by_conjugate_gradients(self.system, precision, state.b, state.w, self.tol, self.diagonal)
+        else:
+            self._descend_samples(state, precision, after)
+        forms, wholes, residual = self._measured(state.b, state.w, precision)
         state.gammas = [n * form / whole for form, whole, n in zip(forms, wholes, self.counts, strict=True)]
-        state.history.append(EMStep(state.steps, tuple(state.precision), tuple(state.gammas), relative))
+        state.history.append(EMStep(state.steps, tuple(state.precision), tuple(state.gammas), residual))
         state.sampled = True
 
-    def update(self, state: State) -> None:
+    @torch.no_grad()
+    def _measured(self, b: Tensor, w: Tensor, precision: Tensor) -> tuple[list[float], list[float], float]:
+        """Sums over the samples of (w . S G S w)_g and (w . A w)_g, and the largest relative residual."""
+        products, residual = self.system.product(w), 0.0
+        forms, wholes = [0.0] * len(self.groups), [0.0] * len(self.groups)
+        for k in range(len(w)):
+            r = (b[k] - products[k]).addcmul_(precision, w[k], value=-1)
+            residual = max(residual, float(r.norm() / b[k].norm()))
+            del r
+            form = self.totals(products[k].mul_(w[k]))
+            prior = self.totals(w[k].square().mul_(precision))
+            forms = [x + y for x, y in zip(forms, form, strict=True)]
+            wholes = [x + y + z for x, y, z in zip(wholes, form, prior, strict=True)]
+        if self.across is None:
+            return forms, wholes, residual
+        every = collectives.gathered((forms, wholes, residual), self.across)
+        forms, wholes = (
+            [float(sum(each)) for each in zip(*(found[i] for found in every), strict=True)] for i in (0, 1)
+        )
+        return forms, wholes, max(found[2] for found in every)
+
+    def _descend_samples(self, state: State, precision: Tensor, after: Callable[[State], None]) -> None:
+        assert self.descent is not None and state.w is not None
+        P, outputs = self._preconditioner(precision), sample_targets(self.system, self.descent)
+        b = self.system.right_hand_sides(precision, data=False) if self.descent.noisy else state.b
+
+        def again() -> Tensor:
+            state.w = self.system.prior_draws(precision)
+            return state.w
+
+        state.w = self._descend(state, state.w, precision, P, b, outputs, again, after)
+
+    def _preconditioner(self, precision: Tensor) -> Tensor:
+        return 1 / (self.diagonal + precision)
+
+    def _descend(
+        self, state: State, x: Tensor, precision: Tensor, P: Tensor, b: Tensor | None, outputs: Any,
+        again: Callable[[], Tensor], after: Callable[[State], None],
+    ) -> Tensor:  # fmt: skip
+        """The result of a descent from x; from again() at half the rate where it diverged."""
+        settings: Any = self.descent
+        position = state.position or first_position(self.system, settings, precision, P)
+        for _ in range(HALVINGS):
+            state.position = position
+            try:
+                result = x
+                for descent in descended(x, position, self.system, settings, precision, P, b, outputs):
+                    result = descent.result()
+                    if position.epoch < settings.epochs:
+                        after(state)
+                state.position = None
+                return result
+            except Diverged as error:
+                bound = lambda: steepest(self.system, precision, P)  # noqa: E731
+                position = slower(position, settings, error, bound)
+                x = again()
+        raise Diverged(f"stochastic descent diverged at every learning rate down to {position.lr:.3g}; expected a "
+                       "curvature without NaN or infinity. Are the model and its inputs finite?")  # fmt: skip
+
+    def update(self, state: State, after: Callable[[State], None]) -> None:
         """The M step, in place: the linearised optimum, the precisions, and the right-hand sides that follow."""
         before, linear = self.expanded(state.precision), ScaledModel(self.system)
-        sigma = 1 / (self.diagonal + before)
-        state.delta = optimum(
-            linear, before, self.system.strength, state.delta, lambda rows: rows * sigma, min(self.tol, OPTIMUM)
-        )
-        squares = self.totals((linear.theta + state.delta).square())
+        if self.descent is None:
+            sigma = self._preconditioner(before)
+            tol = min(self.tol, OPTIMUM)
+            found = optimum(linear, before, self.system.strength, state.delta, lambda rows: rows * sigma, tol)
+        else:
+            found = self._descended_optimum(state, linear, before, after)
+        state.delta = found
+        squares = self.totals((linear.theta + found).square())
         tiny = torch.finfo(self.theta.dtype).tiny
         # The samples' noise may take the gamma of a group below zero: one weight is the least that EM goes on from.
         gammas = [max(g, min(1.0, n / 2)) for g, n in zip(state.gammas, self.counts, strict=True)]
@@ -133,6 +241,19 @@ class Run:
         assert state.b is not None
         self.system.reweighted(state.b, before, self.expanded(updated))
         state.precision, state.steps, state.sampled = updated, state.steps + 1, False
+
+    def _descended_optimum(self, state: State, linear: ScaledModel, precision: Tensor, after: Any) -> Tensor:
+        """delta moves from where it was: gradient S J^T l' + Lambda (S^-1 theta + delta)."""
+        if state.delta is None:
+            state.delta = torch.zeros_like(linear.theta)
+        P, b = self._preconditioner(precision), (-precision * linear.theta).unsqueeze(0)
+
+        def again() -> Tensor:
+            state.delta = torch.zeros_like(linear.theta)
+            return state.delta.unsqueeze(0)
+
+        x = state.delta.unsqueeze(0)
+        return self._descend(state, x, precision, P, b, optimum_targets(linear), again, after)[0]
 
 
 def as_prior(groups: Sequence[Sequence[str]], precision: Sequence[float], names: Sequence[str]) -> Any:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PRIOR, DATA = 1, 2
+PRIOR, DATA, ORDER = 1, 2, 3
 MASK = 2**64 - 1
 
 
-def _stream(seed: int, kind: int, index: int) -> int:
+def stream(seed: int, kind: int, index: int) -> int:
     """A seed for torch from three numbers, by two rounds of SplitMix64's finaliser."""
     z = seed & MASK
     for part in (kind, index):
@@ -25,7 +25,7 @@ def _stream(seed: int, kind: int, index: int) -> int:
 
 def of_prior(seed: int, sample: int, size: int, like: Tensor) -> Tensor:
     """theta_0 of one posterior sample, standard normal [D]."""
-    generator = torch.Generator(like.device).manual_seed(_stream(seed, PRIOR, sample))
+    generator = torch.Generator(like.device).manual_seed(stream(seed, PRIOR, sample))
     return torch.randn(size, generator=generator, dtype=like.dtype, device=like.device)
 
 
@@ -36,7 +36,7 @@ def of_data(seed: int, start: int, count: int, samples: range, columns: int, lik
     """
     found, generator = like.new_empty(len(samples), count, columns), torch.Generator(like.device)
     for n in range(count):
-        generator.manual_seed(_stream(seed, DATA, start + n))
+        generator.manual_seed(stream(seed, DATA, start + n))
         drawn = torch.randn(samples.stop, columns, generator=generator, dtype=like.dtype, device=like.device)
         found[:, n] = drawn[samples.start :: samples.step]
     return found

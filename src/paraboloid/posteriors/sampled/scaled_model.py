@@ -18,12 +18,13 @@ class ScaledModel(LinearisedModel):
             self.theta = self.theta / system.scale
 
     def value(self, delta: Tensor) -> Tensor:
-        return super().value(self.system.deviations(delta))
+        return self.system.summed(super().value(self.system.deviations(delta)))
 
     def gradient(self, delta: Tensor) -> Tensor:
-        return self.system.deviations(super().gradient(self.system.deviations(delta)))
+        return self.system.deviations(self.system.summed(super().gradient(self.system.deviations(delta))))
 
     def curvature(self, delta: Tensor, v: Tensor) -> Tensor:
         rows = self.system.deviations(v.T if v.dim() == 2 else v)
         found = super().curvature(self.system.deviations(delta), rows.T if v.dim() == 2 else rows)
+        found = self.system.summed(found.contiguous())
         return self.system.deviations(found.T).T if v.dim() == 2 else self.system.deviations(found)

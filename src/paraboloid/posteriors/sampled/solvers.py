@@ -1,13 +1,24 @@
-"""Solving the tangent system for all samples at once."""
+"""Solving the tangent system for all samples at once: by conjugate gradients, or by stochastic descent."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from paraboloid import linalg
+from paraboloid.linalg.stochastic_descent import Diverged, NesterovDescent, largest_eigenvalue
+from paraboloid.posteriors.sampled import noise
+from paraboloid.posteriors.sampled.scaled_model import ScaledModel
 from paraboloid.posteriors.sampled.tangent_system import TangentSystem
 
 MOST_ITERATIONS = 1000  # of conjugate gradients: where more are needed, the residual says so
+PROBES, POWERS = 3, 8  # batches whose curvature is measured, by so many products each
+HALVINGS = 12
 
 
 class _Columns:
@@ -29,3 +40,132 @@ def by_conjugate_gradients(
     A, M = _Columns(system, precision), 1 / (diagonal + precision)
     found = linalg.cg(A, b.T, tol, max_iterations=MOST_ITERATIONS, preconditioner=M, x0=w.T)
     return found.T.contiguous()
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How stochastic descent is done.
+
+    epochs     passes over the data of one solution; the points of the second half are averaged
+    lr         None: (1 - momentum) over the largest curvature of a batch, which is measured
+    noisy      the noise in each batch's targets in the place of the right-hand side, as in the plain form
+    """
+
+    epochs: int = 10
+    lr: float | None = None
+    momentum: float = 0.9
+    noisy: bool = False
+
+
+@dataclass(eq=False)
+class Position:
+    """Where a descent is, between two passes; what is saved of one."""
+
+    lr: float
+    epoch: int = 0
+    v: Tensor | None = None
+    average: Tensor | None = None
+    averaged: int = 0
+    first: list[float] = field(default_factory=list)
+
+
+def batches(system: TangentSystem, epoch: int) -> Iterator[tuple[int, Any]]:
+    """(number of its first data point, graph) of each batch: shuffled where the graphs are kept, else as they come."""
+    starts = system.curvature.starts
+    with system.replay.graphs() as graphs:
+        if system.replay.kept is not None:
+            generator = torch.Generator().manual_seed(noise.stream(system.seed, noise.ORDER, epoch))
+            for i in torch.randperm(len(system.replay.kept), generator=generator).tolist():
+                yield starts[i], system.replay.kept[i]
+            return
+        start = 0
+        for graph in graphs:
+            yield start, graph
+            start += len(graph.f)
+
+
+def steepest(system: TangentSystem, precision: Tensor, preconditioner: Tensor) -> float:
+    """The largest curvature of P ((N / B) S (strength G_B) S + Lambda) over a few batches B."""
+    start, found = system.prior_noise(2**31), []
+    for probe, (_, graph) in enumerate(batches(system, 0)):
+        if probe == PROBES:
+            break
+        coefficient = system.strength * system.count / _size(system, graph)
+
+        def product(v: Tensor, graph: Any = graph, coefficient: float = coefficient) -> Tensor:
+            ((_, parts),) = system.pulled(graph, graph.hessian(system.pushed(graph, v.unsqueeze(0))))
+            flat = system.summed(torch.cat([t.reshape(-1) for t in parts])).mul_(coefficient)
+            return preconditioner * (system.deviations(flat) + precision * v)
+
+        found.append(largest_eigenvalue(product, start, POWERS))
+    return max(found)
+
+
+def _size(system: TangentSystem, graph: Any) -> int:
+    """Data points in a step: those of all processes' batches."""
+    size = torch.tensor(len(graph.f))
+    return int(system.summed(size)) if system.group is not None else int(size)
+
+
+def descended(
+    x: Tensor, position: Position, system: TangentSystem, settings: Descent, precision: Tensor, preconditioner: Tensor,
+    b: Tensor | None, outputs: Callable[[Any, int, Tensor], Tensor],
+) -> Iterator[NesterovDescent]:  # fmt: skip
+    """Descent of the rows x, in place, from its position; after each epoch it is given out.
+
+    outputs(graph, start, J S x) are the vectors in output space whose pull-back is the batch's part of the gradient.
+    """
+    descent = NesterovDescent(x, position.lr, settings.momentum, preconditioner)
+    if position.v is not None:
+        descent.v, descent.average, descent.averaged = position.v, position.average, position.averaged
+        descent.first = list(position.first)
+    for epoch in range(position.epoch, settings.epochs):
+        if epoch == settings.epochs // 2:
+            descent.start_average()
+        for start, graph in batches(system, epoch):
+            coefficient = system.strength * system.count / _size(system, graph)
+            u = outputs(graph, start, system.pushed(graph, x))
+            for k, parts in system.pulled(graph, u):
+                if system.group is not None:
+                    parts = [system.summed(t) for t in parts]
+                descent.step(k, parts, coefficient, precision, None if b is None else b[k], system.scale)
+            descent.advance()
+        position.epoch, position.v, position.first = epoch + 1, descent.v, descent.first
+        position.average, position.averaged = descent.average, descent.averaged
+        yield descent
+
+
+def first_position(system: TangentSystem, settings: Descent, precision: Tensor, preconditioner: Tensor) -> Position:
+    if settings.lr is not None:
+        return Position(settings.lr)
+    return Position((1 - settings.momentum) / steepest(system, precision, preconditioner))
+
+
+def slower(position: Position, settings: Descent, error: Diverged, bound: Callable[[], float]) -> Position:
+    """A position to start again from, at half the rate; tells so.  Raises ValueError where the rate was set by hand."""
+    if settings.lr is not None:
+        raise ValueError(
+            f"lr is {settings.lr:.4g}, with which the descent diverges ({error}); expected at most about "
+            f"{(1 - settings.momentum) / bound():.2g}, (1 - momentum) over the largest curvature of a batch. Leave lr "
+            "out to have it measured."
+        ) from error
+    warnings.warn(
+        f"stochastic descent diverged at the learning rate {position.lr:.3g} ({error}); it starts again at half of it.",
+        RuntimeWarning, stacklevel=2,
+    )  # fmt: skip
+    return Position(position.lr / 2)
+
+
+def sample_targets(system: TangentSystem, settings: Descent) -> Callable[[Any, int, Tensor], Tensor]:
+    """H_n J_n S w, less L_n eps_n / sqrt(strength) where the noise is in the targets."""
+
+    def outputs(graph: Any, start: int, jv: Tensor) -> Tensor:
+        u = graph.hessian(jv)
+        return u - system.noisy_outputs(graph, start) / system.strength**0.5 if settings.noisy else u
+
+    return outputs
+
+
+def optimum_targets(linear: ScaledModel) -> Callable[[Any, int, Tensor], Tensor]:
+    """The gradient of the loss at the linearised outputs."""
+    return lambda graph, start, jv: linear.loss.gradient(graph.f.detach() + jv[0], graph.y).unsqueeze(0)

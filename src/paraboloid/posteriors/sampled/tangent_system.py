@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paraboloid.distributed import collectives
+from paraboloid.distributed.collectives import Group
 from paraboloid.losses import NoTargets
-from paraboloid.operators.matrix_free.jacobian_form import JacobianForm
 from paraboloid.operators.matrix_free.output_graph import OutputGraph
 from paraboloid.operators.vectors import join, put, split
 from paraboloid.posteriors.sampled import noise
+from paraboloid.posteriors.sampled.tangent_curvature import TangentCurvature
 from paraboloid.quantities.curvature import DiagGGN
 from paraboloid.quantities.recording import record
 
 RELATIVE_FLOOR = 1e-12  # of the curvature's diagonal, below which a weight counts as unseen by the data
+AT_ONCE = 2**20  # weights up to which several products are worth an attempt at once
+FEW = 10  # columns of the loss's root up to which the curvature's diagonal is taken exactly
 
 
 @dataclass(eq=False)
@@ -32,19 +36,24 @@ class TangentSystem:
 
         strength / 2 sum_n ||J_n S w||^2_{H_n} + ||w - Lambda^-1 b||^2_Lambda / 2.
 
+    Over several processes each holds some of the data, of which G and b are sums over `group`.
     Source: Antoran et al. 2023, arXiv:2210.04994, equation 7.
     """
 
-    curvature: JacobianForm
+    curvature: TangentCurvature
     strength: float
     seed: int
     samples: range  # which of the posterior's samples are solved for here
     scale: Tensor | None = None  # [D]
+    group: Group = None  # of the processes that hold other data
 
     def __post_init__(self) -> None:
         self.replay = self.curvature.replay
         self.parameters: list[Tensor] = list(self.replay.parameters.values())
         self.size = sum(p.numel() for p in self.parameters)
+        counts = [self.replay.samples] if self.group is None else collectives.gathered(self.replay.samples, self.group)
+        self.count = sum(counts)  # data points, everywhere
+        self.first = sum(counts[: collectives.rank_of(self.group)])
 
     @property
     def everyone(self) -> range:
@@ -55,33 +64,67 @@ class TangentSystem:
     def like(self) -> Tensor:
         return self.parameters[0].detach()
 
-    def product(self, rows: Tensor) -> Tensor:
-        """S (strength G) S times the rows of a [K, D] tensor; one pass over the data."""
-        found = self.curvature._product(self.deviations(rows))
-        found.mul_(self.strength)
-        return found if self.scale is None else found.mul_(self.scale)
-
     def deviations(self, rows: Tensor) -> Tensor:
         """S w: deviations of the weights."""
         return rows if self.scale is None else rows * self.scale
+
+    def summed(self, total: Tensor) -> Tensor:
+        """Over the processes that hold other data."""
+        return total if self.group is None else collectives.summed(total, self.group, total.device)
+
+    # --- products -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def product(self, rows: Tensor) -> Tensor:
+        """S (strength G) S times the rows of a [K, D] tensor; one pass over the data."""
+        if (root := self.curvature.root.rows) is not None:
+            found = (self.deviations(rows) @ root.T) @ root
+        else:
+            found = torch.zeros_like(rows)
+            with self.replay.graphs() as graphs:
+                for graph in graphs:
+                    for k, parts in self.pulled(graph, graph.hessian(self.pushed(graph, rows))):
+                        put(parts, found[k], 1.0, add=True)
+        found = self.summed(found).mul_(self.strength)
+        return found if self.scale is None else found.mul_(self.scale)
+
+    def pushed(self, graph: OutputGraph, rows: Tensor) -> Tensor:
+        """J S w_k of one batch for all rows, [K, *f.shape]."""
+        self.replay.certify(graph)
+        if self.size <= AT_ONCE and len(rows) > 1:
+            V = split(self.deviations(rows), self.parameters)
+            if (found := self.replay.together(graph, V, lambda v: [graph.push(v)])) is not None:
+                return found[0]
+        return torch.stack([graph.push(split(self.deviations(row), self.parameters)) for row in rows])
+
+    def pulled(self, graph: OutputGraph, u: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
+        """(k, J^T u_k) of one batch for all of u [K, *f.shape]: one tensor for each parameter."""
+        found = self.replay.together(graph, [u], lambda v: graph.pull(v[0])) if self.size <= AT_ONCE else None
+        if found is not None:
+            yield from ((k, [t[k] for t in found]) for k in range(len(u)))
+            return
+        for k in range(len(u)):
+            yield k, graph.pull(u[k])
+
+    # --- right-hand sides ---------------------------------------------------------------------------------------------
 
     def prior_noise(self, sample: int) -> Tensor:
         """theta_0 [D]."""
         return noise.of_prior(self.seed, sample, self.size, self.like)
 
     @torch.no_grad()
-    def right_hand_sides(self, precision: Tensor) -> Tensor:
-        """b [K, D] under Lambda = diag(precision [D]); one pass over the data."""
+    def right_hand_sides(self, precision: Tensor, data: bool = True) -> Tensor:
+        """b [K, D] under Lambda = diag(precision [D]), by one pass over the data; without it Lambda^1/2 theta_0."""
         b, start = self.like.new_zeros(len(self.samples), self.size), 0
-        with self.replay.graphs() as graphs:
-            for graph in graphs:
-                self.replay.certify(graph)
-                u = self._noisy_outputs(graph, start)
-                start += len(graph.f)
-                for k in range(len(u)):
-                    put(graph.pull(u[k]), b[k], self.strength**0.5, add=True)
-        if self.scale is not None:
-            b.mul_(self.scale)
+        if data:
+            with self.replay.graphs() as graphs:
+                for graph in graphs:
+                    for k, parts in self.pulled(graph, self.noisy_outputs(graph, start)):
+                        put(parts, b[k], self.strength**0.5, add=True)
+                    start += len(graph.f)
+            b = self.summed(b)
+            if self.scale is not None:
+                b.mul_(self.scale)
         for row, sample in zip(b, self.samples, strict=True):
             row.addcmul_(precision.sqrt(), self.prior_noise(sample))
         return b
@@ -93,18 +136,28 @@ class TangentSystem:
         for row, sample in zip(b, self.samples, strict=True):
             row.addcmul_(moved, self.prior_noise(sample))
 
-    def _noisy_outputs(self, graph: OutputGraph, start: int, samples: range | None = None) -> Tensor:
-        """L_n eps_n [K, *f.shape] of a batch whose first data point is number `start`."""
+    @torch.no_grad()
+    def prior_draws(self, precision: Tensor) -> Tensor:
+        """Lambda^-1/2 theta_0 [K, D], which solve the system where the data says nothing."""
+        found = self.like.new_empty(len(self.samples), self.size)
+        for row, sample in zip(found, self.samples, strict=True):
+            torch.mul(precision.rsqrt(), self.prior_noise(sample), out=row)
+        return found
+
+    def noisy_outputs(self, graph: OutputGraph, start: int, samples: range | None = None) -> Tensor:
+        """L_n eps_n [K, *f.shape] of a batch whose first data point is number `start` of this process."""
         samples = self.samples if samples is None else samples
         f, columns = graph.f.detach(), graph.root_columns()
-        eps = noise.of_data(self.seed, start, len(f), samples, columns, f)
+        eps = noise.of_data(self.seed, self.first + start, len(f), samples, columns, f)
         u = f.new_zeros(len(samples), *f.shape)
         for v, column in enumerate(graph.root()):
             u.addcmul_(column, eps[:, :, v].reshape(len(samples), len(f), *[1] * (f.dim() - 1)))
         return u
 
+    # --- the diagonal -------------------------------------------------------------------------------------------------
+
     def diagonal(self) -> Tensor:
-        """The diagonal of strength G, [D]: exact where the root of H_n has no more columns than there are samples, else
+        """The diagonal of strength G, [D]: exact where the root of H_n has few columns, else
 
             mean over the samples of sum_n (J_n^T L_n eps_n)^2,
 
@@ -118,12 +171,11 @@ class TangentSystem:
             with torch.no_grad(), self.replay.graphs() as graphs:
                 sums = self.like.new_zeros(len(self.everyone), self.size)
                 for graph in graphs:
-                    u = self._noisy_outputs(graph, start, self.everyone)
+                    for k, parts in self.pulled(graph, self.noisy_outputs(graph, start, self.everyone)):
+                        put(parts, sums[k], 1.0, add=True)
                     start += len(graph.f)
-                    for k in range(len(u)):
-                        put(graph.pull(u[k]), sums[k], 1.0, add=True)
                 total = sums.square_().mean(0)
-        return total.mul_(self.strength)
+        return self.summed(total).mul_(self.strength)
 
     def _squares(self, total: Tensor) -> bool:
         with warnings.catch_warnings(), suppress(ValueError, NotImplementedError, RuntimeError, Warning):
@@ -139,10 +191,10 @@ class TangentSystem:
         return False
 
     def _batch_squares(self, tape: Any, f: Tensor, graph: OutputGraph, start: int) -> Sequence[Tensor]:
-        if graph.root_columns() <= max(len(self.everyone), 10):
+        if graph.root_columns() <= max(len(self.everyone), FEW):
             vectors = graph.root()
         else:
-            u = self._noisy_outputs(graph, start, self.everyone)
+            u = self.noisy_outputs(graph, start, self.everyone)
             vectors = iter(u / len(u) ** 0.5)
         return list(tape.of_vectors(f, vectors, DiagGGN(), self.replay.max_memory).values())
 

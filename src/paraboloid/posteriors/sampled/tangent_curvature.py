@@ -1,0 +1,61 @@
+"""sum_n J_n^T H_n J_n as posterior samples need it: with the identity for H_n too, and cheap J v of large networks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from paraboloid.data.batches import Data, Output
+from paraboloid.losses import Loss
+from paraboloid.operators.matrix_free.jacobian_form import GGN
+from paraboloid.operators.matrix_free.output_graph import OutputGraph
+from paraboloid.operators.matrix_free.tangent_convolutions import TangentConvolutions
+from paraboloid.passes import trees
+from paraboloid.passes.modes import autocast_dtype
+
+LARGE = 100_000  # weights from which products are taken one by one, and convolutions are worth their own derivative
+
+
+class UnitGraph(OutputGraph):
+    """An `OutputGraph` with the identity in the place of H_n: every output counts, however sure the network is."""
+
+    def hessian(self, u: Tensor) -> Tensor:
+        return u
+
+    def root(self) -> Iterator[Tensor]:
+        flat = self.f.detach().new_zeros(len(self.f), self.root_columns())
+        for k in range(flat.shape[1]):
+            column = flat.clone()
+            column[:, k] = 1
+            yield column.view_as(self.f)
+
+    def root_columns(self) -> int:
+        return self.f[0].numel()
+
+
+class TangentCurvature(GGN):
+    """The GGN of a loss, or with `unweighted` sum_n J_n^T J_n, over graphs that are differentiated by J^T, then J.
+
+    ordered: every pass must see the samples in the order of the first one.
+    """
+
+    def __init__(
+        self, model: Any, loss: Loss, data: Data, *, unweighted: bool = False, ordered: bool = False,
+        output: Output | None = None, max_memory: int | None = None,
+    ):  # fmt: skip
+        parameters = trees.parameters(model).values()
+        device = next(iter(parameters)).device
+        large = sum(p.numel() for p in parameters) > LARGE and device.type == "cpu" and autocast_dtype(device) is None
+        self._record(
+            UnitGraph if unweighted else OutputGraph, model, loss, data, "all", output=output, max_memory=max_memory,
+            ordered=ordered, inside=TangentConvolutions if large else nullcontext,
+        )  # fmt: skip
+        self.root.after(10**9)  # made now or never: what a product rounds to must not depend on those before
+        self.starts = [0]  # of kept graphs, the number of each one's first sample, and of them all
+        for graph in self.replay.kept or []:
+            self.starts.append(self.starts[-1] + len(graph.f))
+        with self.replay.graphs() as graphs:
+            self.target = tuple(next(iter(graphs)).y.shape[1:])  # of a sample

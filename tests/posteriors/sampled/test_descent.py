@@ -1,0 +1,108 @@
+"""Stochastic descent on the samples' systems: its limit, its gradients' noise, its step, and what diverges."""
+
+import pytest
+import torch
+from posteriors.sampled.test_oracles import classifier
+from torch import nn
+
+import paraboloid as pb
+from paraboloid.linalg.stochastic_descent import Diverged, NesterovDescent, largest_eigenvalue
+from paraboloid.posteriors.likelihood import Likelihood
+from paraboloid.posteriors.sampled.solvers import Descent, batches, sample_targets
+from paraboloid.posteriors.sampled.tangent_curvature import TangentCurvature
+from paraboloid.posteriors.sampled.tangent_system import TangentSystem
+
+F64 = torch.float64
+OPTIONS = {"samples": 6, "em_steps": 0, "prior_precision": 5.0, "seed": 1, "batch_size": 20}
+
+
+def rows(posterior):
+    return torch.cat([posterior.samples[k].flatten(1) for k in posterior.weights], 1)
+
+
+@pytest.mark.parametrize("objective", ["low-variance", "noisy-targets"])
+@pytest.mark.parametrize("g_prior", [True, False])
+def test_both_objectives_have_the_solution_of_conjugate_gradients(objective, g_prior):
+    model, x, y = classifier()
+    exact = pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), g_prior=g_prior, tol=1e-10, **OPTIONS)
+    found = pb.sampled_laplace(
+        model, nn.CrossEntropyLoss(), (x, y), g_prior=g_prior, solver="sgd", epochs=150, objective=objective, **OPTIONS
+    )
+    off = (rows(found) - rows(exact)).norm() / rows(exact).norm()
+    assert off < (0.02 if objective == "low-variance" else 0.08)
+    assert found.history[-1].residual < (0.01 if objective == "low-variance" else 0.1)
+
+
+def test_the_noise_in_the_right_hand_side_leaves_less_in_the_gradients():
+    """At the solution: the variance over batches of either objective's gradient."""
+    model, x, y = classifier()
+    loss = Likelihood.of(nn.CrossEntropyLoss()).loss
+    data = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 40, 8)]
+    system = TangentSystem(TangentCurvature(model, loss, data), 1.0, 0, range(4))
+    precision = torch.full((system.size,), 5.0, dtype=F64)
+    b = system.right_hand_sides(precision)
+    H = pb.GGN(model, loss, data).to_dense()
+    w = torch.linalg.solve(H + precision.diag(), b.T).T
+    variances = {}
+    for noisy in (False, True):
+        targets, gradients = sample_targets(system, Descent(noisy=noisy)), []
+        right = system.right_hand_sides(precision, data=False) if noisy else b
+        for start, graph in batches(system, 0):
+            parts = dict(system.pulled(graph, targets(graph, start, system.pushed(graph, w))))
+            data_part = torch.stack([torch.cat([t.flatten() for t in parts[k]]) for k in range(4)])
+            gradients.append(len(data) * data_part + precision * w - right)
+        mean = torch.stack(gradients).mean(0)
+        torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-9, rtol=0)
+        variances[noisy] = torch.stack(gradients).square().mean().item()
+    assert variances[False] < 0.5 * variances[True]
+
+
+def test_em_by_descent_agrees_with_conjugate_gradients():
+    model, x, y = classifier(n=60)
+    options = {**OPTIONS, "samples": 8, "em_steps": 2, "match": None}
+    exact = pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), **options)
+    found = pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), solver="sgd", epochs=30, **options)
+    assert abs(found.prior_precision / exact.prior_precision - 1) < 0.05
+    assert abs(found.effective_dimension / exact.effective_dimension - 1) < 0.05
+
+
+def test_a_learning_rate_set_by_hand_that_diverges():
+    model, x, y = classifier()
+    with pytest.raises(
+        ValueError, match=r"lr is 100, with which the descent diverges .* expected at most about 0\.\d+"
+    ):
+        pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), solver="sgd", lr=100.0, **OPTIONS)
+
+
+def test_a_measured_rate_that_diverges_is_halved_and_told(monkeypatch):
+    model, x, y = classifier()
+    monkeypatch.setattr("paraboloid.posteriors.sampled.solvers.steepest", lambda *args: 0.02)
+    with pytest.warns(RuntimeWarning, match=r"diverged at the learning rate .* starts again at half of it"):
+        found = pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), solver="sgd", epochs=100, **OPTIONS)
+    assert found.history[-1].residual < 0.1
+
+
+def test_descent_on_a_plain_quadratic():
+    g = torch.Generator().manual_seed(0)
+    M = torch.randn(7, 7, generator=g, dtype=F64)
+    A, b = M @ M.T / 7, torch.randn(2, 7, generator=g, dtype=F64)
+    precision = torch.full((7,), 0.5, dtype=F64)
+    exact = torch.linalg.solve(A + precision.diag(), b.T).T
+    top = largest_eigenvalue(lambda v: A @ v, torch.ones(7, dtype=F64), 200)
+    assert abs(top / torch.linalg.eigvalsh(A)[-1] - 1) < 1e-6
+    scale = torch.linspace(0.5, 2, 7, dtype=F64)
+    for s, B in ((None, A), (scale, A / scale / scale[:, None])):
+        x = torch.zeros(2, 7, dtype=F64)
+        descent = NesterovDescent(x, 0.5 / top, preconditioner=torch.full((7,), 0.5, dtype=F64))
+        for step in range(800):
+            if step == 700:
+                descent.start_average()
+            for k in range(2):
+                inner = x[k] if s is None else s * x[k]
+                descent.step(k, list((B @ inner).split([3, 4])), 1.0, precision, b[k], s)
+            descent.advance()
+        torch.testing.assert_close(descent.result(), exact, rtol=1e-6, atol=1e-8)
+    descent = NesterovDescent(torch.ones(1, 7, dtype=F64), 1e3)
+    with pytest.raises(Diverged, match="the squared gradient has grown from"):
+        for _ in range(50):
+            descent.step(0, [A @ descent.x[0]], 1.0, precision, None)

@@ -1,0 +1,196 @@
+"""The door of sampled posteriors: checkpoints, progress, normalisation, the unweighted curvature, and bad input."""
+
+import math
+
+import pytest
+import torch
+from posteriors.dense import jacobian
+from posteriors.sampled.test_oracles import classifier, close_within_errors
+from torch import nn
+
+import paraboloid as pb
+
+F64 = torch.float64
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(number):
+    calls = []
+
+    def callback(progress):
+        calls.append(progress)
+        if len(calls) == number:
+            raise Killed
+
+    return callback, calls
+
+
+def same(one, two):
+    assert one.prior_precision == two.prior_precision and one.history == two.history
+    assert one.sharpness == two.sharpness and one.effective_dimension == two.effective_dimension
+    assert all(torch.equal(one.samples[k], two.samples[k]) for k in one.samples)
+
+
+@pytest.mark.parametrize("solver", ["cg", "sgd"])
+def test_a_run_that_is_killed_anywhere_ends_as_the_uninterrupted_one(tmp_path, solver):
+    model, x, y = classifier(n=30)
+    data = [(x[:12], y[:12]), (x[12:], y[12:])]
+    options = {"samples": 2, "em_steps": 1, "solver": solver, "epochs": 2, "seed": 3}
+    calls = []
+    whole = pb.sampled_laplace(model, nn.CrossEntropyLoss(), data, callback=calls.append, **options)
+    assert (calls[-1].effective_dimension == whole.effective_dimension and calls[0].residual is None) or solver == "cg"
+    assert {c.doing for c in calls} >= {"samples", "precision"} | ({"optimum"} if solver == "sgd" else set())
+    for number in range(1, len(calls) + 1):
+        path = tmp_path / f"{solver}-{number}"
+        callback, _ = kill_at(number)
+        with pytest.raises(Killed):
+            pb.sampled_laplace(model, nn.CrossEntropyLoss(), data, checkpoint=path, callback=callback, **options)
+        resumed = pb.sampled_laplace(model, nn.CrossEntropyLoss(), data, checkpoint=path, **options)
+        same(resumed, whole)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_checkpoint_is_gone_on_from_to_more_steps(tmp_path):
+    model, x, y = classifier()
+    options = {"samples": 3, "checkpoint": tmp_path / "run"}
+    pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), em_steps=1, **options)
+    more = pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), em_steps=3, **options)
+    same(more, pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), 3, em_steps=3))
+    assert [step.step for step in more.history] == [0, 1, 2, 3]
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    model, x, y = classifier()
+    other, _, _ = classifier(1)
+    path, loss = tmp_path / "run", nn.CrossEntropyLoss()
+    pb.sampled_laplace(model, loss, (x, y), 2, em_steps=0, checkpoint=path)
+    with pytest.raises(ValueError, match=r"a checkpoint of another model, or of other weights of it: \['0.weight'"):
+        pb.sampled_laplace(other, loss, (x, y), 2, em_steps=0, checkpoint=path)
+    with pytest.raises(ValueError, match=r"a checkpoint of other data, of 40 samples .* \(here 39"):
+        pb.sampled_laplace(model, loss, (x[1:], y[1:]), 2, em_steps=0, checkpoint=path)
+    with pytest.raises(ValueError, match="other settings: samples was 2 and is 3"):
+        pb.sampled_laplace(model, loss, (x, y), 3, em_steps=0, checkpoint=path)
+    torch.save({"epoch": 3}, path)
+    with pytest.raises(ValueError, match="is no checkpoint of sampled_laplace"):
+        pb.sampled_laplace(model, loss, (x, y), 2, em_steps=0, checkpoint=path)
+
+
+def normalised():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).double()
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(40, 4, generator=g, dtype=F64), torch.randint(3, (40,), generator=g)
+    model(x)
+    return model.eval(), x, y
+
+
+def test_normalisation_layers_are_held():
+    model, x, y = normalised()
+    options = {"em_steps": 0, "g_prior": False, "tol": 1e-8}
+    held = pb.sampled_laplace(model.train(), nn.CrossEntropyLoss(), (x, y), 256, **options)
+    assert model.training
+    assert not held.samples["1.weight"].any() and not held.samples["1.bias"].any() and held.samples["0.weight"].any()
+    model.eval()
+    reference = pb.laplace(model, nn.CrossEntropyLoss(), (x, y), "full", ["0", "3"])
+    close_within_errors(held.functional(x, diagonal=True)[1], reference.functional(x, diagonal=True)[1], 256)
+    free = pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), 2, normalisation="free", **options)
+    named = pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), 2, weights=["1"], **options)
+    assert free.samples["1.weight"].any() and list(named.weights) == ["1.weight", "1.bias"]
+
+
+def test_the_unweighted_curvature():
+    model, x, y = classifier()
+    posterior = pb.sampled_laplace(
+        model, nn.CrossEntropyLoss(), (x, y), 256, curvature="jacobian", g_prior=False, match=None, tol=1e-8
+    )
+    _, J = jacobian(model, x)
+    S = torch.linalg.inv(torch.einsum("nkd,nke->de", J, J) + torch.eye(J.shape[2], dtype=F64))
+    close_within_errors(posterior.functional(x, diagonal=True)[1], torch.einsum("nkd,de,nke->nk", J, S, J), 256)
+    assert posterior.prior_precision == 1.0  # no evidence belongs to it, so EM is not run unless it is asked for
+
+
+def test_predictions():
+    model, x, y = classifier()
+    posterior = pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), 64, em_steps=0, g_prior=False)
+    for link in (None, "probit", "bridge", "mc", "weights"):
+        p = posterior.predict(x, link)
+        torch.testing.assert_close(p.sum(1), torch.ones(40, dtype=F64))
+    full = pb.laplace(model, nn.CrossEntropyLoss(), (x, y), "full").predict(x)
+    assert (posterior.predict(x) - full).abs().max() < 0.1
+    torch.testing.assert_close(posterior.predict(x[:5]), posterior.predict(x)[:5])
+    posterior.match_confidence()
+    entropy = lambda p: -(p * p.log()).sum(1).mean()  # noqa: E731
+    torch.testing.assert_close(entropy(posterior.predict(x)), entropy(model(x).softmax(1)), rtol=1e-4, atol=0)
+    matched = pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), 4, em_steps=1)
+    assert matched.sharpness != 1.0 == pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), 4, em_steps=0).sharpness
+    regression = nn.Linear(4, 2).double()
+    fitted = pb.sampled_laplace(regression, nn.MSELoss(), (x, x[:, :2]), 4, em_steps=0, noise_variance=0.3)
+    assert fitted.predict(x).variance.min() > 0.3 and fitted.predict(x).mean.shape == (40, 2)
+    with pytest.raises(ValueError, match="match_confidence with a gaussian likelihood"):
+        fitted.match_confidence()
+    with pytest.raises(ValueError, match=r"samples is 5; expected a number in 1\.\.4"):
+        fitted.sample(5)
+    with torch.no_grad():
+        regression.weight.add_(1)
+    with pytest.raises(RuntimeError, match="is not what it was when the posterior was fitted"):
+        fitted.predict(x)
+
+
+def test_the_same_seed_gives_the_same_samples_whatever_the_batches():
+    model, x, y = classifier()
+    state = torch.get_rng_state()
+    options = {"samples": 3, "em_steps": 0, "tol": 1e-10}
+    one = pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), **options)
+    two = pb.sampled_laplace(model, nn.CrossEntropyLoss(), [(x[:7], y[:7]), (x[7:], y[7:])], **options)
+    few = pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), **{**options, "samples": 2})
+    streamed = pb.sampled_laplace(
+        model, nn.CrossEntropyLoss(), [(x[:7], y[:7]), (x[7:], y[7:])], max_memory=1, solver="cg", **options
+    )
+    for k in one.samples:
+        torch.testing.assert_close(two.samples[k], one.samples[k], rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(streamed.samples[k], one.samples[k], rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(few.samples[k], one.samples[k][:2], rtol=1e-6, atol=1e-8)
+    assert not torch.equal(
+        pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), seed=1, **options).samples[k], one.samples[k]
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_bad_input(monkeypatch):
+    model, x, y = classifier()
+    loss, data = nn.CrossEntropyLoss(), (x, y)
+    frozen, _, _ = classifier()
+    frozen.requires_grad_(False)
+    for options, message in [
+        ({"samples": 0}, "samples is 0; expected an integer of at least 1"),
+        ({"em_steps": -1}, "em_steps is -1; expected an integer of at least 0"),
+        ({"prior_precision": 0.0}, "prior_precision is 0.0; expected a positive number"),
+        ({"noise_variance": -1.0}, "noise_variance is -1.0; expected a positive number"),
+        ({"lr": 0.0}, "lr is 0.0; expected a positive number"),
+        ({"solver": "adam"}, "solver is 'adam'; expected one of"),
+        ({"curvature": "hessian"}, "curvature is 'hessian'; expected one of"),
+        ({"objective": "noisy-targets"}, "objective='noisy-targets' with solver='auto'; expected 'sgd'"),
+        ({"per": "row"}, "per is 'row'; expected 'all', 'layer' or 'parameter'"),
+        ({"samples": 10**9}, r"1000000000 samples of 51 weights would take \d+\.\d GiB.*enough for \d+"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pb.sampled_laplace(model, loss, data, **{"samples": 2, **options})
+    with pytest.raises(ValueError, match="no parameter with requires_grad=True"):
+        pb.sampled_laplace(frozen, loss, data)
+    with pytest.raises(TypeError, match="is not one that paraboloid knows"):
+        pb.sampled_laplace(model, lambda f, y: f.sin().sum(), data)
+
+    class Concave(pb.Loss):
+        def sample_losses(self, f, y):
+            return -f.square().sum(1)
+
+    with pytest.raises(ValueError, match=r"convex in the output, which alone has a real root"):
+        pb.sampled_laplace(model, Concave(), data, 2)
+    with torch.no_grad():
+        model[0].weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"'0.weight' holds NaN"):
+        pb.sampled_laplace(model, loss, data, 2)
