@@ -198,7 +198,7 @@ def test_kbfgs_l_is_the_written_out_algorithm(memory):
     opt, reference = compared(autoencoder(), make, LOSSES["bce"], batches(), memory=memory, steps=8)
     for state, H in zip(opt._layers_found.values(), reference.Hg, strict=True):
         torch.testing.assert_close(state.Hg.times(torch.eye(len(H), dtype=H.dtype)), H, rtol=1e-8, atol=1e-10)
-        assert state.Hg.S.shape[1] <= memory and not hasattr(state.Hg, "H")
+        assert state.Hg.pairs <= memory and not hasattr(state.Hg, "H")
 
 
 @pytest.mark.parametrize("make", [pb.optim.KBFGS, pb.optim.KBFGSL])

@@ -6,11 +6,12 @@ import torch
 from paraboloid.optim.bfgs import (
     DenseInverse,
     LimitedMemoryInverse,
-    damped_change,
-    damped_step,
+    first_weight,
     is_safe,
-    update_inverse,
+    second_weight,
+    update_columns,
 )
+from paraboloid.optim.layer_vectors import LayerVectors
 
 F64 = torch.float64
 
@@ -21,63 +22,83 @@ def vectors(seed=0, p=7):
     return (*torch.randn(2, p, generator=g, dtype=F64), B @ B.T / p + 0.1 * torch.eye(p, dtype=F64))
 
 
+def updated(H, s, y):
+    """The update as K-BFGS makes it."""
+    layers, Hy = LayerVectors([len(s)], s.device), H @ y
+    ((U, V),) = update_columns(layers, s, Hy, [float(s @ y)], [float(y @ Hy)])
+    return H + U @ V
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_the_first_damping_reaches_its_bound_exactly(seed):
     s, y, H = vectors(seed)
-    found = damped_step(s, y, H @ y)
+    theta = first_weight(float(s @ y), float(y @ H @ y))
     bound = 0.2 * y @ H @ y
     if s @ y > bound:
-        assert torch.equal(found, s)
+        assert theta == 1
     else:
-        torch.testing.assert_close(found @ y, bound)
-        direction = (found - H @ y) / (s - H @ y)
-        torch.testing.assert_close(direction, direction[0].expand_as(direction))
-        assert 0 <= direction[0] <= 1
+        torch.testing.assert_close((theta * s + (1 - theta) * (H @ y)) @ y, bound)
+        assert 0 <= theta <= 1
 
 
 @pytest.mark.parametrize("mu", [0.1, 0.5, 1.0, 3.0])
 @pytest.mark.parametrize("seed", range(5))
 def test_the_second_damping_reaches_its_bound_or_is_clipped(seed, mu):
     s, y, _ = vectors(seed)
-    found = damped_change(s, y, mu)
+    theta = second_weight(float(s @ y), float(s @ s), mu)
+    assert 0 <= theta <= 1
     if s @ y > mu * s @ s:
-        assert torch.equal(found, y)
+        assert theta == 1
     elif mu <= 1:
-        torch.testing.assert_close(found @ s, mu * s @ s)
-    else:
-        weight = (found - s) / (y - s)
-        torch.testing.assert_close(weight, weight[0].expand_as(weight))
-        assert 0 <= weight[0] <= 1
+        torch.testing.assert_close((theta * y + (1 - theta) * s) @ s, mu * s @ s)
 
 
 def test_zero_steps_stay_zero():
-    zero = torch.zeros(7, dtype=F64)
-    assert torch.equal(damped_change(zero, zero, 0.3), zero)
-    assert torch.equal(damped_step(zero, zero, zero), zero)
-    assert not is_safe(zero, zero, zero)
+    assert first_weight(0.0, 0.0) == second_weight(0.0, 0.0, 0.3) == 1
+    assert not is_safe(0.0, 0.0, 0.0)
 
 
 def test_the_gate():
-    s, one = torch.tensor([1.0, 0.0], dtype=F64), torch.tensor([0.0, 1.0], dtype=F64)
-    assert is_safe(s, s, one)
-    assert not is_safe(s, -s, one)
-    assert not is_safe(s, 1e-5 * s, one)
-    assert is_safe(s, 1e-5 * s, 0.01 * one)
+    assert is_safe(1.0, 1.0, 1.0)
+    assert not is_safe(-1.0, 1.0, 1.0)
+    assert not is_safe(1e-5, 1.0, 1.0)
+    assert is_safe(1e-5, 1.0, 0.01)
     for bad in (float("nan"), float("inf")):
-        assert not is_safe(s, bad * s, one)
-        assert not is_safe(s, s, bad * one)
+        assert not is_safe(bad, 1.0, 1.0)
+        assert not is_safe(1.0, bad, 1.0)
+        assert not is_safe(1.0, 1.0, bad)
+
+
+def test_inner_products_are_those_of_each_layer_alone():
+    g = torch.Generator().manual_seed(0)
+    sizes = [3, 1, 5]
+    layers = LayerVectors(sizes, torch.device("cpu"))
+    a, b = torch.randn(2, 9, generator=g, dtype=F64)
+    a[3] = float("nan")  # of the second layer, and of no other
+    for found, x, y in zip(layers.dots(torch.stack([a, b])), a.split(sizes), b.split(sizes), strict=True):
+        expected = (torch.stack([x, y]) @ torch.stack([x, y]).T).flatten()
+        torch.testing.assert_close(torch.tensor(found, dtype=F64), expected, equal_nan=True)
+    assert layers.each([2.0, 2.0, 2.0], a) == 2.0
+    spread = layers.each([1.0, 2.0, 3.0], a)
+    assert torch.equal(spread, torch.tensor([1.0] * 3 + [2.0] + [3.0] * 5, dtype=F64))
 
 
 def test_an_update_satisfies_the_secant_equation_and_is_the_product_form():
     s, y, H = vectors(3)
     y = y if s @ y > 0 else -y
-    found = H.clone()
-    update_inverse(found, s, y)
+    found = updated(H, s, y)
     torch.testing.assert_close(found @ y, s)
     rho = 1 / (s @ y)
     V = torch.eye(7, dtype=F64) - rho * torch.outer(s, y)
     torch.testing.assert_close(found, V @ H @ V.T + rho * torch.outer(s, s))
     torch.testing.assert_close(found, found.T)
+
+
+def test_a_layer_whose_pair_is_no_good_has_no_update():
+    s, y, H = vectors(3)
+    layers = LayerVectors([4, 3], s.device)
+    (_, _), (U, V) = update_columns(layers, s, H @ y, [0.5, 0.0], [1.0, 1.0])
+    assert not U.any() and not V.any()
 
 
 @pytest.mark.parametrize("memory", [1, 3, 20])
@@ -90,10 +111,13 @@ def test_the_compact_form_is_bfgs_from_the_identity_with_the_last_pairs(memory):
         s, y, _ = vectors(seed)
         y = y if s @ y > 0 else -y
         pairs.append((s, y))
-        limited.update(s, y)
+        limited.update(s / (s @ y).sqrt(), y / (s @ y).sqrt())
         dense = DenseInverse(7, v)
         for pair in pairs[-memory:]:
-            dense.update(*pair)
+            dense.H = updated(dense.H, *pair)
         torch.testing.assert_close(limited.times(v), dense.times(v), rtol=1e-8, atol=1e-9)
         torch.testing.assert_close(limited.times(v[:, 0]), dense.times(v[:, 0]), rtol=1e-8, atol=1e-9)
-        assert limited.S.shape == (7, min(memory, seed + 1))
+        assert limited.pairs == min(memory, seed + 1)
+        again = LimitedMemoryInverse(7, memory, torch.zeros(1, dtype=F64))
+        again.load(limited.state)
+        assert torch.equal(again.times(v), limited.times(v))

@@ -160,8 +160,10 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         self.hooked = self.hooked or op is Tensor.register_hook
         inputs = tensors(*args, *kwargs.values())
-        before = versions(inputs)
         clean = list(map(self._is_clean, inputs))
+        if inputs and True not in clean and op is not F.batch_norm:  # data alone
+            return op(*args, **kwargs)
+        before = versions(inputs)
         weights, below, mixes, all_clean = [], [], False, all(clean)
         if torch.is_grad_enabled():
             for t, c in zip(inputs, clean, strict=True):

@@ -10,57 +10,54 @@ import math
 import torch
 from torch import Tensor
 
+from paraboloid.optim.layer_vectors import LayerVectors
+
 FIRST = 0.2  # mu_1 of the first damping
 GATE = 1e-4
 LEAST = torch.finfo(torch.float32).tiny  # of s . y: below it the numbers of an update leave the range of float32
 
 
-def damped_step(s: Tensor, y: Tensor, Hy: Tensor, mu: float = FIRST) -> Tensor:
-    """First damping (Powell's, on the inverse): s, moved towards H y until s . y >= mu y . H y.
+def first_weight(sy: float, yHy: float, mu: float = FIRST) -> float:
+    """theta of the first damping (Powell's, on the inverse): s becomes theta s + (1 - theta) H y.
 
-    Where s . y <= mu y . H y: theta s + (1 - theta) H y with theta = (1 - mu) y . H y / (y . H y - s . y), after which
-    s . y = mu y . H y.
+    Where s . y <= mu y . H y: (1 - mu) y . H y / (y . H y - s . y), after which s . y = mu y . H y; else 1.
     """
-    sy, yHy = _numbers(s @ y, y @ Hy)
-    return s if sy > mu * yHy or not yHy > 0 else torch.lerp(Hy, s, (1 - mu) * yHy / (yHy - sy))
+    return 1.0 if sy > mu * yHy or not yHy > 0 else (1 - mu) * yHy / (yHy - sy)
 
 
-def damped_change(s: Tensor, y: Tensor, mu: float) -> Tensor:
-    """Second damping (Levenberg-Marquardt's): y, moved towards s until s . y >= mu s . s.
+def second_weight(sy: float, ss: float, mu: float) -> float:
+    """theta of the second damping (Levenberg-Marquardt's): y becomes theta y + (1 - theta) s.
 
-    Where s . y <= mu s . s: theta y + (1 - theta) s with theta = (1 - mu) s . s / (s . s - s . y), after which
-    s . y = mu s . s.  With mu > 1 that theta would leave [0, 1], and is clipped: y becomes s.
+    Where s . y <= mu s . s: (1 - mu) s . s / (s . s - s . y), after which s . y = mu s . s; else 1.  With mu > 1 that
+    theta would leave [0, 1], and is clipped: y becomes s.
     """
-    sy, ss = _numbers(s @ y, s @ s)
     if sy > mu * ss or not ss > 0:
-        return y
-    theta = (1 - mu) * ss / (ss - sy) if ss != sy else 0.0
-    return torch.lerp(s, y, min(1.0, max(0.0, theta)))
+        return 1.0
+    return min(1.0, max(0.0, (1 - mu) * ss / (ss - sy) if ss != sy else 0.0))
 
 
-def is_safe(s: Tensor, y: Tensor, mean: Tensor) -> bool:
-    """The gate of an update: s . y > 0, s . y > 1e-4 s . s ||mean||, and all of it finite.
+def is_safe(sy: float, ss: float, size: float) -> bool:
+    """The gate of an update: s . y > 0, s . y > 1e-4 s . s size, and all of it finite.
 
-    mean: the mean gradient at the layer's outputs, or the layer's mean input.
+    size: of the mean gradient at the layer's outputs, or of the layer's mean input.
     """
-    sy, ss, yy, squares = _numbers(s @ y, s @ s, y @ y, mean @ mean)
-    finite = math.isfinite(sy) and math.isfinite(ss) and math.isfinite(yy) and math.isfinite(squares)
-    return finite and sy > LEAST and sy > GATE * ss * squares**0.5
+    finite = math.isfinite(sy) and math.isfinite(ss) and math.isfinite(size)
+    return finite and sy > LEAST and sy > GATE * ss * size
 
 
-def _numbers(*scalars: Tensor) -> list[float]:
-    """As Python floats, with one wait for the device."""
-    return torch.stack(scalars).tolist()
-
-
-def update_inverse(H: Tensor, s: Tensor, y: Tensor, Hy: Tensor | None = None) -> None:
-    """BFGS, in place: H + (rho^2 y . H y + rho) s s^T - rho (s (H y)^T + (H y) s^T), rho = 1 / s . y."""
-    Hy = H @ y if Hy is None else Hy
-    sy = s @ y
-    root = sy.sqrt()  # both vectors are scaled by it: rho^2 of small steps would leave the range of float32
-    s, v = s / root, Hy / root
-    # s (c s - v)^T - v s^T with c = 1 + y . H y / s . y, as one product of two columns
-    H.addmm_(torch.stack([s, -v], 1), torch.stack([torch.lerp(-v, s - v, 1 + (y @ Hy) / sy), s]))
+def update_columns(
+    layers: LayerVectors, s: Tensor, Hy: Tensor, sy: list[float], yHy: list[float]
+) -> list[tuple[Tensor, Tensor]]:
+    """U [p, 2] and V [2, p] of every layer, with which H + U V is H + (rho^2 y . H y + rho) s s^T - rho (s (H y)^T +
+    (H y) s^T), rho = 1 / s . y; flat vectors, and s . y (not positive: no update) and y . H y by layer."""
+    # both vectors are divided by sqrt(s . y): rho^2 of small steps would leave the range of float32
+    root = [n**-0.5 if n > 0 else 0.0 for n in sy]
+    scale, c = layers.rows([root, [1 + m / n if n > 0 else 0.0 for n, m in zip(sy, yHy, strict=True)]], s)
+    U = torch.stack([s, Hy]).mul_(scale)
+    s, v = U
+    # s (c s - v)^T - v s^T, as one product of two columns
+    V = torch.stack([torch.addcmul(v, c, s, value=-1), s]).neg_()
+    return list(zip(map(torch.t, layers.parts(U)), layers.parts(V), strict=True))
 
 
 class DenseInverse:
@@ -72,10 +69,6 @@ class DenseInverse:
     def times(self, v: Tensor) -> Tensor:
         """H v, for v [p] or [p, k]."""
         return self.H @ v
-
-    def update(self, s: Tensor, y: Tensor, Hy: Tensor | None = None) -> None:
-        """BFGS with the pair; Hy = H y if it is known."""
-        update_inverse(self.H, s, y, Hy)
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -95,40 +88,62 @@ class LimitedMemoryInverse:
 
     def __init__(self, size: int, memory: int, like: Tensor):
         self.memory = memory
-        self.S, self.Y = like.new_zeros(size, 0), like.new_zeros(size, 0)
-        self.inverse, self.middle = like.new_zeros(0, 0), like.new_zeros(0, 0)  # R^-1, and D + Y^T Y
+        self._keep(*(like.new_zeros(shape) for shape in ((0, size), (0, size), (0, 0), (0, 0))))
+
+    def _keep(self, S: Tensor, Y: Tensor, inverse: Tensor, middle: Tensor) -> None:
+        """Pairs as rows [k, p], R^-1 and D + Y^T Y [k, k] at the head of twice the room that they need.
+
+        The pairs in use are a window, which moves on by one with each, and nothing is copied until it reaches the end.
+        """
+        self.first, self.end, room = 0, len(S), 2 * self.memory
+        self._S, self._Y = S.new_empty(room, S.shape[1]), Y.new_empty(room, Y.shape[1])
+        self._inverse, self._middle = inverse.new_zeros(room, room), middle.new_empty(room, room)
+        k = slice(self.end)
+        self._S[k], self._Y[k], self._inverse[k, k], self._middle[k, k] = S, Y, inverse, middle
+
+    def _window(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        k = slice(self.first, self.end)
+        return self._S[k], self._Y[k], self._inverse[k, k], self._middle[k, k]
+
+    @property
+    def pairs(self) -> int:
+        """k, those that are kept."""
+        return self.end - self.first
 
     def times(self, v: Tensor) -> Tensor:
-        """H v, for v [p] or [p, k]."""
-        if self.S.shape[1] == 0:
+        """H v, for v [p] or [p, m]."""
+        if self.pairs == 0:
             return v.clone()
-        a = self.inverse @ (self.S.T @ v)
-        b = self.inverse.T @ (self.middle @ a - self.Y.T @ v)
-        return v + self.S @ b - self.Y @ a
+        S, Y, inverse, middle = self._window()
+        x = v.unsqueeze(1) if v.dim() == 1 else v
+        a = inverse @ (S @ x)
+        b = inverse.T @ torch.addmm(Y @ x, middle, a, beta=-1)
+        return torch.addmm(x, S.T, b).addmm_(Y.T, a, alpha=-1).view_as(v)
 
-    def update(self, s: Tensor, y: Tensor, Hy: Tensor | None = None) -> None:
-        """One more pair; the oldest goes when the memory is full.
+    def update(self, s: Tensor, y: Tensor) -> None:
+        """One more pair, with s . y = 1; the oldest goes when the memory is full.
 
-        R^-1 grows by a column, -R^-1 S^T y / s . y above 1 / s . y; without the oldest pair it is its own lower part.
+        R^-1 grows by a column, -R^-1 S^T y above 1; without the oldest pair it is its own lower part.
         """
-        first = max(0, self.S.shape[1] + 1 - self.memory)
-        root = (s @ y).sqrt()
-        s, y = s / root, y / root
-        sy, k = s @ y, self.S.shape[1] - first
-        S, Y = self.S[:, first:], self.Y[:, first:]
-        inverse, middle = s.new_zeros(k + 1, k + 1), s.new_empty(k + 1, k + 1)
-        inverse[:k, :k] = self.inverse[first:, first:]
-        inverse[:k, k] = self.inverse[first:, first:] @ (S.T @ y) / -sy
-        inverse[k, k] = 1 / sy
-        middle[:k, :k] = self.middle[first:, first:]
-        middle[k, :k] = middle[:k, k] = Y.T @ y
-        middle[k, k] = y @ y + sy
-        self.S, self.Y = torch.cat([S, s.unsqueeze(1)], 1), torch.cat([Y, y.unsqueeze(1)], 1)
-        self.inverse, self.middle = inverse, middle
+        if self.end == len(self._S):
+            self._keep(*(t.clone() for t in self._window()))
+        self.first = max(self.first, self.end + 1 - self.memory)
+        S, _, inverse, _ = self._window()
+        new, old = self.end, slice(self.first, self.end)
+        if self.pairs:
+            torch.mv(inverse, S @ y, out=self._inverse[old, new]).neg_()
+        self._inverse[new, new] = 1
+        self._S[new], self._Y[new] = s, y
+        self.end += 1
+        _, Y, _, middle = self._window()
+        middle[-1] = middle[:, -1] = Y @ y
+        middle[-1, -1] += 1
 
     @property
     def state(self) -> dict[str, Tensor]:
-        return {"S": self.S, "Y": self.Y, "inverse": self.inverse, "middle": self.middle}
+        """The pairs as columns, [p, k]."""
+        S, Y, inverse, middle = (t.clone() for t in self._window())
+        return {"S": S.T, "Y": Y.T, "inverse": inverse, "middle": middle}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        self.S, self.Y, self.inverse, self.middle = (state[key] for key in ("S", "Y", "inverse", "middle"))
+        self._keep(state["S"].T, state["Y"].T, state["inverse"], state["middle"])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.passes.random_state import copied_buffers
+from paraboloid.passes.wrappers import unwrapped
 
 Closure = Callable[[], Any]
 
@@ -17,12 +18,16 @@ Closure = Callable[[], Any]
 class Evaluation:
     """The first call of a closure in a step, with its gradients in place; `loss` is what it returned.
 
+    `modules`: all of the model's, where they are at hand.
+
     Raises RuntimeError where it left no gradient on any of the parameters.
     """
 
-    def __init__(self, closure: Closure, model: nn.Module, parameters: Iterable[Tensor]):
-        self.closure, self.model, self.parameters = closure, model, list(parameters)
-        self.device = self.parameters[0].device
+    def __init__(
+        self, closure: Closure, model: nn.Module, parameters: Iterable[Tensor], modules: list[nn.Module] | None = None
+    ):
+        self.closure, self.model, self.modules, self.parameters = closure, model, modules, list(parameters)
+        self.device, self.wrapped = self.parameters[0].device, unwrapped(model) is not model
         self._random = (
             torch.get_rng_state(),
             (torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None),
@@ -42,8 +47,11 @@ class Evaluation:
         """For calling the closure once more: the first call's random state, no moved buffers (running statistics), and
         the gradients of the first call put back."""
         devices = [self.device] if self.device.type == "cuda" else []
-        gradients = [(p, p.grad, p.grad.clone()) for p in self.parameters if p.grad is not None]
-        with torch.random.fork_rng(devices=devices), copied_buffers(self.model), torch.enable_grad():
+        gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
+        copies = [g.clone() for _, g in gradients] if self.wrapped else []  # whose buffers hold every pass's gradients
+        for p, _ in () if self.wrapped else gradients:
+            p.grad = None  # whatever the closure does with gradients, these are not touched
+        with torch.random.fork_rng(devices=devices), copied_buffers(self.model, self.modules), torch.enable_grad():
             cpu, cuda = self._random
             torch.set_rng_state(cpu)
             if cuda is not None:
@@ -53,8 +61,9 @@ class Evaluation:
             finally:
                 for p in self.parameters:
                     p.grad = None
-                for p, grad, value in gradients:
+                for p, grad in gradients:
                     p.grad = grad
+                for (_, grad), value in zip(gradients, copies, strict=False):
                     grad.data.copy_(value)
 
     def again(self) -> float:

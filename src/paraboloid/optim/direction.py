@@ -73,9 +73,8 @@ def momentum(m: Move) -> None:
 
 def averaged(m: Move) -> None:
     """Momentum as a running average, b <- momentum b + (1 - momentum) d, without bias correction."""
-    mu, buffers = m.group["momentum"], m.kept("momentum_buffer")
-    foreach.scale_(buffers, mu)
-    foreach.add_(buffers, m.direction, alpha=1 - mu)
+    buffers = m.kept("momentum_buffer")
+    foreach.lerp_(buffers, m.direction, 1 - m.group["momentum"])
     m.direction = buffers
 
 

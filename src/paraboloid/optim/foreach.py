@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,16 +10,20 @@ from torch import Tensor
 
 from paraboloid.passes.torch_internals import foreach_add as added  # (xs, ys, alpha=): x + alpha y
 from paraboloid.passes.torch_internals import foreach_add_ as add_
+from paraboloid.passes.torch_internals import foreach_lerp_ as lerp_  # (xs, ys, w): xs + w (ys - xs)
 from paraboloid.passes.torch_internals import foreach_mul as scaled  # (xs, factor): factor x
 from paraboloid.passes.torch_internals import foreach_mul_ as scale_
 from paraboloid.passes.torch_internals import foreach_norm
 
-__all__ = ["add_", "added", "dot", "finite", "norm", "scale_", "scaled"]
+__all__ = ["add_", "added", "dot", "finite", "lerp_", "norm", "scale_", "scaled"]
 
 
 def norm(xs: Sequence[Tensor]) -> Tensor:
     """Of all entries together, [], in float64."""
-    return torch.stack([n.double() for n in foreach_norm(xs)]).norm()
+    norms = foreach_norm(xs)
+    if any(n.dtype != norms[0].dtype for n in norms):
+        norms = [n.double() for n in norms]
+    return torch.stack(norms).double().norm()
 
 
 def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
@@ -29,4 +34,4 @@ def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
 def finite(xs: Sequence[Tensor]) -> bool:
     """Whether no entry is NaN or infinite."""
     # a norm is many times faster than isfinite(), but may overflow where no entry does
-    return not xs or bool(norm(xs).isfinite()) or all(bool(x.isfinite().all()) for x in xs)
+    return not xs or math.isfinite(norm(xs).item()) or all(bool(x.isfinite().all()) for x in xs)

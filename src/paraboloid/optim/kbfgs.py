@@ -16,70 +16,16 @@ from paraboloid.linalg.operand import check_count
 from paraboloid.losses import Loss
 from paraboloid.optim import foreach
 from paraboloid.optim.base import Frame
-from paraboloid.optim.bfgs import (
-    DenseInverse,
-    LimitedMemoryInverse,
-    damped_change,
-    damped_step,
-    is_safe,
-    update_inverse,
-)
+from paraboloid.optim.bfgs import DenseInverse, LimitedMemoryInverse
 from paraboloid.optim.closures import Closure, Evaluation
 from paraboloid.optim.direction import Move, averaged, coupled_decay, descend
-from paraboloid.optim.layer_means import Layer, Readings
+from paraboloid.optim.layer_means import Layer, Means, Readings
 from paraboloid.optim.options import check_number, check_share
+from paraboloid.optim.quasi_newton import LayerState, Together
 from paraboloid.passes import trees
 from paraboloid.passes.random_state import isolated
 
 WARM_UP = 10  # batches whose plain mean A is without warm_start
-
-
-class LayerState:
-    """What is kept for one layer W = [weight, bias], p x q."""
-
-    def __init__(self, layer: Layer, Hg: DenseInverse | LimitedMemoryInverse, p: int, like: Tensor):
-        self.layer, self.Hg = layer, Hg
-        self.A: Tensor | None = None
-        self.Ha: Tensor | None = None
-        self.positions = 1.0
-        self.s, self.y = like.new_zeros(p), like.new_zeros(p)
-        self.counts = {"updates": 0, "skipped_g": 0, "skipped_a": 0}
-
-    def start(self, A: Tensor, positions: float, damping: float) -> None:
-        """Ha = (A + sqrt(damping T) I)^-1."""
-        self.A, self.positions = A, positions
-        shifted = A.clone()
-        shifted.diagonal().add_((damping * positions) ** 0.5)
-        self.Ha = torch.cholesky_inverse(torch.linalg.cholesky(shifted.double())).to(A.dtype)
-
-    def direction(self, M: Tensor) -> Tensor:
-        """Hg M Ha."""
-        return self.Hg.times(M) if self.Ha is None else self.Hg.times(M @ self.Ha)
-
-    def update_output_side(self, before: dict[str, Any], after: dict[str, Any], damping: float, decay: float):
-        """s and y averages, double damping, and BFGS on Hg."""
-        self.s.lerp_(after["h"] - before["h"], 1 - decay)
-        self.y.lerp_(after["g"] - before["g"], 1 - decay)
-        if not float(self.s @ self.s) * float(self.y @ self.y):
-            return
-        Hy = self.Hg.times(self.y)
-        s = damped_step(self.s, self.y, Hy)
-        y = damped_change(s, self.y, (damping / self.positions) ** 0.5)
-        if is_safe(s, y, before["g"]):
-            self.Hg.update(s, y, Hy if y is self.y else None)
-            self.counts["updates"] += 1
-        else:
-            self.counts["skipped_g"] += 1
-
-    def update_input_side(self, a: Tensor, damping: float) -> None:
-        """The Hessian action of A + sqrt(damping T) I on s = Ha a, and BFGS on Ha."""
-        assert self.A is not None and self.Ha is not None
-        s = self.Ha @ a
-        y = self.A @ s + (damping * self.positions) ** 0.5 * s
-        if is_safe(s, y, a):
-            update_inverse(self.Ha, s, y)
-        else:
-            self.counts["skipped_a"] += 1
 
 
 class KBFGS(Frame):
@@ -140,7 +86,8 @@ class KBFGS(Frame):
         super().__init__(model, defaults, params, 0, all_reduce)
         self.loss_fn = loss_fn
         self._layers_found: dict[str, LayerState] = {}
-        self._known: dict[Any, Any] = {}  # what was found out about kinds of calls
+        self._readings: Readings | None = None
+        self._together: dict[Any, tuple[list[str], Together]] = {}
         self._warm = 0  # batches that made A so far; -1 after warm_start
         self.counters["second_not_finite"] = 0
 
@@ -150,19 +97,26 @@ class KBFGS(Frame):
     # --- reading -------------------------------------------------------------------------------------------------
 
     def _read(self) -> Readings:
-        return Readings(self.model, {name: p for p, name in self.names.items()}, self._known)
+        """Ready for a step.  Raises RuntimeError where the model changed."""
+        readings = self._readings
+        if readings is None or len(readings.names) < len(self.names) or not readings.tree.is_unchanged():
+            self._check_model(trees.parameters(self.model))
+            self._readings = readings = Readings(self.model, {name: p for p, name in self.names.items()})
+        else:
+            readings.begin()
+        return readings
 
     def _groups(self) -> dict[str, dict[str, Any]]:
         """Each parameter's group as it is now: schedules and loaded states change them."""
         return {self.names[p]: group for group in self.param_groups for p in group["params"]}
 
-    def _state_of(self, layer: Layer, mean: dict[str, Any], groups: dict[str, Any]) -> LayerState | None:
+    def _state_of(self, layer: Layer, mean: Means, groups: dict[str, Any]) -> LayerState | None:
         """The layer's state; made when it is first seen.  None for one whose bias lies in another group."""
         if layer.weight not in self._layers_found:
             if layer.bias is not None and groups[layer.bias] is not groups[layer.weight]:
                 return None
-            p = len(mean["h"])
-            self._layers_found[layer.weight] = LayerState(layer, self._inverse(p, mean["h"]), p, mean["h"])
+            p, like = len(mean.outputs), mean.outputs
+            self._layers_found[layer.weight] = LayerState(layer, self._inverse(p, like), p, like)
         return self._layers_found[layer.weight]
 
     @torch.no_grad()
@@ -182,8 +136,8 @@ class KBFGS(Frame):
             for name, mean in readings.means(self._group).items():
                 state = self._state_of(readings.layers[name], mean, groups)
                 if state is not None:
-                    total = sums.setdefault(name, [torch.zeros_like(mean["A"]), float(mean["positions"])])
-                    total[0] += mean["A"]
+                    total = sums.setdefault(name, [torch.zeros_like(mean.A), mean.positions])
+                    total[0] += mean.A
         for name, (A, positions) in sums.items():
             self._layers_found[name].start(A / count, positions, groups[name]["damping"])
         self._warm = -1
@@ -200,8 +154,7 @@ class KBFGS(Frame):
             )
         readings = self._read()
         with readings.evaluation(moments=True):
-            first = Evaluation(closure, self.model, self._parameters())
-        self._check_model(trees.parameters(self.model))
+            first = Evaluation(closure, self.model, self.names, readings.tree.modules)
         if (moves := self._moves(self._group is not None or math.isfinite(first.value))) is None:
             return first.loss
         before, groups = readings.means(self._group), self._groups()
@@ -213,21 +166,31 @@ class KBFGS(Frame):
             self._precondition(m, before)
             descend(m)
         after = self._evaluate_again(first, readings)
-        for name, state in self._layers_found.items():
-            if name in before and state.Ha is not None:
-                group = groups[name]
-                if after is not None and name in after:
-                    state.update_output_side(before[name], after[name], group["damping"], group["decay"])
-                state.update_input_side(before[name]["a"], group["damping"])
+        self._update(before, after or {}, groups)
         self.counters["steps"] += 1
         return first.loss
+
+    def _update(self, before: dict[str, Means], after: dict[str, Means], groups: dict[str, Any]) -> None:
+        """Both inverses of the layers that the step reached."""
+        ready = [name for name, state in self._layers_found.items() if name in before and state.Ha is not None]
+        kinds: dict[Any, list[str]] = {}
+        for name in ready:
+            kinds.setdefault((self._layers_found[name].s.dtype, name in after), []).append(name)
+        for kind, names in kinds.items():
+            known = self._together.get(kind)
+            if known is None or known[0] != names:
+                known = self._together[kind] = names, Together([self._layers_found[name] for name in names])
+            known[1].update(
+                [before[name] for name in names], [after[name] for name in names] if kind[1] else None,
+                [groups[name]["damping"] for name in names], [groups[name]["decay"] for name in names],
+            )  # fmt: skip
 
     def _check_backward(self, readings: Readings, means: dict[str, Any]) -> None:
         if means and all(readings.found[name].gradients is None for name in means):
             raise RuntimeError("the closure's backward pass reached none of the model's layers; expected it to "
                                "evaluate the model and call backward() on the loss.")  # fmt: skip
 
-    def _learn_inputs(self, readings: Readings, means: dict[str, dict[str, Any]], groups: dict[str, Any]) -> None:
+    def _learn_inputs(self, readings: Readings, means: dict[str, Means], groups: dict[str, Any]) -> None:
         """A, and Ha anew as long as there was no warm start."""
         if self._warm == 0:
             warnings.warn(
@@ -242,10 +205,10 @@ class KBFGS(Frame):
             group = groups[name]
             if state.A is None or warming:
                 share = 1 / (self._warm + 1) if state.A is not None else 1.0
-                A = mean["A"] if state.A is None else state.A.lerp(mean["A"], share)
-                state.start(A, float(mean["positions"]), group["damping"])
+                A = mean.A if state.A is None else state.A.lerp(mean.A, share)
+                state.start(A, mean.positions, group["damping"])
             elif self.counters["steps"]:
-                state.A.lerp_(mean["A"], 1 - group["decay"])
+                state.learn(mean, 1 - group["decay"])
         if warming:
             self._warm += 1
 
@@ -257,21 +220,24 @@ class KBFGS(Frame):
             if state is None or name not in means or state.Ha is None:
                 continue
             weight, bias, flip = m.params[i], state.layer.bias, state.layer.flip
-            M = m.direction[i].T if flip else m.direction[i].flatten(1)
+            M = m.direction[i]
+            M = M.T if flip else M if M.dim() == 2 else M.flatten(1)
             if bias is not None:
                 M = torch.cat([M, m.direction[place[bias]].unsqueeze(1)], 1)
-            D = state.direction(M.to(state.s.dtype)).to(weight.dtype)
+            D = state.direction(M if M.dtype == state.s.dtype else M.to(state.s.dtype))
+            D = D if D.dtype == weight.dtype else D.to(weight.dtype)
             if bias is not None:
                 m.direction[place[bias]], D = D[:, -1], D[:, :-1]
-            m.direction[i] = D.T if flip else D.reshape(weight.shape)
+            m.direction[i] = D.T if flip else D.reshape(weight.shape) if weight.dim() != 2 else D
 
-    def _evaluate_again(self, first: Evaluation, readings: Readings) -> dict[str, dict[str, Any]] | None:
+    def _evaluate_again(self, first: Evaluation, readings: Readings) -> dict[str, Means] | None:
         """The means at the new parameters, on the same batch; None where they are not finite."""
         with readings.evaluation(moments=False):
             loss = first.again()
         after = readings.means(self._group)
-        finite = math.isfinite(loss) and foreach.finite([mean[key] for mean in after.values() for key in ("h", "g")])
-        finite = collectives.everywhere(torch.tensor(finite, device=self.device), self._group)
+        finite = math.isfinite(loss) and foreach.finite([t for m in after.values() for t in (m.outputs, m.gradients)])
+        if self._group is not None:
+            finite = collectives.everywhere(torch.tensor(finite, device=self.device), self._group)
         self.counters["second_not_finite"] += not finite
         return after if finite else None
 
@@ -279,13 +245,14 @@ class KBFGS(Frame):
 
     def _state(self) -> dict[str, Any]:
         return {"warm": self._warm, "layers": {
-            name: {"bias": s.layer.bias, "flip": s.layer.flip, "A": s.A, "Ha": s.Ha, "s": s.s, "y": s.y,
+            name: {"bias": s.layer.bias, "flip": s.layer.flip, "A": s.A, "Ha": s.Ha, "s": s.s.clone(),
+                   "y": s.y.clone(),
                    "Hg": dict(s.Hg.state), "positions": s.positions, "counts": dict(s.counts)}
             for name, s in self._layers_found.items()
         }}  # fmt: skip
 
     def _load(self, state: dict[str, Any]) -> None:
-        self._warm, self._layers_found = state["warm"], {}
+        self._warm, self._layers_found, self._together = state["warm"], {}, {}
         for name, kept in state["layers"].items():
             p = len(kept["s"])
             layer = LayerState(Layer(name, kept["bias"], kept["flip"]), self._inverse(p, kept["s"]), p, kept["s"])

@@ -9,99 +9,206 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paraboloid.distributed import collectives
 from paraboloid.engine.recorder import Call, Recorder, tensors
+from paraboloid.engine.tape import doubling
 from paraboloid.layers import Use
+from paraboloid.optim import input_moments, plain_layers
+from paraboloid.optim.plain_layers import Layer, PlainLayer, Watched
 from paraboloid.passes import trees
-from paraboloid.passes.memory import PIECES
 from paraboloid.passes.modes import autocast_dtype, eager_code, own_arithmetic
+from paraboloid.passes.module_tree import ModuleTree
 from paraboloid.passes.wrappers import unwrapped
-from paraboloid.reductions.kronecker_factors import LARGE, add_gram, mirror
-from paraboloid.reductions.right import Right
+
+OFTEN = 64  # steps after which a recording is made again
+
+
+class Reading:
+    """Sums over the uses of one layer in one evaluation.
+
+    rows                 samples times positions
+    outputs, gradients   sums of z and of dL/dz, [p]
+    products             sum of [a; 1] [a; 1]^T
+    samples              of each forward pass: axis 0 of the layer's input
+    uses, backward       of an ordinary layer, and how often a backward pass went through those; one that is itself
+                         recorded counts twice
+    """
+
+    __slots__ = ("backward", "gradients", "outputs", "products", "rows", "samples", "uses")
+
+    def __init__(self):
+        self.rows, self.uses, self.backward = 0, 0, 0
+        self.outputs: Tensor | None = None
+        self.gradients: Tensor | None = None
+        self.products: Tensor | None = None
+        self.samples: dict[int, int] = {}
+
+    def add(self, z: Tensor, rows: int, forward_pass: int, samples: int) -> None:
+        self.rows += rows
+        self.outputs = z if self.outputs is None else self.outputs.add_(z)
+        if self.samples.get(forward_pass, 0) < samples:
+            self.samples[forward_pass] = samples
+
+    def add_gradients(self, g: Tensor) -> None:
+        self.gradients = g if self.gradients is None else self.gradients.add_(g)
+
+    def add_products(self, products: Tensor) -> None:
+        self.products = products if self.products is None else self.products.add_(products)
 
 
 @dataclass
-class Reading:
-    """Sums over the uses of one layer in one evaluation."""
+class Means:
+    """A layer's sums in one evaluation, over all ranks, and the means that they are."""
 
-    rows: int = 0  # samples times positions
-    outputs: Tensor | None = None  # sum of z, [p]
-    gradients: Tensor | None = None  # sum of dL/dz, [p]
-    products: Tensor | None = None  # sum of [a; 1] [a; 1]^T
-    samples: dict[int, int] = field(default_factory=dict)  # of each forward pass, axis 0 of the layer's input
+    outputs: Tensor
+    gradients: Tensor
+    products: Tensor | None
+    rows: float
+    positions: float  # T, for each sample
+    has_bias: bool
+    ranks: int = 1  # each backpropagates a mean of its own
 
     @property
-    def positions(self) -> float:
-        """T, for each sample."""
-        return self.rows / sum(self.samples.values())
+    def h(self) -> Tensor:
+        """Mean z, [p]."""
+        return self.outputs / self.rows
+
+    @property
+    def g(self) -> Tensor:
+        """Mean gradient, [p]."""
+        return self.gradients / (self.positions * self.ranks)
+
+    @property
+    def A_sum(self) -> Tensor:
+        """rows times A."""
+        assert self.products is not None
+        return self.products if self.has_bias else self.products[:-1, :-1]
+
+    @property
+    def A(self) -> Tensor:
+        """Mean abar abar^T, [q, q]."""
+        return self.A_sum / self.rows
+
+    @property
+    def a_sum(self) -> Tensor:
+        """rows times a."""
+        assert self.products is not None
+        return self.products[:, -1] if self.has_bias else self.products[:-1, -1]
+
+    @property
+    def a(self) -> Tensor:
+        """Mean abar, [q]."""
+        return self.a_sum / self.rows
 
 
 Places = tuple[int, int | None]  # among a call's uses: of the weight as a matrix, and of its bias
 
 
-@dataclass(frozen=True)
-class Layer:
-    """Which parameters form W = [weight, bias], by name."""
-
-    weight: str
-    bias: str | None
-    flip: bool  # the weight is stored as [q, p]
-
-
 class Readings:
     """What evaluations of the closure show of the layers whose parameters are in `parameters`, one after the other.
 
-    Only the model's forward pass is recorded; gradients arrive by hooks on the graph that it leaves.  `known` keeps
-    from one object to the next what was found out about kinds of calls.
+    Only the model's forward pass is watched.  Ordinary layers note their sums themselves; others are found by a
+    recorder, and their gradients arrive by hooks on the graph.  Where a recording shows nothing but ordinary layers, it
+    is made again in steps 1, 2, 4, 8, ... and every `OFTEN` steps, and left out in between.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor], known: dict[Any, Places | None]):
-        self.known = known
-        self.root = unwrapped(model)
+    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]):
+        self.model, self.root, self.tree = model, unwrapped(model), ModuleTree(model)
         self.names = {id(p): name for name, p in parameters.items()}
-        self.layers: dict[str, Layer] = {}
-        self.irregular: set[str] = set()  # weights that are also used in another way
-        self.recorder = Recorder(self.root, {id(p): name for name, p in trees.parameters(model).items()})
+        self.known: dict[Any, Places | None] = {}  # what was found out about kinds of calls
+        self.plain = [] if isinstance(model, nn.DataParallel) else plain_layers.plain_layers(self.root, self.names)
+        self.watched = Watched(self.plain, self._read)
+        self._names_of_plain = {n for each in self.plain for n in (each.layer.weight, each.layer.bias)}
+        self.wrapped = self.root is not model  # a data-parallel wrapper waits for every gradient
+        self.steps, self.settled = 0, False
+        self._open: list[Any] = []  # contexts that the model's forward pass runs in
+        self.begin()
+
+    def begin(self) -> None:
+        """A step of one or two evaluations."""
+        self.steps += 1
+        self.found: dict[str, Reading] = {}
+        self.recorder: Recorder | None = None
+        if not self.settled or doubling(self.steps) or self.steps % OFTEN == 0:
+            self.layers: dict[str, Layer] = {}
+            self.irregular: set[str] = set()  # weights that are also used in another way
+            self.recorder = Recorder(self.root, {id(p): k for k, p in trees.parameters(self.model).items()})
 
     @contextmanager
     def evaluation(self, moments: bool) -> Iterator[None]:
-        """Read what the model does inside; `moments`: of the layers' inputs too."""
-        self.moments, self.found, self.passes = moments, dict[str, Reading](), 0
-        stack = ExitStack()
-        self.recorder.noted = self._note
-
-        def before(module: nn.Module, args: Any) -> None:
-            self.passes += 1
-            stack.enter_context(eager_code())
-            stack.enter_context(self.recorder)
-
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            stack.close()
-
+        """Read what the model does inside; `moments`: of the layers' inputs too, in the first one of a step."""
+        saving = not self.wrapped and not moments and all(r.backward == r.uses for r in self.found.values())
+        self.saving = saving and bool(self.found)
+        self.moments, self.found, self.passes, self.others = moments, {}, 0, False
+        if self.recorder is not None:
+            self.recorder.noted = self._note
         handles = [
-            self.root.register_forward_pre_hook(before), self.root.register_forward_hook(after, always_call=True)
-        ]  # fmt: skip
+            self.root.register_forward_pre_hook(self._enter),
+            self.root.register_forward_hook(self._leave, always_call=True),
+        ]
         try:
             yield
         finally:
-            stack.close()  # after an interrupt
+            self._leave()  # after an interrupt
             for handle in handles:
                 handle.remove()
-            self.recorder.calls.clear()
-            self.recorder.noted = None  # no cycle that the garbage collector would have to find
+            if self.recorder is not None:
+                self.recorder.calls.clear()
+                self.recorder.noted = None  # no cycle that the garbage collector would have to find
+                self.settled = not self.others
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self.passes += 1
+        self._open.append(eager_code())
+        self._open[-1].__enter__()
+        for context in (self.watched,) if self.recorder is None else (self.watched, self.recorder):
+            context.__enter__()
+            self._open.append(context)
+
+    def _leave(self, *_: Any) -> None:
+        while self._open:
+            self._open.pop().__exit__(None, None, None)
+
+    # --- ordinary layers -----------------------------------------------------------------------------------------
+
+    def _read(self, plain: PlainLayer, args: tuple | None) -> Tensor | None:
+        """The layer's output, with its sums noted; None for a call that is left to its rule."""
+        layer = plain.layer
+        if args is None or ((known := self.layers.setdefault(layer.weight, layer)) is not layer and known != layer):
+            self.settled = False
+            return None
+        reading = self.found.get(layer.weight)
+        if reading is None:
+            reading = self.found[layer.weight] = Reading()
+        if self.saving and plain_layers.is_large(args) and not plain_layers.saved_elsewhere():
+            z = plain_layers.without_weight_gradient(plain.op, args)
+        else:
+            z = plain.op(*args)
+        reading.uses += 1
+        node: Any = z.grad_fn
+        node.register_prehook(_Arrival(plain, reading))
+        reading.add(plain.sum(z), z.numel() // len(args[1]), self.passes, len(z))
+        if self.moments:
+            with torch.no_grad():
+                reading.add_products(input_moments.of_layer(plain.op, args, z.dtype))
+        return z
+
+    # --- by their rules ------------------------------------------------------------------------------------------
 
     def _note(self, call: Call, z: Tensor) -> None:
         places, uses = self._places(call, z), call.uses()
         if places is None:
-            self.irregular.update(self.names[id(w)] for w in call.weights if id(w) in self.names)
+            inside = {self.names[id(w)] for w in call.weights if id(w) in self.names}
+            self.others = self.others or not inside.isdisjoint(self._names_of_plain)
+            self.irregular |= inside
             return
+        self.others = True
         use, bias = uses[places[0]], None if places[1] is None else uses[places[1]]
         name = self.names[id(use.weight)]
         layer = Layer(name, None if bias is None else self.names[id(bias.weight)], use.flip)
@@ -111,12 +218,9 @@ class Readings:
         reading = self.found.setdefault(name, Reading())
         with _in_full(z):
             h = _arranged(use, z)
-            reading.rows += h.shape[0]
-            reading.outputs = _plus(reading.outputs, h.sum(0))
-            reading.samples[self.passes] = max(reading.samples.get(self.passes, 0), len(z))
+            reading.add(h.sum(0), h.shape[0], self.passes, len(z))
             if self.moments:
-                products = _moments(use, h)
-                reading.products = products if reading.products is None else reading.products.add_(products)
+                reading.add_products(input_moments.of_use(use, h))
 
         place = call.edge.output_nr  # a hook that held the call would hold its own node
 
@@ -124,7 +228,7 @@ class Readings:
             g = gradients[place]
             if g is not None:
                 with _in_full(g):
-                    reading.gradients = _plus(reading.gradients, _arranged(use, g).sum(0))
+                    reading.add_gradients(_arranged(use, g).sum(0))
 
         call.edge.node.register_prehook(arrived)
 
@@ -141,34 +245,48 @@ class Readings:
             self.known[key] = _layer_of(call, self.names, z)
         return self.known[key]
 
-    def means(self, group: Any = None) -> dict[str, dict[str, Any]]:
-        """By weight's name: "h" mean z [p], "g" the mean gradient [p], "positions" T []; and, with
-        moments, "a" mean abar [q] and "A" mean abar abar^T [q, q].  Over all ranks of `group`."""
-        sums, counts = {}, {}
+    # --- the means -----------------------------------------------------------------------------------------------
+
+    def means(self, group: Any = None) -> dict[str, Means]:
+        """By weight's name.  Over all ranks of `group`."""
+        found: dict[str, Means] = {}
         for name, r in self.found.items():
             if name in self.irregular:
                 continue
             assert r.outputs is not None
-            counts[name] = float(r.rows), float(sum(r.samples.values()))
-            sums[name] = {"h": r.outputs, "g": torch.zeros_like(r.outputs) if r.gradients is None else r.gradients}
-            if r.products is not None:
-                sums[name]["A"] = r.products
-        ranks = 1
-        if group is not None:
-            ranks, device = torch.distributed.get_world_size(group), next(iter(sums.values()))["h"].device
-            each = torch.tensor(list(counts.values()), dtype=torch.float64)
-            counts = dict(zip(counts, collectives.summed(each, group, device).tolist(), strict=True))
-            sums = collectives.summed(sums, group, device)
-        for name, found in sums.items():
-            rows, samples = counts[name]
-            found["positions"] = rows / samples
-            found["g"] = found["g"] * (samples / rows / ranks)  # each rank backpropagates a mean of its own
-            found["h"] = found["h"] / rows
-            if "A" in found:
-                products = found["A"] / rows  # of [a; 1]
-                inner = slice(None) if self.layers[name].bias is not None else slice(-1)
-                found["a"], found["A"] = products[inner, -1], products[inner, inner]
-        return sums
+            g = torch.zeros_like(r.outputs) if r.gradients is None else r.gradients
+            samples = sum(r.samples.values())
+            found[name] = Means(r.outputs, g, r.products, r.rows, r.rows / samples, self.layers[name].bias is not None)
+        return found if group is None else _summed(found, group)
+
+
+class _Arrival:
+    """A hook on the node of an ordinary layer's output: what goes back through it."""
+
+    def __init__(self, plain: PlainLayer, reading: Reading):
+        self.plain, self.reading = plain, reading
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        (g,) = gradients
+        self.reading.backward += 1 + torch.is_grad_enabled()
+        if g is not None:
+            self.reading.add_gradients(self.plain.sum(g))
+
+
+def _summed(found: dict[str, Means], group: Any) -> dict[str, Means]:
+    device = next(iter(found.values())).outputs.device
+    each = torch.tensor([[m.rows, m.rows / m.positions] for m in found.values()], dtype=torch.float64)
+    counts = collectives.summed(each, group, device).tolist()
+    sums = {
+        name: {"h": m.outputs, "g": m.gradients} | ({} if m.products is None else {"A": m.products})
+        for name, m in found.items()
+    }
+    sums = collectives.summed(sums, group, device)
+    ranks = torch.distributed.get_world_size(group)
+    return {
+        name: Means(s["h"], s["g"], s.get("A"), rows, rows / samples, found[name].has_bias, ranks)
+        for (name, s), (rows, samples) in zip(sums.items(), counts, strict=True)
+    }
 
 
 def _layer_of(call: Call, names: Mapping[int, str], z: Tensor) -> Places | None:
@@ -204,25 +322,6 @@ def _arranged(use: Use, z: Tensor) -> Tensor:
     return rows.reshape(-1, rows.shape[-1])
 
 
-def _moments(use: Use, h: Tensor) -> Tensor:
-    """sum of [a; 1] [a; 1]^T over rows: its last column is the sum of [a; 1]."""
-    assert use.right is not None
-    size = use.q + 1
-    if use.q_axes is None and size < LARGE:
-        rows = F.pad(use.right(slice(None)).detach().reshape(-1, use.q).to(h.dtype), (0, 1), value=1.0)
-        return rows.T @ rows
-    products = h.new_empty(1, size, size)
-    samples = h.shape[0] // (use.right(slice(0, 1))[0].numel() // use.q)  # rows of the rule's `right`
-    right = Right(use.right, (1, samples, 1), dtype=h.dtype, q_axes=use.q_axes)
-    most = PIECES.of(None, h.device, least=4 * products.nbytes)
-    step = max(1, most * samples // max(1, h.shape[0] * size * h.element_size()))
-    for start in range(0, samples, step):
-        columns = right.columns(slice(start, min(start + step, samples))).detach()  # [1 q nT]
-        columns = torch.cat([columns, columns.new_ones(1, 1, columns.shape[2])], 1)
-        add_gram(products, columns, start > 0)
-    return mirror(products)[0]
-
-
 def _in_full(t: Tensor) -> Any:
     """A context without gradients, and without autocast where that is on."""
     if autocast_dtype(t.device) is None:
@@ -231,7 +330,3 @@ def _in_full(t: Tensor) -> Any:
     stack.enter_context(own_arithmetic(t.device))
     stack.enter_context(torch.no_grad())
     return stack
-
-
-def _plus(value: Tensor | None, more: Tensor) -> Tensor:
-    return more.clone() if value is None else value.add_(more)

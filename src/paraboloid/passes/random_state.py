@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,12 +44,14 @@ def isolated(model: nn.Module, device: torch.device, seed: int) -> Iterator[None
 
 
 @contextmanager
-def copied_buffers(model: Any) -> Iterator[None]:
+def copied_buffers(model: Any, modules: Iterable[nn.Module] | None = None) -> Iterator[None]:
     """Modules in training mode work on copies of their buffers inside the block, their own stay untouched.
 
     For backward passes: a checkpoint runs its part of the forward pass again, which would move running statistics.
+    `modules`: all of the model's, where they are at hand.
     """
-    training = [m for m in model.modules() if m.training and own_buffers(m)] if hasattr(model, "modules") else []
+    found: Any = modules if modules is not None else model.modules() if hasattr(model, "modules") else ()
+    training = [m for m in found if m.training and own_buffers(m)]
     originals = [(m, dict(own_buffers(m))) for m in training]
     for m, buffers in originals:
         own_buffers(m).update({name: None if b is None else b.detach().clone() for name, b in buffers.items()})

@@ -30,6 +30,7 @@ unsafe_view: Callable[..., Tensor] = torch.ops.aten._unsafe_view  # a view that 
 foreach_add, foreach_add_ = _torch._foreach_add, _torch._foreach_add_
 foreach_mul, foreach_mul_ = _torch._foreach_mul, _torch._foreach_mul_
 foreach_norm = _torch._foreach_norm
+foreach_lerp_ = _torch._foreach_lerp_
 packet_of = attrgetter("_overloadpacket")  # of an operation that a dispatch mode sees: the key of `flop_registry`
 
 
@@ -67,10 +68,16 @@ def versions(ts: Sequence[Tensor]) -> list[int]:
         return [version(t) for t in ts]
 
 
+def saved_tensor_hooks() -> Any:
+    """Those that pack what autograd saves now (a checkpoint, offloading to the host); None where there are none."""
+    return _torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
 # --- modules ------------------------------------------------------------------------------------------------------
 
 own_tensors = attrgetter("_parameters", "_buffers")  # two dicts of a module, without its children's
 own_buffers = attrgetter("_buffers")
+own_parts = attrgetter("_modules", "_parameters")  # two dicts of a module
 # What torch.compile, fully sharded data parallel and checkpoint wrappers put into parameters' names.
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 COMPILER = "torch._dynamo"  # the module that is imported by the first torch.compile

@@ -238,7 +238,7 @@ class Comparison:
     def _check_means(self) -> None:
         """The mean output must be W times the mean input plus the bias, and the mean gradient that of the bias."""
         net = self.net
-        readings = Readings(net, self.params, {})
+        readings = Readings(net, self.params)
         with readings.evaluation(moments=True):
             f = net(*case_data(self.case))
             grads = dict(zip(self.params, torch.autograd.grad((f - self.y).square().sum(), list(self.params.values()),
@@ -251,10 +251,10 @@ class Comparison:
             W = self.params[name].detach()
             W = W.T if layer.flip else W.flatten(1)
             W = W if layer.bias is None else torch.cat([W, self.params[layer.bias].detach().unsqueeze(1)], 1)
-            self._equal("K-BFGS's mean output", name, m["h"], W @ m["a"], "W times the mean input")
+            self._equal("K-BFGS's mean output", name, m.h, W @ m.a, "W times the mean input")
             if layer.bias is not None and grads[layer.bias] is not None:
-                expected = grads[layer.bias] / m["positions"]
-                self._equal("K-BFGS's mean gradient", name, m["g"], expected, "the bias's gradient")
+                expected = grads[layer.bias] / m.positions
+                self._equal("K-BFGS's mean gradient", name, m.g, expected, "the bias's gradient")
 
 
 def case_data(case: Case) -> tuple[Tensor, ...]:
