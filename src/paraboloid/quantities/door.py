@@ -55,7 +55,7 @@ def statistics(
                      back, as few as that takes: for many classes a fraction of the pulls.  What is left out is positive
                      semi-definite, so results are never above the exact ones (tr, diagonal); its part of the trace in
                      output space is certain, and is in `stats.left_out[quantity]`.  In a parameter's block the part
-                     follows the directions' gradients: about the same.  0: exact
+                     follows the gradients of what is left out: of that order, not bounded by it.  0: exact
     output           picks the output tensor from a structured result, e.g. ``lambda o: o.logits``
     verify           how often sample independence is certified by numbers (two extra pulls): "auto" (when a sequence
                      of calls and shapes is first seen, on its calls 2, 4, 8, ..., and wherever the graph alone is no
