@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help report test lint types format docs figures bench-statistics bench-floors bench-operators bench-resnet \
-	bench-noise bench-optimisers bench-posteriors bench-quality bench-bias bench-cuda peers install clean
+	bench-noise bench-optimisers bench-posteriors bench-quality bench-sampled bench-bias bench-cuda peers install clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -65,6 +65,9 @@ bench-optimisers: $(STAMP) ## time steps of the optimisers against Adam's, with 
 bench-posteriors: $(STAMP) ## time fitting and predicting Laplace posteriors, with their memory (peers too: make peers)
 	$(BIN)/python -m benchmarks.posteriors
 	$(BIN)/python -m benchmarks.posteriors --memory
+
+bench-sampled: $(STAMP) ## measure sampled Laplace of ResNet-50: a step in gradients, memory by samples
+	$(BIN)/python -m benchmarks.sampled
 
 bench-quality: $(STAMP) ## measure likelihood, calibration and detection of noise on few digits (after: make peers)
 	$(BIN)/python -m benchmarks.posterior_quality

@@ -18,7 +18,7 @@ from paraboloid.linalg.operand import check_choice, check_count
 from paraboloid.losses import LossFunction
 from paraboloid.operators.vectors import join
 from paraboloid.passes import trees
-from paraboloid.passes.memory import GIB, available
+from paraboloid.passes.memory import GIB, RECORDINGS, available
 from paraboloid.passes.parameter_layers import layer_of
 from paraboloid.passes.wrappers import unwrapped
 from paraboloid.posteriors.fit import parameters_of
@@ -29,11 +29,13 @@ from paraboloid.posteriors.sampled.expectation_maximisation import Progress, Run
 from paraboloid.posteriors.sampled.sampled_posterior import SampledPosterior, by_name
 from paraboloid.posteriors.sampled.solvers import Descent
 from paraboloid.posteriors.sampled.tangent_curvature import LARGE, TangentCurvature
+from paraboloid.posteriors.sampled.tangent_kernel import MOST_ROWS, TangentKernel, rows_of
 from paraboloid.posteriors.sampled.tangent_system import TangentSystem, feature_scales
 from paraboloid.posteriors.weights import Weights, choose, only
 
-SOLVERS, OBJECTIVES, CURVATURES = ("auto", "cg", "sgd"), ("low-variance", "noisy-targets"), ("ggn", "jacobian")
+SOLVERS, OBJECTIVES, CURVATURES = ("auto", "cg", "sgd", "dual"), ("low-variance", "noisy-targets"), ("ggn", "jacobian")
 EM_STEPS = 10
+ITERATIONS = 100  # of conjugate gradients that a solution counts as, in the choice of a solver
 NORMALISATION = (
     nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.RMSNorm,
 )  # fmt: skip
@@ -88,10 +90,11 @@ def sampled_laplace(
     curvature        "ggn", or "jacobian": H = sum_n J_n^T J_n, for which confident data counts too
     match            "auto": after EM (and with "jacobian") the confidence is matched to the network's on the data, as
                      `match_confidence` does; None leaves the plain Bayesian predictive
-    solver           "cg" (all data in each product, to the relative residual `tol`), "sgd" (`epochs` passes with
-                     Nesterov's momentum and averaging, in batches of `batch_size` where `data` is one batch, at the
-                     rate `lr` or one measured by the curvature), or "auto": "cg" where the graphs of the data fit into
-                     `max_memory`
+    solver           "dual" (exact, by the tangent kernel of all outputs and data points), "cg" (all data in each
+                     product, to the relative residual `tol`), "sgd" (`epochs` passes with Nesterov's momentum and
+                     averaging, in batches of `batch_size` where `data` is one batch, at the rate `lr` or one measured
+                     by the curvature), or "auto": the cheapest by the operations that each takes, "sgd" where the
+                     graphs of the data do not fit into `max_memory`
     objective        of "sgd": "low-variance" has the noise of the targets in the right-hand side, by one pass before;
                      "noisy-targets" has it in each batch, with the same solution and noisier gradients
     checkpoint       a file that is renewed, atomically, after each part of the work; where it exists the run goes on
@@ -142,7 +145,6 @@ def sampled_laplace(
             model, likelihood.loss, pieces, unweighted=curvature == "jacobian", output=output, max_memory=max_memory,
             ordered=objective == "noisy-targets",
         )  # fmt: skip
-        solver = ("sgd" if tangent.replay.kept is None else "cg") if solver == "auto" else solver
         strength, across = float(likelihood.strength(noise_variance)), group if shard == "samples" else None
         system = TangentSystem(tangent, strength, seed, mine, group=None if across is not None else group)
         diagonal = system.diagonal()
@@ -150,9 +152,11 @@ def sampled_laplace(
             system.scale = feature_scales(diagonal, system.parameters)
             diagonal = diagonal.mul_(system.scale).mul_(system.scale)
         groups, places = groups_of(theta, per), {name: i for i, name in enumerate(theta)}
-        descent = None if solver == "cg" else Descent(epochs, lr, noisy=objective == "noisy-targets")
+        solver = cheapest(system, max_memory) if solver == "auto" else solver
+        descent = Descent(epochs, lr, noisy=objective == "noisy-targets") if solver == "sgd" else None
+        dual = dual_of(system) if solver == "dual" else None
         at = [[places[k] for k in members] for members in groups]
-        run = Run(system, at, join(list(theta.values())), diagonal, tol, descent, across)
+        run = Run(system, at, join(list(theta.values())), diagonal, tol, descent, dual, across)
         settings = {
             "samples": samples, "here": [mine.start, mine.step], "seed": seed, "g_prior": g_prior, "per": per,
             "curvature": curvature, "solver": solver, "objective": objective, "tol": tol,
@@ -187,6 +191,39 @@ def sampled_laplace(
     if match == "auto" and classes and (em_steps or curvature == "jacobian"):
         posterior.match_confidence()
     return posterior
+
+
+def cheapest(system: TangentSystem, max_memory: int | None) -> str:
+    """ "sgd" where graphs are not kept; else "dual" or "cg", by the multiplications of forming and of products.
+
+    A product takes about four forward passes for each sample; `ITERATIONS` of them stand for a solution.
+    """
+    rows = rows_of(system)
+    if system.replay.kept is None or rows is None:
+        return "sgd" if system.replay.kept is None else "cg"
+    fits = rows * system.size * system.like.element_size() <= RECORDINGS.of(max_memory) - system.replay.size
+    dual = 2 * rows**2 * system.size + rows**3
+    return (
+        "dual"
+        if fits and rows <= MOST_ROWS and dual < ITERATIONS * 4 * system.replay.flops * len(system.everyone)
+        else "cg"
+    )
+
+
+def dual_of(system: TangentSystem) -> TangentKernel:
+    """Raises ValueError where the tangent kernel would be too large, or its graphs are not at hand."""
+    rows = rows_of(system)
+    if rows is None:
+        raise ValueError(
+            "solver='dual' needs the graphs of all data in this process, and they do not fit into max_memory or the "
+            "data is shared out; expected less data. Take solver='sgd' or 'cg'."
+        )
+    if rows > MOST_ROWS:
+        raise ValueError(
+            f"solver='dual' with {rows} outputs times data points; expected at most {MOST_ROWS}, whose tangent kernel "
+            "has a Cholesky factor. Take solver='cg' or 'sgd'."
+        )
+    return TangentKernel(system)
 
 
 def chosen(model: nn.Module, weights: Weights, normalisation: str, data: Data, output: Output | None) -> list[str]:

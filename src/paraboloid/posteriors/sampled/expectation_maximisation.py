@@ -29,6 +29,7 @@ from paraboloid.posteriors.sampled.solvers import (
     slower,
     steepest,
 )  # fmt: skip
+from paraboloid.posteriors.sampled.tangent_kernel import TangentKernel
 from paraboloid.posteriors.sampled.tangent_system import TangentSystem
 
 OPTIMUM = 1e-3  # of the gradient's norm, to which the linearised optimum is found
@@ -104,7 +105,8 @@ class Run:
     theta: Tensor  # [D]
     diagonal: Tensor  # [D], of S (strength G) S
     tol: float
-    descent: Descent | None = None  # None: conjugate gradients
+    descent: Descent | None = None  # None: conjugate gradients, or with `dual` exactly
+    dual: TangentKernel | None = None
     across: Group = None  # the processes that hold other samples
 
     def expanded(self, precision: Sequence[float]) -> Tensor:
@@ -153,7 +155,9 @@ class Run:
         if state.b is None or state.w is None:
             state.b = self.system.right_hand_sides(precision)
             state.w = self.system.prior_draws(precision)
-        if self.descent is None:
+        if self.dual is not None:
+            state.w = self.dual.apply(precision, state.b)
+        elif self.descent is None:
             state.w = by_conjugate_gradients(self.system, precision, state.b, state.w, self.tol, self.diagonal)
         else:
             self._descend_samples(state, precision, after)
@@ -194,6 +198,14 @@ class Run:
 
         state.w = self._descend(state, state.w, precision, P, b, outputs, again, after)
 
+    def _covariance(self, precision: Tensor) -> Callable[[Tensor], Tensor]:
+        """About A^-1, for rows [K, D]."""
+        if self.dual is not None:
+            dual = self.dual
+            return lambda rows: dual.apply(precision, rows)
+        P = self._preconditioner(precision)
+        return lambda rows: rows * P
+
     def _preconditioner(self, precision: Tensor) -> Tensor:
         return 1 / (self.diagonal + precision)
 
@@ -225,9 +237,9 @@ class Run:
         """The M step, in place: the linearised optimum, the precisions, and the right-hand sides that follow."""
         before, linear = self.expanded(state.precision), ScaledModel(self.system)
         if self.descent is None:
-            sigma = self._preconditioner(before)
-            tol = min(self.tol, OPTIMUM)
-            found = optimum(linear, before, self.system.strength, state.delta, lambda rows: rows * sigma, tol)
+            found = optimum(
+                linear, before, self.system.strength, state.delta, self._covariance(before), min(self.tol, OPTIMUM)
+            )
         else:
             found = self._descended_optimum(state, linear, before, after)
         state.delta = found

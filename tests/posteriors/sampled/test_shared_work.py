@@ -1,0 +1,31 @@
+"""Two processes (gloo) with unequal parts of the data, or with some of the samples each, find what one process finds."""
+
+import pytest
+import torch
+from posteriors import sampled_rank
+from ranks import run
+from torch import nn
+
+import paraboloid as pb
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="torch was built without gloo",
+)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return run(sampled_rank.__file__, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("name", sampled_rank.OPTIONS)
+def test_shared_work_finds_what_one_process_finds(ranks, name):
+    model, x, y = sampled_rank.problem()
+    expected = pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), **sampled_rank.OPTIONS[name])
+    for found in ranks:
+        samples, precision, dimension = found[name]
+        for k, d in expected.samples.items():
+            torch.testing.assert_close(samples[k], d, rtol=1e-5, atol=1e-6)
+        assert dimension == pytest.approx(expected.effective_dimension, rel=1e-5)
+        assert precision == pytest.approx(expected.prior_precision, rel=1e-5)

@@ -1,0 +1,46 @@
+"""One rank of the tests of sampled posteriors: python sampled_rank.py RANK WORLD FOLDER."""
+
+import datetime
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import paraboloid as pb
+
+CUTS = [0, 13, 40]
+OPTIONS = {
+    "data": {"samples": 3, "em_steps": 2, "solver": "cg", "tol": 1e-9},
+    "data by layer": {"samples": 3, "em_steps": 1, "solver": "cg", "tol": 1e-9, "per": "layer"},
+    "samples": {"samples": 5, "em_steps": 2, "tol": 1e-9},
+    "data by descent": {"samples": 2, "em_steps": 1, "solver": "sgd", "epochs": 3, "lr": 1e-3, "match": None},
+}
+
+
+def problem():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(40, 4, generator=g, dtype=torch.float64), torch.randint(3, (40,), generator=g)
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double(), x, y
+
+
+def main(rank, world, folder):
+    store = dist.FileStore(str(folder / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(hours=1))
+    model, x, y = problem()
+    found = {}
+    for name, options in OPTIONS.items():
+        shard = name.split()[0]
+        mine = slice(CUTS[rank], CUTS[rank + 1]) if shard == "data" else slice(None)
+        posterior = pb.sampled_laplace(
+            model, nn.CrossEntropyLoss(), (x[mine], y[mine]), all_reduce=True, shard=shard, **options
+        )
+        found[name] = posterior.samples, posterior.prior_precision, posterior.effective_dimension
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
