@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import paraboloid as pb
 
@@ -90,6 +92,30 @@ def bare(wrapped, mine):
         opt.remove()
 
 
+def resumed(folder, wrapped, mine):
+    """Parameters of a run with sampled labels that went on, and of one that was resumed from a distributed checkpoint:
+    each rank draws labels of its own."""
+    make = lambda model: pb.optim.KFAC(model, LOSS, lr=0.1, damping=0.1, factor_interval=1)  # noqa: E731
+    opt, other = make(wrapped), nn.parallel.DistributedDataParallel(model())
+    fresh, found = make(other), []
+    for t in range(2 * STEPS):
+        if t == STEPS:
+            own, states = get_state_dict(wrapped, opt)
+            dcp.save({"model": own, "opt": states}, checkpoint_id=folder / "checkpoint")
+            own, states = get_state_dict(other, fresh)
+            state = {"model": own, "opt": states}
+            dcp.load(state, checkpoint_id=folder / "checkpoint")
+            set_state_dict(other, fresh, model_state_dict=state["model"], optim_state_dict=state["opt"])
+        for net, it in [(wrapped, opt), (other, fresh)][: 1 + (t >= STEPS)]:
+            x, y = (part[mine] for part in batch(t))
+            it.zero_grad()
+            LOSS(net(x), y).backward()
+            it.step()
+    for net in (wrapped, other):
+        found.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    return found
+
+
 def main():
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
@@ -106,6 +132,7 @@ def main():
         found[name] = train_with_closures(nn.parallel.DistributedDataParallel(model()), make, mine)
     found["skipped"] = skipped(rank, nn.parallel.DistributedDataParallel(model()), mine)
     found["bare"] = bare(nn.parallel.DistributedDataParallel(model()), mine)
+    found["resumed"] = resumed(folder, nn.parallel.DistributedDataParallel(model()), mine)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

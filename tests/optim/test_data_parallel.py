@@ -48,3 +48,9 @@ def test_a_loss_that_is_nan_on_one_rank_skips_the_step_on_all(ranks):
 
 def test_an_optimiser_of_the_bare_model_is_refused_inside_the_wrapper(ranks):
     assert all("Give it the wrapped model, or all_reduce=True" in found["bare"] for found in ranks)
+
+
+def test_a_distributed_checkpoint_keeps_each_rank_s_own_draws(ranks):
+    for found in ranks:
+        assert torch.equal(*found["resumed"])
+    assert torch.equal(ranks[0]["resumed"][0], ranks[1]["resumed"][0])

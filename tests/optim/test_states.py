@@ -6,7 +6,9 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import paraboloid as pb
 
@@ -204,3 +206,53 @@ def test_the_quadratic_model_with_its_defaults_sees_every_batch():
     opt = pb.optim.KFAC(model, LOSS, step_size="quadratic", lr=1.0)
     losses = [take_step(model, opt, t % 3).item() for t in range(14)]
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_distributed_checkpoints_hold_everything(make, tmp_path):
+    """get_state_dict keeps `state` and `param_groups` alone, and set_state_dict begins with a fresh optimiser."""
+    model = mlp()
+    options = {} if make is pb.optim.HessianFree else {"momentum": 0.7}
+    opt = make(model, LOSS, damping=0.2, **options)
+    train(model, opt, schedule(opt), range(SAVED))
+    own, states = get_state_dict(model, opt)
+    before = flat(model).clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it saves without a process group
+        dcp.save({"model": own, "opt": states}, checkpoint_id=tmp_path)
+        other = mlp(seed=3)
+        fresh = make(other, LOSS, **options)
+        own, states = get_state_dict(other, fresh)
+        found = {"model": own, "opt": states}
+        dcp.load(found, checkpoint_id=tmp_path)
+    set_state_dict(other, fresh, model_state_dict=found["model"], optim_state_dict=found["opt"])
+    assert torch.equal(flat(other), before)
+    assert repr(fresh.diagnostics()) == repr(opt.diagnostics())
+    for t in range(SAVED, STEPS):
+        take_step(model, opt, t)
+        take_step(other, fresh, t)
+    assert torch.equal(flat(other), flat(model))
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_a_fresh_optimiser_has_a_distributed_state_without_a_step(make):
+    model = mlp()
+    opt, before = make(model, LOSS), flat(model).clone()
+    _, states = get_state_dict(model, opt, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    assert set(states["state"]) == {name for name, _ in model.named_parameters()}
+    assert torch.equal(flat(model), before)
+    assert opt.diagnostics()["steps"] == opt.diagnostics()["skipped"] == 0
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_a_loaded_state_is_not_shared_with_the_optimiser_that_it_is_of(make):
+    model, other = mlp(), mlp()
+    opt, fresh = make(model, LOSS), make(other, LOSS)
+    for t in range(3):
+        take_step(model, opt, t)
+    other.load_state_dict(model.state_dict())
+    fresh.load_state_dict(opt.state_dict())
+    take_step(model, opt, 3)
+    take_step(other, fresh, 3)
+    assert torch.equal(flat(other), flat(model))

@@ -38,6 +38,11 @@ def group_of(all_reduce: AllReduce) -> Group:
     return all_reduce
 
 
+def rank(group: Group) -> int:
+    """This process's place in the group; 0 without one."""
+    return 0 if group is None else dist.get_rank(group)
+
+
 def rank_seed(seed: int, group: Group) -> int:
     """A seed of this rank's own, so that no two ranks draw the same labels and dropout masks; rank 0 keeps `seed`."""
     return seed if group is None else seed + SEED_STEP * dist.get_rank(group)

@@ -14,6 +14,7 @@ from paraboloid.optim import foreach
 from paraboloid.optim.acceptance import total_damping
 from paraboloid.optim.closures import Closure, Evaluation
 from paraboloid.optim.direction import Move
+from paraboloid.optim.sealed_state import KEY, opened, sealed
 from paraboloid.passes import trees, wrappers
 
 FRAME = ("optimizer", "names", "shapes", "options", "counters", "generator")  # of a state; the rest is the subclass's
@@ -46,8 +47,13 @@ class Frame(torch.optim.Optimizer):
         self.names: dict[Tensor, str] = {}
         super().__init__(list(trees.parameters(model).values()) if params is None else params, defaults)
         self.device = next(iter(self.names)).device
+        self._note_started()
         self.generator = torch.Generator(device=self.device).manual_seed(collectives.rank_seed(seed, self._group))
         self.counters = {"steps": 0, "skipped": 0, "rejected": 0}
+
+    def _note_started(self) -> None:
+        """A state that is not empty: torch.distributed.checkpoint would take a step to fill it."""
+        self.state[next(iter(self.names))]  # a defaultdict: reading makes it
 
     def _compose(self) -> None:
         """Make the parts that follow from the options and the names of the parameters."""
@@ -151,17 +157,23 @@ class Frame(torch.optim.Optimizer):
         """Take over what `_state` gave."""
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, with the options, the curvature, the counters and the generator's state under "paraboloid"."""
+        """torch's, with options, curvature, counters and the generator's state under "paraboloid"; all of it
+        in a parameter's state too, for `torch.distributed.checkpoint`, which keeps nothing else."""
         own = {"optimizer": type(self).__name__, "names": list(self.names.values()),
                "shapes": [list(p.shape) for p in self.names], "counters": dict(self.counters),
                "options": {name: getattr(self, name) for name in self.OPTIONS},
                "generator": self.generator.get_state(), **self._state()}  # fmt: skip
-        return {**super().state_dict(), "paraboloid": own}
+        found = super().state_dict()
+        at = next((i for i, p in enumerate(self.names) if p.requires_grad), 0)
+        state = sealed(found["state"], own, at, len(self.names), collectives.rank(self._group))
+        return {**found, "state": state, KEY: own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken, with its options; raises ValueError for the state of another
         optimiser or model."""
-        own = state_dict.get("paraboloid")
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        state, own = opened(state_dict["state"], ids, collectives.rank(self._group))
+        own = state_dict.get(KEY, own)
         if own is None or own["optimizer"] != type(self).__name__:
             found = "no such optimiser" if own is None else own["optimizer"]
             raise ValueError(f"the state is that of {found}; expected one of {type(self).__name__}.")
@@ -172,7 +184,10 @@ class Frame(torch.optim.Optimizer):
             if shape not in (None, list(p.shape)):
                 raise ValueError(f"the state is that of a model whose parameter {name!r} has shape {tuple(shape)}; "
                                  f"expected {tuple(p.shape)}.")  # fmt: skip
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "paraboloid"})
+        super().load_state_dict({"state": state, "param_groups": state_dict["param_groups"]})
+        for p, values in self.state.items():  # torch shares them with the state that is loaded
+            self.state[p] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in values.items()}
+        self._note_started()
         for name, value in own.get("options", {}).items():
             setattr(self, name, value)
         self._compose()
