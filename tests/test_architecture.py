@@ -26,7 +26,7 @@ MAY_IMPORT = {
         "operators", "quadratics",
     },
     "posteriors": {"passes", "distributed", "data", "losses", "linalg", "engine", "reductions", "quantities", "operators"},
-    "tomography": {"passes"},
+    "tomography": {"passes", "losses", "linalg", "operators", "posteriors"},
     "logging": {"passes", "data", "losses", "linalg", "quantities", "noise"},
     "testing": {"passes", "data", "layers", "engine", "losses", "linalg", "quantities", "optim"},
     "problems": {"passes", "data", "losses"},

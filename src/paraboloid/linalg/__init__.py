@@ -14,6 +14,7 @@ from paraboloid.linalg.dual_descent import sdd
 from paraboloid.linalg.eigen import eigh, eigsh
 from paraboloid.linalg.estimate import Estimate, TensorEstimate
 from paraboloid.linalg.krylov import lanczos
+from paraboloid.linalg.log_determinant import logdet
 from paraboloid.linalg.nystrom_approximation import Nystrom, nystrom
 from paraboloid.linalg.row_blocks import RowBlocks
 from paraboloid.linalg.solution import Solution
@@ -23,5 +24,5 @@ from paraboloid.linalg.trace import hutchinson_trace, hutchpp_trace, xtrace
 __all__ = [
     "Columns", "Estimate", "Iterates", "Nystrom", "RowBlocks", "Solution", "TensorEstimate", "block_solves", "cg",
     "cg_iterates", "cg_solution", "diagonal", "eigh", "eigsh", "hutchinson_trace", "hutchpp_trace", "lanczos", "lobpcg",
-    "nystrom", "pivoted_columns", "sdd", "spectral_density", "xdiag", "xtrace",
+    "logdet", "nystrom", "pivoted_columns", "sdd", "spectral_density", "xdiag", "xtrace",
 ]  # fmt: skip

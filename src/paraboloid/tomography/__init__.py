@@ -1,7 +1,13 @@
-"""Tomography with uncertainty: projectors of images to line integrals, with their adjoints; imports from `passes`."""
+"""Tomography with uncertainty: projectors, the deep image prior, its posterior; imports from `posteriors` and below."""
 
 from paraboloid.tomography.beams import FanBeam, ParallelBeam
+from paraboloid.tomography.image_posterior import ImagePosterior, linearised
 from paraboloid.tomography.measurement import as_projector
 from paraboloid.tomography.projector import Projector
+from paraboloid.tomography.reconstruction import Reconstruction, deep_image_prior
+from paraboloid.tomography.variation import total_variation
 
-__all__ = ["FanBeam", "ParallelBeam", "Projector", "as_projector"]
+__all__ = [
+    "FanBeam", "ImagePosterior", "ParallelBeam", "Projector", "Reconstruction", "as_projector", "deep_image_prior",
+    "linearised", "total_variation",
+]  # fmt: skip

@@ -1,0 +1,214 @@
+"""The deep image prior: a network that is trained on one sinogram, and stopped before it learns the noise."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paraboloid.linalg.operand import check_count
+from paraboloid.losses import MSE, Loss, Observed
+from paraboloid.passes.random_state import seeded
+from paraboloid.tomography.measurement import as_projector
+from paraboloid.tomography.projector import Projector
+from paraboloid.tomography.sinograms import as_sinogram, noise_variance_of
+from paraboloid.tomography.u_net import UNet
+from paraboloid.tomography.variation import SHARE, scale_of, total_variation, variation
+
+HEADROOM = 1.2  # the upper bound of the image, over the largest value of a reconstruction by total variation
+SAVE_EVERY = 100  # iterations
+
+
+@dataclass(eq=False)
+class Reconstruction:
+    """What `deep_image_prior` found.
+
+    image           [H, W], or [slices, H, W]; model(input)[0]
+    model           the trained network; input [1, channels, H, W]
+    noise_variance  of the sinogram's entries, given or estimated
+    misfit          mean (A image - y)^2 before each iteration
+    stopped         why the training ended: "discrepancy", "iterations"
+    """
+
+    image: Tensor
+    model: nn.Module
+    input: Tensor
+    A: Projector
+    sinogram: Tensor
+    noise_variance: float
+    misfit: list[float]
+    stopped: str
+
+    @property
+    def loss(self) -> Loss:
+        """The squared error of the measured image, summed."""
+        return Observed(MSE("sum"), self.A)
+
+
+def deep_image_prior(
+    A: Any,
+    y: Any,
+    noise_variance: float | None = None,
+    seed: int = 0,
+    *,
+    bounds: tuple[float, float] | None = None,
+    tv: float = SHARE,
+    iterations: int = 600,
+    lr: float = 1e-2,
+    stop: str | None = "discrepancy",
+    model: nn.Module | None = None,
+    input: Any = None,
+    checkpoint: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Reconstruction:
+    """Reconstruct an image from its sinogram by a small U-Net f that is trained on it alone:
+
+        ||A f(z) - y||^2 / (2 noise_variance) + tv TV(f(z)) / scale,
+
+    with the reconstruction by total variation as its input z, Adam with a cosine of learning rates from `lr`.
+
+    A               `ParallelBeam`, `FanBeam`, or any object with ``@`` and ``.T`` (see `as_projector`)
+    y               line integrals [angles, detectors], or [slices, angles, detectors]: all slices by one network
+    noise_variance  of y's entries; by default estimated from y, see `noise_variance_of`; `linearised` learns it
+    bounds          (low, high) of the image's values; by default 0 and 1.2 times the largest value of the
+                    reconstruction by total variation; infinite ones for none
+    stop            "discrepancy": at the first iterate whose mean squared misfit is at most the noise variance
+                    (Morozov's principle), or after `iterations`; None: after `iterations`
+    model, input    a network of your own, [1, ...] to [1, H, W], which is trained in place, and what it takes
+    checkpoint      a file that is written on the way; a call that finds it goes on from there, and ends as the
+                    uninterrupted one does, bit for bit
+
+    Raises ValueError for a sinogram that is not finite or does not fit A, an A.T that is no adjoint, and a checkpoint
+    of another problem.  Sources: Ulyanov, Vedaldi and Lempitsky 2018, arXiv:1711.10925; Baguer, Leuschner and Schmidt
+    2020, arXiv:2003.04989, for tomography with total variation; the input as in arXiv:2203.00479.
+    """
+    y = as_sinogram(y)
+    A = as_projector(A, y)
+    _check_options(noise_variance, bounds, tv, lr, stop)
+    check_count("iterations", iterations)
+    s2 = noise_variance_of(y) if noise_variance is None else float(noise_variance)
+    scale = scale_of(A, y)
+    lead = tuple(y.shape[: y.dim() - len(A.gives)])
+    z = _input(A, y, input, SHARE * s2 / scale)
+    if model is None:
+        with seeded(seed):
+            limits = bounds or (0.0, HEADROOM * float(z.max()))
+            model = UNet(z.shape[1], lead, limits, scale, float(z.mean())).to(z)
+    _check_output(model, z, (*lead, *A.takes))
+    training = _Training(A, y, s2, tv / scale, iterations, lr, model, z)
+    if checkpoint is not None:
+        training.resume(Path(checkpoint))
+    stopped = training.run(s2 if stop == "discrepancy" else -math.inf, checkpoint, progress)
+    with torch.no_grad():
+        image = model(z)[0].detach()
+    return Reconstruction(image, model, z, A, y, s2, training.misfit, stopped)
+
+
+def _input(A: Projector, y: Tensor, given: Any, weight: float) -> Tensor:
+    """[1, channels, H, W]."""
+    if given is not None:
+        return torch.as_tensor(given).to(y)
+    return total_variation(A, y, weight).reshape(1, -1, *A.takes)
+
+
+@dataclass(eq=False)
+class _Training:
+    """The network and everything that decides its next step."""
+
+    A: Projector
+    y: Tensor
+    noise_variance: float
+    tv: float
+    iterations: int
+    lr: float
+    model: nn.Module
+    input: Tensor
+    misfit: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.loss = Observed(MSE("sum"), self.A)
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(weights, self.lr)
+
+    def run(self, enough: float, checkpoint: str | Path | None, progress: Any) -> str:
+        """Train to the end; why it ended."""
+        while len(self.misfit) < self.iterations:
+            i = len(self.misfit)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * (1 + math.cos(math.pi * i / self.iterations)) / 2
+            self.optimizer.zero_grad()
+            with torch.enable_grad():
+                x = self.model(self.input)
+                square = self.loss(x, self.y.unsqueeze(0))
+                (square / (2 * self.noise_variance) + self.tv * variation(x)).backward()
+            misfit = float(square.detach()) / self.y.numel()
+            if not math.isfinite(misfit):
+                raise RuntimeError(f"the misfit of iteration {i} is {misfit}; expected a finite number. Lower lr "
+                                   f"(now {self.lr:g}).")  # fmt: skip
+            if misfit <= enough:
+                self.save(checkpoint)
+                return "discrepancy"
+            self.optimizer.step()
+            self.misfit.append(misfit)
+            if (i + 1) % SAVE_EVERY == 0 or i + 1 == self.iterations:
+                self.save(checkpoint)
+            if progress is not None:
+                progress(i + 1, self.iterations)
+        return "iterations"
+
+    @property
+    def problem(self) -> str:
+        """A fingerprint of everything but the state."""
+        seen = hashlib.sha256(repr((self.noise_variance, self.tv, self.iterations, self.lr, self.A.shape)).encode())
+        for t in (self.y, self.input):
+            seen.update(t.cpu().contiguous().numpy().tobytes())
+        return seen.hexdigest()
+
+    def save(self, path: str | Path | None) -> None:
+        """Written beside the old file and then put in its place: never half a file."""
+        if path is None:
+            return
+        state = {"problem": self.problem, "misfit": self.misfit, "model": self.model.state_dict(),
+                 "optimizer": self.optimizer.state_dict()}  # fmt: skip
+        beside = Path(f"{path}.new")
+        torch.save(state, beside)
+        os.replace(beside, path)
+
+    def resume(self, path: Path) -> None:
+        if not path.exists():
+            return
+        state = torch.load(path, weights_only=True)
+        if state.get("problem") != self.problem:
+            raise ValueError(f"the checkpoint {str(path)!r} is that of another sinogram, operator or options; expected "
+                             "the call that wrote it. Remove the file to start anew.")  # fmt: skip
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.misfit = state["misfit"]
+
+
+def _check_options(noise_variance: Any, bounds: Any, tv: float, lr: float, stop: str | None) -> None:
+    if noise_variance is not None and not 0 < float(noise_variance) < math.inf:
+        raise ValueError(f"noise_variance is {noise_variance}; expected a positive number, or None to estimate it.")
+    if bounds is not None and not (len(bounds) == 2 and bounds[0] < bounds[1]):
+        raise ValueError(f"bounds is {bounds!r}; expected (low, high) with low < high.")
+    if not 0 <= tv < math.inf:
+        raise ValueError(f"tv is {tv}; expected a number of at least 0.")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr is {lr}; expected a positive number.")
+    if stop not in ("discrepancy", None):
+        raise ValueError(f"stop is {stop!r}; expected 'discrepancy' or None.")
+
+
+def _check_output(model: nn.Module, z: Tensor, shape: tuple[int, ...]) -> None:
+    with torch.no_grad():
+        found = tuple(model(z).shape)
+    if found != (1, *shape):
+        raise ValueError(f"the model gives {list(found)} for an input {list(z.shape)}; expected {[1, *shape]}: one "
+                         "image of A's shape (for each sinogram).")  # fmt: skip

@@ -1,0 +1,126 @@
+"""The evidence of the linearised reconstruction by products alone: conjugate gradients and random probes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paraboloid import linalg
+from paraboloid.linalg.estimate import Estimate
+from paraboloid.linalg.nystrom_approximation import LowRank
+from paraboloid.linalg.probes import generator_of, signs
+from paraboloid.tomography.image_jacobian import ImageJacobian
+from paraboloid.tomography.kernel_prior import KernelPrior
+from paraboloid.tomography.projector import Projector
+
+RANK = 60  # of the preconditioner
+ITERATIONS = 200  # of conjugate gradients, at most
+
+
+class Measurements:
+    """A J Sigma J^T A^T + s2 I, [m, m], by products."""
+
+    def __init__(self, J: ImageJacobian, prior: KernelPrior, A: Projector, noise_variance: float, like: Tensor):
+        self.J, self.prior, self.A, self.noise_variance = J, prior, A, noise_variance
+        self.gives = like.shape
+        self.shape, self.dtype, self.device = (like.numel(), like.numel()), like.dtype, like.device
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        rows = v.T if v.dim() == 2 else v.unsqueeze(0)
+        images = self.images(rows)
+        seen = (self.A @ images.view(len(rows), *self.image)).reshape(len(rows), -1)
+        return (seen + self.noise_variance * rows).T.reshape(v.shape)
+
+    @property
+    def image(self) -> tuple[int, ...]:
+        """The image's shape, of one slice or more."""
+        return (*self.gives[: len(self.gives) - len(self.A.gives)], *self.A.takes)
+
+    def images(self, rows: Tensor) -> Tensor:
+        """J Sigma J^T A^T times rows [K, m]: [K, n]."""
+        back = (self.A.T @ rows.view(len(rows), *self.gives)).reshape(len(rows), -1)
+        return self.J.push(self.prior.times(self.J.pull(back)))
+
+    def nystrom(self, rank: int, seed: int) -> linalg.Nystrom:
+        """A K A^T of at most this rank."""
+        noiseless = Measurements(self.J, self.prior, self.A, 0.0, torch.empty(self.gives, dtype=self.dtype))
+        return linalg.nystrom(noiseless, min(rank, self.shape[0]), seed)
+
+    def preconditioner(self, seed: int) -> Any:
+        """(About) its inverse, of low rank and a multiple of the identity."""
+        return self.nystrom(RANK, seed).preconditioner(self.noise_variance)
+
+    def solve(self, b: Tensor, tol: float, start: Tensor | None = None, preconditioner: Any = None) -> Tensor:
+        """For columns b [m, K]."""
+        return linalg.cg(self, b, tol, ITERATIONS, preconditioner, x0=start)
+
+
+class SampledEvidence:
+    """log N(r; 0, A K A^T + s2 I) as `DenseEvidence` has it, for images whose K is too large to be formed.
+
+    Its gradient in a coefficient c of A K A^T + s2 I = sum_c c M_c is (a . M_c a - tr((A K A^T + s2 I)^-1 M_c)) / 2
+    with a = (A K A^T + s2 I)^-1 r, and the trace is the mean of u . M_c z over random signs z, u the solution for z.
+    The probes are the same on every call, and solutions start from the last ones.
+    """
+
+    def __init__(
+        self, J: ImageJacobian, A: Projector, residual: Tensor, probes: int = 8, seed: int = 0, tol: float = 1e-2
+    ):
+        self.J, self.A, self.residual, self.tol, self.seed = J, A, residual, tol, seed
+        generator = generator_of(seed, residual.device)
+        self.probes = signs((residual.numel(), probes), residual, generator)
+        self.solutions: Tensor | None = None
+
+    def operator(self, prior: KernelPrior, noise_variance: float) -> Measurements:
+        return Measurements(self.J, prior, self.A, noise_variance, self.residual)
+
+    def parts(
+        self, prior: KernelPrior, noise_variance: float, preconditioner: Any, fit: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """a . M_c a and tr((A K A^T + s2 I)^-1 M_c), [coefficients + 1] each; the last is the noise's, M = I.
+
+        fit=False: 0 for the former.
+        """
+        operator = self.operator(prior, noise_variance)
+        b = torch.cat([self.residual.reshape(-1, 1), self.probes], 1)
+        self.solutions = operator.solve(b, self.tol, self.solutions, preconditioner)
+        u, z = self.solutions.T, self.probes.T
+        both = torch.cat([u, z])
+        images = (self.A.T @ both.view(len(both), *operator.gives)).reshape(len(both), -1)
+        pulled = self.J.pull(images)
+        ours = [t[:1] for t in pulled]
+        theirs = [t[1 : len(u)] for t in pulled], [t[len(u) :] for t in pulled]
+        fits = float(fit) * torch.cat([prior.forms(ours, ours), u[:1].double().square().sum().view(1)])
+        traces = torch.cat([prior.forms(*theirs), (u[1:] * z).double().sum().view(1)]) / len(z)
+        return fits, traces
+
+    def value(
+        self, prior: KernelPrior, noise_variance: float, samples: int = 16, steps: int = 20, rank: int = 3 * RANK
+    ) -> Estimate:
+        """The log evidence, with the standard error of its log determinant.
+
+        log det S = log det P + tr log(P^-1/2 S P^-1/2) for P = Nystrom's approximation + s2 I: what P leaves is near
+        the identity, so few probes and steps tell its logarithm.
+        """
+        operator, s2 = self.operator(prior, noise_variance), noise_variance
+        low = operator.nystrom(rank, self.seed)
+        r = self.residual.reshape(-1, 1)
+        a = operator.solve(r, 1e-5, preconditioner=low.preconditioner(s2))
+        root = LowRank(low.U, (low.values + s2).rsqrt() - s2**-0.5, s2**-0.5)
+        rest = linalg.logdet(_Sandwiched(operator, root), samples, steps, self.seed)
+        volume = float((low.values.double() + s2).log().sum()) + (r.numel() - len(low.values)) * math.log(s2)
+        value = -(float((r * a).sum()) + volume + float(rest) + r.numel() * math.log(2 * math.pi)) / 2
+        return Estimate(value, rest.standard_error / 2)
+
+
+class _Sandwiched:
+    """R S R for a symmetric R."""
+
+    def __init__(self, S: Measurements, R: LowRank):
+        self.S, self.R, self.shape, self.dtype, self.device = S, R, S.shape, S.dtype, S.device
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return self.R @ (self.S @ (self.R @ v))

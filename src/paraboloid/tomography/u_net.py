@@ -1,0 +1,72 @@
+"""A small U-Net: the network whose structure is the prior of the deep image prior."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GROUPS = 4  # of the normalisation
+MARGIN = 0.01  # how near to its bounds the output is at first, relative: at a bound itself nothing moves it
+
+
+class Block(nn.Module):
+    """Two convolutions of 3 x 3, each normalised in groups of channels, then leaky ReLU."""
+
+    def __init__(self, takes: int, gives: int):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(takes, gives, 3, padding=1), nn.GroupNorm(GROUPS, gives)
+        self.conv2, self.norm2 = nn.Conv2d(gives, gives, 3, padding=1), nn.GroupNorm(GROUPS, gives)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.leaky_relu(self.norm1(self.conv1(x)), 0.2)
+        return F.leaky_relu(self.norm2(self.conv2(x)), 0.2)
+
+
+class UNet(nn.Module):
+    """Images [N, C, H, W] to images [N, *lead, H, W] with values between low and high.
+
+    `scales` resolutions, each half the one before; bilinear on the way up, with 1 x 1 convolutions to `skip` channels
+    across.  The output is low + (high - low) sigmoid(h), or scale h where a bound is infinite; at first it lies around
+    `level`.
+    """
+
+    def __init__(
+        self, takes: int, lead: tuple[int, ...], bounds: tuple[float, float], scale: float = 1.0, level: float = 0.0,
+        channels: int = 16, scales: int = 3, skip: int = 4,
+    ):  # fmt: skip
+        super().__init__()
+        self.lead, self.bounds, self.scale = lead, bounds, scale
+        self.first = Block(takes, channels)
+        self.down = nn.ModuleList(Block(channels, channels) for _ in range(scales - 1))
+        self.across = nn.ModuleList(nn.Conv2d(channels, skip, 1) for _ in range(scales - 1))
+        self.up = nn.ModuleList(Block(channels + skip, channels) for _ in range(scales - 1))
+        self.last = nn.Conv2d(channels, torch.Size(lead).numel(), 3, padding=1)
+        with torch.no_grad():
+            self.last.bias.fill_(self.before(level))  # pyright: ignore[reportOptionalMemberAccess]
+
+    def forward(self, z: Tensor) -> Tensor:
+        x, passed = self.first(z), []
+        for down in self.down:
+            passed.append(x)
+            x = down(F.avg_pool2d(x, 2))
+        for up, across, fine in zip(self.up, self.across, reversed(passed), strict=True):
+            x = F.interpolate(x, size=fine.shape[-2:], mode="bilinear", align_corners=False)
+            x = up(torch.cat([x, across(fine)], 1))
+        h = self.last(x).reshape(len(z), *self.lead, *z.shape[-2:])
+        low, high = self.bounds
+        return low + (high - low) * torch.sigmoid(h) if self.bounded else self.scale * h
+
+    @property
+    def bounded(self) -> bool:
+        return all(math.isfinite(bound) for bound in self.bounds)
+
+    def before(self, value: float) -> float:
+        """The h that the output `value` comes from, not too near to a bound."""
+        if not self.bounded:
+            return value / self.scale
+        low, high = self.bounds
+        share = min(max((value - low) / (high - low), MARGIN), 1 - MARGIN)
+        return math.log(share / (1 - share))

@@ -1,0 +1,260 @@
+"""The linearised posterior against dense matrices: evidence, mean, covariance, samples, densities."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from tomography.characters import scanned
+from torch import nn
+
+import paraboloid as pb
+from paraboloid.tomography import deep_image_prior, linearised
+from paraboloid.tomography.evidence_ascent import Objective, ascend
+from paraboloid.tomography.image_jacobian import ImageJacobian
+from paraboloid.tomography.kernel_prior import KernelPrior
+from paraboloid.tomography.sampled_evidence import SampledEvidence
+
+SIZE = 6
+
+
+class Network(nn.Module):
+    """Small enough for dense matrices over its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 3, 3, padding=1), nn.Tanh())
+        self.last = nn.Conv2d(3, 1, 1)
+
+    def forward(self, z):
+        return self.last(self.first(z))[:, 0].exp()
+
+
+@pytest.fixture(scope="module")
+def fit():
+    A, _, y, s2 = scanned(angles=4, size=SIZE)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, z = Network().double(), torch.rand(1, 1, SIZE, SIZE, dtype=torch.float64)
+    return deep_image_prior(A, y, s2, iterations=60, model=model, input=z)
+
+
+def some_prior(fit, kind="per_block"):
+    prior = KernelPrior.of(fit.model, kind)
+    steps = torch.arange(len(prior.blocks), dtype=torch.float64)
+    return replace(prior, log_variance=steps / 3 - 1, log_length=steps / 2 - 0.3)
+
+
+def dense(fit, prior, s2):
+    """J, Sigma over the weights, A as a matrix, the prior covariance of images, and that of measurements."""
+    weights = [dict(fit.model.named_parameters())[name] for name in prior.names]
+    f = fit.model(fit.input)[0].flatten()
+    J = torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(e, weights, retain_graph=True)]) for e in f])
+    blocks = []
+    for C, w in zip(prior.covariances(), weights, strict=True):
+        blocks += [C] * (w.numel() // len(C))
+    Sigma = torch.block_diag(*blocks)
+    A = torch.from_numpy(fit.A.to_scipy().toarray())
+    K = J @ Sigma @ J.T
+    w = torch.cat([w.detach().flatten() for w in weights])
+    return J, Sigma, A, K, A @ K @ A.T + s2 * torch.eye(len(A)), w
+
+
+def test_kernels_are_correlated_by_distance():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 1, 1), nn.Conv2d(1, 1, (1, 3)))
+    (big, small) = KernelPrior.of(model, "shared").blocks
+    assert (big.size, small.size) == (3, 1) and big.parameters == ("0.weight",)
+    prior = some_prior(type("Fit", (), {"model": model}), "shared")
+    (C, c) = prior.covariances()
+    v, l = prior.log_variance.exp(), prior.log_length.exp()
+    assert C[0, 8] == pytest.approx(float(v[0] * math.exp(-math.sqrt(8) / l[0])), rel=1e-12)
+    assert C[4, 5] == pytest.approx(float(v[0] * math.exp(-1 / l[0])), rel=1e-12)
+    assert c.item() == pytest.approx(float(v[1]))
+    u = [torch.randn(3, 2, 3, 3, dtype=torch.float64), torch.randn(1, 3, 1, 1, dtype=torch.float64)]
+    w = [torch.randn_like(t) for t in u]
+    expected = sum((a.flatten(2) @ D * b.flatten(2)).sum() for a, b, D in zip(u, w, prior.covariances(), strict=True))
+    torch.testing.assert_close((prior.coefficients() * prior.forms(u, w)).sum(), expected)
+    torch.testing.assert_close(sum((a * b).sum() for a, b in zip(u, prior.times(w), strict=True)), expected)
+    torch.testing.assert_close(
+        prior.square(prior.times(w)).sum(), sum((a * b).sum() for a, b in zip(w, prior.times(w), strict=True))
+    )
+    drawn = prior.draws(u, 4000, torch.Generator().manual_seed(0))[0].reshape(-1, 9)
+    torch.testing.assert_close(drawn.T @ drawn / len(drawn), C, rtol=0.1, atol=0.05)
+
+
+def test_grams_and_products_are_those_of_the_dense_jacobian(fit):
+    prior = some_prior(fit)
+    J, _, _, K, _, _ = dense(fit, prior, 1.0)
+    ours = ImageJacobian(fit, prior.names)
+    torch.testing.assert_close(torch.tensordot(prior.coefficients(), ours.grams(prior.blocks), 1), K)
+    u = torch.randn(3, SIZE**2, dtype=torch.float64)
+    pulled = ours.pull(u)
+    torch.testing.assert_close(torch.cat([t.flatten(1) for t in pulled], 1), u @ J)
+    torch.testing.assert_close(ours.push(prior.times(pulled)), u @ K)
+    assert all(p.requires_grad for p in fit.model.parameters())
+
+
+@pytest.mark.parametrize("evidence", ["exact", "sampled"])
+def test_evidence_mean_and_covariance_are_those_of_the_linear_model(fit, evidence):
+    found = linearised(fit, evidence=evidence, steps=0, samples=2000)
+    s2 = fit.noise_variance
+    J, Sigma, A, K, S, w = dense(fit, found.prior, s2)
+    residual = (fit.sinogram - fit.A @ fit.image).flatten() + A @ J @ w
+    normal = torch.distributions.MultivariateNormal(torch.zeros(len(S), dtype=torch.float64), S)
+    value = found.log_evidence()
+    assert float(value) == pytest.approx(
+        float(normal.log_prob(residual)), abs=1e-4 if found.exact else 4 * value.standard_error + 1e-3
+    )
+    mean = fit.image.flatten() - J @ w + K @ A.T @ torch.linalg.solve(S, residual)
+    torch.testing.assert_close(found.mean.flatten(), mean, rtol=1e-3, atol=1e-3)
+    covariance = J @ torch.linalg.inv(torch.linalg.inv(Sigma) + J.T @ A.T @ A @ J / s2) @ J.T  # in weight space
+    off = (found.covariance - covariance).norm() / covariance.norm()
+    assert off < (1e-8 if found.exact else 0.1)
+    draws = found.sample(2000, seed=5)
+    assert draws.shape == (2000, SIZE, SIZE) and found.samples.shape == (2000, SIZE, SIZE)
+    torch.testing.assert_close(draws.std(0), covariance.diagonal().sqrt().view(SIZE, SIZE), rtol=0.1, atol=0.01)
+    deviations = (draws - found.mean).flatten(1)
+    assert (deviations.T @ deviations / 2000 - covariance).norm() / covariance.norm() < 0.1
+    assert torch.equal(found.sample(3, seed=1), found.sample(3, seed=1))
+    error = (fit.image - found.mean).flatten()
+    if found.exact:
+        torch.testing.assert_close(found.std.flatten(), covariance.diagonal().sqrt())
+        floor = (1e-3 * float(found.mean.abs().max())) ** 2 * torch.eye(SIZE**2, dtype=torch.float64)
+        whole = torch.distributions.MultivariateNormal(torch.zeros(SIZE**2, dtype=torch.float64), covariance + floor)
+        assert found.log_likelihood(fit.image, patch=SIZE) == pytest.approx(float(whole.log_prob(error)) / SIZE**2)
+        pixels = torch.distributions.Normal(0.0, (covariance + floor).diagonal().sqrt())
+        assert found.log_likelihood(fit.image) == pytest.approx(float(pixels.log_prob(error).mean()))
+        parts = [
+            (covariance + floor).view(SIZE, SIZE, SIZE, SIZE)[a : a + 4, b : b + 4, a : a + 4, b : b + 4]
+            for a in (0, 4)
+            for b in (0, 4)
+        ]
+        errors = [error.view(SIZE, SIZE)[a : a + 4, b : b + 4].flatten() for a in (0, 4) for b in (0, 4)]
+        total = sum(
+            torch.distributions.MultivariateNormal(
+                torch.zeros(len(e), dtype=torch.float64), P.reshape(len(e), len(e))
+            ).log_prob(e)
+            for P, e in zip(parts, errors, strict=True)
+        )
+        assert found.log_likelihood(fit.image.numpy(), patch=4) == pytest.approx(float(total) / SIZE**2)
+    else:
+        assert found.log_likelihood(fit.image, patch=2) == pytest.approx(
+            linearised(fit, steps=0).log_likelihood(fit.image, patch=2), rel=0.05
+        )
+
+
+def test_with_independent_weights_it_is_the_functional_posterior_behind_the_measurement(fit):
+    first = linearised(fit, "shared", steps=0)
+    prior = replace(
+        first.prior,
+        log_variance=torch.full((2,), math.log(0.7), dtype=torch.float64),
+        log_length=torch.full((2,), -9.0, dtype=torch.float64),
+    )
+    found = pb.tomography.ImagePosterior(fit, first.J, first.evidence, prior, 0.2, 8, 0, "network")
+    assert torch.equal(found.mean, fit.image)
+    batch = (fit.input, fit.sinogram.unsqueeze(0))
+    other = pb.laplace(
+        fit.model, fit.loss, batch, "functional", weights=prior.names, prior_precision=1 / 0.7, noise_variance=0.2
+    )
+    _, covariance = other.functional(fit.input)
+    torch.testing.assert_close(found.covariance, covariance[0])
+
+
+@pytest.mark.parametrize("weights", ["both", "optimum", "trained"])
+def test_the_objective_rises_to_a_stationary_point(fit, weights):
+    start = linearised(fit, weights=weights, steps=0)
+    found = linearised(fit, weights=weights, steps=60)
+    misfit = float((fit.sinogram - fit.A @ fit.image).square().sum())
+    objective = Objective(weights, start.J.weights, misfit)
+
+    def value(prior, s2):
+        return float(objective.dense(start.evidence, prior, torch.tensor(s2, dtype=torch.float64)))
+
+    best = value(found.prior, found.noise_variance)
+    assert best > value(start.prior, start.noise_variance)
+    for b in range(len(found.prior.blocks)):
+        for step in (-0.3, 0.3):
+            variance = found.prior.log_variance.clone()
+            variance[b] += step
+            assert value(replace(found.prior, log_variance=variance), found.noise_variance) < best + 1e-2
+    for factor in (0.8, 1.25):
+        assert value(found.prior, factor * found.noise_variance) < best + 1e-3
+    J, Sigma, A, _, S, w = dense(fit, found.prior, found.noise_variance)
+    inner = {"optimum": 0.0, "trained": 1.0, "both": 1.0}[weights] * w @ torch.linalg.solve(Sigma, w)
+    residual = (fit.sinogram - fit.A @ fit.image).flatten() + (0 if weights == "trained" else A @ J @ w)
+    data = misfit / found.noise_variance if weights == "trained" else residual @ torch.linalg.solve(S, residual)
+    expected = -(data + inner + torch.logdet(S) + (0 if weights == "trained" else len(S) * math.log(2 * math.pi))) / 2
+    assert best == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("weights", ["both", "trained"])
+def test_products_alone_find_the_same_prior(fit, weights):
+    """With every unit vector as a probe the gradient has no noise."""
+    exact = linearised(fit, weights=weights, steps=100)
+    sampled = SampledEvidence(exact.J, fit.A, exact.evidence.residual.view_as(fit.sinogram), tol=1e-5)
+    m = fit.sinogram.numel()
+    sampled.probes = m**0.5 * torch.eye(m, dtype=torch.float64)
+    misfit = float((fit.sinogram - fit.A @ fit.image).square().sum())
+    objective = Objective(weights, exact.J.weights, misfit)
+    prior, s2 = ascend(sampled, objective, KernelPrior.of(fit.model, "per_block"), fit.noise_variance, True, 25)
+
+    def value(prior, s2):
+        return float(objective.dense(exact.evidence, prior, torch.tensor(s2, dtype=torch.float64)))
+
+    first = value(KernelPrior.of(fit.model, "per_block"), fit.noise_variance)
+    best = value(exact.prior, exact.noise_variance)
+    assert value(prior, s2) > best - 0.05 * (best - first)
+
+
+def test_the_true_image_is_likelier_than_under_equal_variances():
+    A, x, y, s2 = scanned(angles=6, size=12, dtype=torch.float32)
+    fit = deep_image_prior(A, y, s2, iterations=120)
+    found = linearised(fit, samples=4)
+    assert found.exact and found.std.shape == found.mean.shape == (12, 12)
+    isotropic = torch.distributions.Normal(0.0, (x - found.mean).square().mean().sqrt()).log_prob(x - found.mean).mean()
+    assert found.log_likelihood(x) > float(isotropic)
+    assert (x - found.mean).norm() < 1.1 * (x - fit.image).norm()
+    assert 0.3 < found.noise_variance / s2 < 3
+    kept = linearised(fit, samples=4, learn_noise=False, steps=1, mean="network", evidence="sampled", probes=2)
+    assert kept.noise_variance == s2 and torch.equal(kept.mean, fit.image) and kept.std.shape == (12, 12)
+
+
+def test_a_stack_of_slices():
+    A, x, y, s2 = scanned(angles=4, size=6)
+    fit = deep_image_prior(A, torch.stack([y, y / 2]), s2, iterations=3)
+    exact, sampled = linearised(fit, steps=1), linearised(fit, steps=1, evidence="sampled", samples=3, probes=2)
+    assert exact.mean.shape == exact.std.shape == (2, 6, 6) and exact.sample(3).shape == (3, 2, 6, 6)
+    assert isinstance(exact.log_likelihood(torch.stack([x, x / 2]), patch=3), float)
+    assert sampled.std.shape == (2, 6, 6)
+
+
+ERRORS = [
+    (lambda fit: linearised(fit, prior="flat"), "prior is 'flat'; expected one of"),
+    (lambda fit: linearised(fit, mean="median"), "mean is 'median'"),
+    (lambda fit: linearised(fit, weights="none"), "weights is 'none'"),
+    (lambda fit: linearised(fit, evidence="some"), "evidence is 'some'"),
+    (lambda fit: linearised(fit, samples=0), "samples is 0"),
+    (lambda fit: linearised(replace_model(fit, nn.Flatten())), "has no nn.Conv2d with a square kernel"),
+    (lambda fit: linearised(fit, steps=0).log_likelihood(torch.zeros(3, 3)), r"the image has shape \[3, 3\]; expected \[6, 6\]"),
+    (lambda fit: linearised(fit, steps=0).log_likelihood(fit.image, patch=7), "patch is 7"),
+    (lambda fit: linearised(fit, steps=0).sample(0), "k is 0"),
+]  # fmt: skip
+
+
+def replace_model(fit, model):
+    return replace(fit, model=model)
+
+
+@pytest.mark.parametrize("call, message", ERRORS, ids=[m for _, m in ERRORS])
+def test_errors(fit, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(fit)
+
+
+def test_what_does_not_fit_is_refused(fit, monkeypatch):
+    from paraboloid.passes.memory import DENSE
+
+    monkeypatch.setattr(DENSE, "default", 1000)
+    with pytest.raises(ValueError, match=r"evidence='exact' over 36 pixels would take .* Use evidence='sampled'"):
+        linearised(fit, evidence="exact")
+    assert not linearised(fit, steps=0).exact
