@@ -80,7 +80,7 @@ peers: $(STAMP) ## install the packages that the benchmarks compare with
 	$(BIN)/python -m pip install --quiet -c constraints.txt einconv einops linear_operator opt_einsum tqdm unfoldNd scipy \
 		torchmetrics
 	$(BIN)/python -m pip install --quiet --no-deps backpack-for-pytorch==1.7.1 curvlinops-for-pytorch==3.0.1 opacus==1.6.0 \
-		PyHessian==0.1 laplace-torch==0.3 asdfghjkl asdl
+		PyHessian==0.1 laplace-torch==0.3 asdfghjkl asdl gpytorch==1.15.2 jaxtyping wadler_lindig mpmath
 
 install: $(STAMP) ## only set up the environment in .venv
 

@@ -47,7 +47,8 @@ def targets_of(y: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def noise_of(noise_variance: Any, x: Tensor) -> Tensor:
     """A number, or one for each input [N]; ValueError unless finite and not negative."""
-    noise = torch.as_tensor(noise_variance).detach().to(x)
+    exactly = None if isinstance(noise_variance, Tensor) else torch.float64  # a float32 0.1 would be another number
+    noise = torch.as_tensor(noise_variance, dtype=exactly).detach().to(x)
     if noise.numel() == 1:
         noise = noise.reshape(())
     if noise.dim() > 1 or (noise.dim() == 1 and len(noise) != len(x)):

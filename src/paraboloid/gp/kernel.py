@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class Constant(Kernel):
 
     def features(self, count: int, d: int, generator: torch.Generator, like: Tensor) -> Features:
         root = self.outputscale.to(like).sqrt()
-        return lambda x: root.expand(len(x), 1, 1)
+        return partial(_same, root)
 
     def hyperparameters(self) -> dict[str, Tensor]:
         return {"outputscale": self.outputscale}
@@ -148,7 +149,7 @@ class Sum(_Pair):
     def features(self, count: int, d: int, generator: torch.Generator, like: Tensor) -> Features:
         first = self.first.features(max(1, count // 2), d, generator, like)
         second = self.second.features(max(1, count // 2), d, generator, like)
-        return lambda x: torch.cat([first(x).flatten(1), second(x).flatten(1)], 1).unsqueeze(2)
+        return partial(_beside, first, second)
 
 
 class Product(_Pair):
@@ -174,16 +175,24 @@ class Product(_Pair):
                 return both.features(count, d, generator, like)
         first = self.first.features(count // 2, d, generator, like)
         second = self.second.features(count // 2, d, generator, like)
+        return partial(_multiplied, first, second)
 
-        def joint(x: Tensor) -> Tensor:
-            a, b = first(x), second(x)
-            if a.shape[1] > 1 and b.shape[1] > 1:  # one alone (a constant) goes with all of the other
-                F = min(a.shape[1], b.shape[1])
-                ratio = (a.shape[1] * b.shape[1] / F) ** 0.5
-                a, b = a[:, :F] * ratio, b[:, :F]
-            return (a.unsqueeze(3) * b.unsqueeze(2)).flatten(2)
 
-        return joint
+def _same(root: Tensor, x: Tensor) -> Tensor:
+    return root.expand(len(x), 1, 1)
+
+
+def _beside(first: Features, second: Features, x: Tensor) -> Tensor:
+    return torch.cat([first(x).flatten(1), second(x).flatten(1)], 1).unsqueeze(2)
+
+
+def _multiplied(first: Features, second: Features, x: Tensor) -> Tensor:
+    a, b = first(x), second(x)
+    if a.shape[1] > 1 and b.shape[1] > 1:  # one alone (a constant) goes with all of the other
+        F = min(a.shape[1], b.shape[1])
+        ratio = (a.shape[1] * b.shape[1] / F) ** 0.5
+        a, b = a[:, :F] * ratio, b[:, :F]
+    return (a.unsqueeze(3) * b.unsqueeze(2)).flatten(2)
 
 
 def positive(name: str, value: float | Tensor, dim: int = 0) -> Tensor:

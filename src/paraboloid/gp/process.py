@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from paraboloid.gp.inputs import inputs_of
 from paraboloid.gp.kernel import Kernel
 from paraboloid.gp.prior import PriorFunctions
 from paraboloid.gp.solvers import Settings, Solved
+
+ROWS = 2048  # inputs whose exact variance is found at a time
 
 
 @dataclass(eq=False)
@@ -39,6 +42,7 @@ class GaussianProcess:
     prior: PriorFunctions | None
     noise_draws: Tensor  # standard normal, [samples C, N]
     solved: Solved
+    grow: Callable[..., GaussianProcess]  # what `append` calls
 
     @property
     def solver(self) -> str:
@@ -104,8 +108,8 @@ class GaussianProcess:
         relative standard error of (2 / samples)^1/2, or (without samples) by a solve for each input.
         """
         x = self._inputs(x)
-        if self.solved.factor is not None:
-            return self._by_factor(x)
+        if self.solved.explained is not None:
+            return self._explained(x)
         if not self.samples:
             raise ValueError(f"there are no samples to take the variance from, and solver {self.solver!r} keeps no "
                              "factor; condition with samples=64, or solver='cholesky'.")  # fmt: skip
@@ -115,7 +119,7 @@ class GaussianProcess:
     def predict(self, x: Any) -> tuple[Tensor, Tensor]:
         """Mean and variance of f at inputs [M, d], by one pass over the data."""
         x = self._inputs(x)
-        if self.solved.factor is not None or not self.samples:
+        if self.solved.explained is not None or not self.samples:
             return self.mean(x), self.variance(x)
         both = self.gram.cross(x, self.solved.solution.x)
         deviations = self._deviations(x, both[:, self.outputs :])
@@ -143,6 +147,15 @@ class GaussianProcess:
         half = self.solved.factor.diagonal().log().sum()
         return float(-0.5 * fit - self.outputs * (half + 0.5 * len(y) * math.log(2 * math.pi)))
 
+    def append(self, x: Any, y: Any, noise_variance: float | Tensor | None = None) -> GaussianProcess:
+        """The process given (x, y) too: the same prior functions, noise of the old data and settings of the solver.
+
+        Iterative solvers start from the old solution (0 for the new data), and tiles of the old kernel matrix that were
+        kept are used again.  noise_variance of the new data: that of the old by default.  Gives a new process and
+        leaves this one; sample s of both is the same prior function.
+        """
+        return self.grow(self, x, y, noise_variance)
+
     def _inputs(self, x: Any) -> Tensor:
         return inputs_of(x, self.x)
 
@@ -157,11 +170,7 @@ class GaussianProcess:
         found = self.prior(x) - projected.T
         return found.view(self.samples, self.outputs, len(x)).transpose(1, 2)
 
-    def _by_factor(self, x: Tensor) -> Tensor:
-        assert self.solved.factor is not None
-        out = []
-        for part in x.split(2048):
-            k = self.gram.cross_matrix(part)
-            explained = torch.linalg.solve_triangular(self.solved.factor, k.T, upper=False).square().sum(0)
-            out.append((self.kernel.diagonal(part) - explained).clamp(min=0))
-        return torch.cat(out)
+    def _explained(self, x: Tensor) -> Tensor:
+        assert self.solved.explained is not None
+        parts = [self.kernel.diagonal(p) - self.solved.explained(self.gram.cross_matrix(p)) for p in x.split(ROWS)]
+        return torch.cat(parts).clamp(min=0)

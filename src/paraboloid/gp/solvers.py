@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,12 +28,17 @@ TOL = {"cg": 1e-4, "block": 1e-4, "sdd": 3e-4, "sgd": 5e-3}
 
 @dataclass(frozen=True, eq=False)
 class Solved:
-    """The solver that was taken and why, A^-1 b, and a Cholesky factor of A where there is one."""
+    """The solver that was taken and why, A^-1 b, and a Cholesky factor of A where there is one.
+
+    explained  for rows k [M, N] of k(x, X) by how much the data lowers the variance at x, [M]; None where only samples
+               tell
+    """
 
     solver: str
     reason: str
     solution: Solution
     factor: Tensor | None = None
+    explained: Callable[[Tensor], Tensor] | None = None
     tol: float | None = None  # that the residual should meet
 
     @property
@@ -68,7 +75,7 @@ def solve(gram: Gram, values: Tensor, shifts: Tensor, prior: Any, settings: Sett
     if solver == "cholesky":
         L = cholesky(gram)
         x = torch.cholesky_solve(b, L)
-        return Solved(solver, reason, Solution(x, float(relative(gram, b, x)), 1, 1.0), L)
+        return Solved(solver, reason, Solution(x, float(relative(gram, b, x)), 1, 1.0), L, partial(quadratic, L))
     if not bool((gram.noise > 0).all()):
         raise ValueError(f"noise_variance is {float(gram.noise.min())}; solver {solver!r} expects a positive one "
                          "(without noise the system may have no solution in floating point): give a small one, or "
@@ -77,23 +84,23 @@ def solve(gram: Gram, values: Tensor, shifts: Tensor, prior: Any, settings: Sett
     promised = tol if settings.steps is None else None
     shared = {"tol": tol, "steps": settings.steps, "x0": start, "seed": settings.seed, **settings.options}
     if solver == "cg":
-        return Solved(solver, reason, conjugate_gradients(gram, b, tol, settings, start), None, promised)
+        return Solved(solver, reason, conjugate_gradients(gram, b, tol, settings, start), tol=promised)
     rows = gram if gram.shape[0] ** 2 * gram.dtype.itemsize > gram.budget else DenseRows(gram.dense())
     if solver == "block":
         size = settings.batch_size or max(300, min(2000, gram.shape[0] // 10))
-        return Solved(solver, reason, block_solves(rows, b, block_size=size, **shared), None, promised)
+        return Solved(solver, reason, block_solves(rows, b, block_size=size, **shared), tol=promised)
     shared["step_size"] = settings.step_size
     if settings.batch_size is not None:
         shared["batch_size"] = settings.batch_size
     if solver == "sdd":
-        return Solved(solver, reason, sdd(rows, b, **shared), None, promised)
+        return Solved(solver, reason, sdd(rows, b, **shared), tol=promised)
     if gram.noise.dim():
         raise ValueError("noise_variance has one entry for each input; solver 'sgd' expects a number: take 'sdd'.")
     if settings.rank is not None:
         shared["rank"] = settings.rank
     K = gram.without_noise()
     found = sgd(K, gram.diagonal, float(gram.noise), values, shifts, prior, **shared)
-    return Solved(solver, reason, found, None, promised)
+    return Solved(solver, reason, found, tol=promised)
 
 
 def chosen(gram: Gram) -> tuple[str, str]:
@@ -116,7 +123,7 @@ def conjugate_gradients(gram: Gram, b: Tensor, tol: float, settings: Settings, s
         A, K, diagonal, damping, scale = gram, gram.without_noise(), gram.diagonal, float(noise), None
     rank = settings.rank or max(20, min(N // 2, int(5 * N**0.5), GIB // (N * gram.dtype.itemsize)))
     columns = pivoted_columns(K, diagonal, rank, 0.1 * damping * N / float(diagonal.sum()), seed=settings.seed)
-    P = columns.nystrom().preconditioner(damping)
+    P = columns.preconditioner(damping)
     limit = settings.steps if settings.steps is not None else 1000
     found = cg_solution(A, b, tol, limit, P, x0=start)
     x = found.x if scale is None else found.x * scale.unsqueeze(1)
@@ -137,8 +144,9 @@ class Scaled:
     def rows(self, indices: Tensor, v: Tensor) -> Tensor:
         return self.scale[indices].unsqueeze(1) * self.A.rows(indices, self.scale.unsqueeze(1) * v)
 
-    def block(self, rows: Tensor, columns: Tensor) -> Tensor:
-        return self.scale[rows].unsqueeze(1) * self.A.block(rows, columns) * self.scale[columns]
+    def block(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
+        right = self.scale if columns is None else self.scale[columns]
+        return self.scale[rows].unsqueeze(1) * self.A.block(rows, columns) * right
 
 
 def cholesky(gram: Gram) -> Tensor:
@@ -155,6 +163,11 @@ def cholesky(gram: Gram) -> Tensor:
                           f"matrix. Raise noise_variance (it is {float(gram.noise.min()):.3g}), take out duplicate "
                           "inputs, or use float64.")  # fmt: skip
     return L
+
+
+def quadratic(L: Tensor, k: Tensor) -> Tensor:
+    """k_m.(L L^T)^-1 k_m for rows k [M, N]."""
+    return torch.linalg.solve_triangular(L, k.T, upper=False).square().sum(0)
 
 
 def relative(gram: Gram, b: Tensor, x: Tensor) -> Tensor:

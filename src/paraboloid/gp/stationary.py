@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -80,12 +81,7 @@ class Stationary(Kernel):
         omega = self._frequencies(F, active, generator).to(like.device, torch.float64)
         omega = (omega / self.lengthscale.to(omega)).to(like)
         scale = (self.outputscale.to(like) / F).sqrt()
-
-        def phi(x: Tensor) -> Tensor:
-            angles = (x if self.dims is None else x[:, self.dims]) @ omega.T
-            return torch.stack([_cos(angles), _sin(angles)], 2).mul_(scale)
-
-        return phi
+        return partial(_waves, omega, scale, self.dims)
 
     def _frequencies(self, F: int, d: int, generator: torch.Generator) -> Tensor:
         def draw(kind: object, *shape: int) -> Tensor:
@@ -210,6 +206,12 @@ def _differences(a: Tensor, b: Tensor, out: Tensor, spare: Tensor) -> None:
     for i in range(a.shape[1]):
         torch.sub(a[:, i : i + 1], b[:, i], out=spare)
         out.addcmul_(spare, spare)
+
+
+def _waves(omega: Tensor, scale: Tensor, dims: list[int] | None, x: Tensor) -> Tensor:
+    """[N, F, 2]."""
+    angles = (x if dims is None else x[:, dims]) @ omega.T
+    return torch.stack([_cos(angles), _sin(angles)], 2).mul_(scale)
 
 
 def _cos(angles: Tensor) -> Tensor:

@@ -59,7 +59,6 @@ def sgd(
     generator = generator_of(seed, K.device)
     b = columns_like(values + shifts)
     N, B = len(b), min(batch_size, len(b))
-    every = torch.arange(N, device=b.device)
     look = pivoted_columns(K, diagonal, min(rank or RANK, max(1, N // 2)), seed=generator).nystrom()
     rates = look.values * (look.values + noise)
     damp = (1 - rates[-1] / rates if rank else torch.zeros_like(rates)).unsqueeze(1)
@@ -70,14 +69,14 @@ def sgd(
         return (weights * (look.vectors.T @ r)).norm(dim=0)
 
     start = smoothed(b).clamp(min=torch.finfo(b.dtype).tiny)
-    step = _safe_step(K, every, B, noise, U, damp, generator) if step_size is None else step_size
+    step = _safe_step(K, B, noise, U, damp, generator) if step_size is None else step_size
     a = torch.zeros_like(b) if x0 is None else columns_like(x0)
     first, average, v = a.clone(), a.clone(), torch.zeros_like(a)
     limit = math.ceil(max_passes * N / B) if steps is None else steps
     t, since, passes, error, history, notes, best = 0, 0, 0.0, float("nan"), [], [], math.inf
     while t < limit:
         for I in torch.randperm(N, generator=generator, device=generator.device).to(b.device).split(B):
-            rows = K.block(I, every)
+            rows = K.block(I)
             ahead = a.add(v, alpha=momentum)
             r = rows @ ahead - values[I]
             if rank:
@@ -108,14 +107,12 @@ def sgd(
     return Solution(average, error, t, passes, step, history, notes)
 
 
-def _safe_step(
-    K: Any, every: Tensor, B: int, noise: float, U: Tensor, damp: Tensor, generator: torch.Generator
-) -> float:
+def _safe_step(K: Any, B: int, noise: float, U: Tensor, damp: Tensor, generator: torch.Generator) -> float:
     """.7 / L, L = max_I lambda_max((N / B) K_I P K_I^T) with the preconditioner P, and as much for the noise's part."""
-    N, largest = len(every), 0.0
+    N, largest = K.shape[0], 0.0
     for _ in range(PROBED):
-        I = torch.randperm(N, generator=generator, device=generator.device)[:B].to(every.device)
-        rows = K.block(I, every)
+        I = torch.randperm(N, generator=generator, device=generator.device)[:B].to(K.device)
+        rows = K.block(I)
         onto = rows @ U
         largest = max(largest, largest_eigenvalue(rows @ rows.T - (onto * damp.T) @ onto.T, generator))
     return SAFETY / (N / B * largest + 2 * noise * (N / B * largest) ** 0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -71,12 +72,13 @@ class Tanimoto(Kernel):
         r, c, beta = draw(2), draw(2), draw(1)
         key = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
         scale = (self.outputscale.to(like) / count).sqrt()
+        return partial(_hashes, r, c, beta, key, scale)
 
-        def phi(x: Tensor) -> Tensor:
-            rows = [_signs(part.double(), r, c, beta, key) for part in _checked(x).split(max(1, HASHED // (count * d)))]
-            return (torch.cat(rows).to(x) * scale.to(x)).unsqueeze(2)
 
-        return phi
+def _hashes(r: Tensor, c: Tensor, beta: Tensor, key: int, scale: Tensor, x: Tensor) -> Tensor:
+    """[N, F, 1]."""
+    rows = [_signs(part.double(), r, c, beta, key) for part in _checked(x).split(max(1, HASHED // r.numel()))]
+    return (torch.cat(rows).to(x) * scale.to(x)).unsqueeze(2)
 
 
 def _signs(x: Tensor, r: Tensor, c: Tensor, beta: Tensor, key: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paraboloid.linalg.nystrom_approximation import Nystrom
+from paraboloid.linalg.nystrom_approximation import LowRank, Nystrom
 from paraboloid.linalg.operand import LinAlgError, check_count
 from paraboloid.linalg.probes import Seed, generator_of
 from paraboloid.linalg.row_blocks import row_blocks
@@ -33,6 +33,35 @@ class Columns:
         values, Q = values[keep].flip(0), Q[:, keep].flip(1)
         return Nystrom(F @ (Q / values.sqrt()).to(F), values.to(F))
 
+    def preconditioner(self, damping: float) -> LowRank | Inverse:
+        """An approximate inverse of A + damping I: that of F F^T + damping I where rounding allows it, which is cheap
+        to set up, else by eigenvalues (`Nystrom.preconditioner`)."""
+        if not damping > 0:
+            raise ValueError(f"damping is {damping}; expected a positive number: F F^T alone has no inverse.")
+        core = (self.F.T @ self.F).double()
+        if damping < 100 * torch.finfo(self.F.dtype).eps * float(core.norm()):
+            return self.nystrom().preconditioner(damping)
+        core.diagonal().add_(damping)
+        return Inverse(self.F, torch.cholesky_inverse(torch.linalg.cholesky(core)).to(self.F))
+
+
+class Inverse:
+    """I - F M F^T, M = (F^T F + damping I)^-1: the inverse of F F^T + damping I, times damping, on vectors [D], [D, K].
+
+    Conjugate gradients do not see the factor.
+    """
+
+    def __init__(self, F: Tensor, M: Tensor):
+        self.F, self.M, self.shape, self.dtype, self.device = F, M, (len(F), len(F)), F.dtype, F.device
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        if v.dim() == 2 and v.shape[1] == 1:  # much faster as a vector
+            return (self @ v[:, 0]).unsqueeze(1)
+        if v.dim() == 1:
+            return v - self.F @ (self.M @ (self.F.T @ v))
+        rows = v.T  # contiguous ones in the solvers
+        return (rows - rows @ self.F @ self.M @ self.F.T).T
+
 
 def pivoted_columns(
     A: Any, diagonal: Tensor, rank: int, tol: float = 0.0, block: int | None = None, seed: Seed = 0
@@ -47,7 +76,7 @@ def pivoted_columns(
     D = A.shape[0]
     rank = check_count("rank", min(rank, D))
     block = min(rank, block or max(8, rank // 8))
-    every, d = torch.arange(D, device=A.device), diagonal.clone()
+    d = diagonal.clone()
     F = torch.zeros(rank, D, dtype=A.dtype, device=A.device)  # rows, so that columns of A lie side by side
     pivots, r, total = [], 0, float(diagonal.sum())
     while r < rank and float(d.sum()) > max(tol, 10 * torch.finfo(A.dtype).eps) * total:
@@ -59,12 +88,13 @@ def pivoted_columns(
             cumulated = weights.cumsum(0)
             u = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64).to(A.device)
             S = torch.searchsorted(cumulated, u * cumulated[-1]).clamp(max=D - 1).unique()
-        G = A.block(S, every) - F[:r, S].T @ F[:r]
+        G = A.block(S) - F[:r, S].T @ F[:r]
         chosen, L = _independent(G[:, S].double())
         S, G = S[chosen], G[chosen]
         if not len(S):
             break
-        part = torch.linalg.solve_triangular(L.to(G), G, upper=False)
+        one = torch.eye(len(S), dtype=L.dtype, device=L.device)
+        part = torch.linalg.solve_triangular(L, one, upper=False).to(G) @ G  # L is well conditioned
         k = len(S)
         F[r : r + k] = part
         d = (d - part.square().sum(0)).clamp(min=0)

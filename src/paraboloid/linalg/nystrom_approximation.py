@@ -19,6 +19,8 @@ class LowRank:
         self.shape, self.dtype, self.device = (len(U), len(U)), U.dtype, U.device
 
     def __matmul__(self, v: Tensor) -> Tensor:
+        if v.dim() == 2 and v.shape[1] == 1:  # much faster as a vector
+            return (self @ v[:, 0]).unsqueeze(1)
         scaled = self.weights if v.dim() == 1 else self.weights.unsqueeze(1)
         return self.U @ (scaled * (self.U.T @ v)) + self.shift * v
 

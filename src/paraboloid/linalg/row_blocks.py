@@ -5,7 +5,7 @@ Any object with
     shape, dtype, device
     A @ v                      all of it, v [D] or [D, K]
     A.rows(indices, v)         A[indices] @ v, [B, K], for v [D, K]
-    A.block(rows, columns)     A[rows][:, columns] as a tensor, for index tensors [B] and [C]
+    A.block(rows, columns)     A[rows][:, columns] as a tensor, for index tensors [B] and [C] (None: all columns)
 
 will do; `row_blocks` makes one of a tensor.  [D, K] tensors that a solver hands over are transposes of contiguous
 [K, D] ones, which products with few columns are fastest with.
@@ -30,7 +30,7 @@ class RowBlocks(Protocol):
 
     def rows(self, indices: Tensor, v: Tensor) -> Tensor: ...
 
-    def block(self, rows: Tensor, columns: Tensor) -> Tensor: ...
+    def block(self, rows: Tensor, columns: Tensor | None = None) -> Tensor: ...
 
 
 class DenseRows:
@@ -45,8 +45,8 @@ class DenseRows:
     def rows(self, indices: Tensor, v: Tensor) -> Tensor:
         return self.A[indices] @ v
 
-    def block(self, rows: Tensor, columns: Tensor) -> Tensor:
-        return self.A[rows][:, columns]
+    def block(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
+        return self.A[rows] if columns is None else self.A[rows][:, columns]
 
 
 def row_blocks(A: Any) -> Any:

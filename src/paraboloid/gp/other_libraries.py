@@ -1,0 +1,94 @@
+"""Kernels of GPyTorch and scikit-learn, told apart by their names: neither library is imported here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paraboloid.gp.buffers import Buffers
+from paraboloid.gp.kernel import Constant, Kernel, Product, Sum
+from paraboloid.gp.stationary import RBF, Matern
+
+
+def kernel_of(kernel: Any) -> Kernel:
+    """The kernel itself, or one of GPyTorch or scikit-learn as ours: RBF, Matern, constants, scalings, sums, products.
+
+    Any other kernel of theirs is called as it is, without random features (no samples).  ValueError for anything else,
+    and for scikit-learn's WhiteKernel, whose noise belongs into `noise_variance`.
+    """
+    if isinstance(kernel, Kernel):
+        return kernel
+    origin = [c.__module__.split(".")[0] for c in type(kernel).__mro__]
+    if "gpytorch" in origin:
+        return _of_gpytorch(kernel)
+    if "sklearn" in origin and callable(kernel) and hasattr(kernel, "diag"):
+        return _of_sklearn(kernel)
+    raise ValueError(f"kernel is a {type(kernel).__name__}; expected one of pb.gp, such as pb.gp.RBF(), or a kernel of "
+                     "GPyTorch or scikit-learn.")  # fmt: skip
+
+
+def _of_gpytorch(kernel: Any) -> Kernel:
+    name = type(kernel).__name__
+    dims = None if kernel.active_dims is None else kernel.active_dims.tolist()
+    if name == "ScaleKernel":
+        inner = _of_gpytorch(kernel.base_kernel)
+        return (
+            Product(Constant(kernel.outputscale.detach().clone()), inner) if dims is None else Foreign(_values(kernel))
+        )
+    if name in ("RBFKernel", "MaternKernel") and kernel.lengthscale.numel() == kernel.lengthscale.shape[-1]:
+        lengthscale = kernel.lengthscale.detach().reshape(-1).clone()
+        lengthscale = lengthscale if len(lengthscale) > 1 else lengthscale[0]
+        return RBF(lengthscale, dims=dims) if name == "RBFKernel" else Matern(kernel.nu, lengthscale, dims=dims)
+    if name in ("AdditiveKernel", "ProductKernel"):
+        parts, join = [_of_gpytorch(k) for k in kernel.kernels], Sum if name == "AdditiveKernel" else Product
+        found = parts[0]
+        for part in parts[1:]:
+            found = join(found, part)
+        return found
+    return Foreign(_values(kernel))
+
+
+def _values(kernel: Any) -> Any:
+    def values(x: Tensor, z: Tensor) -> Tensor:
+        with torch.no_grad():
+            return kernel.to(x.dtype)(x, z).to_dense()
+
+    return values
+
+
+def _of_sklearn(kernel: Any) -> Kernel:
+    name = type(kernel).__name__
+    if name in ("Sum", "Product"):
+        return (Sum if name == "Sum" else Product)(_of_sklearn(kernel.k1), _of_sklearn(kernel.k2))
+    if name == "ConstantKernel":
+        return Constant(float(kernel.constant_value))
+    if name == "WhiteKernel":
+        raise ValueError(f"kernel holds WhiteKernel(noise_level={kernel.noise_level}); leave it out, and give "
+                         f"noise_variance={kernel.noise_level}.")  # fmt: skip
+    if name == "RBF" or (name == "Matern" and kernel.nu in (0.5, 1.5, 2.5)):
+        lengthscale = torch.as_tensor(np.asarray(kernel.length_scale, dtype=float))
+        return RBF(lengthscale) if name == "RBF" else Matern(kernel.nu, lengthscale)
+    return Foreign(lambda x, z: torch.from_numpy(np.asarray(kernel(x.cpu().numpy(), z.cpu().numpy()))).to(x))
+
+
+class Foreign(Kernel):
+    """A kernel known by its values alone, values(x, z) [N, M]."""
+
+    def __init__(self, values: Any):
+        self.values = values
+
+    def __call__(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        return self.values(x, x if z is None else z)
+
+    def diagonal(self, x: Tensor) -> Tensor:
+        return torch.cat([self.values(row, row).reshape(1) for row in x.split(1)])
+
+    def points(self, x: Tensor, shift: Tensor) -> list[Tensor]:
+        return [x]
+
+    def tile(self, left: Sequence[Tensor], right: Sequence[Tensor], buffers: Buffers) -> Tensor:
+        return buffers.take(len(left[0]), len(right[0])).copy_(self.values(left[0], right[0]))

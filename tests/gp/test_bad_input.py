@@ -1,0 +1,124 @@
+"""What is wrong with data, kernels and settings: a clear error, or the right answer."""
+
+import pytest
+import torch
+from gp.test_conditioning import KERNEL, NEW, NOISE, data, exact
+
+import paraboloid as pb
+from paraboloid.gp import solvers
+
+X, Y = data(60)
+NAN = Y.clone()
+NAN[7] = float("nan")
+INF = X.clone()
+INF[[3, 5]] = float("inf")
+WRONG = [
+    (X, NAN, {}, "y holds NaN or infinity in 1 of 60 rows, first in row 7; expected finite numbers"),
+    (INF, Y, {}, "x holds NaN or infinity in 2 of 60 rows, first in row 3"),
+    (X, Y[:50], {}, r"y has shape \(50,\) and dtype torch.float64; expected real targets \[60\] or \[60, C\]"),
+    (X[:0], Y[:0], {}, r"x has shape \(0, 2\) .* expected real inputs \[N, d\], N and d at least 1"),
+    (X[None], Y, {}, r"x has shape \(1, 60, 2\)"),
+    (X + 1j, Y, {}, "expected real inputs"),
+    (X, Y, {"noise_variance": -0.1}, "noise_variance is -0.1; expected variances of at least 0"),
+    (X, Y, {"noise_variance": float("nan")}, "noise_variance is nan; expected variances of at least 0"),
+    (X, Y, {"noise_variance": torch.ones(3)}, r"noise_variance has shape \(3,\); expected a number, or \[60\]"),
+    (X, Y, {"noise_variance": torch.ones(60), "solver": "sgd"}, "solver 'sgd' expects a number: take 'sdd'"),
+    (X, Y, {"noise_variance": 0.0, "solver": "cg"}, "noise_variance is 0.0; solver 'cg' expects a positive one"),
+    (X, Y, {"solver": "magic"}, r"solver is 'magic'; expected one of \('auto', 'cholesky', 'cg'"),
+    (X, Y, {"samples": -1}, "samples is -1; expected an integer of at least 0"),
+    (X, Y, {"steps": -1, "solver": "cg"}, "max_iterations is -1; expected an integer of at least 0"),
+    (X, Y, {"start": torch.zeros(3)}, r"start has shape \(3,\); expected \(60, 65\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("x, y, options, message", WRONG, ids=[m[:40] for *_, m in WRONG])
+def test_wrong_data_and_settings(x, y, options, message):
+    with pytest.raises(ValueError, match=message):
+        pb.gp.condition(KERNEL, x, y, **{"noise_variance": NOISE, **options})
+
+
+def test_wrong_inputs_to_predict():
+    gp = pb.gp.condition(KERNEL, X, Y, NOISE, samples=0)
+    with pytest.raises(ValueError, match="x has 3 dimensions; expected 2, as the data has"):
+        gp.mean(torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="x holds NaN"):
+        gp.variance(torch.full((4, 2), float("nan")))
+    with pytest.raises(ValueError, match=r"y has shape \(3,\); expected that of the mean, \(60,\)"):
+        gp.nll(NEW, torch.zeros(3))
+    assert pb.gp.condition(KERNEL, X, Y, NOISE, solver="cg", samples=0).mean(NEW).shape == (60,)
+    with pytest.raises(ValueError, match="there are no samples to take the variance from"):
+        pb.gp.condition(KERNEL, X, Y, NOISE, solver="cg", samples=0).variance(NEW)
+    with pytest.raises(ValueError, match="solver 'cg' keeps no factor for the determinant"):
+        pb.gp.condition(KERNEL, X, Y, NOISE, solver="cg", samples=0).log_evidence()
+
+
+def test_another_device_is_refused():
+    with pytest.raises(ValueError, match="x is on cpu and y on meta; expected one device"):
+        pb.gp.condition(KERNEL, X, Y.to("meta"), NOISE)
+
+
+def test_duplicate_inputs_are_answered_with_noise_and_refused_without():
+    x, y = torch.cat([X, X]), torch.cat([Y, Y + 0.1])
+    mean, _ = exact(KERNEL, x, y, NEW)
+    for solver in ("cholesky", "cg", "block", "sdd"):
+        gp = pb.gp.condition(KERNEL, x, y, NOISE, solver=solver, samples=1)
+        assert (gp.mean(NEW) - mean).norm() < 1e-3 * mean.norm()
+    with pytest.raises(torch.linalg.LinAlgError, match=r"expected a positive definite matrix\. Raise noise_variance"):
+        pb.gp.condition(pb.gp.RBF(), x, y, 0.0)
+
+
+def test_without_noise_the_data_is_interpolated():
+    gp = pb.gp.condition(pb.gp.Matern(0.5), X, Y, 0.0, samples=3)
+    torch.testing.assert_close(gp.mean(X), Y, rtol=1e-6, atol=1e-6)
+    assert gp.variance(X).max() < 1e-6
+
+
+class Indefinite(pb.gp.RBF):
+    def tile(self, left, right, buffers):
+        return super().tile(left, right, buffers).neg_()
+
+
+@pytest.mark.parametrize("solver", ["cholesky", "cg", "block"])
+def test_a_kernel_that_is_not_positive_definite_is_refused(solver):
+    with pytest.raises((ValueError, torch.linalg.LinAlgError), match="expected a positive"):
+        pb.gp.condition(Indefinite(), X, Y, NOISE, solver=solver, samples=0)
+
+
+def test_one_point_constant_targets_integers_and_mixed_types():
+    one = pb.gp.condition(KERNEL, X[:1], Y[:1], NOISE)
+    torch.testing.assert_close(one.mean(X[:1]), Y[:1] * 1.7 / 1.8)
+    torch.testing.assert_close(one.variance(X[:1]), torch.tensor([1.7 - 1.7**2 / 1.8], dtype=X.dtype))
+    for solver in ("cg", "block", "sdd"):
+        torch.testing.assert_close(
+            pb.gp.condition(KERNEL, X[:1], Y[:1], NOISE, solver=solver).mean(X[:1]),
+            one.mean(X[:1]),
+            rtol=1e-3,
+            atol=1e-3,
+        )
+    for level in (0.0, 3.0):
+        gp = pb.gp.condition(KERNEL, X, torch.full((60,), level), NOISE, solver="cg")
+        mean, _ = exact(KERNEL, X, torch.full_like(Y, level), NEW)
+        assert (gp.mean(NEW) - mean).norm() <= 1e-3 * mean.norm()
+    whole = torch.arange(30)
+    gp = pb.gp.condition(pb.gp.RBF(3.0), whole, whole, NOISE)
+    assert gp.mean(whole).dtype == torch.float64
+    torch.testing.assert_close(
+        gp.mean(whole), exact(pb.gp.RBF(3.0), whole[:, None].double(), whole.double(), whole[:, None].double())[0]
+    )
+    mixed = pb.gp.condition(KERNEL, X.float(), Y, NOISE)
+    assert mixed.mean(NEW.float()).dtype == torch.float64
+    assert pb.gp.condition(KERNEL, X.numpy(), Y.numpy(), NOISE).mean(NEW.numpy()).shape == (60,)
+
+
+def test_what_would_not_fit_is_said_before_it_is_tried(monkeypatch):
+    monkeypatch.setattr(solvers.DENSE, "default", 10_000)
+    with pytest.raises(
+        ValueError, match=r"a Cholesky factor of 60 inputs takes 0\.0 GiB with its matrix; expected at most"
+    ):
+        pb.gp.condition(KERNEL, X, Y, NOISE, solver="cholesky")
+
+
+def test_a_tolerance_that_is_not_met_is_told():
+    x, y = data(400)
+    with pytest.warns(UserWarning, match="at a relative residual of .*; expected 1e-30"):
+        pb.gp.condition(KERNEL, x, y, NOISE, solver="cg", samples=0, tol=1e-30)
