@@ -6,22 +6,26 @@ from collections.abc import Iterator
 from typing import Any
 
 from paraboloid.data import batches as batch_data
-from paraboloid.data.batches import Batch, Data
-from paraboloid.passes.trees import mapped
+from paraboloid.data.batches import Batch, Data, Output
+from paraboloid.data.cutting import Cut, Cuts
 
 
-def in_pieces(data: Data, size: int) -> Any:
-    """A batch of more than `size` samples as a list of smaller ones that can be read again; other data as it is."""
+def in_pieces(data: Data, size: int, model: Any, output: Output | None = None) -> Any:
+    """A batch of more than `size` samples as smaller ones that can be read again and again; other data, and inputs
+    that cannot be cut, as they are."""
     batch = batch_data.as_batch(data)
-    return data if batch is None or len(batch[1]) <= size else _Pieces(batch, size)
+    if batch is None or len(batch[1]) <= size:
+        return data
+    cut = Cuts().of(model, batch[0], output)
+    return _Pieces(batch, size, cut) if cut.possible and cut.samples == len(batch[1]) else data
 
 
 class _Pieces:
-    def __init__(self, batch: Batch, size: int):
-        self.batch, self.size = batch, size
+    def __init__(self, batch: Batch, size: int, cut: Cut):
+        self.batch, self.size, self.cut = batch, size, cut
 
     def __iter__(self) -> Iterator[Batch]:
         inputs, y = self.batch
         for start in range(0, len(y), self.size):
             at = slice(start, start + self.size)
-            yield mapped(lambda t, at=at: t[at], inputs), y[at]
+            yield self.cut.take(inputs, at), y[at]

@@ -28,13 +28,13 @@ from paraboloid.posteriors.sampled import checkpoint as checkpoints
 from paraboloid.posteriors.sampled.expectation_maximisation import Progress, Run, State, as_prior
 from paraboloid.posteriors.sampled.sampled_posterior import SampledPosterior, by_name
 from paraboloid.posteriors.sampled.solvers import Descent
-from paraboloid.posteriors.sampled.tangent_curvature import LARGE, TangentCurvature
+from paraboloid.posteriors.sampled.tangent_curvature import TangentCurvature
 from paraboloid.posteriors.sampled.tangent_kernel import MOST_ROWS, TangentKernel, rows_of
 from paraboloid.posteriors.sampled.tangent_system import TangentSystem, feature_scales
 from paraboloid.posteriors.weights import Weights, choose, only
 
 SOLVERS, OBJECTIVES, CURVATURES = ("auto", "cg", "sgd", "dual"), ("low-variance", "noisy-targets"), ("ggn", "jacobian")
-EM_STEPS = 10
+EM_STEPS, LARGE = 10, 1_000_000
 ITERATIONS = 100  # of conjugate gradients that a solution counts as, in the choice of a solver
 NORMALISATION = (
     nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.RMSNorm,
@@ -139,8 +139,10 @@ def sampled_laplace(
     with only(model, names):
         theta = parameters_of(model)
         check_memory(theta, len(mine), 5 if solver == "sgd" else 4)
-        large = sum(w.numel() for w in theta.values()) > LARGE
-        pieces = in_pieces(data, batch_size) if solver == "sgd" or large else joined(data, model, max_memory)
+        large = sum(w.numel() for w in theta.values()) > LARGE  # whose graphs of all data at once would not fit
+        pieces = (
+            in_pieces(data, batch_size, model, output) if solver == "sgd" or large else joined(data, model, max_memory)
+        )
         tangent = TangentCurvature(
             model, likelihood.loss, pieces, unweighted=curvature == "jacobian", output=output, max_memory=max_memory,
             ordered=objective == "noisy-targets",

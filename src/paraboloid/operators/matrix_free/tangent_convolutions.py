@@ -7,6 +7,8 @@ images of 3x64x64 and one thread, J v takes 1.35 gradients that way and 0.40 wit
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
+
+from paraboloid.passes.modes import autocast_dtype
 
 CONVOLUTIONS: dict[Any, int] = {
     F.conv1d: 1,
@@ -23,6 +27,16 @@ CONVOLUTIONS: dict[Any, int] = {
     torch.conv2d: 2,
     torch.conv3d: 3,
 }
+
+
+LARGE = 100_000  # weights from which products are taken one by one: these convolutions have no vectorised rule
+
+
+def convolutions_for(parameters: Collection[Tensor]) -> Callable[[], AbstractContextManager[Any]]:
+    """`TangentConvolutions` where they pay, on a CPU without autocast for many weights; else nothing."""
+    first = next(iter(parameters))
+    large = sum(p.numel() for p in parameters) > LARGE and first.device.type == "cpu"
+    return TangentConvolutions if large and autocast_dtype(first.device) is None else nullcontext
 
 
 class TangentConvolutions(TorchFunctionMode):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from paraboloid.operators.matrix_free.batching import Batching
 from paraboloid.operators.matrix_free.output_graph import OutputGraph
 from paraboloid.operators.matrix_free.replay import Footprint, differentiated_twice
 from paraboloid.operators.matrix_free.second_order_passes import Autocast
+from paraboloid.operators.matrix_free.tangent_convolutions import convolutions_for
 from paraboloid.operators.vectors import split
 from paraboloid.passes import trees
 from paraboloid.passes.memory import JACOBIANS
@@ -27,24 +27,25 @@ PROBE = 8  # samples of the first chunk, which tells what a sample takes
 
 
 def tangent_outputs(
-    model: nn.Module, names: list[str], inputs: Inputs, output: Output | None, rows: Tensor, max_memory: int | None
-) -> Iterator[tuple[Tensor, Tensor]]:
+    model: nn.Module, names: list[str], inputs: Inputs, output: Output | None, rows: Tensor, max_memory: int | None,
+    cuts: Cuts | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """(f [n, *shape], J d [K, n, *shape]) of each chunk of inputs, for the K deviations d of a [K, D] tensor.
 
     The Jacobian is that of the parameters `names`, in their order.  About one gradient for each deviation.
     """
     model = innermost(model)
     start, size, flops, batching = 0, 0, 0, None
-    cut = Cuts().of(model, inputs, output)
+    cut = (Cuts() if cuts is None else cuts).of(model, inputs, output)
     N = cut.samples
     with only(model, names):
         parameters: list[Any] = list(trees.parameters(model).values())
-        autocast = Autocast(parameters[0].device)
+        autocast, inside = Autocast(parameters[0].device), convolutions_for(parameters)
         limit = JACOBIANS.of(max_memory, parameters[0].device)
         while start < N:
             step = max(1, limit // size) if size else min(PROBE, N)
             piece = cut.take(inputs, slice(start, start + step)) if cut.possible else inputs
-            with differentiated_twice(model, autocast, nullcontext), seeded(0, parameters[0].device):
+            with differentiated_twice(model, autocast, inside), seeded(0, parameters[0].device):
                 with Footprint(parameters) as footprint:
                     f = batch_data.call(model, piece, output)
                     flops = footprint.flops

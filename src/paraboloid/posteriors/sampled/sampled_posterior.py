@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.data.batches import Data, Inputs, Output
+from paraboloid.data.cutting import Cuts
 from paraboloid.passes import trees
 from paraboloid.passes.wrappers import plain_parameters
 from paraboloid.posteriors.likelihood import Likelihood
@@ -42,7 +43,7 @@ class SampledPosterior:
     max_memory: int | None = None
     data: Data | None = None  # what it was fitted on, for `match_confidence`
     sharpness: float = 1.0
-    settings: dict[str, Any] = field(default_factory=dict)
+    _cuts: Cuts = field(default_factory=Cuts, repr=False)  # where the samples lie in inputs
 
     @property
     def count(self) -> int:
@@ -90,7 +91,7 @@ class SampledPosterior:
     def _outputs(self, x: Inputs, samples: int | None = None) -> Any:
         self.check_weights()
         rows = torch.cat([self.samples[k][:samples].flatten(1) for k in self.weights], 1)
-        return tangent_outputs(self.model, list(self.weights), x, self.output, rows, self.max_memory)
+        return tangent_outputs(self.model, list(self.weights), x, self.output, rows, self.max_memory, self._cuts)
 
     def predict(self, x: Inputs, link: str | None = None, *, samples: int = 1000, seed: int = 0) -> Any:
         """The predictive distribution, as `Posterior.predict` has it: probabilities [N, C, ...] of a classification,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -12,11 +11,8 @@ from paraboloid.data.batches import Data, Output
 from paraboloid.losses import Loss
 from paraboloid.operators.matrix_free.jacobian_form import GGN
 from paraboloid.operators.matrix_free.output_graph import OutputGraph
-from paraboloid.operators.matrix_free.tangent_convolutions import TangentConvolutions
+from paraboloid.operators.matrix_free.tangent_convolutions import convolutions_for
 from paraboloid.passes import trees
-from paraboloid.passes.modes import autocast_dtype
-
-LARGE = 100_000  # weights from which products are taken one by one, and convolutions are worth their own derivative
 
 
 class UnitGraph(OutputGraph):
@@ -46,12 +42,9 @@ class TangentCurvature(GGN):
         self, model: Any, loss: Loss, data: Data, *, unweighted: bool = False, ordered: bool = False,
         output: Output | None = None, max_memory: int | None = None,
     ):  # fmt: skip
-        parameters = trees.parameters(model).values()
-        device = next(iter(parameters)).device
-        large = sum(p.numel() for p in parameters) > LARGE and device.type == "cpu" and autocast_dtype(device) is None
         self._record(
             UnitGraph if unweighted else OutputGraph, model, loss, data, "all", output=output, max_memory=max_memory,
-            ordered=ordered, inside=TangentConvolutions if large else nullcontext,
+            ordered=ordered, inside=convolutions_for(trees.parameters(model).values()),
         )  # fmt: skip
         self.root.after(10**9)  # made now or never: what a product rounds to must not depend on those before
         self.starts = [0]  # of kept graphs, the number of each one's first sample, and of them all
