@@ -47,7 +47,10 @@ FOR_A_TYPE = {("operators.saving", "operators.linear_operator")} | {
     (f"posteriors.{name}", "posteriors.posterior")
     for name in (
         "saving",
+        "prior_tuning.matching",
         "prior_tuning.tuning",
+        "prior_tuning.unit_information",
+        "prediction.confidence",
         "prediction.last_layer",
         "prediction.predictive",
         "prediction.sharpness",

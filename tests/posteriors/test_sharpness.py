@@ -93,8 +93,11 @@ def test_digits_against_noise():
 
     with torch.no_grad():
         nll, auroc = quality(lambda x: model(x).softmax(1))
-    posterior = laplace(model, nn.CrossEntropyLoss(), (x[train], y[train])).tune_prior("evidence")
+    posterior = laplace(model, nn.CrossEntropyLoss(), (x[train], y[train])).tune_prior("evidence", match=None)
     assert quality(posterior.predict)[0] > 2 * nll
     matched = quality(posterior.match_confidence().predict)
     assert matched[0] < nll + 0.02
     assert matched[1] > auroc + 0.04
+    untouched = quality(laplace(model, nn.CrossEntropyLoss(), (x[train], y[train])).tune_prior("evidence").predict)
+    assert untouched[0] < 1.02 * nll
+    assert untouched[1] > 0.99

@@ -17,9 +17,10 @@ from paraboloid.losses.observed import Observed
 from paraboloid.losses.opaque import Opaque
 from paraboloid.losses.poisson import PoissonNLL
 from paraboloid.losses.torch_module import PiecewiseLinear, TorchElementwise, TorchLoss
+from paraboloid.losses.unweighted import Unweighted
 
 __all__ = [
     "BCE", "MSE", "NLL", "BCEWithLogits", "CrossEntropy", "Elementwise", "GaussianNLL", "KLDiv", "Loss", "LossFunction",
     "NoTargets", "Observed", "Opaque", "PiecewiseLinear", "PoissonNLL", "Scaled", "Sum", "TorchElementwise",
-    "TorchLoss", "settled",
+    "TorchLoss", "Unweighted", "settled",
 ]  # fmt: skip

@@ -114,7 +114,7 @@ class _Counted(OverData):
     def __init__(self, fitting: Fitting, data: Data, again: bool):
         self.fitting = fitting
         super().__init__(
-            fitting.model, fitting.likelihood.loss, data, output=fitting.output, max_memory=fitting.max_memory,
+            fitting.model, fitting.likelihood.curved, data, output=fitting.output, max_memory=fitting.max_memory,
             seed=fitting.generator.initial_seed(), again=again,
         )  # fmt: skip
 
@@ -249,7 +249,7 @@ def low_rank(fitting: Fitting, parameters: Mapping[str, Tensor], data: Data, ran
         raise ValueError(f"tol is {fitting.tol} with structure='lowrank'; expected 0: its products with the GGN are "
                          "exact and cost no pull per class.")  # fmt: skip
     operator = GGN(
-        fitting.model, fitting.likelihood.loss, data, output=fitting.output, max_memory=fitting.max_memory, seed=seed
+        fitting.model, fitting.likelihood.curved, data, output=fitting.output, max_memory=fitting.max_memory, seed=seed
     )
     values, vectors = operator.eigsh(min(rank, size), seed=seed)
     with torch.no_grad(), operator.replay.graphs() as graphs:

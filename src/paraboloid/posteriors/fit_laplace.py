@@ -31,6 +31,7 @@ def laplace(
     debias: bool = False,
     seed: int = 0,
     *,
+    curvature: str = "ggn",
     fisher: str = "exact",
     samples: int = 1,
     rank: int = 10,
@@ -58,6 +59,11 @@ def laplace(
                      and "ekfac"
     debias           for "kron" and "ekfac": eigenvectors from one half of every batch and eigenvalues from the other,
                      in both roles (`CrossFitted`); for posteriors fitted on few samples
+    curvature        "ggn": H = sum_n J_n^T H_n J_n with the loss's Hessian H_n; "jacobian": the identity in its place,
+                     sum_n J_n^T J_n (times 1 / noise_variance where there is one), the same thing for a squared error.
+                     A softmax Hessian vanishes where the network is sure, which leaves the posterior its variance where
+                     the network is right; without it every sample narrows the posterior.  Evidence then is a score, no
+                     probability of the data
     fisher           "exact" (the loss's own Hessian), "mc" (`samples` labels drawn from the model) or "empirical"
     temperature      divides the log-likelihood
     max_factor       of "kron" and "ekfac": a Kronecker side with more rows is kept as its diagonal, and so is the whole
@@ -82,8 +88,11 @@ def laplace(
     if debias and structure not in ("kron", "ekfac"):
         raise ValueError(f"debias=True with structure={structure!r}; expected 'kron' or 'ekfac', whose eigenvectors "
                          "and eigenvalues can be taken from different samples.")  # fmt: skip
+    if curvature == "jacobian" and fisher == "empirical":
+        raise ValueError("curvature='jacobian' with fisher='empirical'; expected fisher='exact' or 'mc': the empirical "
+                         "Fisher is made of the loss's gradients.")  # fmt: skip
     check_count("rank", rank)
-    likelihood = Likelihood.of(loss_fn)
+    likelihood = Likelihood.of(loss_fn, curvature)
     names = choose(model, weights, data, output)
     for name, p in trees.parameters(model).items():
         if not torch.isfinite(p).all():
@@ -97,11 +106,11 @@ def laplace(
             tol=fisher_source(fisher, samples, check_tolerance(tol)).tol,
         )  # fmt: skip
         options = {"fisher": fisher, "samples": samples, "rank": rank, "subset": subset, "seed": seed, "debias": debias,
-                   "max_factor": max_factor, "tol": fitting.tol}  # fmt: skip
-        curvature = fit.curvature(structure, fitting, parameters, data, options)
+                   "max_factor": max_factor, "tol": fitting.tol, "curvature": curvature}  # fmt: skip
+        fitted = fit.curvature(structure, fitting, parameters, data, options)
         options["left_out"] = list(fitting.left_out)
     posterior = Posterior(
-        model, likelihood, structure, curvature, parameters, fitting.loss, fitting.constant, fitting.count,
+        model, likelihood, structure, fitted, parameters, fitting.loss, fitting.constant, fitting.count,
         fitting.elements, fitting.target, float(noise_variance), float(temperature), output, max_memory, options, data,
     )  # fmt: skip
     posterior.prior_precision = prior_precision

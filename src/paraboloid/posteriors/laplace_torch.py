@@ -70,7 +70,8 @@ class Laplace:
     ) -> None:  # fmt: skip
         """ "marglik" (the evidence at the trained weights), "gridsearch" (needs val_loader), or "adapted"."""
         check_choice("method", method, list(METHODS))
-        self.posterior.tune_prior(METHODS[method], validation=val_loader, **options)
+        # As there: the prior alone, and predictions as they are.
+        self.posterior.tune_prior(METHODS[method], validation=val_loader, **{"match": None, "noise": False, **options})
 
     def log_marginal_likelihood(self, prior_precision: Any = None, sigma_noise: Any = None) -> Tensor:
         noise = None if sigma_noise is None else sigma_noise**2

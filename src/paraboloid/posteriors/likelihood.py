@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paraboloid.linalg.operand import check_choice
 from paraboloid.losses import (
     MSE,
     BCEWithLogits,
@@ -20,8 +21,10 @@ from paraboloid.losses import (
     Observed,
     PoissonNLL,
     Scaled,
+    Unweighted,
 )
 
+CURVATURES = ("ggn", "jacobian")
 KINDS = ("categorical", "bernoulli", "gaussian", "heteroscedastic", "poisson", "other")
 
 
@@ -49,10 +52,12 @@ class Likelihood:
     kind: str
     loss: Scaled
     constant: Callable[[Any], float] = _nothing
+    curvature: str = "ggn"  # or "jacobian": the identity in place of the loss's Hessian
 
     @staticmethod
-    def of(loss_fn: LossFunction) -> Likelihood:
+    def of(loss_fn: LossFunction, curvature: str = "ggn") -> Likelihood:
         """Raises TypeError for a loss that paraboloid does not know, ValueError for sums that divide differently."""
+        check_choice("curvature", curvature, CURVATURES)
         loss = Loss.from_torch(loss_fn)
         if len({term.reduction for term in loss.terms}) > 1:
             raise ValueError(
@@ -62,16 +67,21 @@ class Likelihood:
         is_squared = isinstance(loss.loss if isinstance(loss, Observed) else loss, MSE)
         summed = Scaled(loss, 0.5 if is_squared else 1.0, normalizer=1.0)
         if is_squared:
-            return Likelihood("gaussian", summed)
+            return Likelihood("gaussian", summed, curvature=curvature)
         if isinstance(loss, CrossEntropy):
-            return Likelihood("categorical", summed)
+            return Likelihood("categorical", summed, curvature=curvature)
         if isinstance(loss, BCEWithLogits):
-            return Likelihood("bernoulli", summed)
+            return Likelihood("bernoulli", summed, curvature=curvature)
         if isinstance(loss, GaussianNLL):
-            return Likelihood("heteroscedastic", summed, _nothing if loss.full else _half_log_two_pi)
+            return Likelihood("heteroscedastic", summed, _nothing if loss.full else _half_log_two_pi, curvature)
         if isinstance(loss, PoissonNLL):
-            return Likelihood("poisson", summed, _nothing if loss.full else _log_factorials)
-        return Likelihood("other", summed)
+            return Likelihood("poisson", summed, _nothing if loss.full else _log_factorials, curvature)
+        return Likelihood("other", summed, curvature=curvature)
+
+    @property
+    def curved(self) -> Loss:
+        """The loss whose curvature the posterior takes."""
+        return self.loss if self.curvature == "ggn" else Unweighted(self.loss)
 
     @property
     def given(self) -> Any:

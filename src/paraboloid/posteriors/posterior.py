@@ -23,6 +23,7 @@ from paraboloid.posteriors.fit import Fitting, curvature
 from paraboloid.posteriors.likelihood import Likelihood
 from paraboloid.posteriors.precision import Precision
 from paraboloid.posteriors.prediction import last_layer, predictive, sharpness
+from paraboloid.posteriors.prediction.confidence import Confidence
 from paraboloid.posteriors.prediction.jacobian import Jacobian, pull_outputs, recorded
 from paraboloid.posteriors.prediction.moments import moments
 from paraboloid.posteriors.prior_tuning import tuning
@@ -65,6 +66,8 @@ class Posterior:
     options: dict[str, Any] = field(default_factory=dict)  # of the fit
     data: Data | None = None  # what it was fitted on, for `tune_prior` and `match_confidence`; not saved
     sharpness: float = 1.0  # exponent of the predicted probabilities, see `match_confidence`
+    confidence: Confidence | None = None  # by which `predict` is matched to the network, see `tune_prior`
+    unweighted: Posterior | None = field(default=None, repr=False)  # whose variances that takes
     _prior: Any = 1.0
     _sizes: dict[Any, Any] = field(default_factory=dict, repr=False)  # what an output takes to predict
     _cuts: Cuts = field(default_factory=Cuts, repr=False)  # where samples lie in inputs
@@ -77,13 +80,14 @@ class Posterior:
 
     @property
     def prior_precision(self) -> Any:
-        """A float, a tensor or a dict by name, as it was given or tuned."""
+        """A float, a tensor or a dict by name, as it was given or tuned; set by hand, predictions are plain again."""
         return self._prior
 
     @prior_precision.setter
     def prior_precision(self, value: Any) -> None:
         self.prior(value)
         self._prior = value
+        self.confidence = self.unweighted = None
 
     def prior(self, value: Any = None) -> priors.Prior:
         """`prior_precision` (or a value in its place) as a tensor for each parameter: [] or the parameter's shape."""
@@ -134,28 +138,38 @@ class Posterior:
 
     def tune_prior(
         self,
-        method: str = "adapted",
+        method: str | None = None,
         data: Data | None = None,
         validation: Data | None = None,
         *,
-        per: str = "all",
-        noise: bool = False,
+        match: str | None = "auto",
+        per: str | None = None,
+        noise: bool | None = None,
         steps: int = 100,
         grid: Any = None,
     ) -> Posterior:
-        """Choose `prior_precision` in place (and with `noise=True` a Gaussian's noise variance); returns self.
+        """Choose `prior_precision` and a Gaussian's noise variance in place, then how sure to be; returns self.
 
-        method  "adapted": alternate the optimum w* of the linearised model on `data` (default: what the posterior was
-                fitted on) and MacKay's update of the precisions at w*, up to `steps` times, to a stationary point of
-                the evidence of the linearised model; on a linear model the evidence's maximiser (arXiv:2206.08900)
+        method  "adapted" (default with curvature="ggn"): alternate the optimum w* of the linearised model on `data`
+                (default: what the posterior was fitted on) and MacKay's update of the precisions at w*, up to `steps`
+                times, to a stationary point of the evidence of the linearised model; on a linear model the evidence's
+                maximiser (arXiv:2206.08900)
                 "evidence": the same updates at the trained weights, which are no optimum of the linearised model: on
                 early-stopped networks they tend to make predictions worse than the network's own
                 "grid": the precision of `grid` (default: 25 from 1e-3 to 1e5) whose predictions have the lowest
                 negative log-likelihood on `validation`, a batch or an iterable of batches
-        per     one precision for "all", for each "layer" (module) or for each "parameter"
+                "unit" (default with curvature="jacobian"): what one sample tells of each parameter, at once
+        match   how sure class probabilities are, which is calibration and changes neither the evidence nor samples nor
+                `functional`.  "auto": the network's own confidence, lowered where the outputs' variance under
+                curvature="jacobian" and method="unit" is beyond that on `data` (module `confidence`); after "grid" an
+                exponent, the best on `validation`.  "exponent": `match_confidence(data)`.  None: none, the plain
+                Bayesian predictive.  Without the training data (loaded or updated, and no data=) what was matched stays
+        per     one precision for "all" (default of the evidence), for each "layer" (module) or "parameter" (of "unit")
+        noise   whether the noise variance is tuned too; default: where there is one, but for "grid"
         Raises ValueError where what a method needs is missing.
         """
-        tuning.tune(self, method, self.data if data is None else data, validation, per, noise, steps, grid)
+        data = self.data if data is None else data
+        tuning.tune(self, method, data, validation, match, per=per, noise=noise, steps=steps, grid=grid)
         return self
 
     def match_confidence(self, data: Data | None = None, *, validation: Data | None = None) -> Posterior:
@@ -166,8 +180,8 @@ class Posterior:
         the posterior's variance is larger than there.  The most probable class stays what it was.  With `validation=`,
         labelled data that was not trained on, the exponent of the lowest negative log-likelihood there instead.
 
-        For the prior precision at hand: tune that first.  Raises ValueError for a likelihood without classes, and where
-        there is no data.
+        For the prior precision at hand: tune that first, with match=None.  Raises ValueError for a likelihood without
+        classes, and where there is no data.
         """
         if self.likelihood.kind not in ("categorical", "bernoulli"):
             raise ValueError(f"match_confidence with a {self.likelihood.kind} likelihood; expected classes "
@@ -176,7 +190,7 @@ class Posterior:
         if data is None and validation is None:
             raise ValueError("match_confidence needs the training data, and this posterior has it no longer (it was "
                              "loaded or updated); pass data=, or validation=.")  # fmt: skip
-        self.sharpness = 1.0
+        self.confidence, self.unweighted, self.sharpness = None, None, 1.0
         self.sharpness = sharpness.matched(self, data) if validation is None else sharpness.best(self, validation)
         return self
 
@@ -285,6 +299,8 @@ class Posterior:
         self.count += fitting.count
         self.elements += fitting.elements
         self.data = None  # no longer all of it
+        if self.unweighted is not None and self.unweighted is not self:
+            self.unweighted.update(more_data)
         return self
 
     def __repr__(self) -> str:
@@ -304,5 +320,12 @@ def load_posterior(
     Raises ValueError where the model's parameters have other names, shapes or values than those that the posterior was
     fitted at, where the loss is of another kind, and for a file of another origin.
     """
-    likelihood = Likelihood.of(loss_fn)
-    return Posterior(model, likelihood, **saving.read(path, model, likelihood), output=output)
+    own, unweighted = saving.read(path, model, Likelihood.of(loss_fn))
+
+    def made(state: dict[str, Any]) -> Posterior:
+        return Posterior(model, Likelihood.of(loss_fn, state["options"]["curvature"]), **state, output=output)
+
+    found = made(own)
+    if found.confidence is not None:
+        found.unweighted = found if unweighted is None else made(unweighted)
+    return found

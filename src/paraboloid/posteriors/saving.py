@@ -16,6 +16,7 @@ from paraboloid.operators.structured.block_diagonal import BlockDiagonal
 from paraboloid.operators.structured.diagonalised import Diagonalised
 from paraboloid.passes.wrappers import plain_parameters
 from paraboloid.posteriors.likelihood import Likelihood
+from paraboloid.posteriors.prediction.confidence import Confidence
 from paraboloid.posteriors.structures.eigenbasis import CrossFitted, Kronecker, diagonal_of
 from paraboloid.posteriors.structures.rows import Rows
 from paraboloid.reductions import kronecker_factors
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from paraboloid.posteriors.posterior import Posterior
 
 State = dict[str, Any]
-VERSION = 3
+VERSION = 4
+READ = (2, 3, VERSION)
 PLAIN = (
     "structure", "loss", "constant", "count", "elements", "target", "noise_variance", "temperature", "sharpness",
     "max_memory", "options",
@@ -92,23 +94,43 @@ def _unpacked(value: Any, weights: dict[str, Tensor]) -> Any:
 
 
 def save(posterior: Posterior, path: str | Path) -> None:
+    unweighted = None if posterior.unweighted is posterior else posterior.unweighted
     state = {
         "version": VERSION,
         "kind": posterior.likelihood.kind,
         "weights": posterior.weights,
-        "prior_precision": posterior.prior_precision,
-        "curvature": _packed(posterior.curvature),
-        **{name: getattr(posterior, name) for name in PLAIN},
+        **_own(posterior),
+        "unweighted": None if unweighted is None else _own(unweighted),
     }
     torch.save(state, path)
 
 
-def read(path: str | Path, model: nn.Module, likelihood: Likelihood) -> State:
-    """What `Posterior` is made of, from a file that `save` wrote; see `load_posterior`."""
+def _own(posterior: Posterior) -> State:
+    """What a posterior has besides the weights."""
+    return {
+        "prior_precision": posterior.prior_precision,
+        "curvature": _packed(posterior.curvature),
+        "confidence": None if posterior.confidence is None else _fields(posterior.confidence),
+        **{name: getattr(posterior, name) for name in PLAIN},
+    }
+
+
+def _read(state: State, weights: dict[str, Tensor]) -> State:
+    found = {name: state[name] for name in PLAIN}
+    found["options"] = {"curvature": "ggn", **found["options"]}  # older files know no other
+    matched = state.get("confidence")
+    return {
+        **found, "curvature": _unpacked(state["curvature"], weights), "weights": weights,
+        "confidence": None if matched is None else Confidence(**matched), "_prior": state["prior_precision"],
+    }  # fmt: skip
+
+
+def read(path: str | Path, model: nn.Module, likelihood: Likelihood) -> tuple[State, State | None]:
+    """What `Posterior` is made of, from a file that `save` wrote, and its `unweighted`; see `load_posterior`."""
     state = torch.load(path, weights_only=True, map_location=next(iter(model.parameters())).device)
-    if not isinstance(state, dict) or state.get("version") not in (2, VERSION):
+    if not isinstance(state, dict) or state.get("version") not in READ:
         raise ValueError(
-            f"{path} holds no posterior of version 2 or {VERSION}; expected a file written by Posterior.save."
+            f"{path} holds no posterior of version {READ[0]} to {VERSION}; expected a file written by Posterior.save."
         )
     if likelihood.kind != state["kind"]:
         raise ValueError(f"the posterior was fitted with a {state['kind']} likelihood, but loss_fn is a "
@@ -125,6 +147,5 @@ def read(path: str | Path, model: nn.Module, likelihood: Likelihood) -> State:
     if moved:
         raise ValueError(f"the model's parameters {moved} have other values than those that the posterior was fitted "
                          "at; load the model's weights first.")  # fmt: skip
-    read = {name: state[name] for name in PLAIN}
-    return read | {"curvature": _unpacked(state["curvature"], weights), "weights": weights,
-                   "_prior": state["prior_precision"]}  # fmt: skip
+    unweighted = state.get("unweighted")
+    return _read(state, weights), None if unweighted is None else _read(unweighted, weights)

@@ -17,6 +17,7 @@ from paraboloid.passes.memory import COVARIANCES
 from paraboloid.passes.modes import evaluating
 from paraboloid.passes.random_state import isolated
 from paraboloid.passes.wrappers import Elsewhere, unwrapped
+from paraboloid.posteriors.prediction.confidence import shared
 from paraboloid.posteriors.prediction.sharpness import sharpened
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def _predict(posterior: Posterior, x: Inputs, link: str | None, samples: int, se
     classes = kind in ("categorical", "bernoulli")
     if link in ("probit", "bridge") and not classes:
         raise ValueError(f"link is {link!r} with a {kind} likelihood; expected None or one of ('mc', 'weights').")
+    if getattr(posterior, "confidence", None) is not None:  # posteriors of other kinds have none
+        return matched(posterior, x, link, samples, seed)
     if link == "weights":
         return averaged(posterior, _network_draws(posterior, x, samples, seed))
     if link == "mc" or kind == "other":
@@ -65,11 +68,7 @@ def _predict(posterior: Posterior, x: Inputs, link: str | None, samples: int, se
         draws = gaussian_draws(mean.flatten(1), covariance, samples, seed)
         return averaged(posterior, iter(draws.view(samples, *mean.shape)))
     if link == "bridge":
-        mean, covariance = posterior.functional(x)
-        if kind != "categorical" or mean.dim() != 2:
-            raise ValueError(f"link='bridge' is for class probabilities of outputs [N, C]; found a {kind} likelihood "
-                             f"and outputs {tuple(mean.shape)}. Use 'probit' or 'mc'.")  # fmt: skip
-        return bridge(mean, covariance)
+        return _bridge(posterior, *posterior.functional(x))
     mean, variance = posterior.functional(x, diagonal=True)
     if classes:
         return probit(mean, variance, kind == "categorical")
@@ -93,6 +92,43 @@ def _is_large(posterior: Posterior, x: Inputs) -> bool:
     with torch.no_grad(), evaluating(posterior.model), isolated(posterior.model, first.device, 0):
         K = batch_data.call(unwrapped(posterior.model), one, posterior.output)[0].numel()
     return cut.samples * K**2 * first.element_size() > COVARIANCES.of()
+
+
+def _bridge(posterior: Posterior, mean: Tensor, covariance: Tensor) -> Tensor:
+    kind = posterior.likelihood.kind
+    if kind != "categorical" or mean.dim() != 2:
+        raise ValueError(f"link='bridge' is for class probabilities of outputs [N, C]; found a {kind} likelihood "
+                         f"and outputs {tuple(mean.shape)}. Use 'probit' or 'mc'.")  # fmt: skip
+    return bridge(mean, covariance)
+
+
+def matched(posterior: Posterior, x: Inputs, link: str | None, samples: int, seed: int) -> Tensor:
+    """Probabilities with the network's confidence, lowered where the training data says little; see `confidence`.
+
+    Probit: the logits times c.  Other links: the outputs N(f, s Sigma) of the unweighted posterior, with s such that
+    the probit approximation of that is the same.
+    """
+    kind, source, confidence = posterior.likelihood.kind, posterior.unweighted, posterior.confidence
+    assert source is not None and confidence is not None
+    if link in (None, "probit"):
+        mean, variance = source.functional(x, diagonal=True)
+        return probit(confidence.factor(shared(variance, kind)) * mean, torch.zeros_like(mean), kind == "categorical")
+    if link in ("mc", "weights") and _is_large(source, x):
+        mean, variance = source.functional(x, diagonal=True)
+        covariance = None
+    else:
+        mean, covariance = source.functional(x)
+        variance = covariance.diagonal(dim1=1, dim2=2).view_as(mean)
+    root = confidence.scale(shared(variance, kind)).sqrt().expand_as(mean)
+    if link == "weights":
+        return averaged(posterior, (mean + root * (f - mean) for f in _network_draws(source, x, samples, seed)))
+    if covariance is None:
+        return averaged(posterior, (mean + root * (f - mean) for f in source.functional_samples(x, samples, seed)))
+    covariance = root.flatten(1).unsqueeze(2) * covariance * root.flatten(1).unsqueeze(1)
+    if link == "bridge":
+        return _bridge(posterior, mean, covariance)
+    draws = gaussian_draws(mean.flatten(1), covariance, samples, seed)
+    return averaged(posterior, iter(draws.view(samples, *mean.shape)))
 
 
 def poisson(posterior: Posterior, mean: Tensor, variance: Tensor) -> Prediction:

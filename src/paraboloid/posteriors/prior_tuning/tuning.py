@@ -16,32 +16,57 @@ from paraboloid.posteriors import prior as priors
 from paraboloid.posteriors.prediction.predictive import Prediction
 from paraboloid.posteriors.prior_tuning.evidence import groups_of, mackay
 from paraboloid.posteriors.prior_tuning.linearised import LinearisedModel, optimum
+from paraboloid.posteriors.prior_tuning.matching import MATCHES, PLAIN, matched
+from paraboloid.posteriors.prior_tuning.unit_information import unit_information
 from paraboloid.posteriors.weights import only
 
 if TYPE_CHECKING:
     from paraboloid.posteriors.posterior import Posterior
 
-METHODS = ("adapted", "evidence", "grid")
+METHODS = ("adapted", "evidence", "grid", "unit")
 
 
 def tune(
-    posterior: Posterior, method: str, data: Data | None, validation: Data | None, per: str, noise: bool, steps: int,
-    grid: Any,
+    posterior: Posterior, method: str | None, data: Data | None, validation: Data | None, match: str | None, *,
+    per: str | None, noise: bool | None, steps: int, grid: Any,
 ) -> None:  # fmt: skip
     """See `Posterior.tune_prior`."""
+    if method is None:
+        method = "adapted" if posterior.likelihood.curvature == "ggn" else "unit"
     check_choice("method", method, METHODS)
+    check_choice("match", match, MATCHES)
     if noise and not posterior.likelihood.takes_noise:
         raise ValueError(f"noise=True with a {posterior.likelihood.kind} likelihood; expected nn.MSELoss, which alone "
                          "has a noise variance.")  # fmt: skip
     check_count("steps", steps)
-    if method == "grid":
-        by_grid(posterior, validation, grid)
-    elif method == "adapted" and data is None:
+    if method == "adapted" and data is None:
         raise ValueError("method='adapted' needs the training data, and this posterior has it no longer (it was loaded "
                          "or updated); pass data=, all of it.")  # fmt: skip
-    else:
-        with only(posterior.model, list(posterior.weights)):
-            by_evidence(posterior, data if method == "adapted" else None, per, noise, steps)
+    noise = posterior.likelihood.takes_noise if noise is None else noise
+    before = {name: getattr(posterior, name) for name in PLAIN}
+    posterior.__dict__.update(PLAIN)  # what is tuned is the posterior itself
+    try:
+        if method == "grid":
+            by_grid(posterior, validation, grid)
+        elif method == "unit":
+            by_unit_information(posterior, per, noise)
+        else:
+            with only(posterior.model, list(posterior.weights)):
+                by_evidence(posterior, data if method == "adapted" else None, per or "all", noise, steps)
+        matched(posterior, data, match, method, validation, before)
+    except BaseException:
+        posterior.__dict__.update(before)
+        raise
+
+
+def by_unit_information(posterior: Posterior, per: str | None, noise: bool) -> None:
+    """The prior of `unit_information`, and the noise variance that goes with it: gamma does not depend on that."""
+    posterior.prior_precision = unit_information(posterior, per or "parameter")
+    if noise:
+        gamma = posterior.temperature * posterior.effective_dimension()
+        variance = 2 * posterior.loss / max(posterior.elements - gamma, 1e-3 * posterior.elements)
+        posterior.noise_variance = max(variance, torch.finfo(torch.float32).tiny)
+        posterior.prior_precision = unit_information(posterior, per or "parameter")
 
 
 def by_evidence(posterior: Posterior, data: Data | None, per: str, noise: bool, steps: int) -> None:

@@ -1,0 +1,112 @@
+"""How sure predictions are, matched to the network: its own log-odds, lowered where the training data says little.
+
+The posterior of the weights is Bayesian; this is calibration.  Let u(x) be the variance of the linearised outputs, on
+the mean over the classes, under the *unweighted* posterior (curvature="jacobian", a prior that knows as much as one
+sample), and u_50, u_99 quantiles of it over the training data (u_95 for exact structures).  The logits are multiplied
+by
+
+    c(x) = 2^-max(0, log(u / u_99) / log(u_99 / u_50)):
+
+where u is no larger than on the training data, predictions are the network's own; every further step as long as that
+from the median to the 99th percentile halves the log-odds.  The most probable class stays.  Units drop out, and with
+them noise, temperature and everything that the scale of a prior would be.
+
+Why unweighted: the softmax Hessian vanishes where a network is sure, so that a Laplace posterior keeps its variance
+exactly where the network is right.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from paraboloid.data import batches as batch_data
+from paraboloid.data.batches import Data
+from paraboloid.passes.modes import evaluating
+from paraboloid.passes.random_state import isolated
+from paraboloid.passes.wrappers import unwrapped
+
+if TYPE_CHECKING:
+    from paraboloid.posteriors.posterior import Posterior
+
+SAMPLES = 10_000  # of the data, the first ones, by which the quantiles are taken
+USUAL, RARE = 0.5, 0.99
+RARE_LEFT_OUT = 0.95  # of variances that are left by the others, and so have the tail that new inputs have
+SHORTEST = 0.1  # step, in the logarithm: variances of the training data that are all about the same tell no scale
+MOST_OUTPUTS = 200  # of a sample, whose whole covariance is taken
+ELEMENTS = 2**24  # that torch.quantile takes
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """The median and the 99th percentile of the variances on the training data; the 95th of those that others leave."""
+
+    usual: float
+    rare: float
+
+    def scale(self, variance: Tensor) -> Tensor:
+        """What to multiply covariances of the outputs by, so that the probit approximation gives c times the logits."""
+        c = self.factor(variance)
+        return 8 / math.pi * (c**-2 - 1) / variance.clamp(min=torch.finfo(variance.dtype).tiny)
+
+    @staticmethod
+    def of(variances: Tensor, rare: float = RARE) -> Confidence:
+        flat = variances.double().flatten()[:ELEMENTS]
+        usual, rare = flat.quantile(torch.tensor([USUAL, rare], dtype=flat.dtype, device=flat.device)).tolist()
+        return Confidence(usual, rare)
+
+    def factor(self, variance: Tensor) -> Tensor:
+        """c, of the shape of `variance`: 1 where nothing is lowered."""
+        if not self.rare > 0:
+            return torch.ones_like(variance)
+        step = max(SHORTEST, math.log(self.rare / self.usual) if self.usual > 0 else math.inf)
+        beyond = (variance.clamp(min=torch.finfo(variance.dtype).tiny) / self.rare).log().clamp(min=0)
+        return torch.exp2(-beyond / step)
+
+
+def shared(variance: Tensor, kind: str) -> Tensor:
+    """Of classes that exclude each other, one variance: their mean over axis 1; of others, each its own."""
+    return variance.mean(1, keepdim=True) if kind == "categorical" else variance
+
+
+def measured(unweighted: Posterior, data: Data) -> Confidence:
+    """The quantiles on the data that `unweighted` was fitted to.
+
+    Where the curvature is exact, each sample's variance is the one that the others leave it, S (I - S)^-1 / strength
+    with S = strength J Sigma J^T: its own output holds the rest of it down, which no new input's does.
+    """
+    kind, found, seen = unweighted.likelihood.kind, [], 0
+    whole = unweighted.structure == "functional" and unweighted.options["subset"] is None
+    exact = unweighted.structure == "full" or whole
+    for inputs, _ in batch_data.batches(data):
+        exact = exact and _outputs(unweighted, inputs) <= MOST_OUTPUTS
+        if exact:
+            mean, covariance = unweighted.functional(inputs)
+            strength = float(unweighted.strength())
+            variance = _left_out(covariance * strength).view_as(mean) / strength
+        else:
+            variance = unweighted.functional(inputs, diagonal=True)[1]
+        found.append(shared(variance, kind).flatten())
+        seen += len(variance)
+        if seen >= SAMPLES:
+            break
+    return Confidence.of(torch.cat(found), RARE_LEFT_OUT if exact else RARE)
+
+
+@torch.no_grad()
+def _outputs(posterior: Posterior, inputs: Any) -> int:
+    """Elements of a sample's output."""
+    device = next(iter(posterior.weights.values())).device
+    with evaluating(posterior.model), isolated(posterior.model, device, 0):
+        return batch_data.call(unwrapped(posterior.model), inputs, posterior.output)[0].numel()
+
+
+def _left_out(S: Tensor) -> Tensor:
+    """The diagonal of S (I - S)^-1 for S [N, K, K] between 0 and I, [N, K]; up to rounding where S is close to I."""
+    values, vectors = torch.linalg.eigh((S.double() + S.double().mT) / 2)
+    values = values.clamp(0, 1 - torch.finfo(S.dtype).eps ** 0.5)
+    return (vectors.square() @ (values / (1 - values)).unsqueeze(2)).squeeze(2).to(S.dtype)

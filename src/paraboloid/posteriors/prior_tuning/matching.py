@@ -1,0 +1,71 @@
+"""How sure the predictions are, matched to the network: the last step of `Posterior.tune_prior`; see `confidence`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paraboloid.data.batches import Data
+from paraboloid.data.cutting import Cuts
+from paraboloid.posteriors.fit import Fitting, curvature
+from paraboloid.posteriors.prediction.confidence import measured
+from paraboloid.posteriors.prior_tuning.unit_information import unit_information
+from paraboloid.posteriors.weights import only
+from paraboloid.reductions.kronecker_factors import MAX_FACTOR
+
+if TYPE_CHECKING:
+    from paraboloid.posteriors.posterior import Posterior
+
+MATCHES = ("auto", "exponent", None)
+PLAIN: dict[str, Any] = {"confidence": None, "unweighted": None, "sharpness": 1.0}
+
+
+def matched(
+    posterior: Posterior, data: Data | None, match: str | None, method: str, validation: Data | None,
+    before: dict[str, Any],
+) -> None:  # fmt: skip
+    """Choose `confidence`, or `sharpness`.
+
+    Where predictions on validation data chose the prior, they choose the exponent too.  Without data what was chosen
+    `before` stays, unless it is of the very prior that was tuned.
+    """
+    if match is None or posterior.likelihood.kind not in ("categorical", "bernoulli"):
+        return
+    if method == "grid":
+        posterior.match_confidence(validation=validation)
+        return
+    if data is None:
+        stays = before["confidence"] is not None and (before["unweighted"] is not posterior or method == "unit")
+        posterior.__dict__.update(before if stays else PLAIN)
+    elif match == "exponent":
+        posterior.match_confidence(data)
+    else:
+        own = posterior.likelihood.curvature == "jacobian"
+        posterior.unweighted = posterior if own else unweighted(posterior, data)
+        posterior.confidence = measured(posterior.unweighted, data)
+
+
+def unweighted(posterior: Posterior, data: Data) -> Posterior:
+    """The posterior with curvature="jacobian" over the same weights, in the same structure, and a prior that knows as
+    much as one sample."""
+    likelihood = replace(posterior.likelihood, curvature="jacobian")
+    options = dict(posterior.options, curvature="jacobian", tol=0.0, left_out=[0.0, 0.0])
+    if options["fisher"] == "empirical":  # made of the loss's gradients
+        options["fisher"] = "mc"
+    device = next(iter(posterior.weights.values())).device
+    fitting = Fitting(
+        posterior.model, likelihood, options["fisher"], options["samples"],
+        torch.Generator(device).manual_seed(options["seed"]), posterior.output, posterior.max_memory,
+        options.get("max_factor", MAX_FACTOR),
+    )  # fmt: skip
+    with only(posterior.model, list(posterior.weights)):
+        fitted = curvature(posterior.structure, fitting, posterior.weights, data, options)
+    found = replace(
+        posterior, likelihood=likelihood, curvature=fitted, options=options, loss=fitting.loss, data=None,
+        constant=fitting.constant, count=fitting.count, elements=fitting.elements, **PLAIN,
+        _prior=1.0, _sizes={}, _cuts=Cuts(), _precision=None,
+    )  # fmt: skip
+    found.prior_precision = unit_information(found)
+    return found

@@ -1,0 +1,223 @@
+"""The untouched path: fit, tune, predict; never less likely than the network, and aware of what it has not seen."""
+
+import math
+
+import pytest
+import torch
+from posteriors.dense import close, jacobian
+from posteriors.test_against_dense import problem
+from torch import nn
+
+from paraboloid.posteriors import laplace, load_posterior
+
+F64 = torch.float64
+STRUCTURES = ["full", "functional", "lowrank", "diag", "kron", "ekfac"]
+
+
+def classes(n=30, seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    return model, torch.randn(n, 3, dtype=F64), torch.randint(4, (n,))
+
+
+@pytest.mark.parametrize("name", ["mlp", "residual cnn", "conv1d", "shared", "tagger"])
+def test_the_unweighted_matrix_is_the_jacobians(name):
+    model, x, loss_fn, y = problem(name)
+    _, J = jacobian(model, x)
+    posterior = laplace(model, loss_fn, (x, y), "full", curvature="jacobian")
+    close(posterior.curvature.to_dense(), torch.einsum("nkd,nke->de", J, J))
+    diagonal = laplace(model, loss_fn, (x, y), "diag", curvature="jacobian").curvature.diagonal()
+    close(diagonal, J.square().sum((0, 1)))
+    rows = laplace(model, loss_fn, (x, y), "functional", curvature="jacobian").curvature.A
+    close(rows.T @ rows, torch.einsum("nkd,nke->de", J, J))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_no_target_enters_and_a_squared_error_is_the_same(structure):
+    model, x, y = classes()
+    first = laplace(model, nn.CrossEntropyLoss(), (x, y), structure, curvature="jacobian", rank=44)
+    other = laplace(model, nn.CrossEntropyLoss(), (x, y.flip(0)), structure, curvature="jacobian", rank=44)
+    squared = [
+        laplace(model, nn.MSELoss(), (x, torch.randn(30, 4, dtype=F64)), structure, curvature=c, rank=44, noise_variance=0.5)
+        for c in ("ggn", "jacobian")
+    ]  # fmt: skip
+    for posterior in (other, *squared):
+        close(posterior.curvature.to_dense(), first.curvature.to_dense())
+    close(squared[0].functional(x)[1], squared[1].functional(x)[1])
+    close(laplace(model, nn.CrossEntropyLoss(), [(x[:7], y[:7]), (x[7:], y[7:])], structure, curvature="jacobian",
+                  rank=44).functional(x)[1], first.functional(x)[1])  # fmt: skip
+
+
+def test_ignored_targets_count_nothing():
+    model, x, y = classes()
+    _, J = jacobian(model, x[4:])
+    y = torch.cat([torch.full((4,), -100), y[4:]])
+    posterior = laplace(model, nn.CrossEntropyLoss(), (x, y), "full", curvature="jacobian")
+    close(posterior.curvature.to_dense(), torch.einsum("nkd,nke->de", J, J))
+
+
+def test_sampled_columns_have_the_right_mean():
+    model, x, y = classes(8)
+    _, J = jacobian(model, x)
+    drawn = laplace(model, nn.CrossEntropyLoss(), (x, y), "diag", curvature="jacobian", fisher="mc", samples=4000)
+    torch.testing.assert_close(drawn.curvature.diagonal(), J.square().sum((0, 1)), rtol=0.1, atol=1e-3)
+    with pytest.raises(ValueError, match="curvature='jacobian' with fisher='empirical'"):
+        laplace(model, nn.CrossEntropyLoss(), (x, y), curvature="jacobian", fisher="empirical")
+    with pytest.raises(ValueError, match="curvature is 'hessian'"):
+        laplace(model, nn.CrossEntropyLoss(), (x, y), curvature="hessian")
+
+
+def unit(model, x):
+    """lambda by parameter, from the Jacobians."""
+    J = jacobian(model, x)[1].square().sum((0, 1))
+    parts = J.split([p.numel() for p in model.parameters()])
+    return {k: part.mean().item() / len(x) for (k, _), part in zip(model.named_parameters(), parts, strict=True)}
+
+
+def test_the_prior_knows_as_much_as_one_sample():
+    model, x, y = classes()
+    posterior = laplace(model, nn.CrossEntropyLoss(), (x, y), "full", curvature="jacobian").tune_prior()
+    expected = unit(model, x)
+    assert posterior.prior_precision == pytest.approx(expected, rel=1e-9)
+    posterior.tune_prior("unit", per="layer")
+    n = {k: p.numel() for k, p in model.named_parameters()}
+    layer = (expected["0.weight"] * n["0.weight"] + expected["0.bias"] * n["0.bias"]) / (n["0.weight"] + n["0.bias"])
+    assert posterior.prior_precision["0.bias"] == pytest.approx(layer, rel=1e-9)
+    dead = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 4)).double()
+    with torch.no_grad():
+        dead[0].bias.fill_(-100)
+    found = laplace(dead, nn.CrossEntropyLoss(), (x, y), "diag", curvature="jacobian").tune_prior().prior_precision
+    assert found["0.weight"] == found["0.bias"] == found["2.bias"] == 1.0  # the only one that the data reaches
+
+
+@pytest.mark.parametrize("structure", ["full", "functional", "diag"])
+def test_predictions_are_the_networks_with_lowered_log_odds(structure):
+    model, x, y = classes()
+    new = torch.cat([x, 3 * torch.randn(40, 3, dtype=F64)])
+    fit = lambda: laplace(model, nn.CrossEntropyLoss(), [(x[:11], y[:11]), (x[11:], y[11:])], structure)  # noqa: E731
+    bayesian, posterior = fit().tune_prior(match=None), fit().tune_prior()
+    plain = bayesian.predict(new)
+    f, J = jacobian(model, new)
+    H = torch.einsum("nkd,nke->de", J[:30], J[:30])
+    H = H.diagonal().diag() if structure == "diag" else H
+    prior = torch.cat([torch.full((p.numel(),), unit(model, x)[k], dtype=F64) for k, p in model.named_parameters()])
+    u = (J @ torch.linalg.inv(H + prior.diag()) @ J.mT).diagonal(dim1=1, dim2=2).mean(1)
+    seen = u[:30]
+    if structure != "diag":  # without the sample itself
+        without = [J[n] @ torch.linalg.inv(H - J[n].T @ J[n] + prior.diag()) @ J[n].T for n in range(30)]
+        seen = torch.stack([S.diagonal().mean() for S in without])
+    usual, rare = seen.quantile(0.5), seen.quantile(0.99 if structure == "diag" else 0.95)
+    c = 2 ** -((u / rare).log() / (rare / usual).log()).clamp(min=0)
+    assert (c < 0.9).any() and (c == 1).sum() >= 28
+    close(posterior.predict(new), (c.unsqueeze(1) * f).softmax(1), 1e-7)
+    assert not torch.allclose(plain, posterior.predict(new), rtol=1e-2)
+    # The Bayesian part is what it was.
+    assert torch.equal(posterior.log_evidence(), bayesian.log_evidence())
+    assert torch.equal(posterior.functional(x)[1], bayesian.functional(x)[1])
+    assert all(torch.equal(w, bayesian.sample(2)[k]) for k, w in posterior.sample(2).items())
+    close(posterior.tune_prior(match=None, steps=1).predict(new), bayesian.tune_prior(match=None, steps=1).predict(new))
+
+
+@pytest.mark.parametrize("link", [None, "probit", "mc", "bridge", "weights"])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_prediction_is_its_inputs_alone(structure, link):
+    model, x, y = classes()
+    posterior = laplace(model, nn.CrossEntropyLoss(), (x, y), structure).tune_prior()
+    new = 4 * torch.randn(9, 3, dtype=F64)
+    together = posterior.predict(new, link, samples=50)
+    close(torch.cat([posterior.predict(new[i : i + 1], link, samples=50) for i in range(9)]), together)
+    close(together.sum(1), torch.ones(9, dtype=F64))
+    own = model(new).softmax(1).detach()
+    if link in (None, "probit"):
+        assert (together.amax(1) <= own.amax(1) + 1e-9).all()
+        assert torch.equal(together.argmax(1), own.argmax(1))
+
+
+def test_links_agree_where_the_variance_is_small():
+    """Matched draws have the spread that the probit approximation stands for."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 1).double(), torch.randn(60, 3, dtype=F64)
+    posterior = laplace(model, nn.BCEWithLogitsLoss(), (x, torch.randint(2, (60, 1)).to(F64)), "full").tune_prior()
+    new = 3 * torch.randn(50, 3, dtype=F64)
+    own = model(new).sigmoid().detach()
+    matched = posterior.predict(new)
+    assert ((own - 0.5).abs() - (matched - 0.5).abs()).max() > 0.05
+    assert (posterior.predict(new, "mc", samples=20_000) - matched).abs().max() < 0.03
+
+
+def normalised(kind):
+    torch.manual_seed(0)
+    norm = {"layer": nn.LayerNorm(6), "batch": nn.BatchNorm1d(6), "group": nn.GroupNorm(2, 6)}[kind]
+    model = nn.Sequential(nn.Linear(3, 6, bias=False), norm, nn.Tanh(), nn.Linear(6, 4))
+    x = torch.randn(40, 3)
+    model(x), model.double().eval()
+    norm.eps = 0.0
+    return model, x.double(), torch.randint(4, (40,))
+
+
+@pytest.mark.parametrize("structure", ["full", "functional", "kron", "ekfac", "diag"])
+@pytest.mark.parametrize("kind", ["layer", "batch", "group"])
+def test_rescaling_normalised_weights_changes_nothing(structure, kind):
+    """W -> c W in front of a normalisation is the same network; matched predictions do not see it."""
+    model, x, y = normalised(kind)
+    new, c = 3 * torch.randn(20, 3, dtype=F64), 7.0
+    predict = lambda: laplace(model, nn.CrossEntropyLoss(), (x, y), structure).tune_prior().predict(new)  # noqa: E731
+    before = predict()
+    with torch.no_grad():
+        model[0].weight.mul_(c)
+        if kind == "batch":
+            model[1].running_mean.mul_(c), model[1].running_var.mul_(c * c)
+    torch.testing.assert_close(predict(), before, rtol=1e-5, atol=1e-7)
+    if kind == "batch":  # the others take the size of an input away
+        assert (before - model(new).softmax(1).detach()).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "jacobian"])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_files_keep_everything(structure, curvature, tmp_path):
+    model, x, y = classes()
+    posterior = laplace(model, nn.CrossEntropyLoss(), (x, y), structure, curvature=curvature).tune_prior()
+    posterior.save(tmp_path / "p.pt")
+    loaded = load_posterior(tmp_path / "p.pt", model, nn.CrossEntropyLoss())
+    new = 4 * torch.randn(9, 3, dtype=F64)
+    for link in (None, "mc", "weights"):
+        assert torch.equal(loaded.predict(new, link, samples=5), posterior.predict(new, link, samples=5))
+    matched = loaded.predict(new)
+    loaded.tune_prior("evidence" if curvature == "ggn" else "unit")  # without the data, the prior alone
+    assert torch.equal(loaded.predict(new), matched)
+    close(loaded.update((x, y)).predict(new), posterior.update((x, y)).predict(new))
+    loaded.prior_precision = 1.0
+    plain = laplace(model, nn.CrossEntropyLoss(), (x, y), structure, curvature=curvature).update((x, y))
+    close(loaded.predict(new), plain.predict(new))
+
+
+def test_choices_are_checked_and_failures_leave_it_as_it_was():
+    model, x, y = classes()
+    posterior = laplace(model, nn.CrossEntropyLoss(), (x, y), "diag").tune_prior()
+    before = posterior.predict(4 * x)
+    with pytest.raises(ValueError, match="match is 'all'; expected one of"):
+        posterior.tune_prior(match="all")
+    with pytest.raises(ValueError, match="needs validation="):
+        posterior.tune_prior("grid")
+    assert torch.equal(posterior.predict(4 * x), before)
+    exponent = posterior.tune_prior(match="exponent").sharpness
+    assert exponent == pytest.approx(posterior.tune_prior(match=None).match_confidence().sharpness, rel=1e-4)
+    assert exponent != 1
+    assert posterior.confidence is None
+
+
+def test_a_regressions_noise_is_tuned_along():
+    torch.manual_seed(0)
+    x = torch.randn(200, 3, dtype=F64)
+    y = x.sum(1, keepdim=True) + 0.3 * torch.randn(200, 1, dtype=F64)
+    model = nn.Linear(3, 1).double()
+    with torch.no_grad():
+        w = torch.linalg.lstsq(torch.cat([x, torch.ones(200, 1)], 1), y).solution[:, 0]
+        model.weight.copy_(w[:3]), model.bias.copy_(w[3])
+    for method in ("adapted", "evidence", "unit"):
+        posterior = laplace(model, nn.MSELoss(), (x, y), "full").tune_prior(method)
+        residual = (y - model(x)).square().sum().item()
+        assert posterior.noise_variance == pytest.approx(residual / (200 - posterior.effective_dimension()), rel=1e-3)
+        assert math.isclose(posterior.noise_variance, 0.09, rel_tol=0.2)
+    fixed = laplace(model, nn.MSELoss(), (x, y), "full", noise_variance=0.5)
+    assert fixed.tune_prior(noise=False).noise_variance == 0.5
