@@ -1,4 +1,4 @@
-"""The command line: `paraboloid inspect`, `noise`, `train`, `reproduce`, `problems`."""
+"""The command line: `paraboloid inspect`, `noise`, `train`, `uncertainty`, `reproduce`, `problems`."""
 
 from __future__ import annotations
 
@@ -173,6 +173,43 @@ def train(out: Path, resume: bool, quiet: bool, debug: bool, **settings: Any) ->
                  if last[k] is not None]  # fmt: skip
         click.echo(f"\nepoch {last['epoch']}: {', '.join(found)}\n")
     click.echo(str((out / RECORD).resolve()))
+
+
+@main.command()
+@click.argument("problem", default="digits-cnn")
+@click.option("--method", default="kron", show_default=True, help="kron, last-layer, functional or sampled.")
+@OUT
+@QUICK
+@SEED
+@click.option(
+    "--samples", type=click.IntRange(min=2), help="Training samples that the posterior is fitted on, at most."
+)
+@DATA
+@QUIET
+@TRACEBACK
+def uncertainty(
+    problem: str, method: str, out: Path, quick: bool, seed: int, samples: int | None, data: str | None, quiet: bool,
+    debug: bool,
+) -> None:  # fmt: skip
+    """Train PROBLEM, fit and tune a posterior, and write report.html and report.json: whether to trust its confidence.
+
+    PROBLEM is a built-in name (see `paraboloid problems`; digits-cnn by default) or module:factory.
+    """
+    with _one_line_errors(debug):
+        from paraboloid import problems, report
+        from paraboloid.jobs import uncertainty as job
+        from paraboloid.linalg.operand import check_choice
+
+        check_choice("--method", method, list(job.METHODS))
+        report.check_writable(out)
+        loaded = problems.load(problem, seed=seed, short=quick, **({} if data is None else {"data": data}))
+        _choose_threads(loaded.model)
+        with _bars(quiet) as progress:
+            record = job.uncertainty(loaded, method, seed=seed, samples=samples, quick=quick, progress=progress)
+        report.write({"report.json": job.to_json(record), "report.html": job.page(record)}, out)
+    if not quiet:
+        click.echo("\n" + "\n".join(record["findings"]) + "\n")
+    click.echo(str((out / "report.html").resolve()))
 
 
 @main.command()

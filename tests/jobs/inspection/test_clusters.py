@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from paraboloid.jobs.inspection import NOISE_ONLY, Plan, inspect
-from paraboloid.jobs.inspection.clusters import _image, clustered
+from paraboloid.jobs.inspection.clusters import clustered
 from paraboloid.jobs.inspection.subject import subject
+from paraboloid.jobs.pictures import picture
 from paraboloid.problems import Problem, Training
 from paraboloid.report import from_json, render, to_json
 
@@ -70,11 +71,11 @@ def test_fewer_samples_than_clusters():
     assert found["batch_size"] == 4 and found["variance_ratio"] is None
 
 
-def test_what_is_an_image():
-    grey = _image(torch.linspace(0, 1, 16).view(1, 4, 4))
+def test_what_is_anpicture():
+    grey = picture(torch.linspace(0, 1, 16).view(1, 4, 4))
     assert len(grey) == 4 and grey[0][0] == 0 and grey[-1][-1] == 255
     assert all(a <= b for a, b in pairwise([v for row in grey for v in row]))
-    assert torch.tensor(_image(torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0)))).shape == (4, 5, 3)
-    assert _image(torch.zeros(5, 5))[0] == [0] * 5
+    assert torch.tensor(picture(torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0)))).shape == (4, 5, 3)
+    assert picture(torch.zeros(5, 5))[0] == [0] * 5
     for other in (torch.zeros(9), torch.zeros(2, 5, 5), torch.zeros(4, 100), torch.zeros(1, 4, 4).long()):
-        assert _image(other) is None
+        assert picture(other) is None

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from paraboloid.data.batches import take
 from paraboloid.jobs.inspection.subject import Subject
+from paraboloid.jobs.pictures import picture
 from paraboloid.noise import GradientClustering, measures, members, strata
 
 CLUSTERS = 10
 PASSES = 5
 SHOWN = 5  # prototypes, and as many outliers, of each cluster
-LARGEST = 64  # side of an image that is shown
 
 
 def clustered(subject: Subject, seed: int, tick: Callable[[], None]) -> dict[str, Any]:
@@ -59,19 +59,5 @@ def _sample(subject: Subject, index: int) -> dict[str, Any]:
     return {
         "index": index,
         "target": y.item() if y.dim() == 0 else None,
-        "image": _image(inputs[0]) if isinstance(inputs, Tensor) else None,
+        "image": picture(inputs[0]) if isinstance(inputs, Tensor) else None,
     }
-
-
-def _image(x: Tensor) -> list[Any] | None:
-    """Grey [H, W] or coloured [H, W, 3] values 0..255, scaled to the image's own range; None for what is no image."""
-    if not x.is_floating_point() or x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[0] not in (1, 3)):
-        return None
-    if min(x.shape[-2:]) < 4 or max(x.shape[-2:]) > LARGEST:
-        return None
-    x = x.detach().double()
-    low, high = x.min(), x.max()
-    x = ((x - low) / (high - low).clamp(min=1e-12) * 255).round().int()
-    if x.dim() == 3:
-        x = x[0] if len(x) == 1 else x.movedim(0, 2)
-    return x.tolist()
