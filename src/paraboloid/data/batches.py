@@ -60,8 +60,10 @@ def batches(data: Any) -> Iterator[Batch]:
 def call(model: nn.Module, inputs: Inputs, output: Output | None = None) -> Tensor:
     """The model's output tensor on `inputs`: a dict is passed as keywords, a tuple or list as positional arguments.
 
-    `output` picks the tensor from a structured result, e.g. ``lambda o: o.logits``.
+    `output` picks the tensor from a structured result, e.g. ``lambda o: o.logits``.  Raises ValueError for nested
+    tensors among the inputs.
     """
+    _check_nested(inputs)
     if isinstance(inputs, Mapping):
         result = model(**inputs)
     elif isinstance(inputs, tuple | list):
@@ -73,6 +75,15 @@ def call(model: nn.Module, inputs: Inputs, output: Output | None = None) -> Tens
         raise ValueError(f"the model returned a {type(result).__name__}; expected a tensor. Pass output=, a function "
                          "that picks it, for example output=lambda o: o.logits.")  # fmt: skip
     return result
+
+
+def _check_nested(inputs: Inputs) -> None:
+    parts = list(inputs.values()) if isinstance(inputs, Mapping) else inputs
+    parts = parts if isinstance(parts, tuple | list) else [parts]
+    if any(isinstance(t, Tensor) and t.is_nested for t in parts):
+        raise ValueError("an input is a nested (jagged) tensor, whose samples lie along no axis of one tensor; "
+                         "expected padded inputs: torch.nested.to_padded_tensor(x, 0.0), with a mask as an input of "
+                         "the model.")  # fmt: skip
 
 
 def check_finite(loss: Tensor) -> Tensor:

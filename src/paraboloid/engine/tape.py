@@ -28,9 +28,11 @@ from paraboloid.engine.sample_axes import sample_axes
 from paraboloid.engine.sample_independence import Layouts, Owned, certify, check_agreement, mixes
 from paraboloid.layers.normalization import uses_batch_statistics
 from paraboloid.passes import trees
+from paraboloid.passes.frozen_encoders import fused_as_usual
 from paraboloid.passes.memory import gives_back, pooled
 from paraboloid.passes.modes import eager_code, own_arithmetic, rounding
 from paraboloid.passes.random_state import copied_buffers
+from paraboloid.passes.tensor_hooks import unhooked
 from paraboloid.passes.torch_internals import LEAF, REENTRANT_CHECKPOINT, DisableTorchFunction
 from paraboloid.reductions.outer import Derived, Outer, known, zero
 
@@ -86,7 +88,7 @@ class Tape:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Note the calls made inside the block; what torch.compile compiled runs eagerly there, call by call."""
-        with eager_code(), self.recorder:
+        with eager_code(), fused_as_usual(self.model), self.recorder:
             yield
 
     # --- guards --------------------------------------------------------------------------------------------------
@@ -305,7 +307,8 @@ class Tape:
         Raises ValueError where the samples are not independent (batch statistics, softmax over the batch), and
         RuntimeError where a tensor of the forward pass was modified afterwards.
         """
-        with DisableTorchFunction(), own_arithmetic(f.device), copied_buffers(self.model):
+        unchanged = copied_buffers(self.model), unhooked(self.parameters.values())
+        with DisableTorchFunction(), own_arithmetic(f.device), unchanged[0], unchanged[1]:
             if v.shape[1:] != f.shape or v.dim() == 0 or len(v) == 0:
                 raise ValueError(f"v has shape {tuple(v.shape)}; expected [V, *output shape] = [V, {list(f.shape)}].")
             plan = self.plan(f, batch_statistics)

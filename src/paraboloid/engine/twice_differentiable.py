@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from paraboloid.layers.embeddings import bags
+from paraboloid.layers.embeddings import bags, unchanged_embedding
 from paraboloid.passes.torch_internals import weight_norm
 
 
@@ -32,6 +32,8 @@ class TwiceDifferentiable(TorchFunctionMode):
             return _weight_norm(*args, **kwargs)
         if func is F.embedding_bag:  # has no double backward
             return _embedding_bag(*args, **kwargs)
+        if func is F.embedding and (found := unchanged_embedding(*args, **kwargs)) is not NotImplemented:
+            return found
         return func(*args, **kwargs)
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paraboloid.layers.registry import EMPTY, Use, rule
+from paraboloid.layers.registry import EMPTY, Use, lowering, rule
 
 
 @rule(F.embedding)
@@ -17,10 +17,29 @@ def embedding(idx, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale
         padding_idx += len(weight)
 
     factor = None if padding_idx is None else lambda: (idx != padding_idx).reshape(-1, 1, 1, 1)
+    looked_up = idx if padding_idx is None else idx.masked_fill(idx == padding_idx, EMPTY)  # padding is no position
     yield Use(
-        weight, tuple(range(idx.dim())), right=lambda rows: idx.reshape(-1, 1, 1)[rows], flip=True, q=len(weight),
+        weight, tuple(range(idx.dim())), right=lambda rows: looked_up.reshape(-1, 1, 1)[rows], flip=True, q=len(weight),
         lookup=True, arrange=lambda g: g.reshape(len(g), -1, 1, 1, weight.shape[1]), factor=factor, affine=True,
     )  # fmt: skip
+
+
+@lowering(F.embedding)
+def unchanged_embedding(idx, weight, padding_idx=None, max_norm=None, norm_type=2.0, *args, **kwargs):
+    """The same where `max_norm` shortens rows, without writing to the weight.
+
+    torch shortens the rows that are looked up in place and takes the gradient at the shortened ones, of which it is the
+    identity: so what is looked up plus a constant, if there is one.
+    """
+    if max_norm is None:
+        return NotImplemented
+    with torch.no_grad():
+        norms = torch.linalg.vector_norm(weight, norm_type, dim=1, keepdim=True)
+        looked_up = torch.zeros_like(norms, dtype=torch.bool).index_fill_(0, idx.reshape(-1), True)
+        change = torch.where((norms > max_norm) & looked_up, max_norm / (norms + 1e-7) - 1, 0) * weight
+        change = F.embedding(idx, change) if change.any() else None
+    found = F.embedding(idx, weight, padding_idx, None, norm_type, *args, **kwargs)
+    return found if change is None else found + change
 
 
 @rule(F.embedding_bag)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from paraboloid.linalg.eigenform import Basis, Eigenform, decomposed, matmul
+from paraboloid.linalg.operand import LinAlgError
 from paraboloid.passes.modes import precisely
 
 
@@ -251,6 +252,10 @@ class Kron:
         left, left_values = _decomposed_once(self.sides[0], f"{name}: the left factor", known)
         right, right_values = _decomposed_once(self.sides[1], f"{name}: the right factor", known)
         values = left_values.unsqueeze(2) * right_values.unsqueeze(1)
+        if not values.isfinite().all():
+            raise LinAlgError(f"{name}: its factors have eigenvalues up to {left_values.max():.4g} and "
+                              f"{right_values.max():.4g}, whose product is beyond {values.dtype}; expected finite "
+                              "numbers. Compute in float64, or scale the inputs.")  # fmt: skip
         return Eigenform(left, right, values, values.new_zeros(()))
 
     def along(self, form: Eigenform) -> Eigenform:

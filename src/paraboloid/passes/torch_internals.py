@@ -56,6 +56,10 @@ storage_place = attrgetter("_cdata")  # of an untyped storage: the same for all 
 _VERSION = _torch.Tensor._version.__get__
 
 
+gradient_hooks = attrgetter("_backward_hooks")  # a dict of those that `register_hook` noted; None where there are none
+post_gradient_hooks = attrgetter("_post_accumulate_grad_hooks")
+
+
 def version(t: Tensor) -> int:
     """How often t was modified in place; tensors made under inference_mode do not count."""
     return 0 if t.is_inference() else t._version

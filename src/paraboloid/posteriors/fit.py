@@ -281,9 +281,21 @@ def curvature(
     options: Mapping[str, Any],
     before: Any = None,
 ) -> Any:
-    """The fitted structure; `before` is what it will be added to."""
+    """The fitted structure; `before` is what it will be added to.  Raises ValueError where it overflowed."""
     if not options["debias"]:  # whose halves are of each batch
         data = joined(data, fitting.model, fitting.max_memory)
+    found = _curvature(structure, fitting, parameters, data, options, before)
+    if not all(bool(t.isfinite().all()) for t in _numbers(found)):
+        dtype = next(iter(parameters.values())).dtype
+        raise ValueError(f"the curvature of structure={structure!r} holds numbers beyond {dtype}; expected finite "
+                         "ones. Fit in float64 (model.double()), or scale the inputs and targets.")  # fmt: skip
+    return found
+
+
+def _curvature(
+    structure: str, fitting: Fitting, parameters: Mapping[str, Tensor], data: Data, options: Mapping[str, Any],
+    before: Any,
+) -> Any:  # fmt: skip
     if structure == "full":
         return full(fitting, parameters, data)
     if structure == "diag":
@@ -295,6 +307,17 @@ def curvature(
     if options["debias"]:
         return cross_fitted(fitting, parameters, data, structure == "ekfac", before)
     return kronecker(fitting, parameters, data, structure == "ekfac", before)
+
+
+def _numbers(curvature: Any) -> list[Tensor]:
+    """What says of a curvature whether it overflowed."""
+    if isinstance(curvature, CrossFitted):
+        return [t for part in curvature.parts for t in _numbers(part)]
+    if isinstance(curvature, BlockDiagonal):
+        return list(curvature.matrices)
+    if isinstance(curvature, Rows):
+        return [curvature.A.square().sum(1)]
+    return [form.values for form in curvature.forms]
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:

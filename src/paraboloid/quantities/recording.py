@@ -23,6 +23,7 @@ from paraboloid.passes import trees
 from paraboloid.passes.memory import GRADIENTS, INPUTS
 from paraboloid.passes.modes import own_arithmetic
 from paraboloid.passes.random_state import isolated
+from paraboloid.passes.tensor_hooks import unhooked
 from paraboloid.passes.torch_internals import DisableTorchFunction
 from paraboloid.passes.wrappers import unwrapped
 from paraboloid.quantities.named import check_samples, resolve
@@ -97,6 +98,10 @@ class Recording(Tape):
         max_memory: int | None = None, accumulate: bool = False,
     ) -> tuple[Values, Gradient]:  # fmt: skip
         """The running values of this batch, and with `accumulate` the gradient of the unreduced loss."""
+        with unhooked(self.parameters.values()):
+            return self._running(loss, f, y, quantities, generator, max_memory, accumulate)
+
+    def _running(self, loss, f, y, quantities, generator, max_memory, accumulate) -> tuple[Values, Gradient]:
         quantities = [q.bound(self, loss, f, y, max_memory) for q in quantities]
         by_source: dict[Source, list[Quantity]] = {}
         for q in quantities:

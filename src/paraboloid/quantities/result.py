@@ -15,6 +15,7 @@ from paraboloid.linalg.kronecker import Kron
 from paraboloid.losses import Loss
 from paraboloid.losses.loss import full
 from paraboloid.passes import trees
+from paraboloid.passes.tensor_hooks import accumulated, hooked
 from paraboloid.quantities.named import check_samples
 from paraboloid.quantities.quantity import Quantity, Scale
 from paraboloid.quantities.sums import Gradient, LeftOut, Sums, Values, combine, scale_of
@@ -118,9 +119,12 @@ def joined(outputs: Sequence[Tensor]) -> Any:
 
 @torch.no_grad()
 def _accumulate(gradient: Gradient, parameters: Mapping[str, Tensor], a: float, wrapper: Any) -> None:
-    """Add a times the gradient to `.grad`; averaged over a data-parallel wrapper's group, as backward() does."""
+    """Add a times the gradient to `.grad` as backward() does: averaged over a data-parallel wrapper's group, and with
+    the hooks that the parameters carry."""
     if wrapper is not None:
         gradient, a = collectives.averaged(gradient, parameters, a, wrapper), 1.0
     for name, p in parameters.items():
         if (g := gradient[name]) is not None:
-            p.grad = a * g if p.grad is None else p.grad.add_(g, alpha=a)
+            g = hooked(p, a * g)
+            p.grad = g if p.grad is None else p.grad.add_(g)
+            accumulated(p)

@@ -20,6 +20,7 @@ from paraboloid.operators.matrix_free.output_graph import OutputGraph
 from paraboloid.operators.matrix_free.second_order_passes import Autocast, TwiceDifferentiable, undisturbed
 from paraboloid.passes import trees
 from paraboloid.passes.autograd_walks import depends
+from paraboloid.passes.frozen_encoders import fused_as_usual
 from paraboloid.passes.memory import RECORDINGS
 from paraboloid.passes.torch_internals import (
     StorageWeakRef,
@@ -75,7 +76,7 @@ def differentiated_twice(
     model: Any, autocast: Autocast, inside: Callable[[], AbstractContextManager[T]]
 ) -> Iterator[T]:
     """Of a forward pass that will be differentiated twice."""
-    with undisturbed(model), TwiceDifferentiable(), autocast(), inside() as given:
+    with undisturbed(model), fused_as_usual(model), TwiceDifferentiable(), autocast(), inside() as given:
         yield given
 
 

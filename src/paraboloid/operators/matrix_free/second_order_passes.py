@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from paraboloid.engine.twice_differentiable import TwiceDifferentiable as TwiceDifferentiable
 from paraboloid.passes.modes import eager_code
 from paraboloid.passes.random_state import copied_buffers
+from paraboloid.passes.tensor_hooks import unhooked
 from paraboloid.passes.torch_internals import compiled_in_place, inside_compiled
 
 
@@ -37,6 +38,7 @@ def undisturbed(model: Any) -> Iterator[None]:
         if any(compiled_in_place(m) or inside_compiled(m) for m in modules):
             stack.enter_context(eager_code())
         stack.enter_context(copied_buffers(model))
+        stack.enter_context(unhooked(p for _, p in model.named_parameters()))
         yield
 
 
