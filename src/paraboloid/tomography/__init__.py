@@ -5,9 +5,10 @@ from paraboloid.tomography.image_posterior import ImagePosterior, linearised
 from paraboloid.tomography.measurement import as_projector
 from paraboloid.tomography.projector import Projector
 from paraboloid.tomography.reconstruction import Reconstruction, deep_image_prior
+from paraboloid.tomography.scans import Scan, read_scan
 from paraboloid.tomography.variation import total_variation
 
 __all__ = [
-    "FanBeam", "ImagePosterior", "ParallelBeam", "Projector", "Reconstruction", "as_projector", "deep_image_prior",
-    "linearised", "total_variation",
+    "FanBeam", "ImagePosterior", "ParallelBeam", "Projector", "Reconstruction", "Scan", "as_projector",
+    "deep_image_prior", "linearised", "read_scan", "total_variation",
 ]  # fmt: skip

@@ -13,16 +13,17 @@ MARGIN = 0.01  # how near to its bounds the output is at first, relative: at a b
 
 
 class Block(nn.Module):
-    """Two convolutions of 3 x 3, each normalised in groups of channels, then leaky ReLU."""
+    """Two convolutions of 3 x 3, each normalised in groups of channels, then leaky ReLU; dropout of channels after."""
 
-    def __init__(self, takes: int, gives: int):
+    def __init__(self, takes: int, gives: int, dropout: float = 0.0):
         super().__init__()
+        self.dropout = nn.Dropout2d(dropout)
         self.conv1, self.norm1 = nn.Conv2d(takes, gives, 3, padding=1), nn.GroupNorm(GROUPS, gives)
         self.conv2, self.norm2 = nn.Conv2d(gives, gives, 3, padding=1), nn.GroupNorm(GROUPS, gives)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.leaky_relu(self.norm1(self.conv1(x)), 0.2)
-        return F.leaky_relu(self.norm2(self.conv2(x)), 0.2)
+        return self.dropout(F.leaky_relu(self.norm2(self.conv2(x)), 0.2))
 
 
 class UNet(nn.Module):
@@ -35,14 +36,14 @@ class UNet(nn.Module):
 
     def __init__(
         self, takes: int, lead: tuple[int, ...], bounds: tuple[float, float], scale: float = 1.0, level: float = 0.0,
-        channels: int = 16, scales: int = 3, skip: int = 4,
+        channels: int = 16, scales: int = 3, skip: int = 4, dropout: float = 0.0,
     ):  # fmt: skip
         super().__init__()
         self.lead, self.bounds, self.scale = lead, bounds, scale
-        self.first = Block(takes, channels)
-        self.down = nn.ModuleList(Block(channels, channels) for _ in range(scales - 1))
+        self.first = Block(takes, channels, dropout)
+        self.down = nn.ModuleList(Block(channels, channels, dropout) for _ in range(scales - 1))
         self.across = nn.ModuleList(nn.Conv2d(channels, skip, 1) for _ in range(scales - 1))
-        self.up = nn.ModuleList(Block(channels + skip, channels) for _ in range(scales - 1))
+        self.up = nn.ModuleList(Block(channels + skip, channels, dropout) for _ in range(scales - 1))
         self.last = nn.Conv2d(channels, torch.Size(lead).numel(), 3, padding=1)
         with torch.no_grad():
             self.last.bias.fill_(self.before(level))  # pyright: ignore[reportOptionalMemberAccess]

@@ -1,0 +1,138 @@
+"""Arrays in the files that scanners and their users write: NumPy, MATLAB, TIFF stacks, HDF5."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+TIFF = (".tif", ".tiff")
+HDF5 = (".h5", ".hdf5", ".hdf", ".nxs")
+DATA_EXCHANGE = {"data": "exchange/data", "flat": "exchange/data_white", "dark": "exchange/data_dark",
+                 "angles": "exchange/theta"}  # fmt: skip
+
+
+class Arrays:
+    """The arrays of a file by name, read when asked for.
+
+    axes   the order that the format itself fixes for its data, or None
+    units  what the file says about an array's unit, or ""
+    """
+
+    def __init__(self, path: Path, read: Mapping[str, Callable[[], NDArray[Any]]], units: Mapping[str, str],
+                 names: Mapping[str, str] | None = None, axes: str | None = None):  # fmt: skip
+        self.path, self.read, self.units, self.names, self.axes = path, read, units, dict(names or {}), axes
+
+    def get(self, name: str) -> NDArray[Any]:
+        if name not in self.read:
+            raise ValueError(f"{str(self.path)!r} has no array {name!r}; expected one of {sorted(self.read)}.")
+        return np.asarray(self.read[name]())
+
+    def data(self, key: str | None) -> NDArray[Any]:
+        """The array `key`, that of the format, or the only one."""
+        if key is None:
+            key = self.names.get("data") or (next(iter(self.read)) if len(self.read) == 1 else None)
+        if key is None:
+            raise ValueError(
+                f"{str(self.path)!r} has the arrays {sorted(self.read)}; say which is the sinogram by key=."
+            )
+        return self.get(key)
+
+    def unit(self, name: str) -> str:
+        return self.units.get(name, "")
+
+
+def arrays(path: str | Path) -> Arrays:
+    """What is in a file, or in a folder of TIFF images in the order of their names.
+
+    Raises FileNotFoundError; ValueError for a kind of file that is not known; ImportError where the package that reads
+    it is missing.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {str(path)!r}.")
+    kind = path.suffix.lower()
+    if path.is_dir():
+        return _tiff_folder(path)
+    if kind == ".npy":
+        return Arrays(path, {"data": lambda: np.load(path, allow_pickle=False)}, {})
+    if kind == ".npz":
+        file = np.load(path, allow_pickle=False)
+        return Arrays(path, {name: (lambda n=name: file[n]) for name in file.files}, {})
+    if kind in TIFF:
+        return Arrays(path, {"data": lambda: _tifffile().imread(path)}, {})
+    if kind == ".mat":
+        return _matlab(path)
+    if kind in HDF5:
+        return _hdf5(path)
+    known = [".npy", ".npz", ".mat", *TIFF, *HDF5]
+    raise ValueError(f"{str(path)!r} ends in {kind!r}; expected one of {known}, or a folder of TIFF images.")
+
+
+def _tiff_folder(path: Path) -> Arrays:
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in TIFF)
+    if not files:
+        raise ValueError(f"the folder {str(path)!r} has no TIFF images ({', '.join(TIFF)}).")
+    imread = _tifffile().imread
+
+    def stack() -> NDArray[Any]:
+        images = [np.asarray(imread(file)) for file in files]
+        if len({image.shape for image in images}) > 1:
+            odd = next(i for i, image in enumerate(images) if image.shape != images[0].shape)
+            raise ValueError(f"{files[odd].name!r} has shape {images[odd].shape} and {files[0].name!r} "
+                             f"{images[0].shape}; expected images of one size.")  # fmt: skip
+        return np.stack(images)
+
+    return Arrays(path, {"data": stack}, {})
+
+
+def _matlab(path: Path) -> Arrays:
+    """Versions 4 to 7 by SciPy; 7.3 is HDF5, whose axes MATLAB writes in reverse."""
+    with open(path, "rb") as file:
+        is_hdf5 = b"MATLAB 7.3" in file.read(128)
+    if is_hdf5:
+        return _hdf5(path, reverse=True)
+    from scipy.io import loadmat
+
+    found = {k: v for k, v in loadmat(path).items() if not k.startswith("__") and isinstance(v, np.ndarray)}
+    return Arrays(path, {name: (lambda v=value: v) for name, value in found.items()}, {})
+
+
+def _hdf5(path: Path, reverse: bool = False) -> Arrays:
+    h5py = _package("h5py", "HDF5 files (.h5, and .mat of version 7.3)")
+    names: dict[str, str] = {}
+
+    def note(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset) and item.dtype.kind in "iuf":
+            unit = item.attrs.get("units", "")
+            names[name] = unit.decode() if isinstance(unit, bytes) else str(unit)
+
+    with h5py.File(path, "r") as file:
+        file.visititems(note)
+
+    def read(name: str) -> NDArray[Any]:
+        with h5py.File(path, "r") as file:
+            value = np.asarray(file[name])
+        return value.T if reverse else value
+
+    exchange = {what: name for what, name in DATA_EXCHANGE.items() if name in names}
+    is_exchange = "data" in exchange
+    return Arrays(path, {name: (lambda n=name: read(n)) for name in names}, names,
+                  exchange if is_exchange else None, "angles slices detectors" if is_exchange else None)  # fmt: skip
+
+
+def _tifffile() -> Any:
+    return _package("tifffile", "TIFF images")
+
+
+def _package(name: str, what: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{what} are read by the package {name}, which is not installed. Install it: "
+                          f"pip install 'paraboloid[tomography]' (or pip install {name}).") from error  # fmt: skip
