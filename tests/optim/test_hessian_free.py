@@ -75,6 +75,27 @@ def test_measured_on_the_same_batch_the_step_is_the_plain_one(options):
     assert opts[0].diagnostics()["damping"] == opts[1].diagnostics()["damping"] != 0.5
 
 
+@pytest.mark.parametrize(
+    "blocks, places",
+    [("layer", [range(15), range(15, 27)]), ("parameter", [range(12), range(12, 15), range(15, 24), range(24, 27)]),
+     ([["0.weight", "2.bias"], ["0.bias", "2.weight"]], [[*range(12), 24, 25, 26], range(12, 24)])],
+    ids=["layer", "parameter", "lists"],
+)  # fmt: skip
+def test_a_step_by_blocks_solves_each_of_them(blocks, places):
+    model, (x, y) = mlp(), batch()
+    A, g, before = pb.GGN(model, LOSS, (x, y)).to_dense(), gradient(model, x, y), flat(model)
+    want = torch.zeros_like(g)
+    for at in map(list, places):
+        block = A[at][:, at] + 0.5 * torch.eye(len(at), dtype=torch.float64)
+        want[at] = torch.linalg.solve(block, -g[at])
+    opt = pb.optim.HessianFree(model, LOSS, damping=0.5, blocks=blocks, **PLAIN)
+    opt.step((x, y))
+    torch.testing.assert_close(flat(model) - before, want, rtol=1e-8, atol=1e-10)
+    fresh = pb.optim.HessianFree(mlp(), LOSS)
+    fresh.load_state_dict(opt.state_dict())
+    assert fresh.blocks == blocks
+
+
 def test_a_debiased_step_is_the_sum_of_newton_steps_measured_elsewhere():
     model, one, two = mlp(), batch(seed=1), batch(seed=2)
     before = flat(model)

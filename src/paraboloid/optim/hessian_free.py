@@ -13,6 +13,7 @@ from paraboloid.data.batches import Output
 from paraboloid.linalg.measured_cg import measured_iterates
 from paraboloid.linalg.operand import check_choice, check_count
 from paraboloid.losses import Loss
+from paraboloid.operators.partition import Blocks, resolve_blocks
 from paraboloid.optim.acceptance import adapted, reduction_ratio
 from paraboloid.optim.base import Frame
 from paraboloid.optim.options import check_number, check_share
@@ -39,6 +40,8 @@ class HessianFree(Frame):
                     `measure_on=` gives another batch for that; the same batch gives the plain step
     curvature       "ggn", "hessian" (where the curvature along a direction is not positive the iteration ends) or
                     "fisher"
+    blocks          "all", or only C's diagonal blocks of each "layer", each "parameter" or lists of names: the exact
+                    layer-wise Gauss-Newton step, whose product costs up to a product for each block
     max_iterations  of conjugate gradients, which also stop by Martens' rule with `progress`
     backtrack       go back to an earlier iterate as long as the loss is lower there
     line_search     shorten the step until the loss falls enough (Armijo, 1e-2); a step that never does is rejected
@@ -61,7 +64,7 @@ class HessianFree(Frame):
     Tatzel et al. 2024, arXiv:2410.14325.
     """
 
-    OPTIONS = ("curvature", "debias", "seed", "max_iterations", "progress", "backtrack", "line_search",
+    OPTIONS = ("curvature", "blocks", "debias", "seed", "max_iterations", "progress", "backtrack", "line_search",
                "adapt_damping", "warm_start", "preconditioner")  # fmt: skip
 
     def __init__(
@@ -74,6 +77,7 @@ class HessianFree(Frame):
         debias: bool = False,
         lr: float = 1.0,
         weight_decay: float = 0.0,
+        blocks: Blocks = "all",
         max_iterations: int = 250,
         progress: float = 5e-4,
         backtrack: bool = True,
@@ -90,7 +94,8 @@ class HessianFree(Frame):
         check_choice("preconditioner", preconditioner, (None, "second_moment"))
         defaults = {"lr": check_number("lr", lr, 0), "damping": check_number("damping", damping, 0),
                     "weight_decay": check_number("weight_decay", weight_decay, 0)}  # fmt: skip
-        self.curvature, self.debias, self.seed = curvature, debias, seed
+        resolve_blocks(trees.parameters(model), blocks)
+        self.curvature, self.blocks, self.debias, self.seed = curvature, blocks, debias, seed
         self.max_iterations = check_count("max_iterations", max_iterations)
         self.progress = check_number("progress", progress, 0, above=True)
         self.backtrack, self.line_search, self.adapt_damping = backtrack, line_search, adapt_damping
@@ -165,8 +170,8 @@ class HessianFree(Frame):
 
     def _quadratic(self, batch: Any, seed: int) -> Quadratic:
         with torch.enable_grad():
-            return quadratic(self.model, self.loss, batch, self.curvature, output=self.output, seed=seed,
-                             max_memory=self.max_memory)  # fmt: skip
+            return quadratic(self.model, self.loss, batch, self.curvature, blocks=self.blocks, output=self.output,
+                             seed=seed, max_memory=self.max_memory)  # fmt: skip
 
     def _take(self, q: Quadratic, measuring: Quadratic, batch: Any, measured: Any, seed: int) -> None:
         mask, decay = self._by_group(None), self._by_group("weight_decay")

@@ -16,6 +16,7 @@ from paraboloid.losses import LossFunction
 from paraboloid.operators import EKFAC, GGN, KFAC, Diagonalised, Fisher, Hessian, Identity, LinearOperator
 from paraboloid.operators.matrix_free.output_graph import OutputGraph
 from paraboloid.operators.matrix_free.replay import Replay
+from paraboloid.operators.partition import Blocks
 from paraboloid.operators.structured.kronecker_factored import KroneckerFactored
 from paraboloid.operators.vectors import join
 from paraboloid.passes import trees
@@ -153,6 +154,7 @@ def quadratic(
     curvature: str | LinearOperator = "ggn",
     weight_decay: float = 0.0,
     *,
+    blocks: Blocks = "all",
     output: Output | None = None,
     seed: int = 0,
     max_memory: int | None = None,
@@ -162,6 +164,8 @@ def quadratic(
     curvature     "ggn", "hessian", "fisher" (one label drawn for each sample, by `seed`), "kfac", "ekfac" (likewise),
                   or an operator of `paraboloid.operators`, taken as the curvature of the loss
     weight_decay  beta of beta / 2 ||theta||^2, over every trainable parameter
+    blocks        of a "ggn", "hessian" or "fisher": "all", or only the diagonal blocks of each "parameter", each
+                  "layer" or lists of names
 
     The other arguments are those of the operators.
     """
@@ -183,7 +187,7 @@ def quadratic(
         if list(found.items()) != list(expected.items()):
             raise ValueError(f"the curvature has the parameters {found}; expected those of the model, {expected}.")
     elif curvature in CURVATURES:
-        operator = fitted = CURVATURES[curvature](model, loss_fn, batch, **options)
+        operator = fitted = CURVATURES[curvature](model, loss_fn, batch, blocks=blocks, **options)
         replay = fitted.replay
     else:
         raise ValueError(f"curvature is {curvature!r}; expected one of {[*CURVATURES, *KRONECKER]} or a linear "
