@@ -27,8 +27,10 @@ from paraboloid.report import record as records
 from paraboloid.report import render_study
 
 STUDIES = {
+    "backpack": "paraboloid.jobs.studies.backpack",
     "debiasing": "paraboloid.jobs.studies.debiasing",
     "gradient-variance": "paraboloid.jobs.studies.gradient_variance",
+    "quasi-newton": "paraboloid.jobs.studies.quasi_newton",
 }
 
 

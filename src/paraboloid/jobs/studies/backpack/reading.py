@@ -1,0 +1,77 @@
+"""The findings of the paper, seen or not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from paraboloid.jobs.studies.backpack.methods import DIAGONAL, EXACT, KRONECKER, MONTE_CARLO
+from paraboloid.jobs.studies.comparing.summary import Summary, best, summaries
+from paraboloid.report.numbers import fixed, number, percent
+
+Finding = tuple[str, bool | None, str]
+FIRST_ORDER, EARLY = ("SGD-m", "Adam"), 0.3  # of the epochs
+CHEAP, CLOSE = 3.0, 0.02  # gradients; of the test accuracy
+
+
+def claims(problem: dict[str, Any]) -> list[Finding]:
+    """Every finding of the paper that can be looked at on a problem."""
+    found, costs = summaries(problem), {row["quantity"]: row["gradients"] for row in problem["costs"]}
+    first = [name for name in ("square_norms", "second_moment", "variance", "sample_grads") if name in costs]
+    rows = [_cost(f"First-order quantities cost at most {CHEAP:g} gradients", costs, first, CHEAP),
+            _cost(f"Monte Carlo curvature costs at most {CHEAP:g} gradients", costs, MONTE_CARLO, CHEAP),
+            ("Exact curvature costs more than Monte Carlo, a pass for each class",
+             all(costs[e] > costs[m] for e, m in zip(EXACT, MONTE_CARLO, strict=True)),
+             _said(costs, EXACT))]  # fmt: skip
+    plain, kron, diag = (best(found, names) for names in (FIRST_ORDER, KRONECKER, DIAGONAL))
+    rows += [
+        _early("Kronecker factors make faster progress at first than SGD-m and Adam, by epochs", kron, plain),
+        _early("They make faster progress at first than diagonals", kron, diag),
+        _close("They end at a test accuracy as good as SGD-m's and Adam's", kron, plain),
+        _close("Monte Carlo is as good as exact curvature: KFAC against KFLR", found.get("KFAC"), found.get("KFLR")),
+        _close("Monte Carlo is as good as the exact curvature, for the diagonal", found.get("DiagGGN, Monte Carlo"),
+               found.get("DiagGGN")),
+    ]  # fmt: skip
+    return [row for row in rows if row is not None]
+
+
+def _said(costs: dict[str, float], names: Any) -> str:
+    return ", ".join(f"{name} {number(costs[name], 2)}" for name in names)
+
+
+def _cost(claim: str, costs: dict[str, float], names: Any, most: float) -> Finding:
+    return claim, max(costs[name] for name in names) <= most, _said(costs, names)
+
+
+def early(s: Summary) -> float | None:
+    """The training loss after the first 30 percent of the epochs, at the nearest point."""
+    end = s.curve[-1]["epoch"] or 0.0
+    return min(s.curve, key=lambda p: abs((p["epoch"] or 0.0) - EARLY * end))["train"]
+
+
+def _early(claim: str, one: Summary | None, other: Summary | None) -> Finding | None:
+    if one is None or other is None:
+        return None
+    a, b = early(one), early(other)
+    if a is None or b is None:
+        return claim, None, "a run failed"
+    return claim, a < b, f"training loss {one.name} {fixed(a, None, 3)}, {other.name} {fixed(b, None, 3)}"
+
+
+def _close(claim: str, one: Summary | None, other: Summary | None) -> Finding | None:
+    if one is None or other is None:
+        return None
+    if one.accuracy is None or other.accuracy is None:
+        return claim, None, "a run failed"
+    words = f"{one.name} {percent(one.accuracy, 3)}, {other.name} {percent(other.accuracy, 3)}"
+    return claim, one.accuracy > other.accuracy - CLOSE, words
+
+
+def findings(results: dict[str, Any]) -> list[str]:
+    """The claims as sentences, those that were not seen here as plainly as the others."""
+    words, sentences, seen, judged = {True: "Seen", False: "Not seen", None: "Not run"}, [], 0, 0
+    for problem in results["problems"]:
+        for claim, is_seen, measured in claims(problem):
+            seen, judged = seen + (is_seen is True), judged + (is_seen is not None)
+            inside = claim if claim[:1] == "K" and claim[1:2].isupper() else claim[0].lower() + claim[1:]
+            sentences.append(f"{words[is_seen]} on {problem['name']}: {inside} ({measured}).")
+    return [f"{seen} of {judged} findings of the paper were seen here.", *sentences]

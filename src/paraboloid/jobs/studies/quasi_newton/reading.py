@@ -1,0 +1,89 @@
+"""The findings of the paper and the goals of this package, seen or not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from paraboloid.jobs.studies.comparing.summary import Summary, best, fastest, summaries
+from paraboloid.report.numbers import fixed, number, short
+
+Finding = tuple[str, bool | None, str]
+ALIKE = 0.03  # of the loss
+FIRST_ORDER, QUASI_NEWTON = ("SGD-m", "Adam", "AdamW"), ("K-BFGS", "K-BFGS(L)")
+GOAL = 0.4  # of Adam's seconds
+
+
+def claims(problem: dict[str, Any]) -> list[Finding]:
+    """Every finding of the paper, and every goal, that can be looked at on a problem."""
+    found = summaries(problem)
+    ours = [name for name, s in found.items() if s.family == "ours"]
+    first, quasi, peers = (best(found, names) for names in (FIRST_ORDER, QUASI_NEWTON, ("SOAP", "Muon", "Shampoo")))
+    own, kfac, adam = best(found, ours), found.get("KFAC"), found.get("Adam")
+    rows = [
+        _lower("K-BFGS ends below the first-order methods after the same epochs", quasi, first),
+        _sooner("K-BFGS is at Adam's last loss in fewer seconds than Adam", quasi),
+        _alike("K-BFGS is as good as KFAC by epochs", quasi, kfac),
+        _cheaper("An epoch of K-BFGS takes fewer seconds than one of KFAC", found.get("K-BFGS"), kfac),
+        _alike("K-BFGS(L) is as good as K-BFGS", found.get("K-BFGS(L)"), found.get("K-BFGS")),
+        _lower("Grafting to Adam lowers KFAC's loss", found.get("KFAC, grafted"), kfac),
+        _lower("Clipping lowers KFAC's loss", found.get("KFAC, clipped"), kfac),
+        _alike("Layer by layer, Gauss-Newton steps are as good as whole ones", found.get("Gauss-Newton by layer"),
+               found.get("Gauss-Newton")),
+        _lower("The best of this package ends below SOAP, Muon and Shampoo", own, peers),
+        _goal(fastest(found, "ours"), adam),
+    ]  # fmt: skip
+    return [row for row in rows if row is not None]
+
+
+def _said(*each: Summary) -> str:
+    return ", ".join(f"{s.name} {fixed(s.final, s.error)}" for s in each)
+
+
+def _lower(claim: str, one: Summary | None, other: Summary | None) -> Finding | None:
+    if one is None or other is None:
+        return None
+    if one.final is None or other.final is None:
+        return claim, None, "a run failed"
+    return claim, one.final < other.final, _said(one, other)
+
+
+def _alike(claim: str, one: Summary | None, other: Summary | None) -> Finding | None:
+    """Not worse by more than 3 percent."""
+    if (lower := _lower(claim, one, other)) is None or one is None or other is None or lower[1] is None:
+        return lower
+    assert one.final is not None and other.final is not None
+    return claim, one.final < (1 + ALIKE) * other.final, _said(one, other)
+
+
+def _sooner(claim: str, s: Summary | None) -> Finding | None:
+    if s is None:
+        return None
+    return claim, s.to_adam is not None and s.to_adam < 1, f"{s.name}: {_share(s)}"
+
+
+def _cheaper(claim: str, one: Summary | None, other: Summary | None) -> Finding | None:
+    if one is None or other is None:
+        return None
+    return claim, one.seconds < other.seconds, f"{number(other.seconds / one.seconds)} times as many of its epochs"
+
+
+def _goal(s: Summary | None, adam: Summary | None) -> Finding | None:
+    if adam is None:
+        return None
+    claim = f"The fastest of this package is at Adam's last loss in at most {GOAL} of Adam's seconds"
+    return claim, s is not None and (s.to_adam or 0.0) <= GOAL, "never" if s is None else f"{s.name}: {_share(s)}"
+
+
+def _share(s: Summary) -> str:
+    return "never there" if s.to_adam is None else f"{number(s.to_adam, 2)} of Adam's seconds, {short(s.epochs)} epochs"
+
+
+def findings(results: dict[str, Any]) -> list[str]:
+    """The claims as sentences, those that were not seen here as plainly as the others."""
+    words, sentences, seen, judged = {True: "Seen", False: "Not seen", None: "Not run"}, [], 0, 0
+    for problem in results["problems"]:
+        for claim, is_seen, measured in claims(problem):
+            seen, judged = seen + (is_seen is True), judged + (is_seen is not None)
+            inside = claim if claim[:2].isupper() or claim[:6] == "K-BFGS" else claim[0].lower() + claim[1:]
+            sentences.append(f"{words[is_seen]} on {problem['name']}: {inside} ({measured}).")
+    return [f"{seen} of {judged} findings and goals were seen here.", *sentences, *results["left_out"]]
