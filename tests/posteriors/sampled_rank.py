@@ -13,8 +13,8 @@ import paraboloid as pb
 CUTS = [0, 13, 40]
 OPTIONS = {
     "data": {"samples": 3, "em_steps": 2, "solver": "cg", "tol": 1e-9},
-    "data by layer": {"samples": 3, "em_steps": 1, "solver": "cg", "tol": 1e-9, "per": "layer"},
-    "samples": {"samples": 5, "em_steps": 2, "tol": 1e-9},
+    "data by layer": {"samples": 3, "em_steps": 1, "solver": "cg", "tol": 1e-9, "per": "layer", "match": None},
+    "samples": {"samples": 5, "em_steps": 1, "tol": 1e-9},
     "data by descent": {"samples": 2, "em_steps": 1, "solver": "sgd", "epochs": 3, "lr": 1e-3, "match": None},
 }
 
@@ -37,7 +37,12 @@ def main(rank, world, folder):
         posterior = pb.sampled_laplace(
             model, nn.CrossEntropyLoss(), (x[mine], y[mine]), all_reduce=True, shard=shard, **options
         )
-        found[name] = posterior.samples, posterior.prior_precision, posterior.effective_dimension
+        found[name] = (
+            posterior.samples,
+            posterior.prior_precision,
+            posterior.effective_dimension,
+            posterior.confidence,
+        )
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

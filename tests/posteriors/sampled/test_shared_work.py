@@ -24,8 +24,11 @@ def test_shared_work_finds_what_one_process_finds(ranks, name):
     model, x, y = sampled_rank.problem()
     expected = pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), **sampled_rank.OPTIONS[name])
     for found in ranks:
-        samples, precision, dimension = found[name]
+        samples, precision, dimension, confidence = found[name]
         for k, d in expected.samples.items():
             torch.testing.assert_close(samples[k], d, rtol=1e-5, atol=1e-6)
+        assert (confidence is None) == (expected.confidence is None)
+        if confidence is not None:
+            assert confidence.usual == pytest.approx(expected.confidence.usual, rel=1e-4)
         assert dimension == pytest.approx(expected.effective_dimension, rel=1e-5)
         assert precision == pytest.approx(expected.prior_precision, rel=1e-5)

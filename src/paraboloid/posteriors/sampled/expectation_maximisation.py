@@ -108,6 +108,7 @@ class Run:
     descent: Descent | None = None  # None: conjugate gradients, or with `dual` exactly
     dual: TangentKernel | None = None
     across: Group = None  # the processes that hold other samples
+    loss: Any = None  # of the linearised optimum; None: that of the system
 
     def expanded(self, precision: Sequence[float]) -> Tensor:
         """One precision for each weight, [D]."""
@@ -235,7 +236,7 @@ class Run:
 
     def update(self, state: State, after: Callable[[State], None]) -> None:
         """The M step, in place: the linearised optimum, the precisions, and the right-hand sides that follow."""
-        before, linear = self.expanded(state.precision), ScaledModel(self.system)
+        before, linear = self.expanded(state.precision), ScaledModel(self.system, self.loss)
         if self.descent is None:
             found = optimum(
                 linear, before, self.system.strength, state.delta, self._covariance(before), min(self.tol, OPTIMUM)

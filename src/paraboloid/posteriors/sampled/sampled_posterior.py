@@ -14,6 +14,7 @@ from paraboloid.passes import trees
 from paraboloid.passes.wrappers import plain_parameters
 from paraboloid.posteriors.likelihood import Likelihood
 from paraboloid.posteriors.prediction import predictive, sharpness
+from paraboloid.posteriors.prediction.confidence import Confidence
 from paraboloid.posteriors.prediction.tangent_outputs import tangent_outputs
 from paraboloid.posteriors.sampled.expectation_maximisation import EMStep
 
@@ -43,6 +44,8 @@ class SampledPosterior:
     max_memory: int | None = None
     data: Data | None = None  # what it was fitted on, for `match_confidence`
     sharpness: float = 1.0
+    confidence: Confidence | None = None  # by which `predict` is matched to the network
+    unweighted: SampledPosterior | None = None  # whose variances that takes
     _cuts: Cuts = field(default_factory=Cuts, repr=False)  # where the samples lie in inputs
 
     @property
@@ -110,7 +113,7 @@ class SampledPosterior:
             raise ValueError(f"match_confidence with a {self.likelihood.kind} likelihood; expected classes "
                              "(nn.CrossEntropyLoss or nn.BCEWithLogitsLoss).")  # fmt: skip
         posterior: Any = self
-        posterior.sharpness = 1.0
+        self.confidence, self.unweighted, self.sharpness = None, None, 1.0
         data = self.data if data is None else data
         self.sharpness = (
             sharpness.matched(posterior, data) if validation is None else sharpness.best(posterior, validation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from paraboloid.losses import Loss
 from paraboloid.posteriors.prior_tuning.linearised import LinearisedModel
 from paraboloid.posteriors.sampled.tangent_system import TangentSystem
 
@@ -11,9 +12,9 @@ from paraboloid.posteriors.sampled.tangent_system import TangentSystem
 class ScaledModel(LinearisedModel):
     """The linearised model as a function of S^-1 (w - theta), flat [D], with S = diag(scale) of a tangent system."""
 
-    def __init__(self, system: TangentSystem):
+    def __init__(self, system: TangentSystem, loss: Loss | None = None):
         super().__init__(system.replay)
-        self.system = system
+        self.system, self.loss = system, self.loss if loss is None else loss
         if system.scale is not None:
             self.theta = self.theta / system.scale
 

@@ -18,6 +18,9 @@ from paraboloid.posteriors.sampled.tangent_system import TangentSystem
 
 MOST_ITERATIONS = 1000  # of conjugate gradients: where more are needed, the residual says so
 PROBES, POWERS = 3, 8  # batches whose curvature is measured, by so many products each
+BOLD = (
+    4.0  # times (1 - momentum) over the largest curvature of a batch: averaging pays for the noise of so large a rate
+)
 HALVINGS = 12
 
 
@@ -47,7 +50,7 @@ class Descent:
     """How stochastic descent is done.
 
     epochs     passes over the data of one solution; the points of the second half are averaged
-    lr         None: (1 - momentum) over the largest curvature of a batch, which is measured
+    lr         None: 4 (1 - momentum) over the largest curvature of a batch, which is measured
     noisy      the noise in each batch's targets in the place of the right-hand side, as in the plain form
     """
 
@@ -138,7 +141,7 @@ def descended(
 def first_position(system: TangentSystem, settings: Descent, precision: Tensor, preconditioner: Tensor) -> Position:
     if settings.lr is not None:
         return Position(settings.lr)
-    return Position((1 - settings.momentum) / steepest(system, precision, preconditioner))
+    return Position(BOLD * (1 - settings.momentum) / steepest(system, precision, preconditioner))
 
 
 def slower(position: Position, settings: Descent, error: Diverged, bound: Callable[[], float]) -> Position:
@@ -146,8 +149,8 @@ def slower(position: Position, settings: Descent, error: Diverged, bound: Callab
     if settings.lr is not None:
         raise ValueError(
             f"lr is {settings.lr:.4g}, with which the descent diverges ({error}); expected at most about "
-            f"{(1 - settings.momentum) / bound():.2g}, (1 - momentum) over the largest curvature of a batch. Leave lr "
-            "out to have it measured."
+            f"{BOLD * (1 - settings.momentum) / bound():.2g}, {BOLD:.0f} (1 - momentum) over the largest curvature of "
+            "a batch. Leave lr out to have it measured."
         ) from error
     warnings.warn(
         f"stochastic descent diverged at the learning rate {position.lr:.3g} ({error}); it starts again at half of it.",

@@ -1,11 +1,8 @@
-"""sum_n J_n^T H_n J_n as posterior samples need it: with the identity for H_n too, and cheap J v of large networks."""
+"""sum_n J_n^T H_n J_n as posterior samples need it: with cheap J v of large networks, and the same on every pass."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
-
-from torch import Tensor
 
 from paraboloid.data.batches import Data, Output
 from paraboloid.losses import Loss
@@ -15,35 +12,18 @@ from paraboloid.operators.matrix_free.tangent_convolutions import convolutions_f
 from paraboloid.passes import trees
 
 
-class UnitGraph(OutputGraph):
-    """An `OutputGraph` with the identity in the place of H_n: every output counts, however sure the network is."""
-
-    def hessian(self, u: Tensor) -> Tensor:
-        return u
-
-    def root(self) -> Iterator[Tensor]:
-        flat = self.f.detach().new_zeros(len(self.f), self.root_columns())
-        for k in range(flat.shape[1]):
-            column = flat.clone()
-            column[:, k] = 1
-            yield column.view_as(self.f)
-
-    def root_columns(self) -> int:
-        return self.f[0].numel()
-
-
 class TangentCurvature(GGN):
-    """The GGN of a loss, or with `unweighted` sum_n J_n^T J_n, over graphs that are differentiated by J^T, then J.
+    """The GGN of a loss over graphs that are differentiated by J^T, then J.
 
     ordered: every pass must see the samples in the order of the first one.
     """
 
     def __init__(
-        self, model: Any, loss: Loss, data: Data, *, unweighted: bool = False, ordered: bool = False,
+        self, model: Any, loss: Loss, data: Data, *, ordered: bool = False,
         output: Output | None = None, max_memory: int | None = None,
     ):  # fmt: skip
         self._record(
-            UnitGraph if unweighted else OutputGraph, model, loss, data, "all", output=output, max_memory=max_memory,
+            OutputGraph, model, loss, data, "all", output=output, max_memory=max_memory,
             ordered=ordered, inside=convolutions_for(trees.parameters(model).values()),
         )  # fmt: skip
         self.root.after(10**9)  # made now or never: what a product rounds to must not depend on those before

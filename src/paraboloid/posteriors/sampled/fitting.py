@@ -1,0 +1,232 @@
+"""How samples are drawn: a tangent system of the model on its data, the solver that is cheapest, and a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paraboloid.data import batches as batch_data
+from paraboloid.data.batches import Data, Output
+from paraboloid.data.joined import joined
+from paraboloid.data.pieces import in_pieces
+from paraboloid.distributed import collectives
+from paraboloid.distributed.collectives import Group
+from paraboloid.operators.vectors import join
+from paraboloid.passes import trees
+from paraboloid.passes.memory import GIB, RECORDINGS, available
+from paraboloid.passes.parameter_layers import layer_of
+from paraboloid.passes.wrappers import unwrapped
+from paraboloid.posteriors.fit import parameters_of
+from paraboloid.posteriors.likelihood import Likelihood
+from paraboloid.posteriors.prediction.confidence import SAMPLES, Confidence, shared
+from paraboloid.posteriors.prior_tuning.evidence import groups_of
+from paraboloid.posteriors.sampled import checkpoint as checkpoints
+from paraboloid.posteriors.sampled.expectation_maximisation import Progress, Run, State, as_prior
+from paraboloid.posteriors.sampled.sampled_posterior import SampledPosterior, by_name
+from paraboloid.posteriors.sampled.solvers import Descent
+from paraboloid.posteriors.sampled.tangent_curvature import TangentCurvature
+from paraboloid.posteriors.sampled.tangent_kernel import MOST_ROWS, TangentKernel, rows_of
+from paraboloid.posteriors.sampled.tangent_system import TangentSystem, feature_scales
+from paraboloid.posteriors.weights import only
+
+LARGE = 1_000_000  # weights from which the graphs of all data at once would not fit
+ITERATIONS = 100  # of conjugate gradients that a solution counts as, in the choice of a solver
+NORMALISATION = (
+    nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.RMSNorm,
+)  # fmt: skip
+
+
+@dataclass(eq=False)
+class Fitting:
+    """What every draw from a model's posteriors shares; see `sampled_laplace` for what the options are."""
+
+    model: nn.Module
+    names: list[str]  # of the weights that are sampled
+    data: Data
+    samples: int
+    seed: int
+    noise_variance: float
+    solver: str
+    tol: float
+    epochs: int
+    lr: float | None
+    batch_size: int
+    noisy: bool
+    output: Output | None
+    max_memory: int | None
+    group: Group
+    shard: str
+
+    @cached_property
+    def mine(self) -> range:
+        """The samples that this process solves for."""
+        if self.group is None or self.shard == "data":
+            return range(self.samples)
+        return range(collectives.rank_of(self.group), self.samples, collectives.size_of(self.group))
+
+    def drawn(
+        self, likelihood: Likelihood, g_prior: bool, prior_precision: float, per: str, em_steps: int,
+        path: Path | None, callback: Callable[[Progress], Any] | None,
+    ) -> SampledPosterior:  # fmt: skip
+        """A posterior under a likelihood; with the identity for the loss's Hessian EM is replaced by the prior of
+        `unit_information`."""
+        with only(self.model, self.names):
+            theta = parameters_of(self.model)
+            check_memory(theta, len(self.mine), 5 if self.solver == "sgd" else 4)
+            system = self._system(likelihood, theta)
+            solver = cheapest(system, self.max_memory) if self.solver == "auto" else self.solver
+            dual = dual_of(system) if solver == "dual" else None
+            descent = Descent(self.epochs, self.lr, noisy=self.noisy) if solver == "sgd" else None
+            diagonal = system.diagonal()
+            if g_prior:
+                system.scale = feature_scales(diagonal, system.parameters)
+                diagonal = diagonal.mul_(system.scale).mul_(system.scale)
+            unit = likelihood.curvature == "jacobian" and em_steps > 0
+            groups, places = groups_of(theta, "parameter" if unit else per), {name: i for i, name in enumerate(theta)}
+            at = [[places[k] for k in members] for members in groups]
+            across = self.group if self.shard == "samples" else None
+            run = Run(
+                system, at, join(list(theta.values())), diagonal, self.tol, descent, dual, across,
+                likelihood.loss,
+            )  # fmt: skip
+            settings = {
+                "samples": self.samples, "here": [self.mine.start, self.mine.step], "seed": self.seed,
+                "g_prior": g_prior, "per": per, "curvature": likelihood.curvature, "solver": solver, "tol": self.tol,
+                "noise_variance": self.noise_variance, "prior_precision": "unit" if unit else prior_precision,
+                **({} if descent is None else {"epochs": self.epochs, "lr": self.lr, "noisy": self.noisy}),
+            }  # fmt: skip
+            belongs = checkpoints.fingerprint(theta, system.replay, settings)
+            state = State(unit_information(run) if unit else [prior_precision] * len(groups))
+            if path is not None and path.exists():
+                state = checkpoints.load(path, belongs, system.like.device)
+
+            def after(state: State) -> None:
+                if path is not None:
+                    checkpoints.save(path, state, belongs)
+                if callback is not None:
+                    callback(run.progress(state))
+
+            state = run.go(state, 0 if unit else em_steps, after)
+            assert state.w is not None
+            deviations = system.deviations(state.w)
+            if across is not None:
+                deviations = _interleaved(deviations, self.samples, self.mine, across)
+        samples = by_name(deviations, theta)
+        for name, p in held(self.model, self.names):
+            samples[name] = p.new_zeros(self.samples, *p.shape)
+        return SampledPosterior(
+            self.model, likelihood, theta, samples, as_prior(groups, state.precision, list(theta)), sum(state.gammas),
+            state.history, self.noise_variance, system.curvature.target, self.output, self.max_memory, self.data,
+        )  # fmt: skip
+
+    def _system(self, likelihood: Likelihood, theta: dict[str, Tensor]) -> TangentSystem:
+        apart = self.solver == "sgd" or sum(w.numel() for w in theta.values()) > LARGE
+        if apart:
+            pieces = in_pieces(self.data, self.batch_size, self.model, self.output)
+        else:
+            pieces = joined(self.data, self.model, self.max_memory)
+        curvature = TangentCurvature(
+            self.model, likelihood.curved, pieces, output=self.output, max_memory=self.max_memory, ordered=self.noisy
+        )
+        strength = float(likelihood.strength(self.noise_variance))
+        group = self.group if self.shard == "data" else None
+        return TangentSystem(curvature, strength, self.seed, self.mine, group=group)
+
+    def confidence(self, unweighted: SampledPosterior) -> Confidence:
+        """The quantiles of the unweighted variances on the data of all processes; see `prediction.confidence`."""
+        found, seen = [], 0
+        for inputs, _ in batch_data.batches(self.data):
+            variance = unweighted.functional(inputs, diagonal=True)[1]
+            found.append(shared(variance, unweighted.likelihood.kind).flatten())
+            seen += len(variance)
+            if seen >= SAMPLES:
+                break
+        variances = torch.cat(found)
+        if self.group is not None and self.shard == "data":
+            variances = torch.cat([torch.tensor(part) for part in collectives.gathered(variances.tolist(), self.group)])
+        return Confidence.of(variances)
+
+
+def unit_information(run: Run) -> list[float]:
+    """The mean of diag(S strength G S) / N over each group: a prior that knows as much as one sample.
+
+    A group that the data does not reach has the mean of the others.  Source: Kass and Wasserman 1995.
+    """
+    means = [total / n for total, n in zip(run.totals(run.diagonal), run.counts, strict=True)]
+    reached = [mean for mean in means if mean > 0]
+    instead = sum(reached) / len(reached) if reached else float(run.system.count)
+    return [(mean if mean > 0 else instead) / run.system.count for mean in means]
+
+
+def cheapest(system: TangentSystem, max_memory: int | None) -> str:
+    """ "sgd" where graphs are not kept; else "dual" or "cg", by the multiplications of forming and of products.
+
+    A product takes about four forward passes for each sample; `ITERATIONS` of them stand for a solution.
+    """
+    rows = rows_of(system)
+    if system.replay.kept is None or rows is None:
+        return "sgd" if system.replay.kept is None else "cg"
+    fits = rows * system.size * system.like.element_size() <= RECORDINGS.of(max_memory) - system.replay.size
+    dual = 2 * rows**2 * system.size + rows**3
+    return (
+        "dual"
+        if fits and rows <= MOST_ROWS and dual < ITERATIONS * 4 * system.replay.flops * len(system.everyone)
+        else "cg"
+    )
+
+
+def dual_of(system: TangentSystem) -> TangentKernel:
+    """Raises ValueError where the tangent kernel would be too large, or its graphs are not at hand."""
+    rows = rows_of(system)
+    if rows is None:
+        raise ValueError(
+            "solver='dual' needs the graphs of all data in this process, and they do not fit into max_memory or the "
+            "data is shared out; expected less data. Take solver='sgd' or 'cg'."
+        )
+    if rows > MOST_ROWS:
+        raise ValueError(
+            f"solver='dual' with {rows} outputs times data points; expected at most {MOST_ROWS}, whose tangent kernel "
+            "has a Cholesky factor. Take solver='cg' or 'sgd'."
+        )
+    return TangentKernel(system)
+
+
+def normalisation_layers(model: nn.Module) -> set[str]:
+    plain = unwrapped(model)
+    modules = plain.named_modules() if isinstance(plain, nn.Module) else []
+    return {name for name, module in modules if isinstance(module, NORMALISATION)}
+
+
+def held(model: nn.Module, names: list[str]) -> list[tuple[str, Tensor]]:
+    """The normalisation layers' parameters that stay what they are."""
+    layers = normalisation_layers(model)
+    return [
+        (name, p.detach()) for name, p in trees.parameters(model).items()
+        if name not in names and layer_of(name) in layers
+    ]  # fmt: skip
+
+
+def check_memory(theta: dict[str, Tensor], samples: int, copies: int) -> None:
+    """Raise ValueError where that many copies of the weights for each sample would not fit."""
+    size, first = sum(w.numel() for w in theta.values()), next(iter(theta.values()))
+    needed, free = copies * samples * size * first.element_size(), available(first.device)
+    if free is not None and needed > free:
+        one = copies * size * first.element_size()
+        raise ValueError(
+            f"{samples} samples of {size} weights would take {needed / GIB:.1f} GiB, {copies} copies of the weights "
+            f"for each; {free / GIB:.1f} GiB are free, enough for {int(0.8 * free / one)}. Take fewer samples, "
+            "fewer weights (weights='last_layer'), or more processes (all_reduce=True, shard='samples')."
+        )
+
+
+def _interleaved(rows: Tensor, samples: int, mine: range, group: Any) -> Tensor:
+    """The rows of all processes, in the samples' order."""
+    every = rows.new_zeros(samples, rows.shape[1])
+    every[mine.start :: mine.step] = rows
+    return collectives.summed(every, group, rows.device)
