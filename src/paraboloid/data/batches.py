@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset, default_collate
 
+from paraboloid.passes.torch_internals import tree_leaves
+from paraboloid.passes.trees import mapped
+
 Inputs = Any  # of a model: a tensor, a tuple or list of arguments, a mapping of keywords, or an object of its own
 Batch = tuple[Inputs, Any]
 Data = Batch | Mapping[str, Any] | Iterable[Any]  # a batch, or an iterable of batches
@@ -27,13 +30,28 @@ def as_batch(data: Any) -> Batch | None:
     """`(inputs, targets)` if `data` is one batch, else None.
 
     A two-element tuple or list whose second element is a tensor is a batch; a dict with `labels` (Hugging Face) is one
-    too, its other entries being the inputs.
+    too, its other entries being the inputs.  Tensors made under inference_mode (batches of a trainer's validation) are
+    copied: autograd cannot keep them.
     """
     if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor):
-        return data[0], data[1]
+        return _ordinary(data[0]), _ordinary(data[1])
     if isinstance(data, Mapping) and "labels" in data:
-        return {k: v for k, v in data.items() if k != "labels"}, data["labels"]
+        return {k: _ordinary(v) for k, v in data.items() if k != "labels"}, _ordinary(data["labels"])
     return None
+
+
+def _ordinary(tree: Any) -> Any:
+    """The same, with a copy of every tensor that was made under inference_mode."""
+    if isinstance(tree, Tensor):
+        if not tree.is_inference():
+            return tree
+        with torch.inference_mode(False):
+            return tree.clone()
+    if isinstance(tree, Mapping | tuple | list) and any(
+        isinstance(t, Tensor) and t.is_inference() for t in tree_leaves(tree)
+    ):
+        return mapped(_ordinary, tree)
+    return tree
 
 
 def batches(data: Any) -> Iterator[Batch]:
@@ -64,6 +82,7 @@ def call(model: nn.Module, inputs: Inputs, output: Output | None = None) -> Tens
     tensors among the inputs.
     """
     _check_nested(inputs)
+    inputs = _ordinary(inputs)
     if isinstance(inputs, Mapping):
         result = model(**inputs)
     elif isinstance(inputs, tuple | list):

@@ -38,7 +38,10 @@ class Part:
 
 
 def rule_parts(call: Any, layout: Layout | Owned, aliases: Mapping[int, Alias]) -> list[Part] | None:
-    """The parts of every weight of the call by its rule, or None where no rule applies to these arguments."""
+    """The parts of every weight of the call by its rule, or None where no rule applies to these arguments: all rules
+    are for real numbers, and a complex gradient goes with the conjugate of what it is multiplied by."""
+    if call.is_complex:
+        return None
     wanted = {id(w) for w in call.weights}
     uses = [u for u in call.uses() if id(u.weight) in wanted]
     if {id(u.weight) for u in uses} != wanted:
@@ -289,4 +292,5 @@ def vjp(z: Tensor, p: Tensor, gs: Tensor) -> Tensor:
     """Vector-Jacobian products of z(p): [B *z] -> [B *p]; batched where the operations allow it."""
     with torch.enable_grad():
         (r,) = gradients(z, p, gs.to(z.dtype))
-    return p.new_zeros(len(gs), *p.shape, dtype=gs.dtype) if r is None else r.to(gs.dtype)
+    dtype = gs.dtype if gs.is_complex() == p.is_complex() else accumulation(p.dtype)
+    return p.new_zeros(len(gs), *p.shape, dtype=dtype) if r is None else r.to(dtype)

@@ -51,6 +51,7 @@ class Call:
     below: list[Any]  # graph nodes of the data inputs: where the completeness walk goes on
     held: list[tuple[Tensor, int]]  # tensors and the versions they had
     autocast: torch.dtype | None  # what it ran under
+    is_complex: bool = False  # whether its output is
 
     @property
     def is_fresh(self) -> bool:
@@ -79,7 +80,9 @@ class Call:
 
 
 def _call(op, args, kwargs, z: Tensor, weights, below, held) -> Call:
-    return Call(op, args, kwargs, get_gradient_edge(z), z.shape, weights, below, held, autocast_dtype(z.device))
+    return Call(
+        op, args, kwargs, get_gradient_edge(z), z.shape, weights, below, held, autocast_dtype(z.device), z.is_complex()
+    )
 
 
 CONTAINERS = (tuple, list, dict)

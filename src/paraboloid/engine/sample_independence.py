@@ -168,7 +168,10 @@ def _codes(g: Tensor, h: Tensor, spread: int) -> Tensor | None:
     """Which weight each element of h = w g has, numbered as `sample_weights` numbers them; -1 where g is zero.  None
     where some element has none of them."""
     reached = g.abs() > vanishing(g.dtype, spread)
-    ratio = torch.where(reached, h / torch.where(reached, g, 1), 1).double()
+    ratio = torch.where(reached, h / torch.where(reached, g, 1), 1)
+    if ratio.is_complex():
+        ratio = ratio.real.where(ratio.imag.abs() <= rounding(g.dtype, g.device) ** 0.6 * ratio.abs(), 0)
+    ratio = ratio.double()
     k = ratio.abs().log2().round()
     exact = ratio.sign() * 2.0**k
     near = (ratio - exact).abs() <= rounding(g.dtype, g.device) ** 0.6 * exact.abs()
@@ -217,5 +220,5 @@ def _fits(g: Tensor, h: Tensor, w: Tensor, layout: Layout, tolerance: Tensor) ->
     column = w.to(g).view(-1, *[1] * (g.dim() - 1))
     step = max(1, COMPARED.of() * len(g) // g.nbytes)
     ranges = [slice(i, i + step) for i in range(0, len(g), step)]
-    worst = [(h[n] / column[n]).sub_(g[n]).abs_().max() for n in ranges]
+    worst = [(h[n] / column[n]).sub_(g[n]).abs().max() for n in ranges]
     return bool(torch.stack(worst).max() <= tolerance)

@@ -180,12 +180,12 @@ class Eigenform:
         if len(values) > 1 or not self.full:
             return (self @ g.to(values.dtype)).to(g.dtype)
         U, W = left.vectors, None if right.size == 1 else right.vectors  # of length one, its sign is there twice
-        c = g.to(values.dtype).view(left.size, right.size)
+        c = g.to(values.dtype).reshape(left.size, right.size)  # channels_last has no such view
         c = c if U is None else U[0].mT @ c
         c = (c if W is None else c @ W[0]) * values[0]
         c = c if W is None else c @ W[0].mT
         c = c if U is None else U[0] @ c
-        return c.view(g.shape).to(g.dtype)
+        return c.reshape(g.shape).to(g.dtype)
 
     @precisely
     def product(self, rows: Tensor) -> Tensor:

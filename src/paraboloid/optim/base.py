@@ -14,6 +14,7 @@ from paraboloid.optim import foreach
 from paraboloid.optim.acceptance import total_damping
 from paraboloid.optim.closures import Closure, Evaluation
 from paraboloid.optim.direction import Move
+from paraboloid.optim.options import TORCHS, check_made
 from paraboloid.optim.sealed_state import KEY, opened, sealed
 from paraboloid.passes import trees, wrappers
 
@@ -70,6 +71,8 @@ class Frame(torch.optim.Optimizer):
                     f"parameter {name!r} has shape {tuple(p.shape)}, which holds nothing; expected at "
                     "least one element. Remove the empty layer, or freeze it by requires_grad_(False)."
                 )
+        if isinstance(param_group, dict):
+            check_made(type(self).__name__, self.model, True, {k: v for k, v in param_group.items() if k in TORCHS})
         super().add_param_group(param_group)
         names = {id(p): name for name, p in found.items()}
         for p in self.param_groups[-1]["params"]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from paraboloid.linalg.operand import check_choice
 from paraboloid.optim import foreach
-from paraboloid.optim.options import check_number
+from paraboloid.optim.options import check_number, rate
 
 GRAFTS = ("sgd", "adam")
 
@@ -58,7 +58,7 @@ def coupled_decay(m: Move) -> None:
 def decoupled_decay(m: Move) -> None:
     """theta <- (1 - lr weight_decay) theta, where decay is decoupled."""
     if m.group["weight_decay"] and m.group.get("decoupled"):
-        foreach.scale_(m.params, 1 - m.group["lr"] * m.group["weight_decay"])
+        foreach.scale_(m.params, 1 - rate(m.group) * m.group["weight_decay"])
 
 
 def momentum(m: Move) -> None:
@@ -80,7 +80,7 @@ def averaged(m: Move) -> None:
 
 def descend(m: Move) -> None:
     """theta <- theta - lr d."""
-    foreach.add_(m.params, m.direction, alpha=-m.group["lr"])
+    foreach.add_(m.params, m.direction, alpha=-rate(m.group))
 
 
 class Graft:
@@ -128,7 +128,7 @@ class TrustRegion:
         self.kl_clip, self.max_step = kl_clip, max_step
 
     def __call__(self, m: Move) -> None:
-        factor, lr = 1.0, m.group["lr"]
+        factor, lr = 1.0, rate(m.group)
         if self.kl_clip is not None:
             size = lr**2 * float(foreach.dot(m.gradient, m.direction))
             factor = min(factor, (self.kl_clip / size) ** 0.5 if size > 0 else 1.0)

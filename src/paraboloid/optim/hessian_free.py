@@ -16,7 +16,7 @@ from paraboloid.losses import Loss
 from paraboloid.operators.partition import Blocks, resolve_blocks
 from paraboloid.optim.acceptance import adapted, reduction_ratio
 from paraboloid.optim.base import Frame
-from paraboloid.optim.options import check_number, check_share
+from paraboloid.optim.options import check_made, check_number, check_share
 from paraboloid.passes import trees
 from paraboloid.passes.random_state import isolated, seeded
 from paraboloid.passes.wrappers import unwrapped
@@ -25,6 +25,7 @@ from paraboloid.quantities.door import statistics
 
 RAISE, LOWER = 3 / 2, 2 / 3  # of the damping
 ARMIJO, SHRINK, TRIES = 1e-2, 0.8, 60
+ALONE = "HessianFree evaluates the model itself, many times in a step."
 POWER = 0.75  # of Martens' preconditioner
 
 
@@ -47,7 +48,8 @@ class HessianFree(Frame):
     line_search     shorten the step until the loss falls enough (Armijo, 1e-2); a step that never does is rejected
     adapt_damping   Levenberg-Marquardt: 2/3 of the damping where the loss falls by more than 3/4 of what the quadratic
                     predicts, 3/2 of it below 1/4
-    warm_start      start from this multiple of the last step's direction
+    warm_start      start from this multiple of the last step's direction; "momentum" in the groups, which cyclic
+                    schedules (OneCycleLR, CyclicLR) move
     preconditioner  None, or "second_moment": (mean_n g_n^2 + damping + weight_decay)^(3/4), elementwise
     params          parameters of the model, or torch's groups with their own lr and weight_decay; default: all.  The
                     damping is that of the first group
@@ -70,7 +72,7 @@ class HessianFree(Frame):
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: nn.Module | Loss,
+        loss_fn: nn.Module | Loss | None = None,
         *,
         curvature: str = "ggn",
         damping: float = 1.0,
@@ -89,17 +91,20 @@ class HessianFree(Frame):
         seed: int = 0,
         output: Output | None = None,
         max_memory: int | None = None,
+        **options: Any,
     ):
+        loss_fn = check_made(type(self).__name__, model, loss_fn, options)
         check_choice("curvature", curvature, list(CURVATURES))
         check_choice("preconditioner", preconditioner, (None, "second_moment"))
         defaults = {"lr": check_number("lr", lr, 0), "damping": check_number("damping", damping, 0),
-                    "weight_decay": check_number("weight_decay", weight_decay, 0)}  # fmt: skip
+                    "weight_decay": check_number("weight_decay", weight_decay, 0),
+                    "momentum": check_share("warm_start", warm_start)}  # fmt: skip
         resolve_blocks(trees.parameters(model), blocks)
         self.curvature, self.blocks, self.debias, self.seed = curvature, blocks, debias, seed
         self.max_iterations = check_count("max_iterations", max_iterations)
         self.progress = check_number("progress", progress, 0, above=True)
         self.backtrack, self.line_search, self.adapt_damping = backtrack, line_search, adapt_damping
-        self.warm_start, self.preconditioner = check_share("warm_start", warm_start), preconditioner
+        self.warm_start, self.preconditioner = warm_start, preconditioner
         self.output, self.max_memory = output, max_memory
         super().__init__(model, defaults, params, seed)
         if self._group is not None and (ranks := torch.distributed.get_world_size(self._group)) > 1:
@@ -116,7 +121,7 @@ class HessianFree(Frame):
         parameters = trees.parameters(self.model)
         self._check_model(parameters)
         values = {
-            self.names[p]: torch.full_like(p, 1.0 if option is None else group[option])
+            self.names[p]: torch.full_like(p, 1.0 if option is None else float(group[option]))
             for group in self.param_groups for p in group["params"] if self.names[p] in parameters
         }  # fmt: skip
         return trees.flatten({k: values.get(k, torch.zeros_like(p)) for k, p in parameters.items()}, parameters)
@@ -137,18 +142,22 @@ class HessianFree(Frame):
     # --- the step ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, batch: Any = None, measure_on: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, batch: Any = None, measure_on: Any = None, *, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step; returns the loss of the batch that measures, before the step, without weight decay.
 
         batch       (inputs, targets), or a dict with "labels"
         measure_on  another batch: directions from `batch`, step lengths, line search and damping from this one
         """
-        pair = None if callable(batch) else batches.as_batch(batch)
+        if closure is not None or callable(batch):
+            raise ValueError(f"step got a closure; expected a batch (inputs, targets), or a dict with 'labels': "
+                             f"{ALONE} In Lightning, set self.automatic_optimization = False and call "
+                             "self.optimizers().optimizer.step(batch) in training_step.")  # fmt: skip
+        pair = batches.as_batch(batch)
         other = None if measure_on is None else batches.as_batch(measure_on)
         if pair is None or (measure_on is not None and other is None):
             wrong = batch if pair is None else measure_on
             raise ValueError(f"step got a {type(wrong).__name__}; expected a batch (inputs, targets), or a dict with "
-                             "'labels': HessianFree evaluates the model itself.")  # fmt: skip
+                             f"'labels': {ALONE}")  # fmt: skip
         if other is None and self.debias:
             pair, other = halves(pair)
         seed = self.seed + self.counters["steps"]
@@ -210,12 +219,13 @@ class HessianFree(Frame):
         return Restricted(q.curvature, mask, damping + decay), -mask * (g + decay * theta)
 
     def _start(self, theta: Tensor) -> Tensor | None:
-        if not self.warm_start or not all("direction" in self.state[p] for p in self.names):
+        share = self.param_groups[0].get("momentum", self.warm_start)  # states of old have none
+        if not share or not all("direction" in self.state[p] for p in self.names):
             return None
         parameters = trees.parameters(self.model)
         last = {self.names[p]: self.state[p]["direction"] for p in self.names}
         full = {k: last.get(k, torch.zeros_like(p)) for k, p in parameters.items()}
-        return self.warm_start * trees.flatten(full, parameters)
+        return share * trees.flatten(full, parameters)
 
     def _preconditioner(self, batch: Any, mask: Tensor, decay: Tensor, damping: float, seed: int) -> Tensor | None:
         if self.preconditioner is None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.data import batches
+from paraboloid.data.batches import Output
 from paraboloid.distributed import collectives
 from paraboloid.linalg.operand import check_count
 from paraboloid.losses import Loss
@@ -20,7 +21,7 @@ from paraboloid.optim.bfgs import DenseInverse, LimitedMemoryInverse
 from paraboloid.optim.closures import Closure, Evaluation
 from paraboloid.optim.direction import Move, averaged, coupled_decay, descend
 from paraboloid.optim.layer_means import Layer, Means, Readings
-from paraboloid.optim.options import check_number, check_share
+from paraboloid.optim.options import check_made, check_number, check_share
 from paraboloid.optim.quasi_newton import LayerState, Together
 from paraboloid.passes import trees
 from paraboloid.passes.random_state import isolated
@@ -50,7 +51,7 @@ class KBFGS(Frame):
 
     model         its linear layers and convolutions without groups are such layers, at one position or many, and
                   whatever a rule of `paraboloid.layers` calls a `matrix`
-    loss_fn       of `warm_start` and other optimisers' interface; not evaluated
+    loss_fn, output  of other optimisers' interface: the closure evaluates both, and `warm_start` the model alone
     damping       lambda: sqrt(lambda T) is added to A, and mu_2 = sqrt(lambda / T) in the second damping of (s, y), for
                   T positions
     params        parameters of the model, or torch's groups (options lr, damping, weight_decay); default: all
@@ -70,7 +71,7 @@ class KBFGS(Frame):
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: nn.Module | Loss,
+        loss_fn: nn.Module | Loss | None = None,
         *,
         lr: float = 0.3,
         damping: float = 0.3,
@@ -79,7 +80,10 @@ class KBFGS(Frame):
         weight_decay: float = 1e-5,
         params: Iterable[Any] | None = None,
         all_reduce: Any = "auto",
+        output: Output | None = None,
+        **options: Any,
     ):
+        loss_fn = check_made(type(self).__name__, model, loss_fn, options)
         defaults = {"lr": check_number("lr", lr, 0), "damping": check_number("damping", damping, 0, above=True),
                     "momentum": check_share("momentum", momentum), "decay": check_share("decay", decay),
                     "weight_decay": check_number("weight_decay", weight_decay, 0)}  # fmt: skip
@@ -285,7 +289,7 @@ class KBFGSL(KBFGS):
 
     OPTIONS = ("memory",)
 
-    def __init__(self, model: nn.Module, loss_fn: nn.Module | Loss, *, memory: int = 100, **options: Any):
+    def __init__(self, model: nn.Module, loss_fn: nn.Module | Loss | None = None, *, memory: int = 100, **options: Any):
         self.memory = check_count("memory", memory)
         super().__init__(model, loss_fn, **options)
 

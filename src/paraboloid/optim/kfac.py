@@ -19,7 +19,7 @@ from paraboloid.optim.closures import Closure, Evaluation
 from paraboloid.optim.curvature import FisherCurvature
 from paraboloid.optim.direction import Move, Part
 from paraboloid.optim.measurement import Measurement
-from paraboloid.optim.options import check_number, check_samplable, group_defaults
+from paraboloid.optim.options import check_made, check_number, check_samplable, group_defaults, rate
 from paraboloid.reductions.kronecker_factors import MAX_FACTOR
 
 OMEGA = 19 / 20  # of the damping, to the power of its interval
@@ -80,7 +80,7 @@ class KFAC(Frame):
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: nn.Module | Loss,
+        loss_fn: nn.Module | Loss | None = None,
         *,
         lr: float = 1e-2,
         damping: float = 1e-3,
@@ -110,7 +110,9 @@ class KFAC(Frame):
         max_memory: int | None = None,
         all_reduce: Any = "auto",
         output: Output | None = None,
+        **options: Any,
     ):
+        loss_fn = check_made(type(self).__name__, model, loss_fn, options)
         check_number("damping", damping, 0, above=True)
         check_choice("split", split, (None, "pi"))
         check_choice("step_size", step_size, ("fixed", "quadratic"))
@@ -237,7 +239,7 @@ class KFAC(Frame):
                 foreach.add_(step, m.kept("last_step"), alpha=mu)
             for state, delta in zip(m.states, step, strict=True):
                 state["last_step"] = delta
-            foreach.add_(m.params, step, alpha=m.group["lr"])
+            foreach.add_(m.params, step, alpha=rate(m.group))
         return predicted
 
     # --- state ---------------------------------------------------------------------------------------------------
@@ -257,7 +259,7 @@ class KFAC(Frame):
             for p in group["params"]:
                 moved = self.state[p].get("momentum_buffer") if p in self.state else None
                 found[self.names[p]]["trust_ratio"] = (
-                    None if moved is None else float(group["lr"] * moved.norm() / p.detach().norm())
+                    None if moved is None else float(rate(group) * moved.norm() / p.detach().norm())
                 )
         return {"skipped_curvature": 0, **self.counters, "reduction_ratio": self._ratio,
                 "damping": [group["damping"] for group in self.param_groups], "layers": found}  # fmt: skip

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from paraboloid.data.batches import Output
 from paraboloid.linalg.kronecker import Kron
-from paraboloid.losses import Loss
 from paraboloid.optim import foreach
 from paraboloid.optim.base import Frame
 from paraboloid.optim.fisher_factors import HeldVectors
@@ -31,7 +30,7 @@ class Measurement(Capture):
     """
 
     def __init__(
-        self, opt: Frame, loss_fn: nn.Module | Loss, *, verify: str | bool, twice: bool = False,
+        self, opt: Frame, loss_fn: Any, *, verify: str | bool, twice: bool = False,
         max_memory: int | None = None, output: Output | None = None,
     ):  # fmt: skip
         self._opt: Any = weakref.proxy(opt)  # no cycle: the hooks go with an optimiser that nobody holds, at once

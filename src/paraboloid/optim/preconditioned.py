@@ -17,7 +17,7 @@ from paraboloid.optim.closures import Closure
 from paraboloid.optim.curvature import Curvature
 from paraboloid.optim.fisher_factors import FisherFactors
 from paraboloid.optim.measurement import Measurement
-from paraboloid.optim.options import check_samplable, check_share, group_defaults
+from paraboloid.optim.options import check_made, check_samplable, check_share, group_defaults
 from paraboloid.quantities.kronecker import FISHERS, KFRA
 from paraboloid.quantities.named import QUANTITIES
 from paraboloid.reductions.kronecker_factors import MAX_FACTOR, merged
@@ -55,7 +55,7 @@ class Preconditioned(Frame):
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: nn.Module | Loss,
+        loss_fn: nn.Module | Loss | None = None,
         *,
         curvature: str = "diag_ggn_mc",
         lr: float = 0.1,
@@ -70,7 +70,9 @@ class Preconditioned(Frame):
         max_memory: int | None = None,
         all_reduce: Any = "auto",
         output: Output | None = None,
+        **options: Any,
     ):
+        loss_fn = check_made(type(self).__name__, model, loss_fn, options)
         if curvature not in CURVATURES:
             raise ValueError(f"curvature is {curvature!r}; expected one of {CURVATURES}.")
         defaults = group_defaults(lr, momentum, False, weight_decay, False, damping)

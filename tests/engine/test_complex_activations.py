@@ -1,0 +1,133 @@
+"""Complex activations between real parameters: Fourier layers, state-space kernels, phases."""
+
+import warnings
+
+import oracle
+import pytest
+import torch
+from oracle import close
+from torch import nn
+
+import paraboloid as pb
+
+CE = nn.CrossEntropyLoss()
+
+
+class Filter(nn.Module):
+    """A convolution by the Fourier transform, with a kernel and gains of its own."""
+
+    def __init__(self, size=6):
+        super().__init__()
+        self.first = nn.Linear(size, size)
+        self.kernel = nn.Parameter(torch.randn(size))
+        self.gain = nn.Parameter(torch.rand(size // 2 + 1) + 0.5)
+        self.last = nn.Linear(size, 3)
+
+    def forward(self, x):
+        z = torch.fft.rfft(self.first(x)) * torch.fft.rfft(self.kernel) * self.gain
+        return self.last(torch.fft.irfft(z, n=x.shape[-1]).tanh())
+
+
+class Phases(nn.Module):
+    """exp(i theta) times the inputs, mixed by a real matrix that is cast."""
+
+    def __init__(self, size=5):
+        super().__init__()
+        self.theta = nn.Parameter(torch.randn(size))
+        self.mix = nn.Parameter(torch.randn(4, size))
+        self.shift = nn.Parameter(torch.randn(4))
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x):
+        z = x * torch.polar(torch.ones_like(self.theta), self.theta)
+        z = z @ self.mix.to(z.dtype).T + self.shift
+        return self.last(z.abs())
+
+
+class Recurrence(nn.Module):
+    """A diagonal state-space model: a kernel exp(t (-exp(a) + i b)), applied by the Fourier transform over time."""
+
+    def __init__(self, length=5, states=3):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Parameter(torch.randn(states)) for _ in range(3))
+        self.last = nn.Linear(length, 3)
+
+    def forward(self, x):
+        t = torch.arange(x.shape[-1], dtype=x.dtype).unsqueeze(1)
+        kernel = (torch.exp(t * torch.complex(-self.a.exp(), self.b)) * self.c).real.sum(1)
+        n = 2 * len(t)
+        y = torch.fft.irfft(torch.fft.rfft(x, n=n) * torch.fft.rfft(kernel, n=n), n=n)[..., : len(t)]
+        return self.last(y)
+
+
+CASES = {"filter": (Filter, 6), "phases": (Phases, 5), "state space": (Recurrence, 5)}
+
+
+def make(name, N=4):
+    kind, size = CASES[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return kind().double(), torch.randn(N, size).double(), torch.randint(3, (N,))
+
+
+pytestmark = [pytest.mark.filterwarnings(f"ignore:.*{said}") for said in ("falling back", "no Kronecker factors")]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_quantities(name):
+    model, x, y = make(name)
+    stats = pb.statistics(
+        model, CE, (x, y), ["grad", "sample_grads", "square_norms", "gram", "variance", "diag_ggn", "sqrt_ggn", "kflr"]
+    )
+    parameters = dict(model.named_parameters())
+    g = oracle.sample_grads(CE, model(x), y, parameters)
+    for k, p in parameters.items():
+        assert stats["sample_grads"][k].dtype == p.dtype
+        close(stats["sample_grads"][k], g[k], k)
+        close(stats["grad"][k], g[k].mean(0), k)
+        close(stats["square_norms"][k], g[k].flatten(1).square().sum(1), k)
+        close(stats["variance"][k], g[k].var(0, unbiased=False), k)
+        root = stats["sqrt_ggn"][k]
+        close(stats["diag_ggn"][k], root.square().sum((0, 1)) / len(x), k)
+    G = pb.GGN(model, CE, (x, y))
+    roots = torch.cat([r.flatten(2) for r in stats["sqrt_ggn"].values()], 2).flatten(0, 1)
+    close(G.to_dense(), roots.T @ roots / len(x))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("verify", ["auto", "always"])
+def test_samples_that_mix_are_refused(name, verify):
+    model, x, y = make(name)
+
+    class Leaky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            f = self.inner(x)
+            return torch.fft.ifft(torch.fft.fft(f, dim=0) * torch.fft.fft(torch.ones_like(f), dim=0), dim=0).real
+
+    with pytest.raises(ValueError, match="does not separate into the 4 samples"):
+        pb.statistics(Leaky(), CE, (x, y), ["variance"], verify=verify)
+
+
+@pytest.mark.parametrize("make_optimiser", [pb.optim.KFAC, pb.optim.EKFAC, pb.optim.Preconditioned, pb.optim.KBFGS])
+@pytest.mark.parametrize("name", CASES)
+def test_optimisers_and_posteriors(name, make_optimiser):
+    model, x, y = make(name, 12)
+    opt, losses = make_optimiser(model, CE, lr=0.05, damping=0.1), []
+
+    def closure():
+        opt.zero_grad()
+        loss = CE(model(x), y)
+        loss.backward()
+        return loss
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(8):
+            losses.append(float(opt.step(closure)))
+        predicted = pb.laplace(model, CE, (x, y), "kron").predict(x)
+    assert losses[-1] < losses[0]
+    assert torch.isfinite(predicted).all()
