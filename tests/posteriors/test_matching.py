@@ -221,3 +221,41 @@ def test_a_regressions_noise_is_tuned_along():
         assert math.isclose(posterior.noise_variance, 0.09, rel_tol=0.2)
     fixed = laplace(model, nn.MSELoss(), (x, y), "full", noise_variance=0.5)
     assert fixed.tune_prior(noise=False).noise_variance == 0.5
+
+
+@pytest.mark.parametrize("structure", ["kron", "functional"])
+def test_cross_validation_leaves_each_fold_to_the_others(structure):
+    model, x, y = classes(40)
+    grid = [0.01, 0.3, 3.0, 1e4]
+    batches = [(x[:20], y[:20]), (x[20:], y[20:])]
+    posterior = laplace(model, nn.CrossEntropyLoss(), batches, structure)
+    with pytest.warns(UserWarning, match=r"is the (lowest|highest) of the grid from 0.01 to 1e\+04"):
+        posterior.tune_prior("cross_validation", grid=grid, match=None)
+    folds = torch.arange(40) % 5  # twenty is a multiple of five
+
+    def score(value):
+        total = 0.0
+        for k in range(5):
+            out = folds == k
+            rest = laplace(model, nn.CrossEntropyLoss(), (x[~out], y[~out]), structure, prior_precision=value)
+            total += nn.functional.nll_loss(rest.predict(x[out]).log(), y[out], reduction="sum").item()
+        return total
+
+    assert posterior.prior_precision == min(grid, key=score)
+    assert posterior.confidence is None
+
+
+def test_float32_is_tuned_to_some_percent():
+    """The quick form ends near the fixed point that float64 is taken to."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 12), nn.Tanh(), nn.Linear(12, 3))
+    x = torch.randn(150, 4)
+    y = (x[:, 0] > 0).long() + (x[:, 1] * x[:, 2] > 0.3).long()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    quick = laplace(model, nn.CrossEntropyLoss(), (x, y)).tune_prior(match=None).prior_precision
+    exact = laplace(model.double(), nn.CrossEntropyLoss(), (x.double(), y)).tune_prior(match=None).prior_precision
+    assert quick == pytest.approx(exact, rel=0.25)

@@ -119,7 +119,8 @@ def test_evidence_tuning_reaches_a_stationary_point(setting, structure, per):
 def test_grid_finds_the_best_on_validation_data(setting):
     model, x, y = setting
     posterior = laplace(model, nn.CrossEntropyLoss(), (x, y), "diag")
-    posterior.tune_prior("grid", validation=(x, y), grid=[0.01, 1.0, 100.0])
+    with pytest.warns(UserWarning, match="0.01, is the lowest of the grid from 0.01 to 100: a better one may lie"):
+        posterior.tune_prior("grid", validation=(x, y), grid=[0.01, 1.0, 100.0])
 
     def score(value):
         posterior.prior_precision = value

@@ -157,7 +157,8 @@ class Posterior:
                 "evidence": the same updates at the trained weights, which are no optimum of the linearised model: on
                 early-stopped networks they tend to make predictions worse than the network's own
                 "grid": the precision of `grid` (default: 25 from 1e-3 to 1e5) whose predictions have the lowest
-                negative log-likelihood on `validation`, a batch or an iterable of batches
+                negative log-likelihood on `validation`, a batch or an iterable of batches; "cross_validation": the same
+                on each fifth of `data`, under the curvature of the rest.  A best one at the grid's edge warns
                 "unit" (default with curvature="jacobian"): what one sample tells of each parameter, at once
         match   how sure class probabilities are, which is calibration and changes neither the evidence nor samples nor
                 `functional`.  "auto": the network's own confidence, lowered where the outputs' variance under

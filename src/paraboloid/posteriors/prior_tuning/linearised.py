@@ -29,6 +29,7 @@ class LinearisedModel:
     def __init__(self, replay: Replay):
         self.replay, self.loss = replay, replay.loss
         self.theta = join([p.detach() for p in replay.parameters.values()])
+        self.passes = 0  # over the data, so far
 
     @staticmethod
     def of(model: Any, loss: Any, data: Data, output: Output | None, max_memory: int | None) -> LinearisedModel:
@@ -40,6 +41,7 @@ class LinearisedModel:
 
     def _passes(self, delta: Tensor, visit: Callable[[Any, Tensor], Tensor]) -> Tensor:
         total: Any = 0.0
+        self.passes += 1
         parameters = list(self.replay.parameters.values())
         with self.replay.graphs() as graphs:
             for graph in graphs:
@@ -96,12 +98,14 @@ def optimum(
     start: Tensor | None = None,
     preconditioner: Callable[[Tensor], Tensor] | None = None,
     tol: float | None = None,
+    most: tuple[int, int] | None = None,
 ) -> Tensor:
     """argmin over delta of strength * loss(f + J delta) + |theta + delta|^2_Lambda / 2, flat [D].
 
     Newton's method, each step by conjugate gradients and halved until the objective falls; one step for a squared
     error.  `precision` is Lambda's diagonal [D]; `preconditioner` maps rows [K, D] to (about) Sigma times them.
-    Stops when the gradient's norm is below `tol` (default 1e-8; 1e-4 in float32) times its data part's.
+    Stops when the gradient's norm is below `tol` (default 1e-8; 1e-4 in float32) times its data part's, or after as
+    many Newton steps, with as many products each, as `most` says.
     """
     theta, strength = model.theta, float(strength)
     tol = (1e-8 if theta.dtype == torch.float64 else 1e-4) if tol is None else tol
@@ -112,7 +116,8 @@ def optimum(
         return strength * model.value(d) + (precision * (theta + d).square()).sum() / 2
 
     value = objective(delta)
-    for _ in range(NEWTON_STEPS):
+    newton_steps, products = most or (NEWTON_STEPS, len(theta))
+    for _ in range(newton_steps):
         of_data = strength * model.gradient(delta)
         g = of_data + precision * (theta + delta)
         if g.norm() <= tol * max(of_data.norm(), (precision * theta).norm()):
@@ -120,7 +125,7 @@ def optimum(
         A = _Precision(model, delta, precision, strength)
         # As exact as the quadratic model is: for a squared error, which is one, a single step is enough.
         inner = tol if model.is_quadratic else max(tol, min(0.1, (g.norm() / of_data.norm().clamp(min=1e-30)).item()))
-        step = linalg.cg(A, -g, inner, max_iterations=len(theta), preconditioner=M)
+        step = linalg.cg(A, -g, inner, max_iterations=products, preconditioner=M)
         scale = 1.0
         for _ in range(HALVINGS):
             lower = objective(delta + scale * step)

@@ -50,22 +50,27 @@ def matched(
 def unweighted(posterior: Posterior, data: Data) -> Posterior:
     """The posterior with curvature="jacobian" over the same weights, in the same structure, and a prior that knows as
     much as one sample."""
-    likelihood = replace(posterior.likelihood, curvature="jacobian")
     options = dict(posterior.options, curvature="jacobian", tol=0.0, left_out=[0.0, 0.0])
     if options["fisher"] == "empirical":  # made of the loss's gradients
         options["fisher"] = "mc"
-    device = next(iter(posterior.weights.values())).device
-    fitting = Fitting(
-        posterior.model, likelihood, options["fisher"], options["samples"],
-        torch.Generator(device).manual_seed(options["seed"]), posterior.output, posterior.max_memory,
-        options.get("max_factor", MAX_FACTOR),
-    )  # fmt: skip
-    with only(posterior.model, list(posterior.weights)):
-        fitted = curvature(posterior.structure, fitting, posterior.weights, data, options)
-    found = replace(
-        posterior, likelihood=likelihood, curvature=fitted, options=options, loss=fitting.loss, data=None,
-        constant=fitting.constant, count=fitting.count, elements=fitting.elements, **PLAIN,
-        _prior=1.0, _sizes={}, _cuts=Cuts(), _precision=None,
-    )  # fmt: skip
+    likelihood = replace(posterior.likelihood, curvature="jacobian")
+    found = refitted(posterior, data, likelihood=likelihood, options=options, _prior=1.0, **PLAIN)
     found.prior_precision = unit_information(found)
     return found
+
+
+def refitted(posterior: Posterior, data: Data, **changes: Any) -> Posterior:
+    """The same posterior but for `changes`, fitted to `data`."""
+    base = replace(posterior, **changes)
+    options, device = base.options, next(iter(base.weights.values())).device
+    fitting = Fitting(
+        base.model, base.likelihood, options["fisher"], options["samples"],
+        torch.Generator(device).manual_seed(options["seed"]), base.output, base.max_memory,
+        options.get("max_factor", MAX_FACTOR), tol=options.get("tol", 0.0),
+    )  # fmt: skip
+    with only(base.model, list(base.weights)):
+        fitted = curvature(base.structure, fitting, base.weights, data, options)
+    return replace(
+        base, curvature=fitted, loss=fitting.loss, constant=fitting.constant, count=fitting.count, data=None,
+        elements=fitting.elements, _sizes={}, _cuts=Cuts(), _precision=None,
+    )  # fmt: skip

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,14 +19,17 @@ from paraboloid.posteriors import prior as priors
 from paraboloid.posteriors.prediction.predictive import Prediction
 from paraboloid.posteriors.prior_tuning.evidence import groups_of, mackay
 from paraboloid.posteriors.prior_tuning.linearised import LinearisedModel, optimum
-from paraboloid.posteriors.prior_tuning.matching import MATCHES, PLAIN, matched
+from paraboloid.posteriors.prior_tuning.matching import MATCHES, PLAIN, matched, refitted
+from paraboloid.posteriors.prior_tuning.progress import Line
 from paraboloid.posteriors.prior_tuning.unit_information import unit_information
 from paraboloid.posteriors.weights import only
 
 if TYPE_CHECKING:
     from paraboloid.posteriors.posterior import Posterior
 
-METHODS = ("adapted", "evidence", "grid", "unit")
+METHODS = ("adapted", "evidence", "grid", "cross_validation", "unit")
+FOLDS = 5  # of cross-validation
+ABOUT, PRODUCTS, PASSES = 0.05, 6, 16  # of the quick form: change that ends it, products a step, passes over the data
 
 
 def tune(
@@ -48,6 +54,8 @@ def tune(
     try:
         if method == "grid":
             by_grid(posterior, validation, grid)
+        elif method == "cross_validation":
+            by_cross_validation(posterior, data, grid)
         elif method == "unit":
             by_unit_information(posterior, per, noise)
         else:
@@ -70,58 +78,140 @@ def by_unit_information(posterior: Posterior, per: str | None, noise: bool) -> N
 
 
 def by_evidence(posterior: Posterior, data: Data | None, per: str, noise: bool, steps: int) -> None:
-    """MacKay's updates at the optimum of the linearised model on `data`, or at the trained weights without data."""
-    weights, loss, groups, prior = (
-        posterior.weights,
-        posterior.loss,
-        groups_of(posterior.weights, per),
-        posterior.prior(),
-    )
-    theta, delta, linear = posterior.weights, None, None
-    if data is not None:
-        linear = LinearisedModel.of(
-            posterior.model, posterior.likelihood.loss, data, posterior.output, posterior.max_memory
-        )
-    # The relative change of every precision that ends the updates.
-    tolerance = 1e-6 if next(iter(theta.values())).dtype == torch.float64 else 1e-3
-    strength = lambda: posterior.likelihood.strength(posterior.noise_variance) / posterior.temperature  # noqa: E731
-    # Times gamma / noise_variance the slope of -log_det: twice as steep where the curvature is made of gradients.
-    slope = posterior.temperature * (2 if posterior.options.get("fisher") == "empirical" else 1)
-    moved = [math.inf]
-    for _ in range(steps):
-        precision = posterior.precision(prior)
-        if linear is not None:
-            # No more exact than the precisions are by now, which move on.
-            rough = max(tolerance / 100, min(1e-2, 0.1 * max(moved)))
-            delta = optimum(linear, priors.flat(prior, theta), strength(), delta, precision.apply, rough)
-            weights, loss = trees.unflatten(linear.theta + delta, theta), linear.value(delta).item()
-        updated, gamma = mackay(precision, groups, weights)
-        moved = [abs(math.log(float(updated[names[0]] / prior[names[0]].mean()))) for names in groups]
-        if noise:
-            variance = 2 * loss / max(posterior.elements - slope * gamma.item(), 1e-3 * posterior.elements)
-            moved.append(abs(math.log(variance / posterior.noise_variance)))
-            posterior.noise_variance = variance
-        prior = updated
-        if max(moved) < tolerance:
-            break
-    single = len(groups) == 1
-    posterior.prior_precision = prior[groups[0][0]].item() if single else {k: t.item() for k, t in prior.items()}
+    """MacKay's updates at the optimum of the linearised model on `data`, or at the trained weights without data.
+
+    In float64, and for squared errors, to a fixed point.  In float32 the optimum of another loss is followed by one
+    Newton step of few products for each update, from the fixed point at the trained weights on, until the updates
+    change little: within some percent of the fixed point, for the price of a few epochs.
+    """
+    linear = None if data is None else LinearisedModel.of(
+        posterior.model, posterior.likelihood.loss, data, posterior.output, posterior.max_memory
+    )  # fmt: skip
+    exact = next(iter(posterior.weights.values())).dtype == torch.float64
+    updates = _Updates(posterior, per, noise, linear, 1e-6 if exact else 1e-3)
+    if linear is not None and not exact and not linear.is_quadratic:
+        replace(updates, linear=None).run(steps)
+        updates = replace(updates, tolerance=ABOUT, most=(1, PRODUCTS))
+    updates.run(steps)
+
+
+@dataclass
+class _Updates:
+    """Updates of a posterior's precisions (one for each group of `per`) and of its noise variance, in place.
+
+    tolerance  relative change of every precision that ends them
+    most       Newton steps of each optimum, and products of each of those; None: as many as it takes
+    """
+
+    posterior: Posterior
+    per: str
+    noise: bool
+    linear: LinearisedModel | None
+    tolerance: float
+    most: tuple[int, int] | None = None
+
+    def run(self, steps: int) -> None:
+        posterior, theta, linear = self.posterior, self.posterior.weights, self.linear
+        groups = groups_of(theta, self.per)
+        weights, loss, prior, delta = theta, posterior.loss, posterior.prior(), None
+        # Times gamma / noise_variance the slope of -log_det: twice as steep where the curvature is made of gradients.
+        slope = posterior.temperature * (2 if posterior.options.get("fisher") == "empirical" else 1)
+        moved, line = [math.inf], Line("tuning the prior")
+        for step in range(steps):
+            precision = posterior.precision(prior)
+            if linear is not None:
+                # No more exact than the precisions are by now, which move on.
+                rough = max(self.tolerance / 100, min(1e-2, 0.1 * max(moved)))
+                strength = posterior.likelihood.strength(posterior.noise_variance) / posterior.temperature
+                delta = optimum(
+                    linear, priors.flat(prior, theta), strength, delta, precision.apply, rough, self.most
+                )  # fmt: skip
+                weights = trees.unflatten(linear.theta + delta, theta)
+                loss = linear.value(delta).item() if self.noise else loss
+            updated, gamma = mackay(precision, groups, weights)
+            moved = [abs(math.log(float(updated[names[0]] / prior[names[0]].mean()))) for names in groups]
+            if self.noise:
+                variance = 2 * loss / max(posterior.elements - slope * gamma.item(), 1e-3 * posterior.elements)
+                moved.append(abs(math.log(variance / posterior.noise_variance)))
+                posterior.noise_variance = variance
+            prior = updated
+            line.show(f"step {step + 1} of at most {steps}, {gamma.item():.4g} weights determined")
+            spent = self.most is not None and linear is not None and linear.passes >= PASSES
+            if max(moved) < self.tolerance or spent:
+                break
+        line.clear()
+        single = len(groups) == 1
+        posterior.prior_precision = prior[groups[0][0]].item() if single else {k: t.item() for k, t in prior.items()}
 
 
 def by_grid(posterior: Posterior, validation: Data | None, grid: Any) -> None:
     """The precision with the lowest negative log-likelihood of the predictions on validation data."""
     if validation is None:
         raise ValueError("method='grid' needs validation=, a batch or an iterable of batches that was not trained on.")
-    candidates = (
-        10.0 ** torch.linspace(-3, 5, 25) if grid is None else torch.as_tensor(grid, dtype=torch.float64)
-    ).tolist()
-    batches = list(batch_data.batches(validation))
+    candidates, batches = _candidates(grid), list(batch_data.batches(validation))
+    line = Line("tuning the prior")
+    scores = _scores(posterior, candidates, batches, line)
+    line.clear()
+    posterior.prior_precision = _best(candidates, scores)
+
+
+def by_cross_validation(posterior: Posterior, data: Data | None, grid: Any) -> None:
+    """The precision with the lowest negative log-likelihood of each fold under the curvature of the others.
+
+    The curvature and the prior are what is left out; the network has seen all folds, so that its own errors count too
+    little: the precision that comes out is rather too large.
+    """
+    if data is None:
+        raise ValueError("method='cross_validation' needs the training data, and this posterior has it no longer (it "
+                         "was loaded or updated); pass data=.")  # fmt: skip
+    candidates, totals, line = _candidates(grid), [0.0] * len(_candidates(grid)), Line("tuning the prior")
+    for fold in range(FOLDS):
+        rest = refitted(posterior, _Fold(data, fold, False), **PLAIN)
+        scores = _scores(rest, candidates, list(_Fold(data, fold, True)), line)
+        totals = [a + b for a, b in zip(totals, scores, strict=True)]
+    line.clear()
+    posterior.prior_precision = _best(candidates, totals)
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """Every FOLDS-th sample of each batch, or all the others; batches that are left empty are left out."""
+
+    data: Data
+    fold: int
+    inside: bool
+
+    def __iter__(self) -> Iterator[batch_data.Batch]:
+        for inputs, y in batch_data.batches(self.data):
+            chosen = (torch.arange(len(y), device=y.device) % FOLDS == self.fold) == self.inside
+            if chosen.any():
+                yield trees.mapped(lambda t, at=chosen: t[at.to(t.device)], inputs), y[chosen]
+
+
+def _candidates(grid: Any) -> list[float]:
+    return (10.0 ** torch.linspace(-3, 5, 25) if grid is None else torch.as_tensor(grid, dtype=torch.float64)).tolist()
+
+
+def _scores(posterior: Posterior, candidates: list[float], batches: list[Any], line: Line) -> list[float]:
     before, scores = posterior.prior_precision, []
     for value in candidates:
         posterior.prior_precision = value
         scores.append(sum(negative_log_predictive(posterior, x, y) for x, y in batches))
+        line.show(f"precision {value:.4g}")
     posterior.prior_precision = before
-    posterior.prior_precision = candidates[min(range(len(scores)), key=scores.__getitem__)]
+    return scores
+
+
+def _best(candidates: list[float], scores: list[float]) -> float:
+    """The one of the lowest score; a warning says where it lies at the edge, beyond which a better one may be."""
+    best = candidates[min(range(len(scores)), key=scores.__getitem__)]
+    if len(candidates) > 1 and best in (min(candidates), max(candidates)):
+        side = "lowest" if best == min(candidates) else "highest"
+        warnings.warn(
+            f"the best prior precision, {best:.4g}, is the {side} of the grid from {min(candidates):.4g} to "
+            f"{max(candidates):.4g}: a better one may lie beyond. Pass a grid= that goes further.", stacklevel=4,
+        )  # fmt: skip
+    return best
 
 
 def negative_log_predictive(posterior: Posterior, x: Inputs, y: Tensor) -> float:
