@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help report test lint types format docs figures bench-statistics bench-floors bench-operators bench-resnet \
-	bench-noise bench-optimisers bench-posteriors bench-quality bench-sampled bench-bias bench-cuda peers install clean
+	bench-gp bench-noise bench-optimisers bench-posteriors bench-quality bench-sampled bench-bias bench-cuda peers install clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -55,6 +55,10 @@ bench-resnet: $(STAMP) ## time KFAC and EKFAC of ResNet-18, with their memory
 
 bench-noise: $(STAMP) ## time gradient clustering against an epoch of plain gradients
 	$(BIN)/python -m benchmarks.noise
+
+bench-gp: $(STAMP) ## time Gaussian processes against GPyTorch's (after: make peers), and at scale
+	$(BIN)/python -m benchmarks.gp
+	$(BIN)/python -m benchmarks.gp --scale 20000
 
 bench-bias: $(STAMP) ## time pb.bias on digits-cnn, and two-batch curvature in gradients
 	$(BIN)/python -m benchmarks.bias

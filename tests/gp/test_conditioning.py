@@ -1,11 +1,12 @@
 """Means, variances and samples of every solver against a Cholesky factor in plain view, in float64."""
 
-import math
+import re
 
 import pytest
 import torch
 
 import paraboloid as pb
+from paraboloid.gp import choosing
 
 KERNEL = pb.gp.Matern(1.5, lengthscale=torch.tensor([0.8, 1.3]), outputscale=1.7)
 NOISE = 0.1
@@ -139,4 +140,20 @@ def test_auto_says_what_it_chose():
     x, y = data(50)
     gp = pb.gp.condition(KERNEL, x, y, NOISE, samples=0)
     assert gp.solver == "cholesky" and "50 inputs" in gp.reason
-    assert math.isfinite(gp.residual)
+    x, y = data(1500)
+    smooth = pb.gp.condition(pb.gp.RBF(2.0), x, y, NOISE, samples=0)
+    assert smooth.solver == "cg" and "iterations of conjugate gradients" in smooth.reason
+    assert abs(smooth.iterations - float(smooth.reason.split()[5])) < 15
+    rough = pb.gp.condition(pb.gp.Matern(0.5), x, y, 1e-6, samples=0)
+    assert rough.solver == "cholesky" and "a factor of 1500 inputs is faster" in rough.reason
+
+
+@pytest.mark.parametrize("kernel, noise", [(pb.gp.Matern(0.5), 1e-4), (pb.gp.RBF(1.5), 0.1)])
+def test_where_a_factor_does_not_fit_hard_systems_are_raced_for(kernel, noise, monkeypatch):
+    monkeypatch.setattr(choosing.DENSE, "default", 10_000)
+    monkeypatch.setattr(choosing, "HARD", 0)
+    x, y = data(1200)
+    gp = pb.gp.condition(kernel, x, y, noise, samples=0, steps=2)
+    residuals = re.findall(r"residual of (\S+), blocks one of (\S+)$", gp.reason)[0]
+    assert gp.solver == ("cg" if float(residuals[0]) <= float(residuals[1]) else "block")
+    assert gp.solver == ("block" if noise == 1e-4 else "cg")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paraboloid.linalg.dual_descent import largest_eigenvalue
 from paraboloid.linalg.nystrom_approximation import LowRank, Nystrom
 from paraboloid.linalg.operand import LinAlgError, check_count
 from paraboloid.linalg.probes import Seed, generator_of
@@ -36,13 +37,20 @@ class Columns:
     def preconditioner(self, damping: float) -> LowRank | Inverse:
         """An approximate inverse of A + damping I: that of F F^T + damping I where rounding allows it, which is cheap
         to set up, else by eigenvalues (`Nystrom.preconditioner`)."""
+        return self.preconditioned(damping)[0]
+
+    def preconditioned(self, damping: float) -> tuple[LowRank | Inverse, float]:
+        """The preconditioner, and an estimate of the condition of what it leaves: (l + damping) / damping for the least
+        eigenvalue l of F F^T, about the largest of A - F F^T."""
         if not damping > 0:
             raise ValueError(f"damping is {damping}; expected a positive number: F F^T alone has no inverse.")
         core = (self.F.T @ self.F).double()
         if damping < 100 * torch.finfo(self.F.dtype).eps * float(core.norm()):
-            return self.nystrom().preconditioner(damping)
+            nystrom = self.nystrom()
+            return nystrom.preconditioner(damping), 1 + float(nystrom.values[-1]) / damping
         core.diagonal().add_(damping)
-        return Inverse(self.F, torch.cholesky_inverse(torch.linalg.cholesky(core)).to(self.F))
+        M = torch.cholesky_inverse(torch.linalg.cholesky(core))
+        return Inverse(self.F, M.to(self.F)), 1 / (damping * largest_eigenvalue(M, iterations=15))
 
 
 class Inverse:
@@ -79,7 +87,7 @@ def pivoted_columns(
     d = diagonal.clone()
     F = torch.zeros(rank, D, dtype=A.dtype, device=A.device)  # rows, so that columns of A lie side by side
     pivots, r, total = [], 0, float(diagonal.sum())
-    while r < rank and float(d.sum()) > max(tol, 10 * torch.finfo(A.dtype).eps) * total:
+    while r < rank and float(d.sum()) > (max(tol, 10 * torch.finfo(A.dtype).eps) if pivots else 0) * total:
         weights = d.double()
         count = min(block, rank - r, int((weights > 0).sum()))
         if D <= 2**24:

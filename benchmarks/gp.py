@@ -1,0 +1,206 @@
+"""python -m benchmarks.gp: Gaussian processes against GPyTorch's conjugate gradients, and their own solvers at scale.
+
+Against GPyTorch: seconds of CPU time to a relative error of the predicted mean of 1e-3 (against conjugate gradients in
+float64 to 1e-9), float32, one thread, one process; each side with the loosest of its tolerances that reaches it.
+`--scale N`: N generated points, `--samples` functions, to a relative residual of 1e-2, with `--solvers` side by side;
+sdd is given up after `--patience` times the first solver's time.  A million points: --scale 1000000 --samples 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import paraboloid as pb
+from benchmarks.harness import machine
+from benchmarks.peers import installed
+from paraboloid.gp.prior import PriorFunctions
+
+AIM, DIMENSIONS, NEW = 1e-3, 3, 200
+TOLERANCES = (1e-3, 5e-4, 2e-4, 1e-4)
+KERNELS: dict[str, Callable[[], pb.gp.Kernel]] = {"Matern 3/2": lambda: pb.gp.Matern(1.5), "RBF": lambda: pb.gp.RBF()}
+
+
+def generated(n: int, noise: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Normal inputs in three dimensions, a function drawn from the Matern prior, and noise."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, DIMENSIONS, generator=g, dtype=dtype)
+    (f,) = PriorFunctions(pb.gp.Matern(1.5), 1, 4096, x, g)(x)
+    return x, f + noise**0.5 * torch.randn(n, generator=g, dtype=dtype)
+
+
+def ours(kernel: pb.gp.Kernel, x: Tensor, y: Tensor, new: Tensor, noise: float, tol: float) -> Tensor:
+    return pb.gp.condition(kernel, x, y, noise, "cg", 0, tol=tol).mean(new)
+
+
+def gpytorchs(name: str, rank: int, x: Tensor, y: Tensor, new: Tensor, noise: float, tol: float) -> Tensor:
+    import gpytorch
+    from gpytorch import settings
+
+    class Model(gpytorch.models.ExactGP):
+        def __init__(self, likelihood: Any, kernel: Any):
+            super().__init__(x, y, likelihood)
+            self.mean_module, self.covar_module = gpytorch.means.ZeroMean(), gpytorch.kernels.ScaleKernel(kernel)
+
+        def forward(self, x: Tensor) -> Any:
+            return gpytorch.distributions.MultivariateNormal(self.mean_module(x), self.covar_module(x))
+
+    free = gpytorch.constraints.GreaterThan(1e-8)
+    likelihood = gpytorch.likelihoods.GaussianLikelihood(noise_constraint=free).to(x)
+    kernel = gpytorch.kernels.RBFKernel() if name == "RBF" else gpytorch.kernels.MaternKernel(nu=1.5)
+    model = Model(likelihood, kernel).to(x)
+    kernel.lengthscale, model.covar_module.outputscale, likelihood.noise = 1.0, 1.0, noise
+    model.eval()
+    with (
+        torch.no_grad(),
+        settings.max_cholesky_size(0),
+        settings.eval_cg_tolerance(tol),
+        settings.max_preconditioner_size(rank),
+        settings.max_cg_iterations(4000),
+        settings.skip_posterior_variances(True),
+    ):
+        return model(new).mean
+
+
+def fastest(run: Callable[[float], Tensor], exact: Tensor, repeats: int) -> dict[str, float | None]:
+    """CPU seconds at the loosest tolerance that meets the aim; error and tolerance, or the best error that was met."""
+    best = float("inf")
+    for tol in TOLERANCES:
+        seconds = []
+        for _ in range(repeats):
+            start = time.process_time()
+            mean = run(tol)
+            seconds.append(time.process_time() - start)
+        error = float((mean.double() - exact).norm() / exact.norm())
+        best = min(best, error)
+        if error <= AIM:
+            return {"seconds": min(seconds), "error": error, "tol": tol}
+    return {"seconds": None, "error": best, "tol": None}
+
+
+def against_gpytorch(sizes: list[int], noises: list[float]) -> list[dict[str, Any]]:
+    rows = []
+    for n in sizes:
+        for name, make in KERNELS.items():
+            for noise in noises:
+                x, y = generated(n + NEW, noise)
+                exact = pb.gp.condition(make(), x[:n], y[:n], noise, "cg", 0, tol=1e-9).mean(x[n:])
+                x, y = x.float(), y.float()
+                row: dict[str, Any] = {"n": n, "kernel": name, "noise": noise}
+                repeats, data = 3 if n <= 5000 else 1, (x[:n], y[:n], x[n:], noise)
+                row["paraboloid"] = fastest(partial(ours, make(), *data), exact, repeats)
+                if installed("gpytorch"):
+                    for label, rank in (("GPyTorch", 15), ("GPyTorch, rank 100", 100)):
+                        row[label] = fastest(partial(gpytorchs, name, rank, *data), exact, repeats)
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+    return rows
+
+
+def at_scale(n: int, samples: int, noise: float, solvers: list[str], patience: float) -> list[dict[str, Any]]:
+    """CPU seconds and residual of each solver, and this process's peak memory after it."""
+    x, y = generated(n, noise, torch.float32)
+    rows, first = [], None
+    for solver in solvers:
+        start, steps = time.process_time(), None
+        if first is not None and solver == "sdd" and patience:
+            steps = _steps_in(patience * first, x, y, noise, samples)
+            start = time.process_time()
+        gp = pb.gp.condition(pb.gp.Matern(1.5), x, y, noise, solver, samples, tol=1e-2, steps=steps)
+        seconds = time.process_time() - start
+        first = seconds if first is None else first
+        rows.append({
+            "n": n, "samples": samples, "noise": noise, "solver": gp.solver, "seconds": seconds, "passes": gp.passes,
+            "residual": gp.residual, "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            "stopped": steps is not None,
+        })  # fmt: skip
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def _steps_in(seconds: float, x: Tensor, y: Tensor, noise: float, samples: int) -> int:
+    """How many steps of sdd take so long, from a few of them."""
+
+    def taking(steps: int) -> float:
+        start = time.process_time()
+        pb.gp.condition(pb.gp.Matern(1.5), x, y, noise, "sdd", samples, steps=steps)
+        return time.process_time() - start
+
+    few, more = taking(5), taking(25)
+    return max(1, int(20 * (seconds - few) / max(more - few, 1e-9)))
+
+
+def cell(found: dict[str, float | None] | None) -> str:
+    if found is None:
+        return ""
+    if found["seconds"] is None:
+        return f"not met (best error {found['error']:.1e})"
+    return f"{found['seconds']:.2f} s"
+
+
+def times(row: dict[str, Any], label: str) -> str:
+    mine, other = row["paraboloid"]["seconds"], row.get(label, {}).get("seconds")
+    return f"{other / mine:.1f}" if mine and other else ""
+
+
+def markdown(rows: list[dict[str, Any]], scale: list[dict[str, Any]]) -> str:
+    columns = ["paraboloid", "GPyTorch", "GPyTorch, rank 100"]
+    lines = [", ".join(f"{k} {v}" for k, v in machine().items()), ""]
+    if rows:
+        lines += ["CPU seconds to a mean within 1e-3 (float32, one right-hand side); times: GPyTorch's over ours.", "",
+                  "| n, kernel, noise | " + " | ".join(columns) + " | times | times, rank 100 |",
+                  "|---|" + "---|" * (len(columns) + 2)]  # fmt: skip
+        for r in rows:
+            cells = [*(cell(r.get(c)) for c in columns), *(times(r, c) for c in columns[1:])]
+            lines.append(f"| {r['n']}, {r['kernel']}, {r['noise']:g} | {' | '.join(cells)} |")
+    if scale:
+        columns = ["n, samples, noise", "solver", "CPU seconds", "passes", "residual", "peak memory"]
+        lines += ["", "To a relative residual of 1e-2 (Matern 3/2, float32):", "",
+                  f"| {' | '.join(columns)} |", "|---|" + "---|" * (len(columns) - 1)]  # fmt: skip
+        for r in scale:
+            solver = r["solver"] + ", given up" * r["stopped"]
+            lines.append(f"| {r['n']}, {r['samples']}, {r['noise']:g} | {solver} | {r['seconds']:.0f} "
+                         f"| {r['passes']:.1f} | {r['residual']:.1e} | {r['gib']:.1f} GiB |")  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="*", type=int, default=[3000, 20_000])
+    parser.add_argument("--noises", nargs="+", type=float, default=[0.1, 1e-3])
+    parser.add_argument("--scale", type=int, default=None, help="this many points instead")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--solvers", nargs="+", default=["cg", "sdd"])
+    parser.add_argument("--patience", type=float, default=3.0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")
+    path = options.out / "gp.json"
+    record = json.loads(path.read_text()) if path.exists() else {"peers": [], "scale": []}
+    if options.scale:
+        new = at_scale(options.scale, options.samples, options.noises[0], options.solvers, options.patience)
+        key = (options.scale, options.samples)
+        record["scale"] = [r for r in record["scale"] if (r["n"], r["samples"]) != key] + new
+    else:
+        record["peers"] = against_gpytorch(options.sizes, options.noises)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**record, "machine": machine()}, indent=1, allow_nan=False) + "\n")
+    text = markdown(record["peers"], record["scale"])
+    (options.out / "gp.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
