@@ -30,6 +30,7 @@ STUDIES = {
     "backpack": "paraboloid.jobs.studies.backpack",
     "debiasing": "paraboloid.jobs.studies.debiasing",
     "gradient-variance": "paraboloid.jobs.studies.gradient_variance",
+    "linearised-laplace": "paraboloid.jobs.studies.linearised_laplace",
     "quasi-newton": "paraboloid.jobs.studies.quasi_newton",
 }
 

@@ -1,0 +1,55 @@
+"""The linearised-Laplace study: its claims follow from its rows, and the page from its record."""
+
+import json
+
+import pytest
+
+from paraboloid.jobs import studies
+from paraboloid.jobs.studies.linearised_laplace import Plan, pieces
+from paraboloid.jobs.studies.linearised_laplace.reading import claims
+
+TINY = Plan(networks=(4,), epochs=(2, 6), structures=("full", "kron"), train=60, test=50, seeds=1, factors=(10.0,))
+
+
+@pytest.fixture(scope="module")
+def record():
+    ticks = []
+    found = studies.reproduce("linearised-laplace", plan=TINY, progress=lambda *tick: ticks.append(tick))
+    assert {part: done for part, done, _ in ticks} == pieces(TINY)
+    return found
+
+
+def test_the_page_and_the_record(record):
+    assert json.loads(studies.to_json(record)) == record
+    page = studies.page(record)
+    assert page == studies.page(json.loads(studies.to_json(record)))
+    for claim, seen, measured in claims(record["results"]):
+        assert seen in (True, False)
+        assert measured.split(",")[0].replace("'", "&#39;") in page, claim
+    assert "Rescaled weights" in page
+
+
+def test_rows(record):
+    rows = record["results"]["evidence"]
+    assert len(rows) == 2 * (1 + 2 * 4)  # moments: the network, structures by ways
+    own = {row["epochs"]: row for row in rows if row["structure"] == "network"}
+    matched = [row for row in rows if row["way"] == "adapted, matched"]
+    assert all(abs(row["nll"] - own[row["epochs"]]["nll"]) < 0.3 for row in matched)
+    assert all(row["accuracy"] == own[row["epochs"]]["accuracy"] for row in matched)  # the most probable class stays
+
+
+def test_rescaled_weights(record):
+    change = {row["way"]: row["change"] for row in record["results"]["rescaling"]}
+    assert change["one precision"] > 1e-3
+    assert max(change["by layer"], change["matched"]) < 1e-5
+
+
+def test_claims_follow_the_numbers(record):
+    """Turned around, the rows turn the claims around."""
+    results = json.loads(json.dumps(record["results"]))
+    first = {claim: seen for claim, seen, _ in claims(results)}
+    claim = "Evidence at the trained weights makes the negative log-likelihood worse than the network's"
+    for row in results["evidence"]:
+        if row["structure"] == "network":
+            row["nll"] += 10 if first[claim] else -10
+    assert {c: seen for c, seen, _ in claims(results)}[claim] != first[claim]
