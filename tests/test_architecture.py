@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "report": set(),
     "jobs": {
         "passes", "data", "losses", "linalg", "quantities", "operators", "quadratics", "noise", "optim", "posteriors",
-        "problems", "report",
+        "problems", "report", "tomography",
     },
     "": {
         "passes", "gp", "linalg", "logging", "losses", "noise", "operators", "optim", "posteriors", "problems", "quadratics",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
@@ -208,4 +210,20 @@ def which_curvature(exact: Tensor, blocks: dict[str, Tensor], errors: dict[str, 
     axes.set_xlabel("index, largest first")
     axes.set_ylabel("eigenvalue, loss / weight²")
     axes.legend(loc="lower left")
+    return figure
+
+
+def tomography(truth: Tensor, posterior: Any, error: Tensor) -> Figure:
+    figure = Figure(figsize=(7.2, 1.9), layout="constrained")
+    wide = max(error.max().item(), posterior.std.max().item())
+    shown = [
+        ("true image", truth, "gray", truth.max().item()),
+        ("reconstruction", posterior.mean, "gray", truth.max().item()),
+        ("absolute error", error, "magma", wide),
+        ("standard deviation", posterior.std, "magma", wide),
+    ]
+    for axes, (title, image, look, most) in zip(figure.subplots(1, 4), shown, strict=True):
+        axes.imshow(image.numpy(), cmap=look, vmin=0, vmax=most)
+        axes.set_title(title)
+        axes.set_axis_off()
     return figure

@@ -258,3 +258,27 @@ def test_what_does_not_fit_is_refused(fit, monkeypatch):
     with pytest.raises(ValueError, match=r"evidence='exact' over 36 pixels would take .* Use evidence='sampled'"):
         linearised(fit, evidence="exact")
     assert not linearised(fit, steps=0).exact
+
+
+def test_the_next_angle_is_the_one_that_tells_most(fit):
+    found = linearised(fit, steps=5)
+    candidates = torch.linspace(0.1, 3.0, 5, dtype=torch.float64)
+    chosen, gains = pb.tomography.best_angles(found, candidates, count=3)
+    P, s2, told = found.covariance, found.noise_variance, []
+    for step in range(3):
+        views = [torch.from_numpy(fit.A.at(a.view(1)).to_scipy().toarray()) for a in candidates]
+        gain = [float(torch.logdet(torch.eye(len(V)) + V @ P @ V.T / s2)) / 2 for V in views]
+        told.append(max((g, i) for i, g in enumerate(gain) if i not in chosen[:step]))
+        V = views[chosen[step]]
+        P = P - P @ V.T @ torch.linalg.solve(V @ P @ V.T + s2 * torch.eye(len(V)), V @ P)
+    assert chosen == [i for _, i in told]
+    torch.testing.assert_close(
+        gains.double(), torch.tensor([g for g, _ in told], dtype=torch.float64), rtol=1e-4, atol=1e-4
+    )
+    with pytest.raises(ValueError, match="count is 6"):
+        pb.tomography.best_angles(found, candidates, count=6)
+    other = replace(fit, A=pb.tomography.as_projector(fit.A.to_scipy(), fit.sinogram))
+    with pytest.raises(ValueError, match="expected a ParallelBeam or a FanBeam"):
+        pb.tomography.best_angles(linearised(other, steps=0), candidates)
+    few = linearised(fit, steps=0, evidence="sampled", samples=8)
+    assert few.root().shape == (8, SIZE**2)

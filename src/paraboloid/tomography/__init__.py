@@ -1,5 +1,6 @@
 """Tomography with uncertainty: projectors, the deep image prior, its posterior; imports from `posteriors` and below."""
 
+from paraboloid.tomography.angle_choice import best_angles
 from paraboloid.tomography.beams import FanBeam, ParallelBeam
 from paraboloid.tomography.image_posterior import ImagePosterior, linearised
 from paraboloid.tomography.measurement import as_projector
@@ -10,5 +11,5 @@ from paraboloid.tomography.variation import total_variation
 
 __all__ = [
     "FanBeam", "ImagePosterior", "ParallelBeam", "Projector", "Reconstruction", "Scan", "as_projector",
-    "deep_image_prior", "linearised", "read_scan", "total_variation",
+    "best_angles", "deep_image_prior", "linearised", "read_scan", "total_variation",
 ]  # fmt: skip

@@ -83,6 +83,13 @@ class ImagePosterior:
         found = K - half.T @ half
         return ((found + found.T) / 2).to(self.fit.image)
 
+    def root(self) -> Tensor:
+        """F [R, n] with F^T F the covariance: R = n, or the number of samples."""
+        if not self.exact:
+            return (self.samples - self.mean).flatten(1) / len(self.samples) ** 0.5
+        values, vectors = torch.linalg.eigh(self.covariance.double())
+        return (values.clamp(min=0).sqrt() * vectors).T
+
     @cached_property
     def samples(self) -> Tensor:
         return self.sample(self.count, self.seed)

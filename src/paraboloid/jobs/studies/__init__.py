@@ -32,6 +32,7 @@ STUDIES = {
     "gradient-variance": "paraboloid.jobs.studies.gradient_variance",
     "linearised-laplace": "paraboloid.jobs.studies.linearised_laplace",
     "quasi-newton": "paraboloid.jobs.studies.quasi_newton",
+    "tomography": "paraboloid.jobs.studies.tomography",
 }
 
 
