@@ -97,6 +97,15 @@ def everywhere(flag: Tensor, group: Group) -> bool:
     return bool(flag)
 
 
+def mean(value: float, group: Group, device: torch.device) -> float:
+    """Over the ranks; without a group, the value itself."""
+    if group is None:
+        return value
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total, group=group)
+    return float(total) / dist.get_world_size(group)
+
+
 def filled(
     gradient: Mapping[str, Tensor | None], parameters: Mapping[str, Tensor]
 ) -> tuple[list[bool], dict[str, Tensor]]:

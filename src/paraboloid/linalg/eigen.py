@@ -23,6 +23,8 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     try:
         with _threads(1 if matrix.device.type == "cpu" and matrix.shape[-1] <= ONE_THREAD else torch.get_num_threads()):
             values, vectors = torch.linalg.eigh(matrix)
+        if not torch.isfinite(vectors).all():  # LAPACK may say nothing of it
+            raise LinAlgError("the eigenvectors are NaN.")
     except LinAlgError:
         if not torch.isfinite(matrix).all():
             raise LinAlgError(

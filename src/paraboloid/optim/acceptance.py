@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paraboloid.optim import foreach
 from paraboloid.optim.direction import Move
 
 
@@ -30,6 +31,12 @@ class Trial:
                 total += float((g * delta).sum())
                 total += quadratic(name, delta) / 2
         return total
+
+    def slope(self) -> float:
+        """g . delta for the step delta that was taken."""
+        return sum(
+            float(foreach.dot(m.gradient, foreach.added(m.params, values, alpha=-1))) for m, values in self._before
+        )
 
     def take_back(self) -> None:
         for m, values in self._before:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,12 +15,13 @@ from paraboloid.distributed import collectives
 from paraboloid.optim import foreach
 from paraboloid.optim.acceptance import total_damping
 from paraboloid.optim.closures import Closure, Evaluation
-from paraboloid.optim.direction import Move
+from paraboloid.optim.direction import AUTO, Move
 from paraboloid.optim.options import TORCHS, check_made
 from paraboloid.optim.sealed_state import KEY, opened, sealed
+from paraboloid.optim.trust import LOST, START, Trust, go_back, remember, slope, stop
 from paraboloid.passes import trees, wrappers
 
-FRAME = ("optimizer", "names", "shapes", "options", "counters", "generator")  # of a state; the rest is the subclass's
+FRAME = ("optimizer", "names", "shapes", "options", "counters", "generator", "trust")  # the rest is the subclass's
 
 
 class Frame(torch.optim.Optimizer):
@@ -35,6 +38,9 @@ class Frame(torch.optim.Optimizer):
     """
 
     OPTIONS: tuple[str, ...] = ()  # that are not kept by group, but say what is computed
+    OLDER: Mapping[str, Any] = {"rise_factor": None, "kl_clip": None}  # where an older build's state does not say
+    rise_factor: float | None = None
+    trust: Trust | None = None
 
     def __init__(
         self,
@@ -58,7 +64,9 @@ class Frame(torch.optim.Optimizer):
 
     def _compose(self) -> None:
         """Make the parts that follow from the options and the names of the parameters."""
-        self._composed = True
+        rate = START if getattr(self, "kl_clip", None) == AUTO else 1.0
+        self._composed, self.trust = True, None if self.rise_factor is None else Trust(self.rise_factor, rate)
+        self._left: dict[Tensor, int] = {}  # versions of the parameters after the last step
 
     # --- parameters ----------------------------------------------------------------------------------------------
 
@@ -127,7 +135,7 @@ class Frame(torch.optim.Optimizer):
             return self._skip("the loss is NaN or infinite")
         moves, gradients = [], []
         for group in self.param_groups:
-            m = Move(group)
+            m = Move(group, 1.0 if self.trust is None else self.trust.rate)
             for p in group["params"]:
                 if (g := p.grad) is not None:
                     if g.is_sparse:
@@ -141,6 +149,109 @@ class Frame(torch.optim.Optimizer):
             bad = [name for m in moves for name, g in zip(m.names, m.gradient, strict=True) if not g.isfinite().all()]
             return self._skip(f"the gradient of {_some(bad)} has NaN or infinite entries")
         return moves
+
+    # --- trust in steps: see `Trust` -------------------------------------------------------------------------------
+
+    def _states(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        return [(p, self.state[p]) for p in self.names if p in self.state]
+
+    def _renew(self) -> None:
+        """The curvature is to be measured anew in the next pass."""
+
+    def _forget(self) -> None:
+        """The passes since the last step are none of this one's."""
+
+    def _unwatched(self) -> AbstractContextManager[Any]:
+        """Passes inside are none of the step's."""
+        return nullcontext()
+
+    def _judged(self, first: Evaluation | None, loss: float | None) -> Evaluation | None:
+        """What a loss says of the last step: one that rose is taken back, if a closure can tell, and the closure is
+        evaluated again; if not, the next steps are shorter."""
+        trust = self.trust
+        if trust is None or loss is None:
+            return first
+        if first is not None:
+            loss = collectives.mean(loss, self._group, self.device)
+        if not math.isfinite(loss) or trust.rises(loss):
+            if first is not None and self._is_better_before(first, loss):
+                self._distrust("taken_back", f"the loss was {loss:.4g} after step {self.counters['steps']}, which was "
+                               "taken back")  # fmt: skip
+                self._forget()
+                first = first.anew()
+                loss = collectives.mean(first.value, self._group, self.device)
+            elif math.isfinite(loss):
+                self._distrust("rose", f"the loss rose to {loss:.4g} from about {trust.mean:.4g}")
+        trust.pending = loss
+        return first
+
+    def _is_better_before(self, first: Evaluation, loss: float) -> bool:
+        """Whether the step's batch had a much lower loss at the parameters before the last step, which stay if so."""
+        assert self.trust is not None
+        states = self._states()
+        if not any("before" in state for _, state in states) or not self._are_as_left():
+            return False
+        now = [(p, p.detach().clone()) for p, _ in states]
+        go_back(states)
+        with self._unwatched():
+            before = collectives.mean(first.again(), self._group, self.device)
+        if math.isfinite(before) and self.trust.rises(loss, than=before):
+            return True
+        for p, value in now:
+            p.copy_(value)
+        return False
+
+    def _distrust(self, event: str, why: str) -> None:
+        assert self.trust is not None
+        self.trust.cut(event, why)
+        stop(self._states())
+        self._renew()
+
+    def _are_as_left(self) -> bool:
+        """Whether nobody else changed the parameters since the last step: then they are what came of it."""
+        return all(self._left.get(p, p._version) == p._version for p in self.names)
+
+    def _begin(self, moves: list[Move]) -> bool:
+        """Before the parameters move: the slope along the last step as it is now says whether that went too far.  False
+        where it went so far that the parameters went back instead."""
+        if (trust := self.trust) is None:
+            return True
+        trust.lost, pending, trust.pending = 0, trust.pending, None
+        step = self.counters["steps"]
+        if trust.slope is not None and self._are_as_left():
+            change = (trust.slope + slope(self._states())) / 2
+            if trust.is_far_off(change):
+                go_back(self._states())
+                self._distrust(
+                    "taken_back", f"step {step} raised the loss by about {change:.3g} instead of lowering it"
+                )
+                return False
+            if trust.overshoots(change):
+                self._distrust("overshot", f"the loss rose along the steps before step {step + 1}")
+        if trust.slope is not None:
+            trust.grow()
+        if pending is not None:
+            trust.note(pending)
+        for m in moves:
+            m.rate, m.loss_scale = trust.rate, trust.scale()
+        remember((p, state) for m in moves for p, state in zip(m.params, m.states, strict=True))
+        return True
+
+    def _end(self) -> None:
+        """After the parameters moved."""
+        if self.trust is not None:
+            self.trust.slope = slope(self._states())
+            self._left = {p: p._version for p in self.names}
+
+    def _lose(self) -> None:
+        """A step was skipped; after a few in a row the parameters go back to those before the last one that was not."""
+        if (trust := self.trust) is None:
+            return
+        trust.lost += 1
+        if trust.lost >= LOST and self._states():
+            trust.lost = 0
+            go_back(self._states())
+            self._distrust("taken_back", f"{LOST} losses or gradients in a row were NaN or infinite")
 
     def _skip(self, why: str) -> None:
         if self.counters["skipped"] == 0:
@@ -165,6 +276,7 @@ class Frame(torch.optim.Optimizer):
         own = {"optimizer": type(self).__name__, "names": list(self.names.values()),
                "shapes": [list(p.shape) for p in self.names], "counters": dict(self.counters),
                "options": {name: getattr(self, name) for name in self.OPTIONS},
+               "trust": None if self.trust is None else self.trust.state(),
                "generator": self.generator.get_state(), **self._state()}  # fmt: skip
         found = super().state_dict()
         at = next((i for i, p in enumerate(self.names) if p.requires_grad), 0)
@@ -191,9 +303,12 @@ class Frame(torch.optim.Optimizer):
         for p, values in self.state.items():  # torch shares them with the state that is loaded
             self.state[p] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in values.items()}
         self._note_started()
-        for name, value in own.get("options", {}).items():
+        older = {k: v for k, v in self.OLDER.items() if k in self.OPTIONS and ("options" in own or _is_unsaid(self, k))}
+        for name, value in {**older, **own.get("options", {})}.items():
             setattr(self, name, value)
         self._compose()
+        if self.trust is not None and own.get("trust") is not None:
+            self.trust.load(own["trust"])
         self.counters = dict(own["counters"])
         self.generator.set_state(own["generator"].cpu())
         rest = {k: v for k, v in own.items() if k not in FRAME}
@@ -207,8 +322,14 @@ class Frame(torch.optim.Optimizer):
         )
 
     def diagnostics(self) -> dict[str, Any]:
-        """What happened so far: steps taken, skipped (NaN or infinite gradients) and rejected."""
-        return dict(self.counters)
+        """What happened so far: steps taken, skipped (NaN or infinite gradients) and rejected; and, under "trust", the
+        rate that multiplies steps, what cut it last and how often (see `Trust`); None where it is off."""
+        return {**self.counters, "trust": None if self.trust is None else self.trust.diagnostics()}
+
+
+def _is_unsaid(opt: Frame, option: str) -> bool:
+    """Whether nobody chose the option: then that of a state without options is the one of its time."""
+    return option != "kl_clip" or getattr(opt, option) == AUTO
 
 
 def distributed_group(model: nn.Module, all_reduce: Any) -> Any:

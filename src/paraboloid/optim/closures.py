@@ -43,28 +43,39 @@ class Evaluation:
         return _number(self.loss)
 
     @contextmanager
-    def replayed(self) -> Iterator[None]:
-        """For calling the closure once more: the first call's random state, no moved buffers (running statistics), and
-        the gradients of the first call put back."""
+    def _as_at_first(self) -> Iterator[None]:
+        """The first call's random state, and buffers (running statistics) that do not move."""
         devices = [self.device] if self.device.type == "cuda" else []
-        gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
-        copies = [g.clone() for _, g in gradients] if self.wrapped else []  # whose buffers hold every pass's gradients
-        for p, _ in () if self.wrapped else gradients:
-            p.grad = None  # whatever the closure does with gradients, these are not touched
         with torch.random.fork_rng(devices=devices), copied_buffers(self.model, self.modules), torch.enable_grad():
             cpu, cuda = self._random
             torch.set_rng_state(cpu)
             if cuda is not None:
                 torch.cuda.set_rng_state(cuda, self.device)
-            try:
+            yield
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """For calling the closure once more: the first call's random state, no moved buffers (running statistics), and
+        the gradients of the first call put back."""
+        gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
+        copies = [g.clone() for _, g in gradients] if self.wrapped else []  # whose buffers hold every pass's gradients
+        for p, _ in () if self.wrapped else gradients:
+            p.grad = None  # whatever the closure does with gradients, these are not touched
+        try:
+            with self._as_at_first():
                 yield
-            finally:
-                for p in self.parameters:
-                    p.grad = None
-                for p, grad in gradients:
-                    p.grad = grad
-                for (_, grad), value in zip(gradients, copies, strict=False):
-                    grad.data.copy_(value)
+        finally:
+            for p in self.parameters:
+                p.grad = None
+            for p, grad in gradients:
+                p.grad = grad
+            for (_, grad), value in zip(gradients, copies, strict=False):
+                grad.data.copy_(value)
+
+    def anew(self) -> Evaluation:
+        """The step's first call over again, at the present parameters; its gradients stay."""
+        with self._as_at_first():
+            return Evaluation(self.closure, self.model, self.parameters, self.modules)
 
     def again(self) -> float:
         """The closure's value at the present parameters, see `replayed`."""

@@ -70,7 +70,8 @@ class FisherCurvature(Curvature):
         super().__init__(names, check_share("factor_decay", decay))
         self.factor_interval = check_count("factor_interval", factor_interval)
         self.inverse_interval = check_count("inverse_interval", inverse_interval)
-        self.split, self.half, self.exact, self.new = split, half, exact, False
+        self.split, self.half, self.exact = split, half, exact
+        self.new = self.stale = False  # parameters came; steps went wrong: to be measured in the next pass
         self._sampling: dict[str, Any] = {"fisher": fisher, "samples": samples}
         kept: dict[str, Any] = {**self._sampling, "sharing": sharing, "max_factor": max_factor}
         self._factors = FisherFactors(self.blocks.keys(), **kept, halves=half)
@@ -81,10 +82,10 @@ class FisherCurvature(Curvature):
         self.new = True
 
     def factors_due(self, t: int) -> bool:
-        return self.new or due(t, self.factor_interval)
+        return self.new or self.stale or due(t, self.factor_interval)
 
     def _inverse_due(self, t: int) -> bool:
-        return due(t, self.inverse_interval) or any(b.kron is None for b in self.blocks.values())
+        return self.stale or due(t, self.inverse_interval) or any(b.kron is None for b in self.blocks.values())
 
     @property
     def _forms(self) -> dict[str, Any]:
@@ -111,9 +112,12 @@ class FisherCurvature(Curvature):
         expected = self.factors_due(t) if measured.passes else due(t, self.factor_interval)  # new ones may come later
         if expected and (found := measured.found()) is not None:
             renew = self._inverse_due(t)
+            if self.stale:  # what is to come counts as much as all that was
+                for block in self.blocks.values():
+                    block.updates = dict.fromkeys(block.updates, 1)
             other = None if measure_on is None else measured.elsewhere(measure_on, [self._whole])["fisher_factors"]
             self._average(found["fisher_factors"], other, self.decay)
-            self.new = False
+            self.new = self.stale = False
             if renew and not self.split:
                 for block in self.blocks.values():
                     if block.kron is not None:

@@ -89,6 +89,24 @@ class HeldVectors:
         return torch.stack(found).sum(0).mul_(self.factor)
 
 
+class FisherDiagonal(Quantity):
+    """The diagonal of the Fisher information with sampled labels, [*shape], of the loss as reduced: `diag_ggn_mc`, and
+    for a batch that batch norm mixes what its rows give, as Kronecker factors do."""
+
+    name, per_sample = "fisher_diagonal", False
+    over_ranks = "running"
+
+    def __init__(self):
+        self.source, self.twice = fisher_source("mc", 1), False
+
+    def add(self, value: Any, group: Group) -> Any:
+        squares = reduce(group.outer, {"squares"}, group.memory)["squares"]
+        return squares if value is None else value.add_(squares)
+
+    def finish(self, value: Any, scale: Scale) -> Any:
+        return None if value is None else value.mul_(scale.a)
+
+
 class Held(Quantity):
     """The pulled-back vectors of each parameter in `names` themselves, for eigenvalues in a basis that comes later; the
     sum of their squares where the basis will be that of single entries.  `half`: of the second half of each batch."""

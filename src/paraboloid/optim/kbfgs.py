@@ -16,6 +16,7 @@ from paraboloid.distributed import collectives
 from paraboloid.linalg.operand import check_count
 from paraboloid.losses import Loss
 from paraboloid.optim import foreach
+from paraboloid.optim.acceptance import Trial
 from paraboloid.optim.base import Frame
 from paraboloid.optim.bfgs import DenseInverse, LimitedMemoryInverse
 from paraboloid.optim.closures import Closure, Evaluation
@@ -23,6 +24,7 @@ from paraboloid.optim.direction import Move, averaged, coupled_decay, descend
 from paraboloid.optim.layer_means import Layer, Means, Readings
 from paraboloid.optim.options import check_made, check_number, check_share
 from paraboloid.optim.quasi_newton import LayerState, Together
+from paraboloid.optim.trust import Trust, check_rise
 from paraboloid.passes import trees
 from paraboloid.passes.random_state import isolated
 
@@ -62,11 +64,16 @@ class KBFGS(Frame):
     warning.  A step with NaN or infinite gradients is skipped, see `KFAC`; one whose second evaluation is not finite
     leaves Hg as it was.
 
+    rise_factor   a step after which its batch's loss is that many times as high is taken back, and the next ones are
+                  shorter (see `Trust`); None: the paper's step, whatever comes of it
+
     Raises ValueError without a closure and for options out of range, RuntimeError for a closure that leaves no
     gradient or a changed model.
     Sources: Goldfarb, Ren & Bahamou 2020, arXiv:2006.08877, algorithm 2; Ren, Bahamou & Goldfarb 2021,
     arXiv:2102.06737.
     """
+
+    OPTIONS = ("rise_factor",)
 
     def __init__(
         self,
@@ -78,6 +85,7 @@ class KBFGS(Frame):
         momentum: float = 0.9,
         decay: float = 0.9,
         weight_decay: float = 1e-5,
+        rise_factor: float | None = 2.0,
         params: Iterable[Any] | None = None,
         all_reduce: Any = "auto",
         output: Output | None = None,
@@ -88,7 +96,8 @@ class KBFGS(Frame):
                     "momentum": check_share("momentum", momentum), "decay": check_share("decay", decay),
                     "weight_decay": check_number("weight_decay", weight_decay, 0)}  # fmt: skip
         super().__init__(model, defaults, params, 0, all_reduce)
-        self.loss_fn = loss_fn
+        self.loss_fn, self.rise_factor = loss_fn, check_rise(rise_factor)
+        self._compose()
         self._layers_found: dict[str, LayerState] = {}
         self._readings: Readings | None = None
         self._together: dict[Any, tuple[list[str], Together]] = {}
@@ -164,12 +173,13 @@ class KBFGS(Frame):
         before, groups = readings.means(self._group), self._groups()
         self._check_backward(readings, before)
         self._learn_inputs(readings, before, groups)
+        trial = None if self.trust is None else Trial(moves)
         for m in moves:
             coupled_decay(m)
             averaged(m)
             self._precondition(m, before)
             descend(m)
-        after = self._evaluate_again(first, readings)
+        after = self._evaluate_again(first, readings, trial)
         self._update(before, after or {}, groups)
         self.counters["steps"] += 1
         return first.loss
@@ -234,8 +244,9 @@ class KBFGS(Frame):
                 m.direction[place[bias]], D = D[:, -1], D[:, :-1]
             m.direction[i] = D.T if flip else D.reshape(weight.shape) if weight.dim() != 2 else D
 
-    def _evaluate_again(self, first: Evaluation, readings: Readings) -> dict[str, Means] | None:
-        """The means at the new parameters, on the same batch; None where they are not finite."""
+    def _evaluate_again(self, first: Evaluation, readings: Readings, trial: Trial | None) -> dict[str, Means] | None:
+        """The means at the new parameters, on the same batch; None where they are not finite.  With a trial, a step
+        that raised the loss too much is taken back."""
         with readings.evaluation(moments=False):
             loss = first.again()
         after = readings.means(self._group)
@@ -243,7 +254,23 @@ class KBFGS(Frame):
         if self._group is not None:
             finite = collectives.everywhere(torch.tensor(finite, device=self.device), self._group)
         self.counters["second_not_finite"] += not finite
+        if trial is not None and self.trust is not None:
+            self.trust.slope = trial.slope()
+            self._judge(first, loss if finite else math.nan, trial, self.trust)
         return after if finite else None
+
+    def _judge(self, first: Evaluation, loss: float, trial: Trial, trust: Trust) -> None:
+        """Take the step back where the loss of its batch rose beyond the factor, and shorten the next ones."""
+        start, loss = (collectives.mean(value, self._group, self.device) for value in (first.value, loss))
+        if trust.rises(loss, than=start):
+            trial.take_back()
+            self._distrust("taken_back", f"step {self.counters['steps'] + 1} raised the loss of its batch from "
+                           f"{start:.4g} to {loss:.4g}")  # fmt: skip
+        elif trust.overshoots(loss - start):
+            self._distrust("overshot", f"the batches' losses rose in the steps before {self.counters['steps'] + 2}")
+        else:
+            trust.grow()
+        trust.note(start)
 
     # --- state ---------------------------------------------------------------------------------------------------
 
@@ -271,14 +298,14 @@ class KBFGS(Frame):
         found: dict[str, Any] = {name: {"structure": "identity"} for name in self.names.values()}
         groups = self._groups()
         for name, state in self._layers_found.items():
-            ss = float(state.s @ state.s)
+            ss = float(state.s.square().sum())
             layer = {"structure": "quasi-newton", "damping": groups[name]["damping"],
                      "positions": state.positions,
-                     "curvature": float(state.s @ state.y) / ss if ss else None, **state.counts}  # fmt: skip
+                     "curvature": float((state.s * state.y).sum()) / ss if ss else None, **state.counts}  # fmt: skip
             found[name] = layer
             if state.layer.bias is not None:
                 found[state.layer.bias] = layer
-        return {**self.counters, "layers": found}
+        return {**super().diagnostics(), "layers": found}
 
 
 class KBFGSL(KBFGS):
@@ -287,7 +314,7 @@ class KBFGSL(KBFGS):
     Everything else is as in `KBFGS`.  Source: arXiv:2006.08877, section 4.
     """
 
-    OPTIONS = ("memory",)
+    OPTIONS = (*KBFGS.OPTIONS, "memory")
 
     def __init__(self, model: nn.Module, loss_fn: nn.Module | Loss | None = None, *, memory: int = 100, **options: Any):
         self.memory = check_count("memory", memory)

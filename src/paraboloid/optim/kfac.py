@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from paraboloid.optim.acceptance import Trial, adapted, quadratic_step, reductio
 from paraboloid.optim.base import Frame
 from paraboloid.optim.closures import Closure, Evaluation
 from paraboloid.optim.curvature import FisherCurvature
-from paraboloid.optim.direction import Move, Part
+from paraboloid.optim.direction import AUTO, Move, Part
 from paraboloid.optim.measurement import Measurement
 from paraboloid.optim.options import check_made, check_number, check_samplable, group_defaults, rate
+from paraboloid.optim.trust import check_rise
 from paraboloid.reductions.kronecker_factors import MAX_FACTOR
 
 OMEGA = 19 / 20  # of the damping, to the power of its interval
@@ -28,7 +30,7 @@ OMEGA = 19 / 20  # of the damping, to the power of its interval
 class KFAC(Frame):
     """theta <- theta - lr (F + damping I)^-1 g with a Kronecker-factored Fisher information F, block by block.
 
-        opt = pb.optim.KFAC(model, loss_fn, lr=1e-2, damping=1e-3)
+        opt = pb.optim.KFAC(model, loss_fn)
         loss_fn(model(x), y).backward()
         opt.step()
 
@@ -74,16 +76,16 @@ class KFAC(Frame):
 
     exact_values = False
     OPTIONS = ("fisher", "samples", "sharing", "factor_decay", "factor_interval", "inverse_interval", "split",
-               "max_factor", "adapt_damping", "damping_interval", "reject", "kl_clip", "max_step", "graft", "step_size",
-               "half")  # fmt: skip
+               "max_factor", "adapt_damping", "damping_interval", "reject", "kl_clip", "max_step", "rise_factor",
+               "graft", "step_size", "half")  # fmt: skip
 
     def __init__(
         self,
         model: nn.Module,
         loss_fn: nn.Module | Loss | None = None,
         *,
-        lr: float = 1e-2,
-        damping: float = 1e-3,
+        lr: float = 0.1,
+        damping: float = 0.1,
         params: Iterable[Any] | None = None,
         momentum: float = 0.9,
         nesterov: bool = False,
@@ -99,8 +101,9 @@ class KFAC(Frame):
         adapt_damping: bool = False,
         damping_interval: int = 5,
         reject: bool = False,
-        kl_clip: float | None = None,
+        kl_clip: float | str | None = AUTO,
         max_step: float | None = None,
+        rise_factor: float | None = 2.0,
         graft: str | None = None,
         step_size: str = "fixed",
         measure_on: str | None = None,
@@ -122,6 +125,7 @@ class KFAC(Frame):
         self.split, self.half = split == "pi" and measure_on is None and not self.exact_values, measure_on == "half"
         self.adapt_damping, self.damping_interval = adapt_damping, check_count("damping_interval", damping_interval)
         self.reject, self.kl_clip, self.max_step = reject, kl_clip, max_step
+        self.rise_factor = None if kl_clip is None else check_rise(rise_factor)
         self.graft, self.step_size, self.max_factor = graft, step_size, max_factor
         defaults = group_defaults(lr, momentum, nesterov, weight_decay, decoupled, damping)
         super().__init__(model, defaults, params, seed, all_reduce)
@@ -164,6 +168,15 @@ class KFAC(Frame):
     def _wanted(self) -> bool:
         return self._curvature.factors_due(self.counters["steps"]) or self.step_size == "quadratic"
 
+    def _renew(self) -> None:
+        self._curvature.stale = True
+
+    def _forget(self) -> None:
+        self._measured.forget()
+
+    def _unwatched(self) -> AbstractContextManager[Any]:
+        return self._measured.muted()
+
     def _keeps_batches(self) -> bool:
         return self.step_size == "quadratic"
 
@@ -186,9 +199,13 @@ class KFAC(Frame):
                              f"{type(self).__name__} made with split=None.")  # fmt: skip
         first = self._evaluated(closure)
         try:
-            if (moves := self._moves(not self._measured.nonfinite)) is not None:
+            first = self._judged(first, self._measured.loss_seen if first is None else first.value)
+            if (moves := self._moves(not self._measured.nonfinite)) is None:
+                self._lose()
+            elif self._begin(moves):
                 self._curvature.update(self.counters["steps"], self._measured, self._dampings(), measure_on)
                 self._take(moves, first)
+                self._end()
                 self.counters["steps"] += 1
         finally:
             self._measured.forget()
@@ -239,17 +256,19 @@ class KFAC(Frame):
                 foreach.add_(step, m.kept("last_step"), alpha=mu)
             for state, delta in zip(m.states, step, strict=True):
                 state["last_step"] = delta
-            foreach.add_(m.params, step, alpha=rate(m.group))
+            foreach.add_(m.params, step, alpha=rate(m.group) * m.rate)
         return predicted
 
     # --- state ---------------------------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Any]:
-        return {"blocks": self._curvature.state(), "ratio": self._ratio, "new": self._curvature.new}
+        return {"blocks": self._curvature.state(), "ratio": self._ratio, "new": self._curvature.new,
+                "stale": self._curvature.stale}  # fmt: skip
 
     def _load(self, state: dict[str, Any]) -> None:
         self._curvature.load(state["blocks"])
         self._ratio, self._curvature.new = state.get("ratio"), state.get("new", False)
+        self._curvature.stale = state.get("stale", False)
 
     def diagnostics(self) -> dict[str, Any]:
         """Counters; the last reduction ratio; and for each parameter its structure, damping, curvature (the mean
@@ -261,7 +280,7 @@ class KFAC(Frame):
                 found[self.names[p]]["trust_ratio"] = (
                     None if moved is None else float(rate(group) * moved.norm() / p.detach().norm())
                 )
-        return {"skipped_curvature": 0, **self.counters, "reduction_ratio": self._ratio,
+        return {"skipped_curvature": 0, **super().diagnostics(), "reduction_ratio": self._ratio,
                 "damping": [group["damping"] for group in self.param_groups], "layers": found}  # fmt: skip
 
 

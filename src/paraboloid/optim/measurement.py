@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from paraboloid.data.batches import Output
+from paraboloid.distributed import collectives
 from paraboloid.linalg.kronecker import Kron
 from paraboloid.optim import foreach
 from paraboloid.optim.base import Frame
@@ -37,7 +38,7 @@ class Measurement(Capture):
         self.max_memory, self.output = max_memory, output
         self.sums: Sums | None = None
         self.quantities: Sequence[Quantity] = []
-        self.batches = list[Any]()
+        self.batches, self.losses = list[Any](), list[tuple[float, float]]()  # losses with what each was divided by
         super().__init__(opt.model, loss_fn, verify, twice, opt._group)
 
     def wanted(self) -> bool:
@@ -53,6 +54,8 @@ class Measurement(Capture):
             with torch.no_grad():
                 self.sums = merged(quantities, self.loss, self.sums, sums)
             self.quantities = quantities
+            self.losses.append((float(self.loss.value(seen.output.detach(), seen.target)),
+                                self.loss.normalizer(seen.output.detach(), seen.target)))  # fmt: skip
         if opt._keeps_batches():
             self.batches.append(None if seen.inputs is None else (seen.inputs, seen.target))
 
@@ -89,10 +92,21 @@ class Measurement(Capture):
         self._opt.counters["skipped_curvature"] = self._opt.counters.get("skipped_curvature", 0) + 1
         return None
 
+    @property
+    def loss_seen(self) -> float | None:
+        """The loss that was measured since the last step, of all passes and ranks as one batch; None where there is
+        none, or one was not finite."""
+        if self.nonfinite or not self.losses:
+            return None
+        totals = torch.tensor([(n * loss, n) for loss, n in self.losses], dtype=torch.float64).sum(0)
+        if self.group is not None:
+            totals = collectives.summed(totals, self.group, self._opt.device)
+        return float(totals[0] if self.loss.reduction == "sum" else totals[0] / totals[1])
+
     def forget(self) -> None:
         """The step is over."""
         super().forget()
-        self.sums, self.quantities, self.batches = None, [], []
+        self.sums, self.quantities, self.batches, self.losses = None, [], [], []
 
 
 def _tensors(value: Any) -> list[Tensor]:

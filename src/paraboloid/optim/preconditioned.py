@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -10,14 +11,17 @@ from torch import Tensor, nn
 
 from paraboloid.data.batches import Output
 from paraboloid.linalg.kronecker import Kron
+from paraboloid.linalg.operand import check_choice
 from paraboloid.losses import Loss
 from paraboloid.optim import direction
 from paraboloid.optim.base import Frame
 from paraboloid.optim.closures import Closure
 from paraboloid.optim.curvature import Curvature
-from paraboloid.optim.fisher_factors import FisherFactors
+from paraboloid.optim.direction import AUTO
+from paraboloid.optim.fisher_factors import FisherDiagonal, FisherFactors
 from paraboloid.optim.measurement import Measurement
 from paraboloid.optim.options import check_made, check_samplable, check_share, group_defaults
+from paraboloid.optim.trust import check_rise
 from paraboloid.quantities.kronecker import FISHERS, KFRA
 from paraboloid.quantities.named import QUANTITIES
 from paraboloid.reductions.kronecker_factors import MAX_FACTOR, merged
@@ -50,20 +54,24 @@ class Preconditioned(Frame):
     Source: Dangel, Kunstner & Hennig 2020, arXiv:1912.10985, section 4 and eq. 26 (with exact inverses).
     """
 
-    OPTIONS = ("curvature", "decay", "max_factor")
+    OPTIONS = ("curvature", "decay", "max_factor", "kl_clip", "rise_factor")
+    PAPER: Mapping[str, Any] = {"lr": 0.1, "damping": 1e-2, "momentum": 0.0, "decay": 0.0, "kl_clip": None}
+    OURS: Mapping[str, Any] = {"lr": 0.1, "damping": 0.1, "momentum": 0.9, "decay": 0.95, "kl_clip": AUTO}
 
     def __init__(
         self,
         model: nn.Module,
         loss_fn: nn.Module | Loss | None = None,
         *,
-        curvature: str = "diag_ggn_mc",
-        lr: float = 0.1,
-        damping: float = 1e-2,
+        curvature: str | None = None,
+        lr: float | None = None,
+        damping: float | None = None,
         params: Iterable[Any] | None = None,
         weight_decay: float = 0.0,
-        momentum: float = 0.0,
-        decay: float = 0.0,
+        momentum: float | None = None,
+        decay: float | None = None,
+        kl_clip: float | str | None = AUTO,
+        rise_factor: float | None = 2.0,
         max_factor: int = MAX_FACTOR,
         seed: int = 0,
         verify: str | bool = "auto",
@@ -73,13 +81,18 @@ class Preconditioned(Frame):
         **options: Any,
     ):
         loss_fn = check_made(type(self).__name__, model, loss_fn, options)
-        if curvature not in CURVATURES:
-            raise ValueError(f"curvature is {curvature!r}; expected one of {CURVATURES}.")
-        defaults = group_defaults(lr, momentum, False, weight_decay, False, damping)
-        self.curvature, self.decay, self.max_factor = curvature, check_share("decay", decay), max_factor
+        check_choice("curvature", curvature, (None, *CURVATURES))
+        chosen = self.OURS if curvature is None and damping is None else self.PAPER
+        curvature = "diag_ggn_mc" if chosen is self.PAPER and curvature is None else curvature
+        given = {"lr": lr, "damping": damping, "momentum": momentum, "decay": decay}
+        o = {**chosen, **{name: value for name, value in given.items() if value is not None}}
+        defaults = group_defaults(o["lr"], o["momentum"], False, weight_decay, False, o["damping"])
+        self.curvature, self.decay, self.max_factor = curvature, check_share("decay", o["decay"]), max_factor
+        self.kl_clip = o["kl_clip"] if kl_clip == AUTO else kl_clip
+        self.rise_factor = None if self.kl_clip is None else check_rise(rise_factor)
         super().__init__(model, defaults, params, seed, all_reduce)
         self._compose()
-        check_samplable(Loss.from_torch(loss_fn), "mc" if curvature in ("kfac", "diag_ggn_mc") else "exact")
+        check_samplable(Loss.from_torch(loss_fn), "mc" if curvature in (None, "kfac", "diag_ggn_mc") else "exact")
         self._measured = Measurement(self, loss_fn, verify=verify, twice=self._curvature.quantity.twice,
                                      max_memory=max_memory, output=output)  # fmt: skip
 
@@ -87,7 +100,9 @@ class Preconditioned(Frame):
         super()._compose()
         self._curvature = BatchCurvature(self.names.values(), self.curvature, self.decay, self.max_factor)
         self._blocks = self._curvature.blocks
-        self._parts = [direction.coupled_decay, self._curvature.precondition, direction.momentum, direction.descend]
+        clip = direction.TrustRegion(self.kl_clip)
+        self._parts = [direction.coupled_decay, self._curvature.precondition, clip, direction.momentum,
+                       direction.descend]  # fmt: skip
 
     def _added(self, names: Iterable[str]) -> None:
         self._curvature.add(names)
@@ -103,6 +118,12 @@ class Preconditioned(Frame):
     def _wanted(self) -> bool:
         return True
 
+    def _forget(self) -> None:
+        self._measured.forget()
+
+    def _unwatched(self) -> AbstractContextManager[Any]:
+        return self._measured.muted()
+
     def _quantities(self) -> list[Any]:
         return [self._curvature.quantity]
 
@@ -111,11 +132,15 @@ class Preconditioned(Frame):
         """One step; returns the closure's loss, if one was given."""
         first = self._evaluated(closure)
         try:
-            if (moves := self._moves(not self._measured.nonfinite)) is not None:
+            first = self._judged(first, self._measured.loss_seen if first is None else first.value)
+            if (moves := self._moves(not self._measured.nonfinite)) is None:
+                self._lose()
+            elif self._begin(moves):
                 self._curvature.update(self._measured, self._dampings())
                 for m in moves:
                     for part in self._parts:
                         part(m)
+                self._end()
                 self.counters["steps"] += 1
         finally:
             self._measured.forget()
@@ -130,7 +155,7 @@ class Preconditioned(Frame):
     def diagnostics(self) -> dict[str, Any]:
         """Counters, and for each parameter its structure, damping, mean curvature and failed inversions."""
         layers = self._curvature.diagnostics({name: p.numel() for p, name in self.names.items()})
-        return {"skipped_curvature": 0, **self.counters, "layers": layers}
+        return {"skipped_curvature": 0, **super().diagnostics(), "layers": layers}
 
 
 class MergedKFRA(KFRA):
@@ -143,12 +168,12 @@ class MergedKFRA(KFRA):
 class BatchCurvature(Curvature):
     """A quantity of `pb.statistics` for every parameter, inverted in every step."""
 
-    def __init__(self, names: Iterable[str], curvature: str, decay: float, max_factor: int):
+    def __init__(self, names: Iterable[str], curvature: str | None, decay: float, max_factor: int):
         super().__init__(names, decay)
-        if curvature in FISHER_OF:
-            self.quantity: Any = FisherFactors(
-                self.blocks.keys(), FISHER_OF[curvature], 1, "expand", max_factor=max_factor
-            )
+        if curvature is None:
+            self.quantity: Any = FisherDiagonal()
+        elif curvature in FISHER_OF:
+            self.quantity = FisherFactors(self.blocks.keys(), FISHER_OF[curvature], 1, "expand", max_factor=max_factor)
         else:
             self.quantity = MergedKFRA(max_factor) if curvature == "kfra" else QUANTITIES[curvature]()
 
