@@ -171,6 +171,10 @@ class BCE(Elementwise):
         zero, one = (torch.where(w == 0, w, w / t.square().clamp(min=1e-24)) for w, t in ((y, f), (1 - y, 1 - f)))
         return self._weighted(zero + one, f)
 
+    def predictive(self, f: Tensor) -> Tensor:
+        """The probability that an output, possibly a linearised one, stands for."""
+        return f.clamp(0, 1)
+
     def sampled_gradients(self, f, y, samples, generator):
         f = full(f)
         for _ in range(samples):

@@ -81,6 +81,10 @@ class KLDiv(Loss):
     def normalizer(self, f, y):
         return {"sum": 1.0, "mean": float(f.numel()), "batchmean": float(len(f))}[self.reduction]
 
+    def predictive(self, f: Tensor) -> Tensor:
+        """The probabilities [N, C, ...] that an output, possibly a linearised one, stands for."""
+        return f.softmax(1)
+
     def _targets(self, f: Tensor, y: Tensor) -> Tensor:
         return y.to(f).exp() if self.log_target else y.to(f)
 

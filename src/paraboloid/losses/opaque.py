@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from paraboloid.losses.loss import Loss, full
+from paraboloid.passes import trees
 
 
 class Opaque(Loss):
@@ -48,7 +50,7 @@ class Opaque(Loss):
         """
         with torch.enable_grad():
             f = full(f).requires_grad_()
-            losses = torch.cat([self.sample_losses(f[n : n + 1], y[n : n + 1]) for n in range(len(f))])
+            losses = torch.cat([self.sample_losses(f[n : n + 1], _of_sample(y, n)) for n in range(len(f))])
             (gradients,) = torch.autograd.grad(losses.sum(), f)
             value = self.sample_losses(f, y)
         value, total, scale = (v.detach().item() for v in (value, losses.sum(), losses.abs().sum()))
@@ -61,6 +63,11 @@ class Opaque(Loss):
 
     def check(self, f, y):
         pass
+
+
+def _of_sample(y: Any, n: int) -> Any:
+    """The target of one sample, of a tensor or of several."""
+    return trees.mapped(lambda t: t[n : n + 1], y)
 
 
 _COUPLED = (

@@ -16,10 +16,11 @@ from paraboloid.posteriors.online import train_by_evidence
 from paraboloid.posteriors.posterior import Posterior, load_posterior
 from paraboloid.posteriors.prediction.predictive import Prediction
 from paraboloid.posteriors.sampled.sampled_posterior import SampledPosterior
+from paraboloid.posteriors.subnetworks import largest_magnitude, largest_variance
 
 __all__ = [
-    "Candidates", "Laplace", "Posterior", "Prediction", "SampledPosterior", "laplace", "load_posterior",
-    "sampled_laplace", "train_by_evidence",
+    "Candidates", "Laplace", "Posterior", "Prediction", "SampledPosterior", "laplace", "largest_magnitude",
+    "largest_variance", "load_posterior", "sampled_laplace", "train_by_evidence",
 ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from paraboloid.data.cutting import Chosen, Cut, Cuts, Half
 from paraboloid.data.joined import joined
 from paraboloid.linalg.eigenform import Eigenform
 from paraboloid.linalg.operand import check_count
-from paraboloid.operators import GGN
+from paraboloid.operators import GGN, Hessian
 from paraboloid.operators.structured.block_diagonal import BlockDiagonal
 from paraboloid.operators.structured.diagonalised import Diagonalised
 from paraboloid.operators.structured.kfac import factors_of, measured_scales
@@ -23,7 +23,8 @@ from paraboloid.passes.memory import DENSE
 from paraboloid.posteriors.likelihood import Likelihood
 from paraboloid.posteriors.structures.eigenbasis import CrossFitted, Kronecker, diagonal_of
 from paraboloid.posteriors.structures.rows import Rows, compressed
-from paraboloid.quantities.curvature import DiagGGN, SqrtGGN
+from paraboloid.posteriors.structures.subnetwork import Subnetwork
+from paraboloid.quantities.curvature import DiagGGN, DiagHessian, SqrtGGN
 from paraboloid.quantities.gradients import SampleGrads, SecondMoment
 from paraboloid.quantities.over_data import OverData
 from paraboloid.quantities.quantity import Quantity, Scale
@@ -32,7 +33,7 @@ from paraboloid.quantities.sums import Sums
 from paraboloid.reductions.kronecker_factors import MAX_FACTOR, Factors, scale_factors
 
 STRUCTURES = ("full", "diag", "kron", "ekfac", "lowrank", "functional")
-FISHERS = ("exact", "mc", "empirical")
+FISHERS = ("exact", "mc", "empirical", "hessian")
 
 
 @dataclass
@@ -135,19 +136,59 @@ def check_memory(what: str, size: int, instead: str) -> None:
                          f"{instead}")  # fmt: skip
 
 
+def hessian(fitting: Fitting, parameters: Mapping[str, Tensor], data: Data) -> Tensor:
+    """The Hessian of the summed loss, [D, D]: it may be indefinite where the model bends."""
+    operator = Hessian(
+        fitting.model, fitting.likelihood.loss, data, output=fitting.output, max_memory=fitting.max_memory,
+        seed=fitting.generator.initial_seed(),
+    )  # fmt: skip
+    for _ in fitting.over(data):  # for the likelihood
+        pass
+    return operator.to_dense() * operator.replay.normalizer
+
+
 def full(fitting: Fitting, parameters: Mapping[str, Tensor], data: Data) -> BlockDiagonal:
     size, first = sum(p.numel() for p in parameters.values()), next(iter(parameters.values()))
     check_memory(
         f"structure='full' over {size} weights", 2 * size**2 * first.element_size(),
         "Use structure='kron' or 'diag', or fewer weights (weights='last_layer').",
     )  # fmt: skip
+    if fitting.fisher == "hessian":
+        return BlockDiagonal(parameters, [range(len(parameters))], [hessian(fitting, parameters, data)])
     H = torch.zeros(size, size, dtype=first.dtype, device=first.device)
     for A in _rows(fitting, data):
         H.addmm_(A.T, A)
     return BlockDiagonal(parameters, [range(len(parameters))], [H])
 
 
+def subnetwork(
+    fitting: Fitting, parameters: Mapping[str, Tensor], data: Data, structure: str, at: Tensor
+) -> Subnetwork:  # fmt: skip
+    """H among single weights: the whole of it, or its diagonal."""
+    if structure == "diag":
+        return Subnetwork(parameters, at, diagonal(fitting, parameters, data).diagonal()[at])
+    if fitting.fisher == "hessian":
+        return Subnetwork(parameters, at, hessian(fitting, parameters, data)[at][:, at])
+    first = next(iter(parameters.values()))
+    check_memory(
+        f"structure='full' over {len(at)} weights", 2 * len(at) ** 2 * first.element_size(),
+        "Use structure='diag', or fewer weights.",
+    )  # fmt: skip
+    H = torch.zeros(len(at), len(at), dtype=first.dtype, device=first.device)
+    for A in _rows(fitting, data):
+        H.addmm_(A[:, at].T, A[:, at])
+    return Subnetwork(parameters, at, H)
+
+
 def diagonal(fitting: Fitting, parameters: Mapping[str, Tensor], data: Data) -> Diagonalised:
+    if fitting.fisher == "hessian":
+        sums = OverData(
+            fitting.model, fitting.likelihood.loss, data, output=fitting.output, max_memory=fitting.max_memory,
+            seed=fitting.generator.initial_seed(), twice=True,
+        ).sums([DiagHessian()]).values["diag_hessian"]  # fmt: skip
+        for _ in fitting.over(data):  # for the likelihood
+            pass
+        return diagonal_of(parameters, {k: h.to(parameters[k].dtype) for k, h in sums.items()})
     empirical = fitting.fisher == "empirical"
     quantity: Quantity = (
         SecondMoment() if empirical else DiagGGN(None if fitting.fisher == "exact" else fitting.samples, fitting.tol)
@@ -296,6 +337,8 @@ def _curvature(
     structure: str, fitting: Fitting, parameters: Mapping[str, Tensor], data: Data, options: Mapping[str, Any],
     before: Any,
 ) -> Any:  # fmt: skip
+    if options.get("at") is not None:
+        return subnetwork(fitting, parameters, data, structure, options["at"])
     if structure == "full":
         return full(fitting, parameters, data)
     if structure == "diag":
@@ -315,6 +358,8 @@ def _numbers(curvature: Any) -> list[Tensor]:
         return [t for part in curvature.parts for t in _numbers(part)]
     if isinstance(curvature, BlockDiagonal):
         return list(curvature.matrices)
+    if isinstance(curvature, Subnetwork):
+        return [curvature.H]
     if isinstance(curvature, Rows):
         return [curvature.A.square().sum(1)]
     return [form.values for form in curvature.forms]

@@ -14,7 +14,9 @@ from paraboloid.passes import trees
 from paraboloid.posteriors import fit
 from paraboloid.posteriors.likelihood import Likelihood
 from paraboloid.posteriors.posterior import Posterior
+from paraboloid.posteriors.subnetworks import chosen_elements, is_elementwise
 from paraboloid.posteriors.weights import Weights, choose, only
+from paraboloid.posteriors.widened import widened
 from paraboloid.quantities.kronecker import fisher_source
 from paraboloid.quantities.quantity import check_tolerance
 from paraboloid.reductions.kronecker_factors import MAX_FACTOR, check_max_factor
@@ -54,7 +56,9 @@ def laplace(
     structure        "kron" (KFAC's blocks, damped in their eigenbasis), "ekfac" (the exact eigenvalues along KFAC's
                      eigenvectors), "diag", "full", "lowrank" (the `rank` largest eigenpairs), or "functional" (the
                      exact GGN in its dual form, of all samples or of `subset` of them, scaled)
-    weights          "all", "last_layer", a list of names of parameters or modules (a subnetwork), or a predicate
+    weights          "all", "last_layer", a list of names of parameters or modules, or a predicate; with "full" and
+                     "diag" also single weights (a subnetwork): their places, int64 [S], or a mask, bool [D], among all
+                     trainable ones, or masks by name (`pb.posteriors.largest_magnitude`, `.largest_variance`)
     prior_precision  a number, [D], [number of parameters] or a dict by name; one number for each parameter with "kron"
                      and "ekfac"
     debias           for "kron" and "ekfac": eigenvectors from one half of every batch and eigenvalues from the other,
@@ -64,7 +68,9 @@ def laplace(
                      A softmax Hessian vanishes where the network is sure, which leaves the posterior its variance where
                      the network is right; without it every sample narrows the posterior.  Evidence then is a score, no
                      probability of the data
-    fisher           "exact" (the loss's own Hessian), "mc" (`samples` labels drawn from the model) or "empirical"
+    fisher           "exact" (the loss's own Hessian), "mc" (`samples` labels drawn from the model) or "empirical"; with
+                     "full" and "diag" also "hessian": the network's own curvature too, which may be indefinite (then
+                     prior_precision has to make up for it)
     temperature      divides the log-likelihood
     max_factor       of "kron" and "ekfac": a Kronecker side with more rows is kept as its diagonal, and so is the whole
                      block of a parameter without Kronecker factors; a warning names them
@@ -75,6 +81,8 @@ def laplace(
 
     The model is run in evaluation mode, at the fit and at predictions, and left in the mode it is in: a prediction
     depends neither on the batch that an input comes in nor on masks of dropout.
+
+    A model in half precision is copied, and the posterior over its weights is computed in float32.
 
     Raises ValueError for arguments that do not fit, weights that are not finite, and matrices that would not fit into
     memory (saying how large they are, and what would); TypeError for an unknown loss.
@@ -92,21 +100,35 @@ def laplace(
         raise ValueError("curvature='jacobian' with fisher='empirical'; expected fisher='exact' or 'mc': the empirical "
                          "Fisher is made of the loss's gradients.")  # fmt: skip
     check_count("rank", rank)
-    likelihood = Likelihood.of(loss_fn, curvature)
-    names = choose(model, weights, data, output)
+    model, likelihood = widened(model), Likelihood.of(loss_fn, curvature)
+    at = None
+    if is_elementwise(weights):
+        if structure not in ("full", "diag"):
+            raise ValueError(f"structure is {structure!r} with single weights; expected 'full' or 'diag', or whole "
+                             "parameters.")  # fmt: skip
+        names, at = chosen_elements(model, weights)
+    else:
+        names = choose(model, weights, data, output)
+    if fisher == "hessian" and (structure not in ("full", "diag") or curvature == "jacobian"):
+        raise ValueError(f"fisher is 'hessian' with structure={structure!r} and curvature={curvature!r}; expected "
+                         "'full' or 'diag' and 'ggn', or the GGN (fisher='exact'), which alone is known to be positive "
+                         "semi-definite.")  # fmt: skip
     for name, p in trees.parameters(model).items():
         if not torch.isfinite(p).all():
             raise ValueError(f"parameter {name!r} holds NaN or infinity; expected a trained model.")
     with only(model, names):
         parameters = fit.parameters_of(model)
         device = next(iter(parameters.values())).device
+        tolerance = check_tolerance(tol)
+        if fisher != "hessian":
+            tolerance = fisher_source(fisher, samples, tolerance).tol
         fitting = fit.Fitting(
             model, likelihood, fisher, check_count("samples", samples), torch.Generator(device).manual_seed(seed),
             output, max_memory, check_max_factor(max_factor),
-            tol=fisher_source(fisher, samples, check_tolerance(tol)).tol,
+            tol=tolerance,
         )  # fmt: skip
         options = {"fisher": fisher, "samples": samples, "rank": rank, "subset": subset, "seed": seed, "debias": debias,
-                   "max_factor": max_factor, "tol": fitting.tol, "curvature": curvature}  # fmt: skip
+                   "max_factor": max_factor, "tol": fitting.tol, "curvature": curvature, "at": at}  # fmt: skip
         fitted = fit.curvature(structure, fitting, parameters, data, options)
         options["left_out"] = list(fitting.left_out)
     posterior = Posterior(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from paraboloid.posteriors import saving
 from paraboloid.posteriors.fit import Fitting, curvature
 from paraboloid.posteriors.likelihood import Likelihood
 from paraboloid.posteriors.precision import Precision
+from paraboloid.posteriors.prediction import differentiable as input_gradients
 from paraboloid.posteriors.prediction import last_layer, predictive, sharpness
 from paraboloid.posteriors.prediction.confidence import Confidence
 from paraboloid.posteriors.prediction.jacobian import Jacobian, pull_outputs, recorded
@@ -30,12 +32,15 @@ from paraboloid.posteriors.prior_tuning import tuning
 from paraboloid.posteriors.structures.dense import Dense
 from paraboloid.posteriors.structures.eigenbasis import CrossFitted, InEigenbasis, Kronecker, Mixture
 from paraboloid.posteriors.structures.rows import Rows, Woodbury
+from paraboloid.posteriors.structures.subnetwork import InSubnetwork, Subnetwork
 from paraboloid.posteriors.weights import only
+from paraboloid.posteriors.widened import widened
 from paraboloid.quantities.result import relative
 from paraboloid.reductions.kronecker_factors import MAX_FACTOR
 
 PRECISIONS: dict[type, type[Precision]] = {  # by what the curvature is kept as
     BlockDiagonal: Dense, Diagonalised: InEigenbasis, Kronecker: InEigenbasis, CrossFitted: Mixture, Rows: Woodbury,
+    Subnetwork: InSubnetwork,
 }  # fmt: skip
 
 
@@ -130,7 +135,11 @@ class Posterior:
         """
         prior = self.prior(prior_precision)
         volume = self.precision(prior, noise_variance).log_det()
-        return self.log_likelihood(noise_variance) - priors.square(prior, self.weights) / 2 - volume / 2
+        return self.log_likelihood(noise_variance) - priors.square(prior, self.counted()) / 2 - volume / 2
+
+    def counted(self) -> dict[str, Tensor]:
+        """The weights that the posterior is over; where it is over single ones, the others as zero."""
+        return self.curvature.restricted(self.weights) if isinstance(self.curvature, Subnetwork) else self.weights
 
     def effective_dimension(self) -> float:
         """gamma = tr(strength H Sigma): the number of weights that the data determines rather than the prior."""
@@ -208,18 +217,26 @@ class Posterior:
         pieces = deviations.split([w.numel() for w in self.weights.values()], 1)
         return {k: w + d.view(-1, *w.shape) for (k, w), d in zip(self.weights.items(), pieces, strict=True)}
 
-    def functional(self, x: Inputs, *, joint: bool = False, diagonal: bool = False) -> tuple[Tensor, Tensor]:
+    def functional(
+        self, x: Inputs, *, joint: bool = False, diagonal: bool = False, differentiable: bool = False
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Mean [N, *shape] and covariance [N, K, K] of the linearised outputs f(x) + J(x) (w - theta).
 
         K is the number of elements of a sample's output.  diagonal=True: the variances alone, of the mean's shape;
         joint=True: the covariance over all inputs together, [N, K, N, K].  Source: Immer et al. 2021, arXiv:2008.08216.
+
+        differentiable=True: gradients flow from both to the inputs, at one backward pass for each of the N K outputs.
         """
         self.check_weights()
         precision, names = self.precision(), list(self.weights)
+        if differentiable:
+            mean, covariance = input_gradients.moments(self.model, names, x, self.output, precision)
+            return mean, covariance.diagonal(dim1=1, dim2=2).reshape(mean.shape) if diagonal else covariance
         if joint:
             with recorded(self.model, names, x, self.output) as (tape, f):
                 rows = pull_outputs(tape, f).dense().flatten(0, 1)  # [N K, D]
-            covariance = precision.apply(rows) @ rows.T
+            with torch.no_grad():
+                covariance = precision.apply(rows) @ rows.T
             N, K = len(f), f[0].numel()
             return f.detach(), covariance.view(N, K, N, K)
 
@@ -261,7 +278,9 @@ class Posterior:
                 raise RuntimeError(f"parameter {name!r} is not what it was when the posterior was fitted; a posterior "
                                    "belongs to one set of weights. Fit a new one.")  # fmt: skip
 
-    def predict(self, x: Inputs, link: str | None = None, *, samples: int = 1000, seed: int = 0) -> Any:
+    def predict(
+        self, x: Inputs, link: str | None = None, *, samples: int = 1000, seed: int = 0, differentiable: bool = False
+    ) -> Any:  # fmt: skip
         """The predictive distribution: probabilities [N, C, ...] of a classification, else a `Prediction` with `.mean`
         and `.variance` of y, split into `.model_variance` and `.noise_variance`.
 
@@ -270,9 +289,9 @@ class Posterior:
               networks with weights drawn from the posterior
         Class probabilities are raised to the power `sharpness` (1 unless `match_confidence` chose one) and normalised.
         A regression's moments and a Poisson rate's are in closed form (link=None).  A loss of your own is predicted
-        by its method ``predictive(f)``, averaged over draws of f.
+        by its method ``predictive(f)``, averaged over draws of f.  differentiable=True: see `functional`.
         """
-        return predictive.predict(self, x, link, samples, seed)
+        return predictive.predict(self, x, link, samples, seed, differentiable)
 
     # --- more data, and files ---------------------------------------------------------------------------------------
 
@@ -308,6 +327,24 @@ class Posterior:
         size = sum(w.numel() for w in self.weights.values())
         return f"Posterior({self.structure!r} over {size} weights, {self.likelihood.kind}, {self.count} samples)"
 
+    def network_outputs(self, x: Inputs, samples: int, seed: int = 0) -> Iterator[Tensor]:
+        """Outputs of networks with weights drawn from the posterior, [N, *shape] each."""
+        return predictive.network_draws(self, x, samples, seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `save` writes, as tensors and plain data that share this posterior's tensors; see `of_state`."""
+        return saving.state_of(self)
+
+    @staticmethod
+    def of_state(
+        state: dict[str, Any], model: nn.Module, loss_fn: LossFunction, *, output: Output | None = None
+    ) -> Posterior:  # fmt: skip
+        """The posterior that `state_dict` described, for the same model at the same weights; raises as
+        `load_posterior`."""
+        model = widened(model)
+        read = saving.of_state(state, model, Likelihood.of(loss_fn), "the state")
+        return _made(*read, model, loss_fn, output)
+
     def save(self, path: str | Path) -> None:
         """Write everything but the model, the data and `output` to a file that `paraboloid.load_posterior` reads."""
         saving.save(self, path)
@@ -321,7 +358,15 @@ def load_posterior(
     Raises ValueError where the model's parameters have other names, shapes or values than those that the posterior was
     fitted at, where the loss is of another kind, and for a file of another origin.
     """
-    own, unweighted = saving.read(path, model, Likelihood.of(loss_fn))
+    model = widened(model)
+    return _made(*saving.read(path, model, Likelihood.of(loss_fn)), model, loss_fn, output)
+
+
+def _made(
+    own: dict[str, Any], unweighted: dict[str, Any] | None, model: nn.Module, loss_fn: LossFunction,
+    output: Output | None,
+) -> Posterior:  # fmt: skip
+    """A posterior, with the one that its confidence is matched by, from what was read."""
 
     def made(state: dict[str, Any]) -> Posterior:
         return Posterior(model, Likelihood.of(loss_fn, state["options"]["curvature"]), **state, output=output)

@@ -19,6 +19,7 @@ from paraboloid.posteriors.likelihood import Likelihood
 from paraboloid.posteriors.prediction.confidence import Confidence
 from paraboloid.posteriors.structures.eigenbasis import CrossFitted, Kronecker, diagonal_of
 from paraboloid.posteriors.structures.rows import Rows
+from paraboloid.posteriors.structures.subnetwork import Subnetwork
 from paraboloid.reductions import kronecker_factors
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def _fields(value: Any) -> State:
 KINDS: dict[str, tuple[type, Callable[[Any], State], Callable[..., Any]]] = {
     "full": (BlockDiagonal, lambda c: {"H": c.matrices[0]}, lambda p, H: BlockDiagonal(p, [range(len(p))], [H])),
     "diagonal": (Diagonalised, lambda c: {"h": _diagonal(c)}, diagonal_of),
+    "subnetwork": (Subnetwork, lambda c: {"at": c.at, "H": c.H}, Subnetwork),
     "rows": (Rows, lambda c: {"A": c.A, "rank": c.rank}, Rows),
     "kronecker": (Kronecker, lambda c: {"forms": c.by_name, "factors": c.factors}, Kronecker),
     "cross_fitted": (CrossFitted, lambda c: {"parts": list(c.parts)}, lambda p, parts: CrossFitted(parts)),
@@ -93,16 +95,19 @@ def _unpacked(value: Any, weights: dict[str, Tensor]) -> Any:
     return make(weights, **{k: _unpacked(v, weights) for k, v in value["fields"].items()})
 
 
-def save(posterior: Posterior, path: str | Path) -> None:
+def state_of(posterior: Posterior) -> State:
     unweighted = None if posterior.unweighted is posterior else posterior.unweighted
-    state = {
+    return {
         "version": VERSION,
         "kind": posterior.likelihood.kind,
         "weights": posterior.weights,
         **_own(posterior),
         "unweighted": None if unweighted is None else _own(unweighted),
     }
-    torch.save(state, path)
+
+
+def save(posterior: Posterior, path: str | Path) -> None:
+    torch.save(state_of(posterior), path)
 
 
 def _own(posterior: Posterior) -> State:
@@ -127,7 +132,12 @@ def _read(state: State, weights: dict[str, Tensor]) -> State:
 
 def read(path: str | Path, model: nn.Module, likelihood: Likelihood) -> tuple[State, State | None]:
     """What `Posterior` is made of, from a file that `save` wrote, and its `unweighted`; see `load_posterior`."""
-    state = torch.load(path, weights_only=True, map_location=next(iter(model.parameters())).device)
+    state = torch.load(path, weights_only=True, map_location=next(iter(plain_parameters(model).values())).device)
+    return of_state(state, model, likelihood, path)
+
+
+def of_state(state: Any, model: nn.Module, likelihood: Likelihood, path: Any) -> tuple[State, State | None]:
+    """The same from what `state_of` gave; `path` is what messages call it."""
     if not isinstance(state, dict) or state.get("version") not in READ:
         raise ValueError(
             f"{path} holds no posterior of version {READ[0]} to {VERSION}; expected a file written by Posterior.save."

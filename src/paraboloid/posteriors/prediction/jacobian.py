@@ -61,6 +61,6 @@ def pull_outputs(tape: Tape, f: Tensor, elements: range | None = None) -> Jacobi
     size = f[0].numel()
     chosen = torch.arange(size, device=f.device) if elements is None else torch.tensor(list(elements), device=f.device)
     v = f.new_zeros(len(chosen), 1, size)
-    v[torch.arange(len(chosen)), 0, chosen] = 1
+    v[torch.arange(len(chosen), device=f.device), 0, chosen] = 1
     v = v.expand(-1, len(f), -1).reshape(-1, *f.shape)
     return Jacobian(f.detach(), {k: merge(uses) for k, uses in tape.pull(f, v).items()}, tape.parameters)

@@ -13,6 +13,7 @@ from torch import Tensor
 from paraboloid.data import batches as batch_data
 from paraboloid.data.batches import Inputs
 from paraboloid.linalg.operand import check_count
+from paraboloid.losses import BCE, KLDiv
 from paraboloid.passes.memory import COVARIANCES
 from paraboloid.passes.modes import evaluating
 from paraboloid.passes.random_state import isolated
@@ -43,33 +44,47 @@ class Prediction:
         return self.variance.sqrt()
 
 
-def predict(posterior: Posterior, x: Inputs, link: str | None, samples: int, seed: int) -> Any:
+def predict(
+    posterior: Posterior, x: Inputs, link: str | None, samples: int, seed: int, differentiable: bool = False
+) -> Any:  # fmt: skip
     """See `Posterior.predict`."""
-    found, kind = _predict(posterior, x, link, samples, seed), posterior.likelihood.kind
+    found, kind = _predict(posterior, x, link, samples, seed, differentiable), posterior.likelihood.kind
     return sharpened(found, posterior.sharpness, kind) if kind in ("categorical", "bernoulli") else found
 
 
-def _predict(posterior: Posterior, x: Inputs, link: str | None, samples: int, seed: int) -> Any:
+def _predict(
+    posterior: Posterior, x: Inputs, link: str | None, samples: int, seed: int, differentiable: bool
+) -> Any:  # fmt: skip
     kind = posterior.likelihood.kind
+    option: dict[str, Any] = {"differentiable": True} if differentiable else {}  # which not every posterior has
     if link is not None and link not in LINKS:
         raise ValueError(f"link is {link!r}; expected one of {LINKS}.")
     check_count("samples", samples)
     classes = kind in ("categorical", "bernoulli")
+    probabilities = isinstance(posterior.likelihood.given, BCE | KLDiv)
+    if probabilities and link in (None, "probit"):
+        return of_probabilities(posterior.likelihood.given, *posterior.functional(x, diagonal=True, **option))
     if link in ("probit", "bridge") and not classes:
         raise ValueError(f"link is {link!r} with a {kind} likelihood; expected None or one of ('mc', 'weights').")
     if getattr(posterior, "confidence", None) is not None:  # posteriors of other kinds have none
+        if differentiable:
+            raise ValueError("differentiable=True for predictions of matched confidence; expected plain ones: "
+                             "tune_prior(..., match=None).")  # fmt: skip
         return matched(posterior, x, link, samples, seed)
+    if differentiable and link == "weights":
+        raise ValueError("differentiable=True with link='weights'; expected a link of the linearised outputs: None, "
+                         "'probit', 'bridge' or 'mc'.")  # fmt: skip
     if link == "weights":
-        return averaged(posterior, _network_draws(posterior, x, samples, seed))
+        return averaged(posterior, network_draws(posterior, x, samples, seed))
     if link == "mc" or kind == "other":
-        if _is_large(posterior, x):
+        if not differentiable and _is_large(posterior, x):
             return averaged(posterior, iter(posterior.functional_samples(x, samples, seed)))
-        mean, covariance = posterior.functional(x)
+        mean, covariance = posterior.functional(x, **option)
         draws = gaussian_draws(mean.flatten(1), covariance, samples, seed)
         return averaged(posterior, iter(draws.view(samples, *mean.shape)))
     if link == "bridge":
-        return _bridge(posterior, *posterior.functional(x))
-    mean, variance = posterior.functional(x, diagonal=True)
+        return _bridge(posterior, *posterior.functional(x, **option))
+    mean, variance = posterior.functional(x, diagonal=True, **option)
     if classes:
         return probit(mean, variance, kind == "categorical")
     if kind == "poisson":
@@ -84,13 +99,22 @@ def gaussian_noise(posterior: Posterior, like: Tensor) -> Tensor:
     return torch.full_like(like, 0.0 if posterior.likelihood.is_observed else posterior.noise_variance)
 
 
+def of_probabilities(loss: BCE | KLDiv, mean: Tensor, variance: Tensor) -> Tensor:
+    """The probit approximation from moments of log-probabilities, or of probabilities by way of their logits: where
+    p = sigmoid(z) the linearised z has the variance of p over (p (1 - p))^2."""
+    if isinstance(loss, KLDiv):
+        return probit(mean, variance, categorical=True)
+    slope = (mean * (1 - mean)).clamp(min=torch.finfo(mean.dtype).eps)
+    return probit(mean.logit(torch.finfo(mean.dtype).eps), variance / slope.square(), categorical=False)
+
+
 def _is_large(posterior: Posterior, x: Inputs) -> bool:
     """Whether the covariances of all elements of each output, [N, K, K], are too much to hold."""
     cut = posterior._cuts.of(posterior.model, x, posterior.output)
     one = cut.take(x, slice(0, 1)) if cut.possible else x
     first = next(iter(posterior.weights.values()))
-    with torch.no_grad(), evaluating(posterior.model), isolated(posterior.model, first.device, 0):
-        K = batch_data.call(unwrapped(posterior.model), one, posterior.output)[0].numel()
+    with evaluating(posterior.model), isolated(posterior.model, first.device, 0):
+        K = batch_data.evaluate(unwrapped(posterior.model), one, posterior.output)[0].numel()
     return cut.samples * K**2 * first.element_size() > COVARIANCES.of()
 
 
@@ -121,7 +145,7 @@ def matched(posterior: Posterior, x: Inputs, link: str | None, samples: int, see
         variance = covariance.diagonal(dim1=1, dim2=2).view_as(mean)
     root = confidence.scale(shared(variance, kind)).sqrt().expand_as(mean)
     if link == "weights":
-        return averaged(posterior, (mean + root * (f - mean) for f in _network_draws(source, x, samples, seed)))
+        return averaged(posterior, (mean + root * (f - mean) for f in network_draws(source, x, samples, seed)))
     if covariance is None:
         return averaged(posterior, (mean + root * (f - mean) for f in source.functional_samples(x, samples, seed)))
     covariance = root.flatten(1).unsqueeze(2) * covariance * root.flatten(1).unsqueeze(1)
@@ -184,15 +208,14 @@ def _mean(values: Iterable[Tensor]) -> Tensor:
     return total / count
 
 
-@torch.no_grad()
-def _network_draws(posterior: Posterior, x: Inputs, samples: int, seed: int) -> Iterator[Tensor]:
+def network_draws(posterior: Posterior, x: Inputs, samples: int, seed: int) -> Iterator[Tensor]:
     """Outputs of networks with weights drawn from the posterior, one network at a time."""
     posterior.check_weights()
     drawn = posterior.sample(samples, seed)
     for s in range(samples):
         network: Any = Elsewhere(posterior.model, {k: w[s] for k, w in drawn.items()})
         with evaluating(network.model), isolated(network.model, next(iter(drawn.values())).device, 0):
-            f = batch_data.call(network, x, posterior.output)
+            f = batch_data.evaluate(network, x, posterior.output)
         yield f
 
 

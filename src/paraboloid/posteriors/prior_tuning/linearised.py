@@ -14,6 +14,7 @@ from torch import Tensor
 
 from paraboloid import linalg
 from paraboloid.data.batches import Data, Output
+from paraboloid.linalg.operand import LinAlgError
 from paraboloid.losses import MSE
 from paraboloid.operators.matrix_free.output_graph import OutputGraph
 from paraboloid.operators.matrix_free.replay import Replay
@@ -71,10 +72,35 @@ class LinearisedModel:
         return self._passes(delta, visit)
 
 
+class Restricted:
+    """The same loss as a function of some weights alone, those at the places `at` [S]."""
+
+    def __init__(self, model: LinearisedModel, at: Tensor):
+        self.model, self.at, self.theta = model, at, model.theta[at]
+        self.is_quadratic = model.is_quadratic
+
+    @property
+    def passes(self) -> int:
+        return self.model.passes
+
+    def full(self, v: Tensor) -> Tensor:
+        """[S] or [S, K] with zeros for the others, [D] or [D, K]."""
+        return v.new_zeros(len(self.model.theta), *v.shape[1:]).index_copy(0, self.at, v)
+
+    def value(self, delta: Tensor) -> Tensor:
+        return self.model.value(self.full(delta))
+
+    def gradient(self, delta: Tensor) -> Tensor:
+        return self.model.gradient(self.full(delta))[self.at]
+
+    def curvature(self, delta: Tensor, v: Tensor) -> Tensor:
+        return self.model.curvature(self.full(delta), self.full(v))[self.at]
+
+
 class _Precision:
     """strength J^T H J + Lambda at delta, for conjugate gradients."""
 
-    def __init__(self, model: LinearisedModel, delta: Tensor, precision: Tensor, strength: Any):
+    def __init__(self, model: LinearisedModel | Restricted, delta: Tensor, precision: Tensor, strength: Any):
         self.model, self.delta, self.precision, self.strength = model, delta, precision, float(strength)
         self.shape, self.dtype, self.device = (len(delta), len(delta)), delta.dtype, delta.device
 
@@ -92,7 +118,7 @@ class _Preconditioner:
 
 
 def optimum(
-    model: LinearisedModel,
+    model: LinearisedModel | Restricted,
     precision: Tensor,
     strength: Any,
     start: Tensor | None = None,
@@ -125,7 +151,10 @@ def optimum(
         A = _Precision(model, delta, precision, strength)
         # As exact as the quadratic model is: for a squared error, which is one, a single step is enough.
         inner = tol if model.is_quadratic else max(tol, min(0.1, (g.norm() / of_data.norm().clamp(min=1e-30)).item()))
-        step = linalg.cg(A, -g, inner, max_iterations=products, preconditioner=M)
+        try:
+            step = linalg.cg(A, -g, inner, max_iterations=products, preconditioner=M)
+        except LinAlgError:  # rounding alone makes it indefinite: logits so large that float32 does not tell them apart
+            step = -g / precision if M is None else M @ -g
         scale = 1.0
         for _ in range(HALVINGS):
             lower = objective(delta + scale * step)

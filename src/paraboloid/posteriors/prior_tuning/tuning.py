@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,15 +14,18 @@ from torch import Tensor
 
 from paraboloid.data import batches as batch_data
 from paraboloid.data.batches import Data, Inputs
+from paraboloid.data.cutting import Cut
 from paraboloid.linalg.operand import check_choice, check_count
+from paraboloid.losses import BCE
 from paraboloid.passes import trees
 from paraboloid.posteriors import prior as priors
 from paraboloid.posteriors.prediction.predictive import Prediction
 from paraboloid.posteriors.prior_tuning.evidence import groups_of, mackay
-from paraboloid.posteriors.prior_tuning.linearised import LinearisedModel, optimum
+from paraboloid.posteriors.prior_tuning.linearised import LinearisedModel, Restricted, optimum
 from paraboloid.posteriors.prior_tuning.matching import MATCHES, PLAIN, matched, refitted
 from paraboloid.posteriors.prior_tuning.progress import Line
 from paraboloid.posteriors.prior_tuning.unit_information import unit_information
+from paraboloid.posteriors.structures.subnetwork import Subnetwork
 from paraboloid.posteriors.weights import only
 
 if TYPE_CHECKING:
@@ -87,6 +91,8 @@ def by_evidence(posterior: Posterior, data: Data | None, per: str, noise: bool, 
     linear = None if data is None else LinearisedModel.of(
         posterior.model, posterior.likelihood.loss, data, posterior.output, posterior.max_memory
     )  # fmt: skip
+    if linear is not None and isinstance(posterior.curvature, Subnetwork):
+        linear = Restricted(linear, posterior.curvature.at)
     exact = next(iter(posterior.weights.values())).dtype == torch.float64
     updates = _Updates(posterior, per, noise, linear, 1e-6 if exact else 1e-3)
     if linear is not None and not exact and not linear.is_quadratic:
@@ -106,14 +112,14 @@ class _Updates:
     posterior: Posterior
     per: str
     noise: bool
-    linear: LinearisedModel | None
+    linear: LinearisedModel | Restricted | None
     tolerance: float
     most: tuple[int, int] | None = None
 
     def run(self, steps: int) -> None:
         posterior, theta, linear = self.posterior, self.posterior.weights, self.linear
         groups = groups_of(theta, self.per)
-        weights, loss, prior, delta = theta, posterior.loss, posterior.prior(), None
+        weights, loss, prior, delta = posterior.counted(), posterior.loss, posterior.prior(), None
         # Times gamma / noise_variance the slope of -log_det: twice as steep where the curvature is made of gradients.
         slope = posterior.temperature * (2 if posterior.options.get("fisher") == "empirical" else 1)
         moved, line = [math.inf], Line("tuning the prior")
@@ -123,10 +129,9 @@ class _Updates:
                 # No more exact than the precisions are by now, which move on.
                 rough = max(self.tolerance / 100, min(1e-2, 0.1 * max(moved)))
                 strength = posterior.likelihood.strength(posterior.noise_variance) / posterior.temperature
-                delta = optimum(
-                    linear, priors.flat(prior, theta), strength, delta, precision.apply, rough, self.most
-                )  # fmt: skip
-                weights = trees.unflatten(linear.theta + delta, theta)
+                delta = _optimum(linear, precision, priors.flat(prior, theta), strength, delta, rough, self.most)
+                full = linear.full(linear.theta + delta) if isinstance(linear, Restricted) else linear.theta + delta
+                weights = trees.unflatten(full, theta)
                 loss = linear.value(delta).item() if self.noise else loss
             updated, gamma = mackay(precision, groups, weights)
             moved = [abs(math.log(float(updated[names[0]] / prior[names[0]].mean()))) for names in groups]
@@ -142,6 +147,20 @@ class _Updates:
         line.clear()
         single = len(groups) == 1
         posterior.prior_precision = prior[groups[0][0]].item() if single else {k: t.item() for k, t in prior.items()}
+
+
+def _optimum(
+    linear: LinearisedModel | Restricted, precision: Any, prior: Tensor, strength: Any, start: Tensor | None,
+    tol: float, most: tuple[int, int] | None,
+) -> Tensor:  # fmt: skip
+    if not isinstance(linear, Restricted):
+        return optimum(linear, prior, strength, start, precision.apply, tol, most)
+    at = linear.at
+
+    def among(rows: Tensor) -> Tensor:
+        return precision.apply(linear.full(rows.T).T)[:, at]
+
+    return optimum(linear, prior[at], strength, start, among, tol, most)
 
 
 def by_grid(posterior: Posterior, validation: Data | None, grid: Any) -> None:
@@ -165,9 +184,10 @@ def by_cross_validation(posterior: Posterior, data: Data | None, grid: Any) -> N
         raise ValueError("method='cross_validation' needs the training data, and this posterior has it no longer (it "
                          "was loaded or updated); pass data=.")  # fmt: skip
     candidates, totals, line = _candidates(grid), [0.0] * len(_candidates(grid)), Line("tuning the prior")
+    cut = partial(posterior._cuts.of, posterior.model, output=posterior.output)
     for fold in range(FOLDS):
-        rest = refitted(posterior, _Fold(data, fold, False), **PLAIN)
-        scores = _scores(rest, candidates, list(_Fold(data, fold, True)), line)
+        rest = refitted(posterior, _Fold(data, cut, fold, False), **PLAIN)
+        scores = _scores(rest, candidates, list(_Fold(data, cut, fold, True)), line)
         totals = [a + b for a, b in zip(totals, scores, strict=True)]
     line.clear()
     posterior.prior_precision = _best(candidates, totals)
@@ -178,6 +198,7 @@ class _Fold:
     """Every FOLDS-th sample of each batch, or all the others; batches that are left empty are left out."""
 
     data: Data
+    cut: Callable[[Inputs], Cut]
     fold: int
     inside: bool
 
@@ -185,11 +206,12 @@ class _Fold:
         for inputs, y in batch_data.batches(self.data):
             chosen = (torch.arange(len(y), device=y.device) % FOLDS == self.fold) == self.inside
             if chosen.any():
-                yield trees.mapped(lambda t, at=chosen: t[at.to(t.device)], inputs), y[chosen]
+                yield self.cut(inputs).take(inputs, chosen.nonzero()[:, 0]), y[chosen]
 
 
 def _candidates(grid: Any) -> list[float]:
-    return (10.0 ** torch.linspace(-3, 5, 25) if grid is None else torch.as_tensor(grid, dtype=torch.float64)).tolist()
+    powers = 10.0 ** torch.linspace(-3, 5, 25, device="cpu") if grid is None else grid
+    return torch.as_tensor(powers, dtype=torch.float64, device="cpu").tolist()
 
 
 def _scores(posterior: Posterior, candidates: list[float], batches: list[Any], line: Line) -> list[float]:
@@ -222,6 +244,10 @@ def negative_log_predictive(posterior: Posterior, x: Inputs, y: Tensor) -> float
     if kind == "bernoulli":
         return torch.nn.functional.binary_cross_entropy(found, y.to(found), reduction="sum").item()
     loss = posterior.likelihood.given
+    if isinstance(loss, BCE):
+        return loss.sample_losses(found, y).sum().item()
+    if y.is_floating_point():  # probabilities of classes
+        return -(y * found.clamp(min=torch.finfo(found.dtype).tiny).log()).sum().item()
     return torch.nn.functional.nll_loss(
         found.clamp(min=torch.finfo(found.dtype).tiny).log(), y, ignore_index=loss.ignore_index, reduction="sum"
     ).item()
