@@ -29,11 +29,14 @@ class Samples(Protocol):
 def as_batch(data: Any) -> Batch | None:
     """`(inputs, targets)` if `data` is one batch, else None.
 
-    A two-element tuple or list whose second element is a tensor is a batch; a dict with `labels` (Hugging Face) is one
-    too, its other entries being the inputs.  Tensors made under inference_mode (batches of a trainer's validation) are
-    copied: autograd cannot keep them.
+    A two-element tuple or list whose second element is a tensor is a batch; so is a pair of a tensor and a dict, tuple
+    or list of tensors, for a loss that takes such targets.  A dict with `labels` (Hugging Face) is one too, its other
+    entries being the inputs.  Tensors made under inference_mode (batches of a trainer's validation) are copied:
+    autograd cannot keep them.
     """
     if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor):
+        return _ordinary(data[0]), _ordinary(data[1])
+    if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor) and _is_tree(data[1]):
         return _ordinary(data[0]), _ordinary(data[1])
     if isinstance(data, Mapping) and "labels" in data:
         return {k: _ordinary(v) for k, v in data.items() if k != "labels"}, _ordinary(data["labels"])
@@ -52,6 +55,12 @@ def _ordinary(tree: Any) -> Any:
     ):
         return mapped(_ordinary, tree)
     return tree
+
+
+def _is_tree(y: Any) -> bool:
+    """Several tensors as one target."""
+    parts = list(y.values()) if isinstance(y, Mapping) else y if isinstance(y, tuple | list) else []
+    return bool(parts) and all(isinstance(t, Tensor) for t in parts)
 
 
 def batches(data: Any) -> Iterator[Batch]:
@@ -94,6 +103,19 @@ def call(model: nn.Module, inputs: Inputs, output: Output | None = None) -> Tens
         raise ValueError(f"the model returned a {type(result).__name__}; expected a tensor. Pass output=, a function "
                          "that picks it, for example output=lambda o: o.logits.")  # fmt: skip
     return result
+
+
+def evaluate(model: Any, inputs: Inputs, output: Output | None = None) -> Tensor:
+    """The model's output without a graph.  A model whose forward pass differentiates (forces, residuals of differential
+    equations) cannot run without one: it is run again with gradients on, and its output detached."""
+    try:
+        with torch.no_grad():
+            return call(model, inputs, output)
+    except RuntimeError as e:
+        if "does not require grad" not in str(e):
+            raise
+    with torch.inference_mode(False), torch.enable_grad():
+        return call(model, inputs, output).detach()
 
 
 def _check_nested(inputs: Inputs) -> None:
@@ -146,7 +168,7 @@ class Chunks:
 
     def __init__(self, dataset: Any, size: int, device: torch.device, indices: Tensor | None = None):
         self.dataset, self.size, self.device = dataset, size, device
-        self.indices = torch.arange(sample_count(dataset)) if indices is None else indices
+        self.indices = torch.arange(sample_count(dataset), device="cpu") if indices is None else indices
 
     def __iter__(self) -> Iterator[Batch]:
         for indices in self.indices.split(self.size):

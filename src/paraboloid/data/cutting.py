@@ -129,11 +129,10 @@ def _confirmed(
     return len(f) == N and part.shape == f[half].shape and _close(part, f[half])
 
 
-@torch.no_grad()
 def _run(model: Any, inputs: Inputs, output: Output | None) -> Tensor:
     device = next((p.device for _, p in model.named_parameters()), torch.device("cpu"))
     with evaluating(model), isolated(model, device, 0):
-        return batch_data.call(unwrapped(model), inputs, output)
+        return batch_data.evaluate(unwrapped(model), inputs, output).detach()
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -126,6 +126,16 @@ def lowered(op: Callable) -> Callable | None:
     return seen_inside(op)
 
 
+def _modules(model: Any) -> list[nn.Module]:
+    """The modules of a model; of a plain callable those that it holds."""
+    held: list[Any] = [model] if isinstance(model, nn.Module) else list(getattr(model, "__dict__", {}).values())
+    return [m for part in held if isinstance(part, nn.Module) for m in part.modules()]
+
+
+def _own_parameters(model: Any) -> list[Tensor]:
+    return [p for _, p in model.named_parameters()]
+
+
 class Recorder(TorchFunctionMode):
     """Notes the calls of everything that runs while it is active; `names` maps the ids of the tracked parameters."""
 
@@ -139,8 +149,8 @@ class Recorder(TorchFunctionMode):
         self.alias: dict[int, Alias] = {}
         self.hooked = False  # whether a hook may change gradients on their way
         self.batch_norms: list[tuple[Any, Hook]] = []  # those that ran in training mode: graph node, and what holds it
-        known: list[Tensor] = []
-        for module in model.modules():
+        known: list[Tensor] = [] if isinstance(model, nn.Module) else _own_parameters(model)
+        for module in _modules(model):
             known += tensors(*own_tensors(module))
             # Plain attributes may be constants (positions, masks), or an input that the module kept: numbers are data.
             for name, value in vars(module).items():

@@ -44,7 +44,8 @@ Layouts = list[Layout | Owned | None]  # one for each call; None: nothing flows 
 def sample_weights(N: int, generator: torch.Generator, spread: int = WIDE) -> Tensor:
     """w_n = +-2^k, k in -12..12, [N]; all different while N <= 50, so that no two axes can be confused."""
     powers = 2 * spread + 1
-    order = torch.cat([torch.randperm(2 * powers, generator=generator) for _ in range(-(-N // (2 * powers)))])[:N]
+    draws = range(-(-N // (2 * powers)))
+    order = torch.cat([torch.randperm(2 * powers, generator=generator, device="cpu") for _ in draws])[:N]
     return 2.0 ** (order % powers - spread) * (1 - 2 * (order // powers))
 
 
@@ -192,7 +193,7 @@ def _owners(
     mixing: list[int] = []
     digit = 1
     while digit < N and not mixing:
-        code = (torch.arange(N) // digit) % different
+        code = (torch.arange(N, device="cpu") // digit) % different
         w = 2.0 ** (code % (different // 2) - spread) * (1 - 2 * (code // (different // 2)))
         scaled = u * w.to(u).view(-1, *[1] * (f.dim() - 1))
         pulls = [

@@ -25,21 +25,35 @@ def embedding(idx, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale
 
 
 @lowering(F.embedding)
-def unchanged_embedding(idx, weight, padding_idx=None, max_norm=None, norm_type=2.0, *args, **kwargs):
-    """The same where `max_norm` shortens rows, without writing to the weight.
+def unchanged_embedding(
+    idx, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False
+):  # fmt: skip
+    """The same where `max_norm` shortens rows, without writing to the weight; and with dense gradients.
 
     torch shortens the rows that are looked up in place and takes the gradient at the shortened ones, of which it is the
     identity: so what is looked up plus a constant, if there is one.
     """
     if max_norm is None:
-        return NotImplemented
+        if not sparse:
+            return NotImplemented
+        return F.embedding(idx, weight, padding_idx, None, norm_type, scale_grad_by_freq)
     with torch.no_grad():
         norms = torch.linalg.vector_norm(weight, norm_type, dim=1, keepdim=True)
         looked_up = torch.zeros_like(norms, dtype=torch.bool).index_fill_(0, idx.reshape(-1), True)
         change = torch.where((norms > max_norm) & looked_up, max_norm / (norms + 1e-7) - 1, 0) * weight
         change = F.embedding(idx, change) if change.any() else None
-    found = F.embedding(idx, weight, padding_idx, None, norm_type, *args, **kwargs)
+    found = F.embedding(idx, weight, padding_idx, None, norm_type, scale_grad_by_freq)
     return found if change is None else found + change
+
+
+@lowering(F.embedding_bag)
+def dense_embedding_bag(*args, **kwargs):
+    """The same with dense gradients."""
+    if len(args) > 7 and args[7]:
+        return F.embedding_bag(*args[:7], False, *args[8:], **kwargs)
+    if kwargs.get("sparse"):
+        return F.embedding_bag(*args, **{**kwargs, "sparse": False})
+    return NotImplemented
 
 
 @rule(F.embedding_bag)

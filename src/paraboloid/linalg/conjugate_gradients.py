@@ -157,7 +157,7 @@ def cg_iterates(
 
 
 def _checked(A: Any, b: Any, x0: Any, preconditioner: Any, tol: float, max_iterations: int | None) -> Any:
-    A, b = Operand(A), torch.as_tensor(b)
+    A, b = Operand(A), b if isinstance(b, Tensor) else torch.as_tensor(b, device="cpu")
     if not b.is_floating_point():
         raise ValueError(f"b has dtype {b.dtype}; expected a real floating-point type.")
     if b.dim() not in (1, 2) or len(b) != A.size:
@@ -167,7 +167,7 @@ def _checked(A: Any, b: Any, x0: Any, preconditioner: Any, tol: float, max_itera
     if not tol >= 0:
         raise ValueError(f"tol is {tol}; expected a number of at least 0.")
     if x0 is not None:
-        x0 = torch.as_tensor(x0).to(b)
+        x0 = (x0 if isinstance(x0, Tensor) else torch.as_tensor(x0, device="cpu")).to(b)
         if x0.shape != b.shape:
             raise ValueError(f"x0 has shape {tuple(x0.shape)}; expected that of b, {tuple(b.shape)}.")
     limit = 10 * A.size + 100 if max_iterations is None else check_count("max_iterations", max_iterations, least=0)

@@ -127,7 +127,7 @@ class _Search:
         """The k largest Ritz pairs in the complement of `found` (rows): values [k] and rows [k, D]."""
         A, width = self.A, min(self.width, self.A.size - (0 if found is None else len(found)))
         Q = torch.empty(width + 1, A.size, dtype=A.dtype, device=A.device)
-        T = torch.zeros(width, width, dtype=torch.float64)
+        T = torch.zeros(width, width, dtype=torch.float64, device="cpu")
         Q[0] = self._random(Q[:0], found) if start is None else start
         j, residual, count = 0, float("inf"), 0
         # Orthogonality is lost along what has converged, and the process goes on as for a larger matrix with copies of
@@ -164,7 +164,7 @@ class _Search:
         if steps == 0:
             return None
         Q = torch.empty(steps + 1, A.size, dtype=A.dtype, device=A.device)
-        T = torch.zeros(steps, steps, dtype=torch.float64)
+        T = torch.zeros(steps, steps, dtype=torch.float64, device="cpu")
         Q[0] = self._random(Q[:0], found)
         for j in range(steps):
             self._extend(Q, T, j, found)

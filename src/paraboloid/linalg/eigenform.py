@@ -276,7 +276,7 @@ class Eigenform:
     def vectors(self, at: Tensor) -> Tensor:
         """Eigenvectors [k, D] of the eigenvalues at flat places of `values` [k]."""
         c = self.values.new_zeros(len(at), self.values.numel())
-        c[torch.arange(len(at)), at] = 1
+        c[torch.arange(len(at), device=at.device), at] = 1
         return self.restored(c.view(-1, *self.values.shape))
 
 

@@ -54,5 +54,5 @@ def mean_tensor_estimate(draws_sum: Tensor, draws_square_sum: Tensor, draws: int
 
 def _standard_error(draws: Tensor) -> Tensor:
     if len(draws) < 2:
-        return torch.tensor(math.inf)
+        return torch.tensor(math.inf, device="cpu")
     return draws.std() / len(draws) ** 0.5

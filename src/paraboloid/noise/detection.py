@@ -75,7 +75,7 @@ def sample_losses(
     found = []
     for _, (inputs, y) in data.batches(torch.arange(data.samples), batch_size):
         with isolated(model, y.device, 0):
-            f = batch_data.call(unwrapped(model), inputs, output)
+            f = batch_data.evaluate(unwrapped(model), inputs, output)
         loss.check(f, y)
         found.append(loss.sample_losses(full(f), y).double().cpu())
     return torch.cat(found)

@@ -54,9 +54,10 @@ class LinearOperator:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the results: the parameters', or what they are kept in together."""
+        """Of the results: the parameters', or what they are kept in together; float32 for half precision."""
         dtypes = [p.dtype for p in self.parameters.values()]
-        return dtypes[0] if len(set(dtypes)) == 1 else _promoted(dtypes)
+        found = dtypes[0] if len(set(dtypes)) == 1 else _promoted(dtypes)
+        return torch.float32 if found in (torch.float16, torch.bfloat16) else found
 
     @property
     def device(self) -> torch.device:
@@ -71,7 +72,8 @@ class LinearOperator:
     def __matmul__(self, v: Any) -> Any:
         """The product with a dict by parameter name (entries may carry a trailing axis K), a tensor [D] or [D, K].
 
-        The result has the form of v, and the dtype of the parameters.  With another operator: their `Product`.
+        The result has the form of v, and the operator's dtype (in a dict the parameters').  With another operator:
+        their `Product`.
         """
         if isinstance(v, LinearOperator | Product):
             factors = v.factors if isinstance(v, Product) else (v,)

@@ -47,7 +47,7 @@ def resolve_blocks(parameters: Mapping[str, Tensor], blocks: Blocks) -> list[lis
 def places(parameters: Mapping[str, Tensor], block: Sequence[int]) -> Tensor:
     """Where the elements of a block's parameters lie in a flat vector, [D_b]."""
     sizes = [p.numel() for p in parameters.values()]
-    ends = torch.tensor(sizes).cumsum(0).tolist()
+    ends = torch.tensor(sizes, device="cpu").cumsum(0).tolist()
     device = next(iter(parameters.values())).device
     return torch.cat([torch.arange(ends[i] - sizes[i], ends[i], device=device) for i in block])
 

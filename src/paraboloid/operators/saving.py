@@ -29,7 +29,7 @@ def load(state: dict[str, Any], model: nn.Module | Mapping[str, Tensor]) -> Line
         raise ValueError(f"the state is of version {version}; expected at most {VERSION}. Update paraboloid.")
     if kind not in KINDS:
         raise ValueError(f"the state is of kind {kind!r}, which is not known; expected one of {sorted(KINDS)}.")
-    parameters = trees.parameters(model) if isinstance(model, nn.Module) else model
+    parameters = model if isinstance(model, Mapping) else trees.parameters(model)
     detached = {k: p.detach() for k, p in parameters.items()}
     expected = {k: list(p.shape) for k, p in detached.items()}
     if list(state["parameters"].items()) != list(expected.items()):

@@ -242,7 +242,7 @@ class HessianFree(Frame):
             self._write(theta)
             try:
                 with isolated(self.model, self.device, seed), torch.no_grad():
-                    loss = self.loss.value(batches.call(unwrapped(self.model), batch[0], self.output), batch[1])
+                    loss = self.loss.value(batches.evaluate(unwrapped(self.model), batch[0], self.output), batch[1])
             finally:
                 for p, value in before:
                     p.copy_(value)
@@ -283,7 +283,8 @@ class HessianFree(Frame):
 
     def _move_statistics(self, batch: Any, seed: int) -> None:
         """One pass that leaves running statistics as a training step does; all others leave no trace."""
-        if any(m.training and getattr(m, "track_running_stats", False) for m in self.model.modules()):
+        modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
+        if any(m.training and getattr(m, "track_running_stats", False) for m in modules):
             with seeded(seed, self.device):
                 batches.call(unwrapped(self.model), batch[0], self.output)
 

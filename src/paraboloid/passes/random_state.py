@@ -32,7 +32,8 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
 @contextmanager
 def isolated(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
     """Dropout masks follow `seed`; the global random state and buffers such as running statistics are restored."""
-    buffers = [(b, b.detach().clone()) for b in model.buffers()] if any(m.training for m in model.modules()) else []
+    training = hasattr(model, "modules") and any(m.training for m in model.modules())
+    buffers = [(b, b.detach().clone()) for b in model.buffers()] if training else []
     with seeded(seed, device):
         try:
             yield

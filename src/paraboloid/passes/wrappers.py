@@ -67,4 +67,14 @@ class Elsewhere:
         self.values = {names[name]: value for name, value in values.items()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return torch.func.functional_call(self.model, self.values, args, kwargs)
+        if isinstance(self.model, nn.Module):
+            return torch.func.functional_call(self.model, self.values, args, kwargs)
+        parameters = dict(self.model.named_parameters())  # a plain callable's are moved, and put back
+        before = {name: parameters[name].data for name in self.values}
+        try:
+            for name, value in self.values.items():
+                parameters[name].data = value.detach()
+            return self.model(*args, **kwargs)
+        finally:
+            for name, value in before.items():
+                parameters[name].data = value

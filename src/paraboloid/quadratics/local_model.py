@@ -50,7 +50,7 @@ class Quadratic:
 
     @property
     def _flat_gradient(self) -> Tensor:
-        return trees.flatten(self.gradient, self.curvature.parameters)
+        return trees.flatten(self.gradient, self.curvature.parameters).to(self.curvature.dtype)
 
     def along(self, directions: Tensor) -> tuple[Tensor, Tensor]:
         """(slopes d.g / |d| [k], curvatures d.C d / |d|^2 [k]) along the rows d of `directions` [k, D].

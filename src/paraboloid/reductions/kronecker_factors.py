@@ -105,7 +105,9 @@ def mirror(A: Tensor) -> Tensor:
 
 
 def _count(n: int) -> Tensor:
-    return torch.tensor(n, dtype=torch.float64)  # a tensor, so that it is summed with the others over ranks
+    return torch.tensor(
+        n, dtype=torch.float64, device="cpu"
+    )  # a tensor, so that it is summed with the others over ranks
 
 
 @dataclass

@@ -144,9 +144,9 @@ def _run(shape: Sequence[int], steps: Sequence[int]) -> int:
 @lru_cache(maxsize=16)
 def _places(shape: tuple[int, ...], steps: tuple[int, ...], q_axes: int) -> Tensor:
     """Where the elements [G T q] of a sample lie in its memory, flat; the axes are G *q-axes *T-axes."""
-    at = torch.zeros((), dtype=torch.int32)
+    at = torch.zeros((), dtype=torch.int32, device="cpu")
     for size, step in zip(shape, steps, strict=True):
-        at = at.unsqueeze(-1) + step * torch.arange(size, dtype=torch.int32)
+        at = at.unsqueeze(-1) + step * torch.arange(size, dtype=torch.int32, device="cpu")
     return at.flatten(1 + q_axes).flatten(1, q_axes).mT.flatten()
 
 

@@ -289,7 +289,7 @@ class Footprint(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         for t in (result,) if isinstance(result, Tensor) else tree_leaves(result):
-            if isinstance(t, Tensor):
+            if isinstance(t, Tensor) and t.layout == torch.strided:  # a sparse tensor's parts are results too
                 storage = t.untyped_storage()
                 place = storage_place(storage)
                 if place not in self.besides and place not in self.seen:

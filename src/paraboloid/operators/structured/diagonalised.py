@@ -169,7 +169,7 @@ class Diagonalised(LinearOperator, kind="Diagonalised"):
         if rests and (k > len(values) or values.topk(k).values[-1].item() < max(rests)):
             forms = [form.completed() for form in forms]
             values = torch.cat([form.values.reshape(-1) for form in forms]).to(self.dtype)
-        sizes = torch.tensor([form.values.numel() for form in forms])
+        sizes = torch.tensor([form.values.numel() for form in forms], device="cpu")
         values, order = values.sort(descending=True, stable=True)
         order = order[:k]
         ends = sizes.cumsum(0).to(order.device)
