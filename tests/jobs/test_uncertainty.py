@@ -34,18 +34,19 @@ def curve():
     return Problem(model, nn.MSELoss(), (x[:100], y[:100]), (x[100:], y[100:]), "curve", training=SETTINGS)
 
 
-@pytest.mark.parametrize("method", ["kron", "last-layer", "functional"])
+@pytest.mark.parametrize("method", ["kron", "last-layer", "functional", "sampled"])
 def test_classes(method):
     record = job.uncertainty(classes(), method, quick=True)
     results = record["results"]
     assert json.loads(job.to_json(record)) == record
     assert {row["name"] for row in results["unseen"]} >= {"uniform noise", "noise added", "turned by 90°"}
     assert all(0 <= row["area"] <= 1 for row in results["unseen"])
-    assert abs(results["matched"]["nll"] - results["network"]["nll"]) < 0.02
+    assert abs(results["matched"]["nll"] - results["network"]["nll"]) < (0.03 if method == "sampled" else 0.02)
     assert len(results["least_sure"]) == 18 and results["least_sure"][0]["image"] is not None
     sure = [row["confidence"] for row in results["least_sure"]]
     assert sure == sorted(sure)
-    gamma = sum(row["determined"] for row in results["posterior"]["layers"])
+    layers, whole = results["posterior"]["layers"], results["posterior"]["effective_dimension"]
+    gamma = whole if method == "sampled" else sum(row["determined"] for row in layers)
     assert 0 < gamma < results["posterior"]["parameters"] == (18 if method == "last-layer" else 314)
     page = job.page(record)
     for title in ("Calibration", "What it has not seen", "Least sure", "What the data determined"):
@@ -55,8 +56,9 @@ def test_classes(method):
     assert record["command"] == f"paraboloid uncertainty halves --method {method} --seed 0 --quick"
 
 
-def test_a_curve_has_a_band_and_coverage():
-    record = job.uncertainty(curve(), quick=True)
+@pytest.mark.parametrize("method", ["kron", "sampled"])
+def test_a_curve_has_a_band_and_coverage(method):
+    record = job.uncertainty(curve(), method, quick=True)
     results = record["results"]
     band = results["band"]
     assert len(band["x"]) == 200 and band["x"][0] < -1.4 and len(band["seen_x"]) == 100

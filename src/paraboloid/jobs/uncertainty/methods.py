@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from paraboloid.data.batches import Data
-from paraboloid.posteriors import laplace
+import torch
+from torch import nn
+
+from paraboloid.data.batches import Data, batches, call
+from paraboloid.posteriors import laplace, sampled_laplace
 from paraboloid.problems import Problem
 
 MOST_OUTPUTS = 100  # of a sample, that the curvature takes exactly; above, sampled columns
@@ -26,10 +29,23 @@ def _laplace(structure: str, weights: str = "all") -> Method:
     return fit
 
 
+def _sampled(problem: Problem, data: Data, outputs: int, seed: int) -> Any:
+    """The noise of a squared error is that of the network's own residuals: EM here moves the prior alone."""
+    squares = elements = 0.0
+    if isinstance(problem.loss_fn, nn.MSELoss):
+        for x, y in batches(data):
+            with torch.no_grad():
+                squares += (call(problem.model, x) - y).square().sum().item()
+            elements += y.numel()
+    options = {"noise_variance": max(squares / elements, torch.finfo(torch.float32).eps)} if elements else {}
+    return sampled_laplace(problem.model, problem.loss_fn, data, seed=seed, **options)
+
+
 METHODS: dict[str, Method] = {
     "kron": _laplace("kron"),
     "last-layer": _laplace("kron", "last_layer"),
     "functional": _laplace("functional"),
+    "sampled": _sampled,
 }
 TITLES = {
     "kron": "Kronecker-factored Laplace posterior over all weights",

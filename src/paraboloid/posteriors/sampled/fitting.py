@@ -24,9 +24,10 @@ from paraboloid.passes.parameter_layers import layer_of
 from paraboloid.passes.wrappers import unwrapped
 from paraboloid.posteriors.fit import parameters_of
 from paraboloid.posteriors.likelihood import Likelihood
-from paraboloid.posteriors.prediction.confidence import SAMPLES, Confidence, shared
+from paraboloid.posteriors.prediction.confidence import RARE_LEFT_OUT, SAMPLES, Confidence, shared
 from paraboloid.posteriors.prior_tuning.evidence import groups_of
 from paraboloid.posteriors.sampled import checkpoint as checkpoints
+from paraboloid.posteriors.sampled import noise
 from paraboloid.posteriors.sampled.expectation_maximisation import Progress, Run, State, as_prior
 from paraboloid.posteriors.sampled.sampled_posterior import SampledPosterior, by_name
 from paraboloid.posteriors.sampled.solvers import Descent
@@ -62,6 +63,7 @@ class Fitting:
     max_memory: int | None
     group: Group
     shard: str
+    first: int = 0  # the number of this process's first data point
 
     @cached_property
     def mine(self) -> range:
@@ -83,7 +85,7 @@ class Fitting:
             solver = cheapest(system, self.max_memory) if self.solver == "auto" else self.solver
             dual = dual_of(system) if solver == "dual" else None
             descent = Descent(self.epochs, self.lr, noisy=self.noisy) if solver == "sgd" else None
-            diagonal = system.diagonal()
+            self.first, diagonal = system.first, system.diagonal()
             if g_prior:
                 system.scale = feature_scales(diagonal, system.parameters)
                 diagonal = diagonal.mul_(system.scale).mul_(system.scale)
@@ -138,19 +140,29 @@ class Fitting:
         group = self.group if self.shard == "data" else None
         return TangentSystem(curvature, strength, self.seed, self.mine, group=group)
 
+    @torch.no_grad()
     def confidence(self, unweighted: SampledPosterior) -> Confidence:
-        """The quantiles of the unweighted variances on the data of all processes; see `prediction.confidence`."""
-        found, seen = [], 0
+        """Quantiles, on the data of all processes, of the variances that the *others* leave each data point.
+
+        Its own output holds its variance down, which no new input's does.  With S_n = strength J_n Sigma J_n^T the
+        variance without n is S_n (1 - S_n)^-1 / strength.  A draw's outputs f_n = sqrt(strength) J_n d have the second
+        moment S_n, and eps_n - f_n, with the noise that the draw was made of, has 1 - S_n: their ratio is taken, each
+        on the mean over the samples (and over classes that share one variance).  See `prediction.confidence`.
+        """
+        found, seen, root = [], 0, float(unweighted.likelihood.strength(self.noise_variance)) ** 0.5
         for inputs, _ in batch_data.batches(self.data):
-            variance = unweighted.functional(inputs, diagonal=True)[1]
-            found.append(shared(variance, unweighted.likelihood.kind).flatten())
-            seen += len(variance)
+            f = root * torch.cat([d for _, d in unweighted.outputs(inputs)], 1)  # [S, n, *shape]
+            eps = noise.of_data(self.seed, self.first + seen, f.shape[1], range(self.samples), f[0, 0].numel(), f)
+            rest = eps.view_as(f).sub_(f)
+            own, left = (shared(t.square().mean(0), unweighted.likelihood.kind) for t in (f, rest))
+            found.append((own / left.clamp(min=torch.finfo(f.dtype).tiny) / root**2).flatten())
+            seen += f.shape[1]
             if seen >= SAMPLES:
                 break
         variances = torch.cat(found)
         if self.group is not None and self.shard == "data":
             variances = torch.cat([torch.tensor(part) for part in collectives.gathered(variances.tolist(), self.group)])
-        return Confidence.of(variances)
+        return Confidence.of(variances, RARE_LEFT_OUT)
 
 
 def unit_information(run: Run) -> list[float]:

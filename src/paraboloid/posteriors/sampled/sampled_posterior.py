@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,7 +72,7 @@ class SampledPosterior:
         diagonal=True: the variances alone, of the mean's shape; joint=True: [N, K, N, K] over all inputs together.
         """
         means, parts, draws = [], [], []
-        for f, d in self._outputs(x):
+        for f, d in self.outputs(x):
             means.append(f)
             flat = d.flatten(2)  # [S, n, K]
             if joint:
@@ -88,10 +89,11 @@ class SampledPosterior:
 
     def functional_samples(self, x: Inputs, samples: int | None = None, seed: int = 0) -> Tensor:
         """The samples' functions f(x) + J(x) d, [samples, N, *shape]: values at different inputs belong together."""
-        parts = [f + d for f, d in self._outputs(x, samples)]
+        parts = [f + d for f, d in self.outputs(x, samples)]
         return torch.cat(parts, 1)
 
-    def _outputs(self, x: Inputs, samples: int | None = None) -> Any:
+    def outputs(self, x: Inputs, samples: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """(f [n, *shape], J d [samples, n, *shape]) of each chunk of inputs."""
         self.check_weights()
         rows = torch.cat([self.samples[k][:samples].flatten(1) for k in self.weights], 1)
         return tangent_outputs(self.model, list(self.weights), x, self.output, rows, self.max_memory, self._cuts)
