@@ -3,12 +3,24 @@
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from linalg.matrices import Counted, with_spectrum
 
 import paraboloid as pb
-from paraboloid.linalg import Estimate, diagonal, hutchinson_trace, hutchpp_trace, spectral_density, xdiag, xtrace
+from paraboloid.linalg import (
+    Estimate,
+    diagonal,
+    hutchinson_trace,
+    hutchpp_trace,
+    lsmr,
+    neumann,
+    spectral_density,
+    squared_frobenius,
+    xdiag,
+    xtrace,
+)
 
 TRACES = [hutchinson_trace, hutchpp_trace, xtrace]
 SPECTRA = {
@@ -205,3 +217,55 @@ def test_matrices_that_are_not_symmetric_have_exchangeable_estimates_without_bia
 def test_xdiag_refuses_what_has_no_transpose():
     with pytest.raises(ValueError, match=r"A, a Counted, is not symmetric, and xdiag needs .* or one with a transpose"):
         xdiag(Counted(with_spectrum(SPECTRA["decaying"]).triu()), samples=20)
+
+
+@pytest.mark.parametrize("probes", ["signs", "normal"])
+def test_probes_of_both_kinds_and_squared_frobenius_norms(probes):
+    M = with_spectrum(SPECTRA["indefinite"])
+    found = [hutchinson_trace(M, 40, s, probes=probes) for s in range(60)]
+    off = torch.tensor([t - M.trace().item() for t in found])
+    assert abs(off.mean()) <= 5 * off.std() / 60**0.5
+    assert off.std() == pytest.approx(np.mean([t.standard_error for t in found]), rel=0.3)
+    diagonals = torch.stack([diagonal(M, 40, s, probes=probes).as_subclass(torch.Tensor) for s in range(60)])
+    assert ((diagonals.mean(0) - M.diagonal()).abs() <= 5 * diagonals.std(0) / 60**0.5).all()
+    A = M.triu()  # not symmetric
+    squares = torch.tensor([squared_frobenius(A, 40, s, probes=probes) for s in range(60)])
+    assert abs(squares.mean() - A.square().sum()) <= 5 * squares.std() / 60**0.5
+    with pytest.raises(ValueError, match="probes is 'unit'; expected 'signs' or 'normal'"):
+        hutchinson_trace(M, probes="unit")
+
+
+def test_a_deflated_density_has_its_outliers_where_they_are():
+    values = torch.cat([torch.linspace(0, 1, 197), torch.tensor([50.0, 60.0, 100.0])])
+    M = with_spectrum(values)
+    grid, density = spectral_density(M, samples=3, steps=30, width=0.005, deflate=3, points=4096)
+    assert torch.trapezoid(density, grid).item() == pytest.approx(1, abs=1e-6)
+    for outlier in (50.0, 60.0, 100.0):
+        near = (grid - outlier).abs() < 3
+        assert torch.trapezoid(density[near], grid[near]).item() == pytest.approx(1 / 200, rel=0.05)
+    bulk = grid < 5
+    assert torch.trapezoid(density[bulk], grid[bulk]).item() == pytest.approx(197 / 200, rel=0.01)
+    with pytest.raises(ValueError, match=r"deflate is 200; expected an integer in 1\.\.199"):
+        spectral_density(M, deflate=200)
+
+
+def test_inverses_by_iteration():
+    positive = with_spectrum(torch.linspace(0.5, 2, 40))
+    b = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.linalg.solve(positive, b)
+    torch.testing.assert_close(neumann(positive, b, terms=200), x, rtol=1e-8, atol=1e-10)
+    few = neumann(positive, b, terms=3, scale=0.4)
+    step = torch.eye(40).double() - 0.4 * positive
+    torch.testing.assert_close(few, 0.4 * (b + step @ b + step @ (step @ b)))
+    with pytest.raises(torch.linalg.LinAlgError, match="the terms of the Neumann series grow"):
+        neumann(positive, b, terms=100, scale=2.0)
+    for M in (positive, with_spectrum(SPECTRA["indefinite"][:40]), positive.triu()):
+        x = lsmr(M, b[:, 0], tol=1e-12, max_iterations=1000)
+        torch.testing.assert_close(x, torch.linalg.solve(M, b[:, 0]), rtol=1e-6, atol=1e-6)
+        damped = lsmr(M, b[:, 0], damping=0.7, tol=1e-12)
+        expected = torch.linalg.solve(M.T @ M + 0.49 * torch.eye(len(M)).double(), M.T @ b[:, 0])
+        torch.testing.assert_close(damped, expected, rtol=1e-6, atol=1e-8)
+    singular = with_spectrum(torch.cat([torch.linspace(1, 2, 20), torch.zeros(20)]))
+    shortest = torch.linalg.pinv(singular, rtol=1e-8) @ b[:, 0]
+    torch.testing.assert_close(lsmr(singular, b[:, 0], tol=1e-10), shortest, rtol=1e-6, atol=1e-7)
+    assert not lsmr(positive, torch.zeros(40).double()).any()

@@ -99,6 +99,12 @@ def test_the_split_inverse_is_the_papers():
     torch.testing.assert_close(zero.to_dense(), torch.eye(6) / (0.2 * 1.2))
 
 
+def test_both_factors_damped_alike():
+    kron, eyes = pb.Kron(factor(3), factor(4, seed=1)), [torch.eye(n).double() for n in (3, 4)]
+    expected = torch.kron(torch.linalg.inv(kron.left + 0.3 * eyes[0]), torch.linalg.inv(kron.right + 0.3 * eyes[1]))
+    close(kron.inverse(0.3, split="same").to_dense(), expected)
+
+
 def test_a_factor_beside_a_number_is_inverted_exactly():
     """A bias's block is number * left: damping it as a whole costs the same as splitting it."""
     eye = torch.eye(3).double()
@@ -150,7 +156,7 @@ def test_singular_blocks_raise_with_their_name():
 
 def test_wrong_arguments():
     kron = KRONS["weight"]()
-    with pytest.raises(ValueError, match=r"split is 'half'; expected None \(exact\) or 'pi'"):
+    with pytest.raises(ValueError, match=r"split is 'half'; expected None \(exact\), 'pi' or 'same'"):
         kron.inverse(0.1, split="half")
     with pytest.raises(ValueError, match="damping is -1; expected a number of at least 0 to split"):
         kron.inverse(-1, split="pi")

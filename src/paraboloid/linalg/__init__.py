@@ -13,16 +13,18 @@ from paraboloid.linalg.density import spectral_density
 from paraboloid.linalg.dual_descent import sdd
 from paraboloid.linalg.eigen import eigh, eigsh
 from paraboloid.linalg.estimate import Estimate, TensorEstimate
+from paraboloid.linalg.iterative_inverses import lsmr, neumann
 from paraboloid.linalg.krylov import lanczos
 from paraboloid.linalg.log_determinant import logdet
 from paraboloid.linalg.nystrom_approximation import Nystrom, nystrom
 from paraboloid.linalg.row_blocks import RowBlocks
 from paraboloid.linalg.solution import Solution
 from paraboloid.linalg.stochastic_diagonal import diagonal, xdiag
-from paraboloid.linalg.trace import hutchinson_trace, hutchpp_trace, xtrace
+from paraboloid.linalg.trace import hutchinson_trace, hutchpp_trace, squared_frobenius, xtrace
 
 __all__ = [
     "Columns", "Estimate", "Iterates", "Nystrom", "RowBlocks", "Solution", "TensorEstimate", "block_solves", "cg",
     "cg_iterates", "cg_solution", "diagonal", "eigh", "eigsh", "hutchinson_trace", "hutchpp_trace", "lanczos", "lobpcg",
-    "logdet", "nystrom", "pivoted_columns", "sdd", "spectral_density", "xdiag", "xtrace",
+    "logdet", "lsmr", "neumann", "nystrom", "pivoted_columns", "sdd", "spectral_density", "squared_frobenius", "xdiag",
+    "xtrace",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paraboloid.linalg.eigen import eigh
+from paraboloid.linalg.eigen import eigh, eigsh
 from paraboloid.linalg.krylov import lanczos
 from paraboloid.linalg.operand import Operand, check_count
 from paraboloid.linalg.probes import Seed, generator_of
@@ -23,6 +23,7 @@ def spectral_density(
     width: float | None = None,
     log: bool = False,
     floor: float = 1e-8,
+    deflate: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(grid, density), both [points]: the density of the D eigenvalues, integrating to 1 over the grid.
 
@@ -33,7 +34,11 @@ def spectral_density(
     log=False: `grid` is even in the eigenvalue, and ``torch.trapezoid(density, grid) == 1``.
     log=True: `grid` is even in log10 of the eigenvalue, from `floor` times the largest one up, `density` is per decade,
     and ``torch.trapezoid(density, grid.log10()) == 1``; eigenvalues below the floor, negative ones too, count as the
-    floor.  Source: Ghorbani, Krishnan and Xiao 2019, arXiv:1901.10159.
+    floor.
+
+    deflate: so many of the largest eigenvalues are found one by one (`eigsh`) and stand where they are, each with the
+    weight 1 / D; the samples see what is left, so that a few outliers neither blur nor waste steps.
+    Source: Ghorbani, Krishnan and Xiao 2019, arXiv:1901.10159; deflation: Papyan 2018, arXiv:1811.07062.
     """
     A = Operand(A)
     check_count("samples", samples)
@@ -43,7 +48,16 @@ def spectral_density(
         raise ValueError(f"width is {width}; expected a fraction of the grid's range, between 0 and 1.")
     if log and not 0 < floor < 1:
         raise ValueError(f"floor is {floor}; expected a fraction of the largest eigenvalue, between 0 and 1.")
-    nodes, weights = quadrature(A, samples, min(steps, A.size), generator_of(seed, A.device))
+    generator = generator_of(seed, A.device)
+    if deflate:
+        check_count("deflate", deflate, most=A.size - 1)
+        top, vectors = eigsh(A, deflate, seed=generator)
+        left = A.size - deflate
+        nodes, weights = quadrature(A, samples, min(steps, left), generator, vectors.T.contiguous())
+        nodes = torch.cat([nodes, top.to(nodes)])
+        weights = torch.cat([weights * (left / A.size), weights.new_full((deflate,), 1 / A.size)])
+    else:
+        nodes, weights = quadrature(A, samples, min(steps, A.size), generator)
     if log:
         if not nodes.max() > 0:
             raise ValueError(f"the largest eigenvalue is {nodes.max():.4g}; expected a positive one for log=True.")
@@ -57,11 +71,16 @@ def spectral_density(
     return (10**axis if log else axis).to(A.dtype), density.to(A.dtype)
 
 
-def quadrature(A: Operand, samples: int, steps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Nodes [samples * steps] and weights, summing to 1, of the averaged Lanczos quadrature; in float64."""
+def quadrature(
+    A: Operand, samples: int, steps: int, generator: torch.Generator, beside: Tensor | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Nodes [samples * steps] and weights, summing to 1, of the averaged Lanczos quadrature; in float64.
+
+    beside: orthonormal rows [m, D], eigenvectors that are left out.
+    """
     nodes, weights = [], []
     for _ in range(samples):
-        T, _ = lanczos(A, steps, generator)
+        T, _ = lanczos(A, steps, generator, beside)
         values, vectors = eigh(T.double())
         nodes.append(values)
         weights.append(vectors[0].square() / samples)

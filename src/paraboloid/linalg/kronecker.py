@@ -264,20 +264,23 @@ class Kron:
         return replace(form, values=left.unsqueeze(2) * right.unsqueeze(1))
 
     def inverse(self, damping: float = 0.0, split: str | None = None, name: str = "the block") -> Eigenform | Kron:
-        """(left (x) right + damping I)^-1, exact; or with split="pi" its factored approximation (see `split_inverse`).
+        """(left (x) right + damping I)^-1, exact; or with split="pi" or "same" a factored one (see `split_inverse`).
 
         Raises ValueError where an eigenvalue + damping is below eps times the largest.
         """
-        if split not in (None, "pi"):
-            raise ValueError(f"split is {split!r}; expected None (exact) or 'pi'.")
-        return self.eigenform(name).inverse(damping) if split is None else self.split_inverse(damping, name)
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}; expected None (exact), 'pi' or 'same'.")
+        if split is None:
+            return self.eigenform(name).inverse(damping)
+        return self.split_inverse(damping, name, split == "same")
 
     @precisely
-    def split_inverse(self, damping: float, name: str = "the block") -> Kron:
+    def split_inverse(self, damping: float, name: str = "the block", same: bool = False) -> Kron:
         """(left + pi sqrt(damping) I)^-1 (x) (right + sqrt(damping) / pi I)^-1, an approximation of the damped inverse.
 
         pi^2 is the mean eigenvalue of left over that of right.  Needs no eigendecomposition, only two inverses.  Where
         one side is a number (a bias, a single output) nothing is split: (number * other + damping I)^-1, exact.
+        same: (left + damping I)^-1 (x) (right + damping I)^-1 instead, both factors damped alike.
         Source: Martens & Grosse 2015, arXiv:1503.05671, section 6.3.
         """
         if not damping >= 0:
@@ -290,6 +293,10 @@ class Kron:
         if left.size == 1:
             whole = right.scaled(left.dense().flatten()).inverse(shift, f"{name}: the right factor")
             return Kron(Side("matrix", torch.ones_like(left.dense())), whole)
+        if same:
+            return Kron(
+                left.inverse(shift, f"{name}: the left factor"), right.inverse(shift, f"{name}: the right factor")
+            )
         pi = ((left.trace() / left.size) / (right.trace() / right.size)).sqrt()
         pi = pi.where(torch.isfinite(pi) & (pi > 0), 1.0)
         return Kron(
@@ -306,6 +313,7 @@ class Kron:
         return self.eigenform(name).logdet(damping)
 
 
+SPLITS = (None, "pi", "same")
 Decomposed = tuple[Side, Basis, Tensor]
 
 

@@ -59,25 +59,29 @@ def random_unit(basis: Tensor, generator: torch.Generator) -> Tensor:
     raise LinAlgError(f"found no vector orthogonal to {len(basis)} vectors of length {size}.")
 
 
-def lanczos(A: Any, k: int, seed: Seed = 0) -> tuple[Tensor, Tensor]:
+def lanczos(A: Any, k: int, seed: Seed = 0, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """k steps of the Lanczos process from a random unit vector: A Q = Q T + a remainder in the last column.
+
+    beside: orthonormal rows [m, D] whose complement it stays in, for eigenvectors that are known already; k <= D - m.
 
     T [k, k] symmetric tridiagonal, Q [D, k] with orthonormal columns; k <= D.  Where an invariant subspace is exhausted
     the process goes on from a new random vector, and T has a zero beside its diagonal there.
     """
     A = Operand(A)
-    check_count("k", k, most=A.size)
+    none = torch.empty(0, A.size, dtype=A.dtype, device=A.device)
+    known = none if beside is None else beside.to(none)
+    check_count("k", k, most=A.size - len(known))
     generator = generator_of(seed, A.device)
     Q = torch.empty(k + 1, A.size, dtype=A.dtype, device=A.device)
     T = torch.zeros(k, k, dtype=A.dtype, device=A.device)
-    Q[0] = random_unit(Q[:0], generator)
+    Q[0] = random_unit(known, generator)
     for j in range(k):
-        w = Q[j + 1].copy_(A @ Q[j])
+        w = Q[j + 1].copy_(orthogonalise(A @ Q[j], known)[0])
         T[j, j] = reorthogonalise_(w, Q[: j + 1])[j]
         if j + 1 == k:
             break
         scale = T[: j + 1, : j + 1].abs().max().item()
-        T[j, j + 1] = T[j + 1, j] = normalise_(w, [Q[: j + 1]], scale, generator)
+        T[j, j + 1] = T[j + 1, j] = normalise_(w, [known, Q[: j + 1]], scale, generator)
     return T, Q[:k].T
 
 

@@ -29,6 +29,13 @@ def signs(shape: tuple[int, ...], like, generator: torch.Generator) -> Tensor:
     return draw.to(like.device, like.dtype).mul_(2).sub_(1)
 
 
+def drawn(probes: str, shape: tuple[int, ...], like, generator: torch.Generator) -> Tensor:
+    """Random entries of mean 0 and variance 1: "signs" or "normal"."""
+    if probes not in ("signs", "normal"):
+        raise ValueError(f"probes is {probes!r}; expected 'signs' or 'normal'.")
+    return (signs if probes == "signs" else normal)(shape, like, generator)
+
+
 def block_size(size: int, dtype: torch.dtype) -> int:
     """How many vectors of `size` elements make a block of probes."""
     return PROBES.count(size * dtype.itemsize)

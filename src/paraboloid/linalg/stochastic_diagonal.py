@@ -10,14 +10,15 @@ from torch import Tensor
 from paraboloid.linalg.eigen import dense
 from paraboloid.linalg.estimate import TensorEstimate, mean_tensor_estimate
 from paraboloid.linalg.operand import Operand, check_count, transposed
-from paraboloid.linalg.probes import Seed, blocks, generator_of, signs
+from paraboloid.linalg.probes import Seed, blocks, drawn, generator_of, signs
 from paraboloid.linalg.trace import left_out
 
 
-def diagonal(A: Any, samples: int = 64, seed: Seed = 0) -> TensorEstimate:
-    """Mean of v * (A v) over `samples` random sign vectors v, [D]: one product each, unbiased.
+def diagonal(A: Any, samples: int = 64, seed: Seed = 0, *, probes: str = "signs") -> TensorEstimate:
+    """Mean of v * (A v) over `samples` random vectors v, [D]: one product each, unbiased.
 
-    The result is a tensor with `.standard_error` [D]; entry i has the variance sum_{j != i} A_ij^2 / samples.
+    The result is a tensor with `.standard_error` [D]; entry i has the variance sum_{j != i} A_ij^2 / samples, and
+    2 A_ii^2 / samples more for probes="normal" in the place of "signs".
     Source: Bekas, Kokiopoulou and Saad 2007.
     """
     A = Operand(A)
@@ -26,7 +27,7 @@ def diagonal(A: Any, samples: int = 64, seed: Seed = 0) -> TensorEstimate:
     total = torch.zeros(A.size, dtype=A.dtype, device=A.device)
     squares = torch.zeros_like(total)
     for count in blocks(samples, A.size, A.dtype):
-        V = signs((A.size, count), A, generator)
+        V = drawn(probes, (A.size, count), A, generator)
         draws = V * (A @ V)
         total += draws.sum(1)
         squares += draws.square().sum(1)

@@ -10,17 +10,31 @@ from torch import Tensor
 from paraboloid.linalg.eigen import dense
 from paraboloid.linalg.estimate import Estimate, mean_estimate
 from paraboloid.linalg.operand import Operand, check_count
-from paraboloid.linalg.probes import Seed, blocks, generator_of, normal, signs
+from paraboloid.linalg.probes import Seed, blocks, drawn, generator_of, normal, signs
 
 
-def hutchinson_trace(A: Any, samples: int = 64, seed: Seed = 0) -> Estimate:
-    """Mean of v.A v over `samples` random sign vectors v: one product each, unbiased.
+def hutchinson_trace(A: Any, samples: int = 64, seed: Seed = 0, *, probes: str = "signs") -> Estimate:
+    """Mean of v.A v over `samples` random vectors v: one product each, unbiased.
 
+    probes: "signs" (+1 and -1), whose variance 2 sum_{i != j} A_ij^2 is the smallest, or "normal", 2 |A|_F^2.
     Source: Hutchinson 1989.
     """
     A = Operand(A)
     check_count("samples", samples)
-    return mean_estimate(_forms(A, samples, generator_of(seed, A.device)))
+    return mean_estimate(_forms(A, samples, generator_of(seed, A.device), probes=probes))
+
+
+def squared_frobenius(A: Any, samples: int = 64, seed: Seed = 0, *, probes: str = "signs") -> Estimate:
+    """Mean of |A v|^2 over `samples` random vectors v (see `hutchinson_trace`): the sum of A's squared entries.
+
+    One product each, unbiased, for any matrix; for a symmetric one it is the sum of squared eigenvalues.
+    """
+    A = Operand(A)
+    check_count("samples", samples)
+    generator, found = generator_of(seed, A.device), []
+    for count in blocks(samples, A.size, A.dtype):
+        found.append((A @ drawn(probes, (A.size, count), A, generator)).square().sum(0))
+    return mean_estimate(torch.cat(found))
 
 
 def hutchpp_trace(A: Any, samples: int = 63, seed: Seed = 0) -> Estimate:
@@ -87,11 +101,13 @@ def _exact(A: Operand) -> Estimate:
     return Estimate(dense(A).trace().item(), 0.0)
 
 
-def _forms(A: Operand, samples: int, generator: torch.Generator, without: Tensor | None = None) -> Tensor:
-    """v.A v for `samples` random sign vectors, projected to the complement of the columns of `without`."""
+def _forms(
+    A: Operand, samples: int, generator: torch.Generator, without: Tensor | None = None, probes: str = "signs"
+) -> Tensor:  # fmt: skip
+    """v.A v for `samples` random vectors, projected to the complement of the columns of `without`."""
     forms = []
     for count in blocks(samples, A.size, A.dtype):
-        V = signs((A.size, count), A, generator)
+        V = drawn(probes, (A.size, count), A, generator)
         if without is not None:
             V = V - without @ (without.T @ V)
         forms.append((V * (A @ V)).sum(0))

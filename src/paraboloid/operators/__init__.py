@@ -18,6 +18,7 @@ from paraboloid.operators.identity import Identity
 from paraboloid.operators.linear_operator import LinearOperator, Scaled, Sum
 from paraboloid.operators.matrix_free.fisher import EmpiricalFisher, Fisher
 from paraboloid.operators.matrix_free.hessian import Hessian
+from paraboloid.operators.matrix_free.jacobian import Jacobian
 from paraboloid.operators.matrix_free.jacobian_form import GGN
 from paraboloid.operators.matrix_free.pch import PCH
 from paraboloid.operators.product import Product
@@ -25,12 +26,14 @@ from paraboloid.operators.saving import load
 from paraboloid.operators.structured.block_diagonal import BlockDiagonal
 from paraboloid.operators.structured.diagonal_ggn import DiagonalGGN
 from paraboloid.operators.structured.diagonalised import Diagonalised
+from paraboloid.operators.structured.foof import FOOF
 from paraboloid.operators.structured.kfac import EKFAC, KFAC, KFLR
 from paraboloid.operators.structured.kronecker_factored import KroneckerFactored
 from paraboloid.operators.structured.low_rank import LowRank
+from paraboloid.operators.submatrix import Submatrix
 
 __all__ = [
-    "EKFAC", "GGN", "KFAC", "KFLR", "PCH", "BlockDiagonal", "DiagonalGGN", "Diagonalised", "EmpiricalFisher",
-    "Estimate", "Fisher", "Hessian", "Identity", "KroneckerFactored", "LinearOperator", "LowRank", "Product", "Scaled",
-    "Sum", "TensorEstimate", "load",
+    "EKFAC", "FOOF", "GGN", "KFAC", "KFLR", "PCH", "BlockDiagonal", "DiagonalGGN", "Diagonalised", "EmpiricalFisher",
+    "Estimate", "Fisher", "Hessian", "Identity", "Jacobian", "KroneckerFactored", "LinearOperator", "LowRank",
+    "Product", "Scaled", "Submatrix", "Sum", "TensorEstimate", "load",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paraboloid.linalg.kronecker import Decomposed, Kron
+from paraboloid.linalg.kronecker import SPLITS, Decomposed, Kron
 from paraboloid.operators.linear_operator import LinearOperator
 from paraboloid.operators.partition import block_names, spans
 from paraboloid.operators.structured.diagonalised import Diagonalised, common_dtype, dense_of
@@ -100,15 +100,17 @@ class KroneckerFactored(LinearOperator, kind="KroneckerFactored"):
     def inverse(self, damping: float = 0.0, split: str | None = None) -> Diagonalised | KroneckerFactored:
         """(A + damping I)^-1, exact by eigendecomposition; or with split="pi" an approximation by two inverses for each
         parameter, (left + pi sqrt(damping) I)^-1 (x) (right + sqrt(damping) / pi I)^-1.  Blocks with one factor alone,
-        those of biases, are exact with both.
+        those of biases, are exact with both.  split="same" damps both factors alike, as other libraries do:
+        (left + damping I)^-1 (x) (right + damping I)^-1.
 
         Raises ValueError, with the parameter's name, where an eigenvalue + damping is below eps times the largest.
         Source of the split: Martens & Grosse 2015, arXiv:1503.05671, section 6.3.
         """
-        if split not in (None, "pi"):
-            raise ValueError(f"split is {split!r}; expected None (exact) or 'pi'.")
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}; expected None (exact), 'pi' or 'same'.")
         if split is None:
             return self.eigenform.inverse(damping)
+        same = split == "same"
         return KroneckerFactored(self.parameters, {
-            name: kron.split_inverse(damping, f"parameter {name!r}") for name, kron in self.krons.items()
+            name: kron.split_inverse(damping, f"parameter {name!r}", same) for name, kron in self.krons.items()
         })  # fmt: skip

@@ -1,0 +1,107 @@
+"""Submatrices of operators, and Jacobians, against the dense matrices."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import paraboloid as pb
+from paraboloid.operators import Jacobian, Submatrix
+
+F64 = torch.float64
+CE = nn.CrossEntropyLoss()
+
+
+def problem():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    return model, torch.randn(7, 4, dtype=F64), torch.arange(7) % 3
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [pb.GGN, pb.Hessian, pb.KFAC])
+def test_submatrices(make):
+    model, x, y = problem()
+    A = make(model, CE, (x, y))
+    dense = A.to_dense()
+    rows, columns = torch.tensor([3, 0, 40]), torch.tensor([7, 3])
+    S = Submatrix(A, rows, columns)
+    close(S.to_dense(), dense[rows][:, columns])
+    close(S.T.to_dense(), dense[columns][:, rows])
+    v = torch.randn(2, 3, dtype=F64)
+    close(S @ v, dense[rows][:, columns] @ v)
+    close(S @ v[:, 0], dense[rows][:, columns] @ v[:, 0])
+    close(torch.from_numpy(S.to_scipy() @ v.numpy()), S @ v)
+    named = Submatrix(A, ["2.bias"], ["0.bias", "2.bias"])
+    close(named.to_dense(), dense[-3:][:, [*range(20, 25), *range(40, 43)]])
+    own = Submatrix(A, ["0.weight"])
+    close(pb.linalg.eigsh(own, 2)[0], torch.linalg.eigvalsh(dense[:20, :20]).flip(0)[:2])
+    assert own.shape == (20, 20)
+    for wrong, message in [(["bias"], r"has no parameters \['bias'\]"), ([0, 43], "different int64 numbers in 0..42"),
+                           ([1, 1], "different int64"), (torch.tensor([0.5]), "different int64")]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            Submatrix(A, wrong)
+    with pytest.raises(ValueError, match=r"the vector is \(3,\); expected a tensor \[2\] or \[2, K\]"):
+        S @ v[0]
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("max_memory", [None, 0])
+def test_jacobians(hard, max_memory):
+    model, x, y = problem()
+    if hard:  # first derivatives alone
+        model[1] = nn.Hardsigmoid()
+    f, params = model(x), list(model.parameters())
+    rows = [torch.autograd.grad(e, params, retain_graph=True) for e in f.flatten()]
+    dense = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    batches = [(x[:3], y[:3]), (x[3:], y[3:])]
+    with (
+        pytest.warns(UserWarning, match="take its rows|takes? its rows|rows")
+        if hard and max_memory == 0
+        else no_warning()
+    ):
+        J = Jacobian(model, batches, max_memory=max_memory)
+        assert J.shape == (21, 43)
+        v, u = torch.randn(43, 2, dtype=F64), torch.randn(21, 2, dtype=F64)
+        close(J @ v, dense @ v)
+        close(J.T @ u, dense.T @ u)
+        close(J @ v[:, 0], dense @ v[:, 0])
+        close(J.T @ u[:, 0], dense.T @ u[:, 0])
+        close(J.to_dense(), dense)
+        close(J.T.to_dense(), dense.T)
+    named = {k: torch.ones_like(p) for k, p in model.named_parameters()}
+    if not (hard and max_memory == 0):
+        close(J @ named, dense.sum(1))
+        close(torch.from_numpy(J.to_scipy().rmatvec(np.ones(21))), dense.sum(0))
+    close(torch.cat(J.outputs), f.detach())
+    with pytest.raises(ValueError, match=r"the vector is \(21,\); expected a tensor \[43\]"):
+        J @ u[:, 0]
+
+
+def no_warning():
+    from contextlib import nullcontext
+
+    return nullcontext()
+
+
+def test_factors_of_forward_passes_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 4, 2, groups=2), nn.Flatten(), nn.Linear(12, 3)).double()
+    x, y = torch.randn(6, 2, 4, dtype=F64), torch.arange(6) % 3
+    F = pb.operators.FOOF(model, CE, [(x[:4], y[:4]), (x[4:], y[4:])])
+    K = pb.KFLR(model, CE, (x, y))
+    for name, kron in F.krons.items():
+        weight = name.endswith("weight")
+        close(kron.right, K.krons[name].right if weight else torch.ones(1, 1, dtype=F64))
+        p = kron.left.shape[-1]
+        close(kron.left, torch.eye(p, dtype=F64).expand_as(kron.left))
+    phi = model[1](model[0](x)).detach()
+    close(F.krons["2.weight"].right, phi.T @ phi / 6)
+    words = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 2)).double()
+    ids = torch.tensor([[0, 1], [1, 2], [3, 1]])
+    kron = pb.operators.FOOF(words, CE, (ids, torch.tensor([0, 1, 0]))).krons["0.weight"]
+    close(kron.left, torch.tensor([1, 3, 1, 1, 0], dtype=F64) / 6)
+    close(kron.right, torch.eye(3, dtype=F64))
