@@ -268,6 +268,32 @@ def test_with_nothing_modified_the_blocks_are_the_hessians(problem, blocks, monk
     close(pb.PCH(model, nn.CrossEntropyLoss(), (x, y), blocks=blocks).to_dense(), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+def test_pch_and_kfra_through_frozen_layers_hooks_and_functional_calls():
+    loss_fn, x, y = nn.CrossEntropyLoss(), torch.randn(4, 5).double(), torch.tensor([0, 2, 1, 0])
+    model = chain(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 3))
+    model[2].requires_grad_(False)
+
+    class Outside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            return torch.func.functional_call(self.inner, dict(self.inner.named_parameters()), (x,))
+
+    want = pb.PCH(model, loss_fn, (x, y)).to_dense()
+    factors = pb.statistics(model, loss_fn, (x, y), ["kfra"])["kfra"]
+    hooks = [layer.register_full_backward_hook(lambda module, inputs, outputs: None) for layer in model]
+    for it in (model, Outside()):
+        close(pb.PCH(it, loss_fn, (x, y)).to_dense(), want)
+        found = pb.statistics(it, loss_fn, (x, y), ["kfra"])["kfra"]
+        for a, b in zip(found.values(), factors.values(), strict=True):
+            close(a.to_dense(), b.to_dense())
+    for hook in hooks:
+        hook.remove()
+
+
 def test_pch_refuses_what_it_is_not_defined_for():
     loss_fn, targets = LOSSES["cross-entropy"]
     batch = make_inputs("attention", 4, 4), targets(4, 4)

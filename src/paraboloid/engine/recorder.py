@@ -1,8 +1,9 @@
 """Record a forward pass: which tensors are clean, and every call that mixes weights with data.
 
-A tensor is *clean* if it is a parameter, a buffer, or computed from clean tensors only; every other tensor is data (the
-safe default: a misclassification costs speed or raises, it never gives wrong numbers).  A *weight* is a clean tensor
-that requires grad: a parameter, or derived from parameters.  A *call* is an operation that mixes weights with data.
+A tensor is *clean* if it is a parameter, a buffer, a number (no axes, no gradient), or computed from clean tensors only
+(else it is data, the safe default: a misclassification costs speed or raises, it never gives wrong numbers). A *weight*
+is a clean tensor that requires grad: a parameter, or derived from parameters.  A *call* is an operation that mixes
+weights with data.
 """
 
 from __future__ import annotations
@@ -167,7 +168,9 @@ class Recorder(TorchFunctionMode):
         if id(t) in self.names:
             return True  # an optimiser's step makes no data of a parameter
         known = self.clean.get(id(t))
-        return known is not None and known[1] == version(t)
+        if known is not None and known[1] == version(t):
+            return True
+        return t.dim() == 0 and not t.requires_grad  # a number holds no samples, wherever it comes from
 
     def __torch_function__(self, op, types_, args=(), kwargs=None):
         kwargs = kwargs or {}

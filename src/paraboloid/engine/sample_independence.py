@@ -136,10 +136,14 @@ def certify(
     return layouts, (u, gs, truth)
 
 
-def mixes(where: str, shape: Sequence[int], N: int, short: bool = False) -> ValueError:
+class Mixing(ValueError):
+    """The samples do not separate at a call."""
+
+
+def mixes(where: str, shape: Sequence[int], N: int, short: bool = False) -> Mixing:
     """short: whether the gradients are in half precision, which leaves open which sample owns a row."""
     hint = " In half precision (autocast too) samples that the model shuffles or routes are refused: use float32."
-    return ValueError(
+    return Mixing(
         f"{where}: its output {tuple(shape)} does not separate into the {N} samples along any axis, so there are no "
         "per-sample gradients here. Something between it and the output mixes or reorders the samples: BatchNorm in "
         "training mode (call model.eval()), a softmax or mean over the batch, a transposed layer. (A constant tensor "

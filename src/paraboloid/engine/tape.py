@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from paraboloid.engine.derived_weights import promote, replay
 from paraboloid.engine.per_sample import Part, fallback_parts, rule_parts, vjp
 from paraboloid.engine.recorder import Call, Recorder, tensors
 from paraboloid.engine.sample_axes import sample_axes
-from paraboloid.engine.sample_independence import Layouts, Owned, certify, check_agreement, mixes
+from paraboloid.engine.sample_independence import Layouts, Mixing, Owned, certify, check_agreement, mixes
 from paraboloid.layers.normalization import uses_batch_statistics
 from paraboloid.passes import trees
 from paraboloid.passes.frozen_encoders import fused_as_usual
@@ -80,6 +80,7 @@ class Tape:
         self.names = {id(p): name for name, p in self.parameters.items()}
         self.recorder = Recorder(model, self.names)
         self._plan: tuple[Tensor, bool, Plan] | None = None
+        self._said: set[str] = set()  # parameters whose slow way was said already
 
     @property
     def calls(self) -> list[Call]:
@@ -188,8 +189,10 @@ class Tape:
                 with recorder.statistics_held(mixed):
                     try:
                         layouts, check = certify(f, further, list(self.parameters.values()), self.where)
-                    except ValueError:
+                    except ValueError as problem:
                         if not steps:
+                            if isinstance(problem, Mixing) and not _has_axis(calls, len(f)):
+                                return self._one_by_one(f, found)
                             raise
                         break  # the weights that were taken for data are none
                 calls, steps = further, [*steps, layouts]
@@ -315,8 +318,8 @@ class Tape:
             self._check_fresh(plan.calls)
             v = v.to(f.dtype)
             out = self._outers(plan, self._gradients(f, plan.calls, v, totals))
-            for name in sorted(plan.missed):
-                out[name] = [self._net(f, v, name)]
+            if plan.missed:
+                out |= self._net(f, v, sorted(plan.missed))
             for name, p in self.parameters.items():
                 if not out[name]:
                     out[name] = [zero(p, len(v), len(f))]
@@ -351,23 +354,42 @@ class Tape:
                     totals[name] = g if before is None or g is None else before + g
         return found
 
-    def _net(self, f: Tensor, v: Tensor, name: str) -> Outer:
-        """The net under everything: one backward pass per sample for a parameter that no recorded call covers."""
-        N, p = len(f), self.parameters[name]
+    def _one_by_one(self, f: Tensor, found: set[str]) -> Plan:
+        """No call has an axis of N samples, and rows belong to several of them (the output is a part of the nodes of a
+        graph): what each sample's own output gives is right all the same."""
         warnings.warn(
-            f"parameter {name!r} is used by an operation that could not be recorded (a fused recurrent layer, a custom "
-            f"autograd.Function, a scripted module); falling back to {N} backward passes for it: exact but slow, and "
-            "without Kronecker factors.", stacklevel=5,
+            f"the {len(f)} samples are the axis of no layer's output and share its rows (nodes of a graph, say): each "
+            f"is pulled back by itself, in {len(f)} backward passes, which is exact and without Kronecker factors.",
+            stacklevel=6,
         )  # fmt: skip
-        J = p.new_zeros(len(v), N, *p.shape)
+        self._said |= found
+        return Plan([], [], [], set(found))
+
+    def _net(self, f: Tensor, v: Tensor, names: Sequence[str]) -> dict[str, list[Outer]]:
+        """The net under everything: a backward pass per sample for the parameters that no recorded call covers."""
+        N, parameters = len(f), [self.parameters[name] for name in names]
+        for name in names:
+            if name not in self._said:
+                warnings.warn(
+                    f"parameter {name!r} is used by an operation that could not be recorded (a fused recurrent layer, "
+                    f"a custom autograd.Function, a scripted module); falling back to {N} backward passes for it: "
+                    "exact but slow, and without Kronecker factors.", stacklevel=5,
+                )  # fmt: skip
+        J = [p.new_zeros(len(v), N, *p.shape) for p in parameters]
         for i, u in enumerate(v):
             for n in range(N):
                 alone = torch.zeros_like(u)
                 alone[n] = u[n]
-                (g,) = torch.autograd.grad(f, p, alone, retain_graph=True, allow_unused=True)
-                if g is not None:
-                    J[i, n] = g
-        return known(J)
+                found = torch.autograd.grad(f, parameters, alone, retain_graph=True, allow_unused=True)
+                for each, g in zip(J, found, strict=True):
+                    if g is not None:
+                        each[i, n] = g
+        return {name: [known(each)] for name, each in zip(names, J, strict=True)}
+
+
+def _has_axis(calls: Sequence[Call], N: int) -> bool:
+    """Whether an axis, other than that of the features, has N elements at any call."""
+    return any(N in (call.shape[:-1] or call.shape) for call in calls)
 
 
 @contextmanager

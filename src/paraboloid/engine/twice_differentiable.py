@@ -18,7 +18,8 @@ from paraboloid.passes.torch_internals import weight_norm
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Run a forward pass inside: fused attention gives way to the math kernel, weight_norm and bags are spelled out."""
+    """Run a forward pass inside: fused attention gives way to the math kernel; weight_norm, group norm and bags are
+    spelled out."""
     with sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable():
         yield
 
@@ -30,11 +31,25 @@ class TwiceDifferentiable(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is weight_norm:  # the fused kernel's double backward takes ||v|| for a constant
             return _weight_norm(*args, **kwargs)
+        if func is F.group_norm:  # the process can end inside its double backward
+            return _group_norm(*args, **kwargs)
         if func is F.embedding_bag:  # has no double backward
             return _embedding_bag(*args, **kwargs)
         if func is F.embedding and (found := unchanged_embedding(*args, **kwargs)) is not NotImplemented:
             return found
         return func(*args, **kwargs)
+
+
+def _group_norm(
+    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    if x.dim() < 2 or x.shape[1] % num_groups:
+        return F.group_norm(x, num_groups, weight, bias, eps)  # it says what is wrong
+    groups = x.reshape(len(x), num_groups, -1)
+    centred = groups - groups.mean(2, keepdim=True)
+    z = (centred * (centred.square().mean(2, keepdim=True) + eps).rsqrt()).reshape(x.shape)
+    z = z if weight is None else z * weight.view(-1, *[1] * (x.dim() - 2))
+    return z if bias is None else z + bias.view(-1, *[1] * (x.dim() - 2))
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

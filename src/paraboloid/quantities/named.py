@@ -80,7 +80,12 @@ def _named(name: str, tol: float) -> Quantity:
 
 
 def check_samples(quantities: Sequence[Quantity], N: int) -> None:
-    """Raise ValueError for a batch too small for a quantity."""
-    for q in quantities:
-        if q.least_samples > N:
-            raise ValueError(f"{q.name!r} needs a batch of at least {q.least_samples} samples; found {N}.")
+    """Raise ValueError for a batch too small for a quantity; it says which to leave out."""
+    large = [q for q in quantities if q.least_samples > N]
+    if large:
+        rest = [q.name for q in quantities if q not in large]
+        out = " and ".join(repr(q.name) for q in large)
+        instead = f" Leave out {out}; {rest} are defined for such a batch." if rest else ""
+        raise ValueError(
+            f"{large[0].name!r} needs a batch of at least {large[0].least_samples} samples; found {N}.{instead}"
+        )
