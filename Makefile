@@ -40,6 +40,7 @@ docs: $(STAMP) ## build the documentation into site/; a broken link fails
 figures: $(STAMP) ## draw the figures of the documentation
 	$(BIN)/python docs/gallery/make.py
 	$(BIN)/python docs/figures/bias.py
+	$(BIN)/python docs/figures/gp.py
 
 bench-statistics: $(STAMP) ## time the statistics against a plain gradient (peers too: make peers)
 	$(BIN)/python -m benchmarks.statistics

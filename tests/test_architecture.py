@@ -33,8 +33,8 @@ MAY_IMPORT = {
     "gp": {"passes", "linalg"},
     "report": set(),
     "jobs": {
-        "passes", "data", "losses", "linalg", "quantities", "operators", "quadratics", "noise", "optim", "posteriors",
-        "problems", "report", "tomography",
+        "passes", "data", "gp", "losses", "linalg", "quantities", "operators", "quadratics", "noise", "optim",
+        "posteriors", "problems", "report", "tomography",
     },
     "": {
         "passes", "gp", "linalg", "logging", "losses", "noise", "operators", "optim", "posteriors", "problems", "quadratics",

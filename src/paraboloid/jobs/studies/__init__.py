@@ -29,6 +29,7 @@ from paraboloid.report import render_study
 STUDIES = {
     "backpack": "paraboloid.jobs.studies.backpack",
     "debiasing": "paraboloid.jobs.studies.debiasing",
+    "gp": "paraboloid.jobs.studies.gp",
     "gradient-variance": "paraboloid.jobs.studies.gradient_variance",
     "linearised-laplace": "paraboloid.jobs.studies.linearised_laplace",
     "quasi-newton": "paraboloid.jobs.studies.quasi_newton",
