@@ -282,3 +282,13 @@ def test_the_next_angle_is_the_one_that_tells_most(fit):
         pb.tomography.best_angles(linearised(other, steps=0), candidates)
     few = linearised(fit, steps=0, evidence="sampled", samples=8)
     assert few.root().shape == (8, SIZE**2)
+
+
+@pytest.mark.parametrize("evidence", ["exact", "sampled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_measurements_without_noise(dtype, evidence):
+    A = pb.tomography.ParallelBeam(8, 4)
+    x = torch.ones(8, 8, dtype=dtype).tril()
+    fit = deep_image_prior(A, A @ x, 0.1, iterations=15)
+    found = linearised(fit, samples=3, evidence=evidence, steps=15, probes=2)
+    assert found.std.isfinite().all() and found.mean.isfinite().all() and math.isfinite(found.log_likelihood(x))

@@ -12,6 +12,8 @@ from paraboloid.tomography.image_jacobian import ImageJacobian
 from paraboloid.tomography.kernel_prior import KernelPrior
 from paraboloid.tomography.projector import Projector
 
+SHARES = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)  # of the mean diagonal that are added where rounding made a matrix indefinite
+
 
 class DenseEvidence:
     """log N(r; 0, A K A^T + s2 I) for K = J Sigma J^T = sum_br c_br G_br, G_br formed once, in float64.
@@ -57,9 +59,13 @@ class DenseEvidence:
         return -(half.square().sum() + 2 * L.diagonal().log().sum() + m * math.log(2 * math.pi)) / 2
 
     def factor(self, prior: KernelPrior, noise_variance: Tensor) -> Tensor:
-        """The Cholesky factor of A K A^T + s2 I."""
-        L, info = torch.linalg.cholesky_ex(self.measurements(prior, noise_variance))
-        if info.item():
-            raise LinAlgError(f"A K A^T + s2 I has no Cholesky factor at s2 = {float(noise_variance):.4g}; expected a "
-                              "positive definite matrix.")  # fmt: skip
-        return L
+        """The Cholesky factor of A K A^T + s2 I, with as little more on the diagonal as rounding asks for."""
+        S = self.measurements(prior, noise_variance)
+        scale, eye = S.detach().diagonal().mean(), torch.eye(len(S), dtype=S.dtype, device=S.device)
+        for share in SHARES:
+            L, info = torch.linalg.cholesky_ex(S + share * scale * eye if share else S)
+            if not info.item():
+                return L
+        raise LinAlgError(f"A K A^T + s2 I has no Cholesky factor at s2 = {noise_variance.item():.4g}, where its mean "
+                          f"diagonal is {scale.item():.4g}; expected a positive definite matrix. Give a larger "
+                          "noise_variance, or sinograms in float64.")  # fmt: skip

@@ -15,7 +15,8 @@ from paraboloid.tomography.kernel_prior import KernelPrior
 
 WEIGHTS = ("both", "optimum", "trained")
 LENGTHS = (0.1, 20.0)  # limits of a length, in pixels
-LEAST = 1e-12  # of a variance, over what it was at first
+LEAST = 1e-12  # of a kernel's variance, over what it was at first
+NOISE = (1e-4, 1e4)  # limits of the noise's variance, over what it was at first
 STEPS = 30
 RATE = 0.2  # of the logarithm of a length, with a sampled evidence
 RENEWED = 5  # steps after which the preconditioner is made again
@@ -74,6 +75,10 @@ def _limited(prior: KernelPrior, first: KernelPrior) -> KernelPrior:
     )
 
 
+def _within(log_noise: Tensor, first: float) -> Tensor:
+    return log_noise.clamp(*(math.log(first * limit) for limit in NOISE))
+
+
 def _dense(
     evidence: Any, objective: Objective, first: KernelPrior, s2: float, learn: bool, steps: int
 ) -> tuple[KernelPrior, float]:
@@ -88,14 +93,14 @@ def _dense(
     def closure() -> Tensor:
         optimizer.zero_grad()
         prior = _limited(replace(first, log_variance=variance, log_length=length), first)
-        loss = -objective.dense(evidence, prior, noise.exp())
+        loss = -objective.dense(evidence, prior, _within(noise, s2).exp())
         loss.backward()
         return loss
 
     with torch.enable_grad():
         optimizer.step(closure)  # pyright: ignore[reportArgumentType]
     found = replace(first, log_variance=variance.detach(), log_length=length.detach())
-    return _limited(found, first), float(noise.detach().exp())
+    return _limited(found, first), float(_within(noise.detach(), s2).exp())
 
 
 def _sampled(
@@ -107,7 +112,7 @@ def _sampled(
     S_b is the block's part of S, and likewise the noise's.  Source: Zhou, Hu, Zhou and Lange 2019, "MM algorithms for
     variance components models", arXiv:1509.07426, with one more term that falls with v.
     """
-    prior, preconditioner = first, None
+    prior, preconditioner, start = first, None, s2
     for step in range(steps):
         if step % RENEWED == 0:
             preconditioner = evidence.operator(prior, s2).preconditioner(evidence.seed)
@@ -117,6 +122,7 @@ def _sampled(
         moved = _moved(prior, objective, fits[:-1], traces[:-1])
         if learn:
             s2 *= float((fits[-1] / traces[-1].clamp(min=TINY)).clamp(0.1, 10).sqrt())
+            s2 = min(max(s2, NOISE[0] * start), NOISE[1] * start)
         prior = _limited(moved, first)
     return prior, s2
 
