@@ -44,6 +44,11 @@ def test_every_quantity_of_the_library(name):
     assert check(name, expected=EXPECTED.get(name)) is None
 
 
+@pytest.mark.parametrize("name", ["diag_ggn", "sample_diag_ggn", "sqrt_ggn"])
+def test_a_quantity_with_a_tolerance(name):
+    assert check(type(QUANTITIES[name]())(tol=0.3), expected=EXPECTED[name]) is None
+
+
 class Largest(Quantity):
     """max_n |g_n|, entry by entry."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from paraboloid.data.batches import as_batch, call
 from paraboloid.losses import Loss
+from paraboloid.losses.leading_root import LeadingRoot
 from paraboloid.passes import trees
 from paraboloid.quantities import ROOT, Quantity, Scale, Source, resolve
 from paraboloid.quantities.door import statistics
@@ -143,7 +144,7 @@ class _Check:
         merges = (kind.merge, kind.over_batches) != (Quantity.merge, Quantity.over_batches)
         if not merges and q.over_ranks != "running":
             return
-        if q.source.kind == "sampled":  # other labels would be drawn; what is merged does not depend on the vectors
+        if q.source.kind == "sampled" or q.source.tol:  # other vectors in each half; merging does not depend on them
             q = copy.copy(q)
             object.__setattr__(q, "source", ROOT)
         x, y = self.batch
@@ -193,7 +194,8 @@ class _Check:
                 f"{self.what} pulls no vectors back (its source is NOTHING); expected= is for those that do."
             )
         f = self._output()
-        vectors = list(output_vectors(self.loss, f, y, source, torch.Generator(device=f.device).manual_seed(0)))
+        found = output_vectors(self.loss, f, y, source, torch.Generator(device=f.device).manual_seed(0))
+        vectors = list(found.columns if isinstance(found, LeadingRoot) else found)
         scale = Scale(len(f), 1 / self.loss.normalizer(f, y))
         params = list(self.parameters.values())
         rows: list[list[tuple[Tensor | None, ...]]] = []

@@ -37,8 +37,8 @@ def _sampled(problem: Problem, data: Data, outputs: int, seed: int) -> Any:
             with torch.no_grad():
                 squares += (call(problem.model, x) - y).square().sum().item()
             elements += y.numel()
-    options = {"noise_variance": max(squares / elements, torch.finfo(torch.float32).eps)} if elements else {}
-    return sampled_laplace(problem.model, problem.loss_fn, data, seed=seed, **options)
+    noise = max(squares / elements, torch.finfo(torch.float32).eps) if elements else 1.0
+    return sampled_laplace(problem.model, problem.loss_fn, data, seed=seed, noise_variance=noise)
 
 
 METHODS: dict[str, Method] = {
