@@ -400,3 +400,33 @@ def test_layers_without_a_batch_axis_or_called_by_keyword_take_the_momentum_grad
             opt.step(closure_of(model, opt, F.mse_loss, inputs, targets))
         for p, b, g in zip(parameters, before, grads, strict=True):
             torch.testing.assert_close(b - p.detach(), 0.1 * 0.1 * g)
+
+
+@pytest.mark.parametrize("make", [pb.optim.KBFGS, pb.optim.KBFGSL])
+def test_a_layer_with_a_side_too_long_takes_the_momentum_gradient(make):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 9)).double()
+    loss, x, y = nn.CrossEntropyLoss(), torch.randn(12, 6).double(), torch.arange(12) % 9
+    opt = make(model, loss, lr=0.1, momentum=0.0, weight_decay=0.0, max_factor=7)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        opt.warm_start([(x, y)])
+        for _ in range(2):
+            before = [p.detach().clone() for p in model.parameters()]
+            opt.step(closure_of(model, opt, loss, x, y))
+    said = [str(w.message) for w in caught if "max_factor" in str(w.message)]
+    assert len(said) == 1
+    assert "['2.weight'] have a side of 9 rows, longer than max_factor=7" in said[0]
+    structures = {k: layer["structure"] for k, layer in opt.diagnostics()["layers"].items()}
+    assert structures == {
+        "0.weight": "quasi-newton",
+        "0.bias": "quasi-newton",
+        "2.weight": "identity",
+        "2.bias": "identity",
+    }
+    after = [p.detach().clone() for p in model.parameters()]
+    for p, value in zip(model.parameters(), before, strict=True):
+        p.data.copy_(value)
+    g = torch.autograd.grad(loss(model(x), y), list(model.parameters()))
+    for i in (2, 3):
+        torch.testing.assert_close(after[i], before[i] - 0.1 * g[i])

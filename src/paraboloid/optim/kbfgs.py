@@ -27,6 +27,7 @@ from paraboloid.optim.quasi_newton import LayerState, Together
 from paraboloid.optim.trust import Trust, check_rise
 from paraboloid.passes import trees
 from paraboloid.passes.random_state import isolated
+from paraboloid.reductions.kronecker_factors import MAX_FACTOR, check_max_factor
 
 WARM_UP = 10  # batches whose plain mean A is without warm_start
 
@@ -67,13 +68,15 @@ class KBFGS(Frame):
     rise_factor   a step after which its batch's loss is that many times as high is taken back, and the next ones are
                   shorter (see `Trust`); None: the paper's step, whatever comes of it
 
+    max_factor    a layer with a longer side (a head over a large vocabulary) is one of these others, said once
+
     Raises ValueError without a closure and for options out of range, RuntimeError for a closure that leaves no
     gradient or a changed model.
     Sources: Goldfarb, Ren & Bahamou 2020, arXiv:2006.08877, algorithm 2; Ren, Bahamou & Goldfarb 2021,
     arXiv:2102.06737.
     """
 
-    OPTIONS = ("rise_factor",)
+    OPTIONS = ("rise_factor", "max_factor")
 
     def __init__(
         self,
@@ -86,6 +89,7 @@ class KBFGS(Frame):
         decay: float = 0.9,
         weight_decay: float = 1e-5,
         rise_factor: float | None = 2.0,
+        max_factor: int = MAX_FACTOR,
         params: Iterable[Any] | None = None,
         all_reduce: Any = "auto",
         output: Output | None = None,
@@ -97,6 +101,7 @@ class KBFGS(Frame):
                     "weight_decay": check_number("weight_decay", weight_decay, 0)}  # fmt: skip
         super().__init__(model, defaults, params, 0, all_reduce)
         self.loss_fn, self.rise_factor = loss_fn, check_rise(rise_factor)
+        self.max_factor, self._said, self._read_of = check_max_factor(max_factor), False, 0
         self._compose()
         self._layers_found: dict[str, LayerState] = {}
         self._readings: Readings | None = None
@@ -109,12 +114,25 @@ class KBFGS(Frame):
 
     # --- reading -------------------------------------------------------------------------------------------------
 
+    def _short_enough(self) -> dict[str, Tensor]:
+        """Parameters whose layer may have inverses [p, p] and [q, q]."""
+        longest = {name: max(len(p), p[0].numel()) if p.dim() > 1 else 0 for p, name in self.names.items()}
+        long = [name for name, rows in longest.items() if rows > self.max_factor]
+        if long and not self._said:
+            self._said = True
+            warnings.warn(
+                f"the weights {long} have a side of {max(longest.values())} rows, longer than max_factor="
+                f"{self.max_factor}: they take the momentum's step, with the identity for both inverses.", stacklevel=5,
+            )  # fmt: skip
+        return {name: p for p, name in self.names.items() if name not in long}
+
     def _read(self) -> Readings:
         """Ready for a step.  Raises RuntimeError where the model changed."""
         readings = self._readings
-        if readings is None or len(readings.names) < len(self.names) or not readings.tree.is_unchanged():
+        if readings is None or self._read_of < len(self.names) or not readings.tree.is_unchanged():
             self._check_model(trees.parameters(self.model))
-            self._readings = readings = Readings(self.model, {name: p for p, name in self.names.items()})
+            self._read_of = len(self.names)
+            self._readings = readings = Readings(self.model, self._short_enough())
         else:
             readings.begin()
         return readings
