@@ -8,7 +8,18 @@ from paraboloid.jobs import studies
 from paraboloid.jobs.studies.linearised_laplace import Plan, pieces
 from paraboloid.jobs.studies.linearised_laplace.reading import claims
 
-TINY = Plan(networks=(4,), epochs=(2, 6), structures=("full", "kron"), train=60, test=50, seeds=1, factors=(10.0,))
+TINY = Plan(
+    networks=(4,),
+    epochs=(2, 6),
+    structures=("full", "kron"),
+    train=60,
+    test=50,
+    seeds=1,
+    factors=(10.0,),
+    em_steps=2,
+    samples=8,
+    growing=((5, 1),),
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +64,15 @@ def test_claims_follow_the_numbers(record):
         if row["structure"] == "network":
             row["nll"] += 10 if first[claim] else -10
     assert {c: seen for c, seen, _ in claims(results)}[claim] != first[claim]
+
+
+def test_em_by_samples_follows_the_exact_one(record):
+    rows = record["results"]["em"]
+    exact, drawn = ([row for row in rows if row["kind"] == kind] for kind in ("exact", "sampled"))
+    assert [row["step"] for row in exact] == [row["step"] for row in drawn] == [0, 1, 2]
+    assert drawn[0]["precision"] == exact[0]["precision"] == 1.0
+    assert abs(drawn[2]["precision"] / exact[2]["precision"] - 1) < 0.3  # eight samples
+    assert {row["method"] for row in record["results"]["growth"]} == {
+        "network", "last layer", "kron", "sampled", "functional"
+    }  # fmt: skip
+    assert {row["weights"] for row in record["results"]["growth"]} == {385}

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from paraboloid.jobs.studies.linearised_laplace.by_samples import ROWS, em, growth, weights
 from paraboloid.jobs.studies.linearised_laplace.measurements import evidence, rescaling
 from paraboloid.jobs.studies.linearised_laplace.page import sections
 from paraboloid.jobs.studies.linearised_laplace.plan import Plan
@@ -19,7 +20,7 @@ from paraboloid.jobs.studies.linearised_laplace.reading import findings
 __all__ = ["PARTS", "TITLE", "Plan", "findings", "measure", "pieces", "plan", "sections"]
 
 TITLE = "Linearised Laplace: evidence, its repair, and confidence"
-PARTS = {"evidence": evidence, "rescaling": rescaling}
+PARTS = {"evidence": evidence, "rescaling": rescaling, "em": em, "growth": growth}
 Progress = Callable[[str, int, int], None]  # part, done, total
 
 
@@ -30,7 +31,9 @@ def plan(full: bool) -> Plan:
 def pieces(plan: Plan) -> dict[str, int]:
     """How many ticks each part of the study makes."""
     moments = len(plan.networks) * plan.seeds * len(plan.epochs)
-    return {"evidence": moments * len(plan.structures), "rescaling": len(plan.factors)}
+    grown = sum(4 + (9 * plan.train * weights(*each) <= ROWS) for each in plan.growing)
+    return {"evidence": moments * len(plan.structures), "rescaling": len(plan.factors), "em": 2 * (plan.em_steps + 1),
+            "growth": grown}  # fmt: skip
 
 
 def measure(plan: Plan, seed: int = 0, progress: Progress | None = None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from paraboloid.jobs.studies.linearised_laplace.by_samples import section
 from paraboloid.jobs.studies.linearised_laplace.measurements import WAYS
 from paraboloid.jobs.studies.linearised_laplace.reading import average, claims
 from paraboloid.report.axes import log_axis
@@ -27,6 +28,7 @@ def sections(results: dict[str, Any]) -> list[Section]:
     found = [Section("claims", "Claims", [], [overview]), Section("priors", "Ways to choose a prior", [], [priors])]
     if results["rescaling"]:
         found.append(Section("rescaling", "Rescaled weights", [], [_rescaling(results["rescaling"])]))
+    found.append(section(results))
     return found
 
 

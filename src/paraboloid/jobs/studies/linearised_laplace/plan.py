@@ -13,6 +13,9 @@ class Plan:
     train, test numbers of digits
     seeds       of independent splits and networks
     factors     by which normalised weights are rescaled
+    em_steps    of EM by samples and by the exact matrix, on the first network
+    samples     posterior samples
+    growing     (hidden units, hidden layers) of the networks on which the posteriors' costs are compared
     """
 
     networks: tuple[int, ...] = (8,)
@@ -22,8 +25,12 @@ class Plan:
     test: int = 300
     seeds: int = 3
     factors: tuple[float, ...] = (0.1, 10.0)
+    em_steps: int = 4
+    samples: int = 16
+    growing: tuple[tuple[int, int], ...] = ((130, 1), (300, 2))
 
     @classmethod
     def full(cls) -> Plan:
         """Wider networks, more structures and seeds."""
-        return cls(networks=(8, 24), structures=("full", "kron", "ekfac", "diag", "functional"), seeds=5)
+        return cls(networks=(8, 24), structures=("full", "kron", "ekfac", "diag", "functional"), seeds=5,
+                   samples=32, growing=((130, 1), (300, 2), (1000, 2), (3100, 2)))  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import mean
 from typing import Any
 
+from paraboloid.jobs.studies.linearised_laplace import by_samples
 from paraboloid.report.numbers import fixed, number
 
 Finding = tuple[str, bool | None, str]  # claim, seen or not (None: not run), what was measured
@@ -52,6 +53,7 @@ def claims(results: dict[str, Any]) -> list[Finding]:
     found += _early(posteriors, rows)
     found += _structures(posteriors)
     found += _invariance(results["rescaling"])
+    found += by_samples.claims(results)
     return found
 
 
