@@ -259,3 +259,36 @@ def test_certificates_leave_the_model_as_it_was():
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert [p._version for p in model.parameters()] == versions
     assert [p.data_ptr() for p in model.parameters()] == places
+
+
+class Residual(nn.Module):
+    """Cut off in one of two branches: neither zero nor right."""
+
+    def __init__(self, op):
+        super().__init__()
+        self.first, self.second, self.op = nn.Linear(4, 5), nn.Linear(5, 3), op
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.second(h + self.op(h))
+
+
+@pytest.mark.parametrize("op", CUT)
+def test_a_branch_that_is_cut_off_is_refused_by_what_pushes_vectors_forward(op):
+    torch.manual_seed(0)
+    model, batch = Residual(CUT[op]).double(), data()
+    uses = [
+        lambda: pb.GGN(model, CE, batch) @ torch.ones(43, dtype=F64), lambda: pb.GGN(model, CE, batch).to_dense(),
+        lambda: pb.operators.Jacobian(model, batch) @ torch.ones(43, dtype=F64),
+        lambda: pb.laplace(model, CE, batch).tune_prior("adapted", match=None),
+    ]  # fmt: skip
+    for use in uses[: 1 if op == "numpy undetached" else None]:
+        if op == "numpy undetached":  # which says so itself: rows of the Jacobian
+            use()
+            continue
+        with pytest.raises(RuntimeError, match="autograd's second derivative of Residual is wrong"):
+            use()
+    plain = copy.deepcopy(model)
+    plain.op = torch.tanh
+    found, expected = (pb.laplace(m, CE, batch, "full").functional(batch[0])[1] for m in (model, plain))
+    torch.testing.assert_close(found, expected)  # first derivatives alone

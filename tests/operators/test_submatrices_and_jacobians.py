@@ -105,3 +105,33 @@ def test_factors_of_forward_passes_alone():
     kron = pb.operators.FOOF(words, CE, (ids, torch.tensor([0, 1, 0]))).krons["0.weight"]
     close(kron.left, torch.tensor([1, 3, 1, 1, 0], dtype=F64) / 6)
     close(kron.right, torch.eye(3, dtype=F64))
+
+
+def test_weight_and_bias_in_one_kronecker_block():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv1d(2, 4, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3), nn.Linear(3, 3, bias=False)
+    ).double()
+    x, y = torch.randn(6, 2, 4, dtype=F64), torch.arange(6) % 3
+    A = pb.operators.JointKFAC(model, CE, [(x[:4], y[:4]), (x[4:], y[4:])], fisher="exact")
+    K = pb.KFLR(model, CE, (x, y))
+    dense, sizes = A.to_dense(), [p.numel() for p in model.parameters()]  # 16 + 4, 36 + 3, 9
+    assert sizes == [16, 4, 36, 3, 9]
+    phi = model[:3](x).detach()
+    ones = torch.cat([phi, torch.ones(6, 1, dtype=F64)], 1)
+    block = torch.kron(K.krons["3.weight"].left, ones.T @ ones / 6)
+    order = [*(i * 13 + j for i in range(3) for j in range(12)), *(i * 13 + 12 for i in range(3))]
+    close(dense[20:59, 20:59], block[order][:, order])
+    patches = x.unfold(2, 2, 1).transpose(1, 2).flatten(2).flatten(0, 1)  # [N T, 4]
+    ones = torch.cat([patches, torch.ones(len(patches), 1, dtype=F64)], 1)
+    block = torch.kron(K.krons["0.weight"].left, ones.T @ ones / len(ones))
+    order = [*(i * 5 + j for i in range(4) for j in range(4)), *(i * 5 + 4 for i in range(4))]
+    close(dense[:20, :20], block[order][:, order])
+    close(dense[59:, 59:], K.to_dense()[59:, 59:])
+    assert not dense[:20, 20:].any()
+    eye = torch.eye(len(dense), dtype=F64)
+    close(A.inverse(0.1).to_dense(), torch.linalg.inv(dense + 0.1 * eye))
+    close(A.logdet(0.1), torch.logdet(dense + 0.1 * eye))
+    close(A.solve(eye[0], damping=0.1), torch.linalg.inv(dense + 0.1 * eye)[0])
+    one = pb.operators.JointKFAC(model[3:4], CE, (phi[:1], y[:1]), fisher="exact").to_dense()
+    close(one, pb.GGN(model[3:4], CE, (phi[:1], y[:1])).to_dense())  # weight and bias of one sample: the whole GGN

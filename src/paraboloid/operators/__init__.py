@@ -27,6 +27,7 @@ from paraboloid.operators.structured.block_diagonal import BlockDiagonal
 from paraboloid.operators.structured.diagonal_ggn import DiagonalGGN
 from paraboloid.operators.structured.diagonalised import Diagonalised
 from paraboloid.operators.structured.foof import FOOF
+from paraboloid.operators.structured.joint_kfac import JointKFAC, JointKronecker
 from paraboloid.operators.structured.kfac import EKFAC, KFAC, KFLR
 from paraboloid.operators.structured.kronecker_factored import KroneckerFactored
 from paraboloid.operators.structured.low_rank import LowRank
@@ -34,6 +35,6 @@ from paraboloid.operators.submatrix import Submatrix
 
 __all__ = [
     "EKFAC", "FOOF", "GGN", "KFAC", "KFLR", "PCH", "BlockDiagonal", "DiagonalGGN", "Diagonalised", "EmpiricalFisher",
-    "Estimate", "Fisher", "Hessian", "Identity", "Jacobian", "KroneckerFactored", "LinearOperator", "LowRank",
-    "Product", "Scaled", "Submatrix", "Sum", "TensorEstimate", "load",
+    "Estimate", "Fisher", "Hessian", "Identity", "Jacobian", "JointKFAC", "JointKronecker", "KroneckerFactored",
+    "LinearOperator", "LowRank", "Product", "Scaled", "Submatrix", "Sum", "TensorEstimate", "load",
 ]  # fmt: skip

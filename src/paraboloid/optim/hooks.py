@@ -51,6 +51,10 @@ class Capture:
     """
 
     def __init__(self, model: nn.Module, loss_fn: Any, verify: str | bool, twice: bool, group: Any):
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"the model is a {type(model).__name__}, a callable without hooks, by which this "
+                             "optimiser sees layers; expected an nn.Module. pb.optim.HessianFree takes "
+                             "callables.")  # fmt: skip
         if compiled_in_place(model):
             raise ValueError(
                 "the model was compiled in place by model.compile(), which compiles its hooks too; expected "

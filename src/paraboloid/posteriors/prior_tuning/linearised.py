@@ -46,6 +46,7 @@ class LinearisedModel:
         parameters = list(self.replay.parameters.values())
         with self.replay.graphs() as graphs:
             for graph in graphs:
+                self.replay.certify(graph)
                 total = total + visit(graph, graph.f.detach() + graph.push(split(delta, parameters)).detach())
         return total.detach()
 
