@@ -215,6 +215,10 @@ def test_the_true_image_is_likelier_than_under_equal_variances():
     assert found.log_likelihood(x) > float(isotropic)
     assert (x - found.mean).norm() < 1.1 * (x - fit.image).norm()
     assert 0.3 < found.noise_variance / s2 < 3
+    exact, sampled = (linearised(fit, samples=40, steps=0, evidence=e) for e in ("exact", "sampled"))
+    assert sampled.mean.dtype == sampled.std.dtype == torch.float32  # products are of float64 all the same
+    assert (sampled.mean - exact.mean).abs().max() < 0.1 * exact.std.mean()
+    assert 0.8 < float(sampled.std.mean() / exact.std.mean()) < 1.25
     kept = linearised(fit, samples=4, learn_noise=False, steps=1, mean="network", evidence="sampled", probes=2)
     assert kept.noise_variance == s2 and torch.equal(kept.mean, fit.image) and kept.std.shape == (12, 12)
 

@@ -20,14 +20,19 @@ class ImageJacobian:
 
     push  J v for v [K, *shape] of each weight: [K, n]
     pull  J^T u for u [K, n]: [K, *shape] of each weight
+
+    dtype is that of the products, by default the fit's.
     """
 
-    def __init__(self, fit: Reconstruction, names: Sequence[str], max_memory: int | None = None):
-        self.model, self.names = copy.deepcopy(fit.model), list(names)
+    def __init__(
+        self, fit: Reconstruction, names: Sequence[str], max_memory: int | None = None, dtype: torch.dtype | None = None
+    ):
+        dtype = fit.input.dtype if dtype is None else dtype
+        self.model, self.names = copy.deepcopy(fit.model).to(dtype), list(names)
         for name, p in self.model.named_parameters():
             p.requires_grad_(name in self.names)
-        self.input, self.max_memory = fit.input, max_memory
-        batch = (fit.input, fit.sinogram.unsqueeze(0))
+        self.input, self.max_memory = fit.input.to(dtype), max_memory
+        batch = (self.input, fit.sinogram.to(dtype).unsqueeze(0))
         self.replay = Replay(self.model, fit.loss, batch, OutputGraph, max_memory=max_memory)
         self.order = [list(self.replay.parameters).index(name) for name in self.names]
         self.weights = [self.replay.parameters[name].detach() for name in self.names]

@@ -38,7 +38,8 @@ class ImagePosterior:
                  seed: int, mean: str):  # fmt: skip
         self.fit, self.J, self.evidence, self.prior, self.noise_variance = fit, J, evidence, prior, s2
         self.count, self.seed = count, seed
-        self._system = Measurements(J, prior, fit.A, s2, evidence.residual.to(fit.sinogram).view_as(fit.sinogram))
+        residual = evidence.residual.to(J.weights[0]).view_as(fit.sinogram)
+        self._system = Measurements(J, prior, fit.A, s2, residual)
         self.optimum = self._optimum()
         self.mean = self.optimum if mean == "linearised" else fit.image
 
@@ -67,8 +68,8 @@ class ImagePosterior:
     def _optimum(self) -> Tensor:
         """x(w*) - J w* + K A^T (A K A^T + s2 I)^-1 r: the image at the posterior mean of the weights."""
         at_zero = self.fit.image.flatten() - self.J.push([w.unsqueeze(0) for w in self.J.weights])[0]
-        residual = self.evidence.residual.to(self.fit.sinogram).reshape(1, -1)
-        return (at_zero + self._system.images(self._solve(residual))[0]).view_as(self.fit.image)
+        residual = self.evidence.residual.to(self.J.weights[0]).reshape(1, -1)
+        return (at_zero + self._system.images(self._solve(residual))[0]).view_as(self.fit.image).to(self.fit.image)
 
     # --- what is asked for ------------------------------------------------------------------------------------------
 
@@ -113,7 +114,7 @@ class ImagePosterior:
         drawn = self.J.push(self.prior.draws(self.J.weights, k, generator))
         seen = (self.fit.A @ drawn.view(k, *like.shape)).reshape(k, -1)
         noisy = seen + math.sqrt(self.noise_variance) * normal(tuple(seen.shape), seen, generator)
-        return (self.mean.flatten() + drawn - self._system.images(self._solve(noisy))).view(k, *like.shape)
+        return (self.mean.flatten() + drawn - self._system.images(self._solve(noisy))).view(k, *like.shape).to(like)
 
     def log_likelihood(self, image: Any, patch: int = 1) -> float:
         """log p(image | y) of another image, such as the truth, per pixel: mean over `patch` x `patch` patches.
@@ -200,10 +201,12 @@ def linearised(
     check_count("samples", samples)
     first = KernelPrior.of(fit.model, prior)
     J = ImageJacobian(fit, first.names, max_memory)
-    seen = (fit.A @ J.push([w.unsqueeze(0) for w in J.weights]).view_as(fit.image)).detach()
-    residual = fit.sinogram - fit.A @ fit.image + seen
     if evidence == "auto":
         evidence = "exact" if _dense_bytes(J, first) <= DENSE.of() / LARGEST else "sampled"
+    if evidence == "sampled":  # conjugate gradients do not converge on a float32 Jacobian's products
+        J = ImageJacobian(fit, first.names, max_memory, torch.float64)
+    seen = (fit.A @ J.push([w.unsqueeze(0) for w in J.weights]).view_as(fit.image)).detach()
+    residual = fit.sinogram - fit.A @ fit.image + seen
     if evidence == "exact":
         _check_memory(J, first)
         found: Any = DenseEvidence(J, first, fit.A, residual)

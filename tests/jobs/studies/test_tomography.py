@@ -29,6 +29,7 @@ def test_the_record_is_strict_json_and_draws_a_page(record):
     assert "The true image is likelier under the posterior" in record["findings"][0]
     (agreement,) = record["results"]["agreement"]
     assert abs(agreement["sampled"] - agreement["exact"]) < 4 * agreement["error"] + 0.05 * abs(agreement["exact"])
+    assert 0.6 < agreement["std"] < 1.6  # of eight samples
     (cell,) = reading.cells(record["results"])
     assert cell["density"] > cell["dropout"] and cell["images"] == 1
     (choice,) = record["results"]["choices"]

@@ -11,6 +11,7 @@ from paraboloid import tomography
 from paraboloid.jobs.studies.tomography import scores
 from paraboloid.jobs.studies.tomography.cells import FLOOR, observed
 from paraboloid.jobs.studies.tomography.plan import Plan
+from paraboloid.tomography.image_jacobian import ImageJacobian
 from paraboloid.tomography.sampled_evidence import SampledEvidence
 
 CASES = ("few angles", "noisy")
@@ -42,9 +43,10 @@ def agreement(truth: Tensor, angles: int, level: float, plan: Plan, seed: int) -
     y, s2 = observed(A, truth, level, seed)
     fit = tomography.deep_image_prior(A, y, s2, seed, iterations=plan.iterations)
     exact = tomography.linearised(fit, samples=plan.samples, seed=seed, evidence="exact")
-    residual = exact.evidence.residual.to(y).view_as(y)
+    J = ImageJacobian(fit, exact.prior.names, dtype=torch.float64)
+    residual = exact.evidence.residual.view_as(y)
     sampled = tomography.ImagePosterior(
-        fit, exact.J, SampledEvidence(exact.J, A, residual), exact.prior, exact.noise_variance, plan.samples,
+        fit, J, SampledEvidence(J, A, residual), exact.prior, exact.noise_variance, plan.samples,
         seed, "linearised",
     )  # fmt: skip
     value = sampled.evidence.value(exact.prior, exact.noise_variance, plan.probes)
