@@ -51,8 +51,8 @@ def by_pulls(f: Tensor, parameters: Sequence[Tensor], max_memory: int) -> Tensor
     """J of one batch, [f.numel(), D], with a backward pass for each row."""
     check_rows(f.numel(), parameters, max_memory)
     warnings.warn(
-        "an operation of the model has no second derivative in torch, and its samples are not separate: products with "
-        f"the Jacobian take its rows, one backward pass for each of {f.numel()} outputs.", stacklevel=2,
+        "an operation of the model has no second derivative in torch: products with the Jacobian take its rows, one "
+        f"backward pass for each of {f.numel()} outputs.", stacklevel=2,
     )  # fmt: skip
     size = sum(p.numel() for p in parameters)
     rows = torch.zeros(f.numel(), size, dtype=parameters[0].dtype, device=f.device)
