@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help report test lint types format docs figures bench-statistics bench-floors bench-operators bench-resnet \
-	bench-gp bench-noise bench-optimisers bench-posteriors bench-quality bench-sampled bench-bias bench-cuda peers install clean
+	bench-gp bench-noise bench-optimisers bench-defaults bench-posteriors bench-quality bench-sampled bench-bias bench-cuda peers install clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -66,6 +66,9 @@ bench-bias: $(STAMP) ## time pb.bias on digits-cnn, and two-batch curvature in g
 
 bench-optimisers: $(STAMP) ## time steps of the optimisers against Adam's, with the state they keep
 	$(BIN)/python -m benchmarks.optimisers
+
+bench-defaults: $(STAMP) ## train every problem with every optimiser as it comes; goes on where it was stopped
+	$(BIN)/python -m benchmarks.defaults
 
 bench-posteriors: $(STAMP) ## time fitting and predicting Laplace posteriors, with their memory (peers too: make peers)
 	$(BIN)/python -m benchmarks.posteriors

@@ -5,7 +5,8 @@
 
 Each run adds one line to the file, so that it may be stopped and gone on with at any time; `--again` forgets the lines
 of the chosen runs first.  A run is a plain loop of a few epochs on little data: no schedule, no warm start, no argument
-but the learning rate.  AdamW with torch's defaults (1e-3, weight decay .01) runs beside them on the same batches.
+but the learning rate.  AdamW with torch's defaults (1e-3, weight decay .01) runs beside them on the same batches;
+HessianFree, which is made for large ones, takes batches four times as large.
 """
 
 from __future__ import annotations
@@ -120,7 +121,8 @@ def run(case: Case, name: str, factor: float, seed: int, **options: Any) -> dict
         opt = made(name, problem, factor, **options)
         losses: list[float] = []
         began = time.perf_counter()
-        train(problem, opt, case.batch_size, case.epochs, seed, losses.append)
+        size = case.batch_size * (4 if name == "HessianFree" else 1)
+        train(problem, opt, size, case.epochs, seed, losses.append)
         seconds = time.perf_counter() - began
         end = training_loss(problem, case.batch_size)
     told = opt.diagnostics() if hasattr(opt, "diagnostics") else {}
@@ -168,6 +170,50 @@ def write(path: Path, rows: dict[Key, dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
 
 
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def table(rows: dict[Key, dict[str, Any]]) -> str:
+    """Final training losses with the plain default, means over the seeds that are there; what failed, by name."""
+    problems = [p for p in CASES if any(key[0] == p for key in rows)]
+    names = [n for n in ("AdamW", *OURS) if any(key[1] == n for key in rows)]
+    lines = ["| | start | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    pairs, worse = 0, []
+    for problem in problems:
+        mean = {
+            n: _mean([r["end"] for (p, m, f, _), r in rows.items() if (p, m, f) == (problem, n, 1.0)]) for n in names
+        }
+        start = _mean([r["start"] for (p, *_), r in rows.items() if p == problem])
+        cells = []
+        for n in names:
+            bad = mean[n] is not None and n != "AdamW" and mean["AdamW"] is not None and not mean[n] <= mean["AdamW"]
+            pairs += mean[n] is not None and n != "AdamW"
+            worse += [f"{n} on {problem}"] if bad else []
+            cells.append("" if mean[n] is None else f"{mean[n]:.3g}" + (" *" if bad else ""))
+        lines.append(f"| {problem} | {start:.3g} | " + " | ".join(cells) + " |")
+    ours = {key: r for key, r in rows.items() if key[1] != "AdamW"}
+    nan = [_name(key) for key, r in ours.items() if r["end"] is None]
+    above = [_name(key) for key, r in ours.items() if r["end"] is not None and r["end"] > r["start"]]
+    ends = f"{len(ours)} runs; ended in NaN: {len(nan)}{_listed(nan)}; above where they began: "
+    ends += f"{len(above)}{_listed(above)}."
+    beaten = f"No worse than AdamW with the plain default: {pairs - len(worse)} of {pairs} pairs; the others (*)"
+    return "\n".join([*lines, "", ends, beaten + _listed(worse) + "."]) + "\n"
+
+
+def _mean(values: list[float | None]) -> float | None:
+    if not values:
+        return None
+    return math.nan if None in values else sum(v for v in values if v is not None) / len(values)
+
+
+def _name(key: Key) -> str:
+    return f"{key[1]} on {key[0]} (lr x {key[2]:g}, seed {key[3]})"
+
+
+def _listed(names: list[str]) -> str:
+    return f": {', '.join(names)}" if names else ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", nargs="*", default=list(CASES), choices=list(CASES))
@@ -191,6 +237,7 @@ def main() -> None:
         with args.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), file=sys.stderr, flush=True)
+    print(table(read(args.file)))
 
 
 if __name__ == "__main__":

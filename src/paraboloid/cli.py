@@ -150,29 +150,33 @@ def _report(
 @SEED
 @click.option("--short", is_flag=True, help="The smaller size of a generated problem.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("run"), show_default=True,
-              help="Directory of checkpoint.pt and record.json.")  # fmt: skip
+              help="Directory of report.html, record.json and checkpoint.pt.")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out, exactly as if never interrupted.")
 @DATA
 @QUIET
 @TRACEBACK
 def train(out: Path, resume: bool, quiet: bool, debug: bool, **settings: Any) -> None:
-    """Train PROBLEM, with metrics in record.json and a checkpoint after every epoch.
+    """Train PROBLEM: report.html, metrics in record.json and a checkpoint after every epoch.
 
     PROBLEM is a built-in name (see `paraboloid problems`) or module:factory.
     """
     with _one_line_errors(debug):
-        from paraboloid.jobs.training_run import RECORD, Run, Settings
+        from paraboloid.jobs.training_run import Run, Settings
 
         with _bars(quiet) as progress:
             run = Run(Settings(**settings), out, progress)
             _choose_threads(run.model)
             record = run.go(resume)
+        written = run.write_page()
     if not quiet:
         last = record["metrics"][-1]
         found = [f"{k.replace('_', ' ')} {last[k]:.4g}" for k in ("train_loss", "test_loss", "test_accuracy")
                  if last[k] is not None]  # fmt: skip
         click.echo(f"\nepoch {last['epoch']}: {', '.join(found)}\n")
-    click.echo(str((out / RECORD).resolve()))
+        from paraboloid.jobs.training_page import advice
+
+        click.echo("\n".join(advice({**record, "lr": float(run.optimizer.param_groups[0]["lr"])})) + "\n")
+    click.echo(str(written.resolve()))
 
 
 @main.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paraboloid import optim, problems
+from paraboloid import __version__, optim, problems
 from paraboloid.data.batches import Chunks, call, check_finite, sample_count, take
+from paraboloid.jobs.training_page import page
 from paraboloid.losses import Loss
 from paraboloid.noise import GradientClustering, StratifiedBatchSampler
 from paraboloid.noise.monitor import Reclustering
@@ -22,7 +24,7 @@ from paraboloid.passes import trees
 from paraboloid.passes.modes import evaluating
 from paraboloid.passes.random_state import seeded
 
-CHECKPOINT, RECORD = "checkpoint.pt", "record.json"
+CHECKPOINT, RECORD, PAGE = "checkpoint.pt", "record.json", "report.html"
 SAMPLERS = ("uniform", "gc")
 WARM = 2048  # samples for a warm start
 
@@ -32,9 +34,9 @@ OPTIMIZERS: dict[str, tuple[float, Make]] = {
     "sgd": (0.05, lambda m, loss, o: torch.optim.SGD(m.parameters(), **o)),
     "adam": (1e-3, lambda m, loss, o: torch.optim.Adam(m.parameters(), **o)),
     "adamw": (1e-3, lambda m, loss, o: torch.optim.AdamW(m.parameters(), **o)),
-    "kfac": (1e-2, lambda m, loss, o: optim.KFAC(m, loss, **o)),
-    "ekfac": (1e-2, lambda m, loss, o: optim.EKFAC(m, loss, **o)),
-    "diag-ggn": (1e-2, lambda m, loss, o: optim.Preconditioned(m, loss, curvature="diag_ggn_mc", **o)),
+    "kfac": (0.1, lambda m, loss, o: optim.KFAC(m, loss, **o)),
+    "ekfac": (0.1, lambda m, loss, o: optim.EKFAC(m, loss, **o)),
+    "diag-ggn": (0.1, lambda m, loss, o: optim.Preconditioned(m, loss, **o)),
     "kbfgs": (0.3, lambda m, loss, o: optim.KBFGS(m, loss, **o)),
     "kbfgsl": (0.3, lambda m, loss, o: optim.KBFGSL(m, loss, **o)),
     "hessian-free": (1.0, lambda m, loss, o: optim.HessianFree(m, loss, **o)),
@@ -169,6 +171,7 @@ class Run:
         self.epochs = training.epochs if settings.epochs is None else settings.epochs
         self.optimizer = self._optimizer(training)
         self.step, self.metrics = 0, list[dict[str, Any]]()
+        self.times: list[Any] = []  # epoch, and seconds per step in it
 
     def _optimizer(self, training: Any) -> Any:
         s = self.settings
@@ -202,16 +205,18 @@ class Run:
                     start(self._first_samples(device))
                 self._note()
             per_epoch, total = len(self.batches), len(self.batches) * self.epochs
-            sums: list[float] = []
+            sums, began = list[float](), time.perf_counter()
             self.model.train()
             while self.step < total:
                 sums.append(self._step(device))
                 self.step += 1
                 self.progress("train", self.step, total)
                 if self.step % per_epoch == 0:
+                    self.times.append([self.step // per_epoch, (time.perf_counter() - began) / len(sums)])
                     self._note(sum(sums) / len(sums))
                     sums = []
                     self.save()
+                    began = time.perf_counter()
         return self.record()
 
     def _first_samples(self, device: torch.device) -> Any:
@@ -259,6 +264,7 @@ class Run:
             "step": self.step, "epoch": self.step // len(self.batches), "batch_loss": batch_loss,
             "train_loss": train_loss, "train_accuracy": train_accuracy, "test_loss": test_loss,
             "test_accuracy": test_accuracy, "evaluation_seconds": time.perf_counter() - start,
+            "diagnostics": self.optimizer.diagnostics() if hasattr(self.optimizer, "diagnostics") else None,
         })  # fmt: skip
         self.write_record()
 
@@ -269,6 +275,21 @@ class Run:
         return {"settings": asdict(self.settings), "parameters": sum(p.numel() for p in self.model.parameters()),
                 "steps_per_epoch": len(self.batches), "metrics": self.metrics}  # fmt: skip
 
+    def write_page(self) -> Path:
+        """`report.html` of what was trained so far."""
+        given = {k: v for k, v in asdict(self.settings).items() if v not in (None, False) and k != "problem"}
+        options = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in given.items()]
+        seconds = sum(m["evaluation_seconds"] for m in self.metrics) + len(self.batches) * sum(s for _, s in self.times)
+        more = {
+            "command": " ".join(["paraboloid train", self.settings.problem, *options]),
+            "lr": float(self.optimizer.param_groups[0]["lr"]), "step_seconds": self.times, "seconds": seconds,
+            "threads": torch.get_num_threads(),
+            "versions": {"paraboloid": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        }  # fmt: skip
+        text = page({**self.record(), **more})
+        _replace(self.out / PAGE, lambda path: path.write_text(text, encoding="utf-8"))
+        return self.out / PAGE
+
     def write_record(self) -> None:
         text = json.dumps(self.record(), indent=1, allow_nan=True) + "\n"
         _replace(self.out / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
@@ -276,7 +297,7 @@ class Run:
     def save(self) -> None:
         """The checkpoint, written beside the old one and then put in its place: never half a file."""
         state = {
-            "settings": asdict(self.settings), "step": self.step, "metrics": self.metrics,
+            "settings": asdict(self.settings), "step": self.step, "metrics": self.metrics, "times": self.times,
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "batches": self.batches.state_dict(), "random": torch.get_rng_state(),
         }  # fmt: skip
@@ -297,7 +318,7 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.batches.load_state_dict(state["batches"])
-        self.step, self.metrics = state["step"], state["metrics"]
+        self.step, self.metrics, self.times = state["step"], state["metrics"], state.get("times", [])
         torch.set_rng_state(state["random"])
 
 
