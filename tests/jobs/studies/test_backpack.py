@@ -62,3 +62,15 @@ def test_early_is_the_point_nearest_to_three_tenths():
     curve = [{"epoch": float(e), "seconds": 0.0, "train": 10.0 - e, "test": None} for e in range(11)]
     s = summary.Summary("KFAC", "ours", {}, curve, 0.0, None, 0.0, None, 1.0)
     assert reading.early(s) == 7
+
+
+def test_progress_at_first_is_compared_with_the_faster_of_both():
+    def of(name, values):
+        curve = [{"epoch": float(e), "seconds": 0.0, "train": v, "test": v} for e, v in enumerate(values)]
+        return summary.Summary(name, "", {}, curve, values[-1], None, values[-1], None, 1.0)
+
+    found = {"SGD-m": of("SGD-m", [9, 8, 7, 1]), "Adam": of("Adam", [9, 2, 2, 2])}
+    assert reading._fastest(found, ("SGD-m", "Adam")).name == "Adam"
+    assert summary.best(found, ("SGD-m", "Adam")).name == "SGD-m"
+    assert summary.inside("Kronecker factors are") == "Kronecker factors are"
+    assert summary.inside("They are") == "they are"

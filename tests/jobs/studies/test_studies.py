@@ -22,7 +22,7 @@ def test_every_study_has_what_the_frame_needs():
 def test_an_unknown_name():
     with pytest.raises(
         ValueError,
-        match=r"unknown study 'debias'. Did you mean 'debiasing'\? Expected one of backpack, debiasing, gradient-variance",
+        match=r"unknown study 'debias'. Did you mean 'debiasing'\? Expected one of backpack, debiasing, gp, gradient-variance",
     ):
         studies.load("debias")
     result = CliRunner().invoke(cli.main, ["reproduce", "debias"])

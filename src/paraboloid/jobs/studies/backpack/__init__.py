@@ -49,7 +49,7 @@ class Plan:
 
     problems: tuple[tuple[str, dict[str, Any], int, int], ...] = (
         ("digits-mlp", {}, 64, 10), ("digits-cnn", {}, 64, 10),
-        ("shapes-cnn", {"samples": 1000, "width": 0.125}, 64, 10),
+        ("shapes-cnn", {"samples": 1000, "width": 0.25}, 32, 12),
     )  # fmt: skip
     methods: tuple[str, ...] = tuple(METHODS)
     settings: int = 4

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+NAMES = ("K-BFGS", "KFAC", "KFLR", "KFRA", "Kronecker", "Monte Carlo", "Adam", "SGD", "Gauss-Newton")
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -96,3 +98,8 @@ def best(found: dict[str, Summary], names: Any) -> Summary | None:
 def fastest(found: dict[str, Summary], family: str) -> Summary | None:
     known = [s for s in found.values() if s.family == family and s.to_adam is not None]
     return min(known, key=lambda s: s.to_adam or 0.0) if known else None
+
+
+def inside(claim: str) -> str:
+    """A claim in the middle of a sentence: its first word small, where it is no name."""
+    return claim if claim.startswith(NAMES) else claim[0].lower() + claim[1:]

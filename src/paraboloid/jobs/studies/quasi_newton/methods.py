@@ -54,9 +54,9 @@ def _ours(kind: str, **fixed: Any) -> Callable[[nn.Module, Any, Setting], Any]:
     return lambda model, loss_fn, setting: getattr(optim, kind)(model, loss_fn, **fixed, **setting)
 
 
-NEWTON = pairs("damping", (1.0, 0.3), (1.0, 1.0), (0.3, 0.3), (3.0, 1.0), (1.0, 0.1), (3.0, 3.0), (0.3, 0.1),
-               (0.3, 1.0), (0.1, 0.3))  # fmt: skip
-FISHER = pairs("damping", (0.1, 1.0), (0.3, 3.0), (0.3, 1.0), (1.0, 10.0), (0.1, 0.3), (1.0, 3.0), (0.03, 0.3),
+NEWTON = pairs("damping", (1.0, 0.3), (0.3, 0.3), (0.3, 3.0), (1.0, 1.0), (0.1, 1.0), (3.0, 1.0), (1.0, 0.1),
+               (0.1, 10.0), (3.0, 3.0))  # fmt: skip
+FISHER = pairs("damping", (0.1, 1.0), (0.1, 10.0), (0.3, 3.0), (0.3, 1.0), (1.0, 10.0), (0.1, 0.3), (0.03, 0.3),
                (0.03, 0.1), (0.1, 3.0))  # fmt: skip
 CLIPPED = pairs("damping", (0.1, 0.1), (0.3, 0.1), (0.1, 1.0), (0.3, 0.3), (0.3, 1.0), (0.03, 0.1), (0.1, 0.01),
                 (1.0, 1.0), (0.03, 0.03))  # fmt: skip

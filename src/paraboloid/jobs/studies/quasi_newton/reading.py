@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from paraboloid.jobs.studies.comparing.summary import Summary, best, fastest, summaries
+from paraboloid.jobs.studies.comparing.summary import Summary, best, fastest, inside, summaries
 from paraboloid.report.numbers import fixed, number, short
 
 Finding = tuple[str, bool | None, str]
@@ -84,6 +84,5 @@ def findings(results: dict[str, Any]) -> list[str]:
     for problem in results["problems"]:
         for claim, is_seen, measured in claims(problem):
             seen, judged = seen + (is_seen is True), judged + (is_seen is not None)
-            inside = claim if claim[:2].isupper() or claim[:6] == "K-BFGS" else claim[0].lower() + claim[1:]
-            sentences.append(f"{words[is_seen]} on {problem['name']}: {inside} ({measured}).")
+            sentences.append(f"{words[is_seen]} on {problem['name']}: {inside(claim)} ({measured}).")
     return [f"{seen} of {judged} findings and goals were seen here.", *sentences, *results["left_out"]]
