@@ -7,6 +7,7 @@ import pytest
 import torch
 from idx_files import idx, pixels, write_mnist
 
+import paraboloid as pb
 from paraboloid import problems
 from paraboloid.problems import networks
 from paraboloid.problems.folders import Pictures, cifar10, cifar100, mnist
@@ -146,11 +147,27 @@ def test_problems_on_cifar10(tmp_path, name):
     assert problem.loss_fn(problem.model(problem.train[:4][0]), problem.train[:4][1]).isfinite()
 
 
-def test_problems_on_pictures(tmp_path):
+@pytest.mark.parametrize("name", ["imagenet-resnet18", "imagenet-resnet50"])
+def test_problems_on_pictures(tmp_path, name):
     write_pictures(tmp_path)
-    problem = problems.load("imagenet-resnet18", data=str(tmp_path))
+    problem = problems.load(name, data=str(tmp_path))
     x, y = problems.read(problem.train, torch.tensor([0, 3]), torch.device("cpu"))
     assert problem.model(x).shape == (2, 2) and y.tolist() == [0, 1]
+
+
+def test_posterior_samples_from_a_loader_of_pictures(tmp_path):
+    """ImageNet's format, read again on every pass."""
+    write_pictures(tmp_path)
+    loader = torch.utils.data.DataLoader(Pictures(tmp_path / "train", size=16), batch_size=2)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 2, 3, 4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(32, 2)
+    )
+    streamed = pb.sampled_laplace(
+        model, torch.nn.CrossEntropyLoss(), loader, 2, em_steps=0, solver="sgd", epochs=2, max_memory=1
+    )
+    kept = pb.sampled_laplace(model, torch.nn.CrossEntropyLoss(), list(loader), 2, em_steps=0)
+    assert kept.history[-1].residual < streamed.history[-1].residual < 10
+    assert streamed.predict(next(iter(loader))[0]).sum(1).allclose(torch.ones(2))
 
 
 def test_networks_have_their_published_sizes():

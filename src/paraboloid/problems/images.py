@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -76,11 +77,20 @@ def cifar100_wrn40_4(data: str | None = None) -> Problem:
 
 def imagenet_resnet18(data: str | None = None) -> Problem:
     """ImageNet, or any folders train/ and val/ of pictures by class, with ResNet-18 (needs --data DIR)."""
+    return _imagenet(networks.resnet18, "ResNet-18", data)
+
+
+def imagenet_resnet50(data: str | None = None) -> Problem:
+    """The same with ResNet-50 (needs --data DIR)."""
+    return _imagenet(networks.resnet50, "ResNet-50", data)
+
+
+def _imagenet(network: Callable[[int], nn.Module], name: str, data: str | None) -> Problem:
     folder = Path(_folder(data, "ImageNet"))
     train = Pictures(folder / "train")
     test = Pictures(folder / "val", classes=train.classes)
     return Problem(
-        networks.resnet18(len(train.classes)), nn.CrossEntropyLoss(), train, test, title="ImageNet, ResNet-18",
+        network(len(train.classes)), nn.CrossEntropyLoss(), train, test, title=f"ImageNet, {name}",
         description=f"Pictures of {len(train.classes)} classes from {folder}, 224x224 pixels, not augmented.",
         training=Training("sgd", lr=0.1, momentum=0.9, batch_size=256, epochs=90, weight_decay=1e-4),
     )  # fmt: skip

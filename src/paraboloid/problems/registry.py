@@ -39,6 +39,7 @@ WITH_DATA = {
     "cifar100-allcnnc": "paraboloid.problems.images:cifar100_allcnnc",
     "cifar100-wrn40-4": "paraboloid.problems.images:cifar100_wrn40_4",
     "imagenet-resnet18": "paraboloid.problems.images:imagenet_resnet18",
+    "imagenet-resnet50": "paraboloid.problems.images:imagenet_resnet50",
 }
 
 # Options that make a short run of the generated problems; the digits are short as they are.
