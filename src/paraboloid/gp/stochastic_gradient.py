@@ -61,7 +61,8 @@ def sgd(
     N, B = len(b), min(batch_size, len(b))
     look = pivoted_columns(K, diagonal, min(rank or RANK, max(1, N // 2)), seed=generator).nystrom()
     rates = look.values * (look.values + noise)
-    damp = (1 - rates[-1] / rates if rank else torch.zeros_like(rates)).unsqueeze(1)
+    least = rates[-1].clamp(min=2 * noise**2)  # directions below the noise need no help, and amplify it
+    damp = ((1 - least / rates).clamp(min=0) if rank else torch.zeros_like(rates)).unsqueeze(1)
     U = look.vectors
     weights = (look.values / (look.values + noise)).unsqueeze(1)
 
