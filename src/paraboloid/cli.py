@@ -161,7 +161,7 @@ def train(out: Path, resume: bool, quiet: bool, debug: bool, **settings: Any) ->
     PROBLEM is a built-in name (see `paraboloid problems`) or module:factory.
     """
     with _one_line_errors(debug):
-        from paraboloid.jobs.training_run import Run, Settings
+        from paraboloid.jobs.training_run import RECORD, Run, Settings
 
         with _bars(quiet) as progress:
             run = Run(Settings(**settings), out, progress)
@@ -176,7 +176,8 @@ def train(out: Path, resume: bool, quiet: bool, debug: bool, **settings: Any) ->
         from paraboloid.jobs.training_page import advice
 
         click.echo("\n".join(advice({**record, "lr": float(run.optimizer.param_groups[0]["lr"])})) + "\n")
-    click.echo(str(written.resolve()))
+        click.echo(str(written.resolve()))
+    click.echo(str((out / RECORD).resolve()))
 
 
 @main.command()

@@ -50,8 +50,10 @@ def advice(record: dict[str, Any]) -> list[str]:
         return ["Nothing was trained: give --epochs."]
     lr = record["lr"]
     found = [*_of_steps(record, lr), *_of_curves(record["metrics"], lr)]
-    nothing = (
-        f"Nothing in the figures asks for another setting: the loss no longer falls; try --lr {short(lr / 3)} last."
+    then, last = record["metrics"][_quarter(record["metrics"])], record["metrics"][-1]
+    nothing = f"Since epoch {count(then['epoch'])} the training loss moved by less than {percent(FALLS)}, from "
+    nothing += (
+        f"{number(then['train_loss'])} to {number(last['train_loss'])}: try --lr {short(lr / 3)} for what is left."
     )
     return found or [nothing]
 
