@@ -294,5 +294,5 @@ def test_measurements_without_noise(dtype, evidence):
     A = pb.tomography.ParallelBeam(8, 4)
     x = torch.ones(8, 8, dtype=dtype).tril()
     fit = deep_image_prior(A, A @ x, 0.1, iterations=15)
-    found = linearised(fit, samples=3, evidence=evidence, steps=15, probes=2)
+    found = linearised(fit, samples=3, evidence=evidence, steps=15 if evidence == "exact" else 3, probes=2)
     assert found.std.isfinite().all() and found.mean.isfinite().all() and math.isfinite(found.log_likelihood(x))
