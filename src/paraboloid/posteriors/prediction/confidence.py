@@ -47,6 +47,7 @@ class Confidence:
 
     usual: float
     rare: float
+    left_out: bool = False  # whether they are those that each sample's others leave
 
     def scale(self, variance: Tensor) -> Tensor:
         """What to multiply covariances of the outputs by, so that the probit approximation gives c times the logits."""
@@ -54,10 +55,12 @@ class Confidence:
         return 8 / math.pi * (c**-2 - 1) / variance.clamp(min=torch.finfo(variance.dtype).tiny)
 
     @staticmethod
-    def of(variances: Tensor, rare: float = RARE) -> Confidence:
+    def of(variances: Tensor, rare: float = RARE, left_out: bool = False) -> Confidence:
+        """The median and the quantile at `rare`."""
         flat = variances.double().flatten()[:ELEMENTS]
-        usual, rare = flat.quantile(torch.tensor([USUAL, rare], dtype=flat.dtype, device=flat.device)).tolist()
-        return Confidence(usual, rare)
+        places = torch.tensor([USUAL, rare], dtype=flat.dtype, device=flat.device)
+        usual, high = flat.quantile(places).tolist()
+        return Confidence(usual, high, left_out)
 
     def factor(self, variance: Tensor) -> Tensor:
         """c, of the shape of `variance`: 1 where nothing is lowered."""
@@ -94,7 +97,7 @@ def measured(unweighted: Posterior, data: Data) -> Confidence:
         seen += len(variance)
         if seen >= SAMPLES:
             break
-    return Confidence.of(torch.cat(found), RARE_LEFT_OUT if exact else RARE)
+    return Confidence.of(torch.cat(found), RARE_LEFT_OUT if exact else RARE, exact)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,8 @@ import torch
 from paraboloid.data.batches import Data
 from paraboloid.data.cutting import Cuts
 from paraboloid.posteriors.fit import Fitting, curvature
-from paraboloid.posteriors.prediction.confidence import measured
+from paraboloid.posteriors.prediction.confidence import Confidence, measured
+from paraboloid.posteriors.prior_tuning.folds import FOLDS, Fold
 from paraboloid.posteriors.prior_tuning.unit_information import unit_information
 from paraboloid.posteriors.weights import only
 from paraboloid.reductions.kronecker_factors import MAX_FACTOR
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from paraboloid.posteriors.posterior import Posterior
 
 MATCHES = ("auto", "exponent", None)
+LEAST = 10  # samples, of which a fold is left out
 PLAIN: dict[str, Any] = {"confidence": None, "unweighted": None, "sharpness": 1.0}
 
 
@@ -44,7 +47,25 @@ def matched(
     else:
         own = posterior.likelihood.curvature == "jacobian"
         posterior.unweighted = posterior if own else unweighted(posterior, data)
-        posterior.confidence = measured(posterior.unweighted, data)
+        posterior.confidence = confidence_of(posterior.unweighted, data)
+
+
+def confidence_of(unweighted: Posterior, data: Data) -> Confidence:
+    """The quantiles on the data, times what the data's own samples hold their variances down by.
+
+    That is measured on one fold: the median variance under a posterior without it over that under the whole one, less
+    what the whole one's larger number of samples accounts for.  Where samples are many it is 1, where there are more
+    weights than outputs much more.  Exact structures leave each sample out in closed form.
+    """
+    found = measured(unweighted, data)
+    if found.left_out or unweighted.count < LEAST:
+        return found
+    cut = partial(unweighted._cuts.of, unweighted.model, output=unweighted.output)
+    fold = Fold(data, cut, 0, True)
+    within = measured(unweighted, fold).usual
+    apart = measured(refitted(unweighted, Fold(data, cut, 0, False), **PLAIN), fold).usual
+    held = max(1.0, (1 - 1 / FOLDS) * apart / within) if within > 0 else 1.0
+    return Confidence(held * found.usual, held * found.rare)
 
 
 def unweighted(posterior: Posterior, data: Data) -> Posterior:

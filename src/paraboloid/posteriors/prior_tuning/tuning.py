@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,13 +13,13 @@ from torch import Tensor
 
 from paraboloid.data import batches as batch_data
 from paraboloid.data.batches import Data, Inputs
-from paraboloid.data.cutting import Cut
 from paraboloid.linalg.operand import check_choice, check_count
 from paraboloid.losses import BCE
 from paraboloid.passes import trees
 from paraboloid.posteriors import prior as priors
 from paraboloid.posteriors.prediction.predictive import Prediction
 from paraboloid.posteriors.prior_tuning.evidence import groups_of, mackay
+from paraboloid.posteriors.prior_tuning.folds import FOLDS, Fold
 from paraboloid.posteriors.prior_tuning.linearised import LinearisedModel, Restricted, optimum
 from paraboloid.posteriors.prior_tuning.matching import MATCHES, PLAIN, matched, refitted
 from paraboloid.posteriors.prior_tuning.progress import Line
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from paraboloid.posteriors.posterior import Posterior
 
 METHODS = ("adapted", "evidence", "grid", "cross_validation", "unit")
-FOLDS = 5  # of cross-validation
 ABOUT, PRODUCTS, PASSES = 0.05, 6, 16  # of the quick form: change that ends it, products a step, passes over the data
 
 
@@ -186,27 +184,11 @@ def by_cross_validation(posterior: Posterior, data: Data | None, grid: Any) -> N
     candidates, totals, line = _candidates(grid), [0.0] * len(_candidates(grid)), Line("tuning the prior")
     cut = partial(posterior._cuts.of, posterior.model, output=posterior.output)
     for fold in range(FOLDS):
-        rest = refitted(posterior, _Fold(data, cut, fold, False), **PLAIN)
-        scores = _scores(rest, candidates, list(_Fold(data, cut, fold, True)), line)
+        rest = refitted(posterior, Fold(data, cut, fold, False), **PLAIN)
+        scores = _scores(rest, candidates, list(Fold(data, cut, fold, True)), line)
         totals = [a + b for a, b in zip(totals, scores, strict=True)]
     line.clear()
     posterior.prior_precision = _best(candidates, totals)
-
-
-@dataclass(frozen=True)
-class _Fold:
-    """Every FOLDS-th sample of each batch, or all the others; batches that are left empty are left out."""
-
-    data: Data
-    cut: Callable[[Inputs], Cut]
-    fold: int
-    inside: bool
-
-    def __iter__(self) -> Iterator[batch_data.Batch]:
-        for inputs, y in batch_data.batches(self.data):
-            chosen = (torch.arange(len(y), device=y.device) % FOLDS == self.fold) == self.inside
-            if chosen.any():
-                yield self.cut(inputs).take(inputs, chosen.nonzero()[:, 0]), y[chosen]
 
 
 def _candidates(grid: Any) -> list[float]:

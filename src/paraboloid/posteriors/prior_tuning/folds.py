@@ -1,0 +1,30 @@
+"""Parts of the data: one fold, or all the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from paraboloid.data import batches as batch_data
+from paraboloid.data.batches import Data, Inputs
+from paraboloid.data.cutting import Cut
+
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Every FOLDS-th sample of each batch, or all the others; batches that are left empty are left out."""
+
+    data: Data
+    cut: Callable[[Inputs], Cut]
+    fold: int
+    inside: bool
+
+    def __iter__(self) -> Iterator[batch_data.Batch]:
+        for inputs, y in batch_data.batches(self.data):
+            chosen = (torch.arange(len(y), device=y.device) % FOLDS == self.fold) == self.inside
+            if chosen.any():
+                yield self.cut(inputs).take(inputs, chosen.nonzero()[:, 0]), y[chosen]
