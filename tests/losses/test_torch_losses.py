@@ -177,6 +177,31 @@ def test_what_does_not_fit_is_refused(module, f, y, message):
         Loss.from_torch(module).check(f, y)
 
 
+CLASSES = [
+    ("cross-entropy", nn.Identity, nn.CrossEntropyLoss), ("nll", lambda: nn.LogSoftmax(1), nn.NLLLoss),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("last, module", [c[1:] for c in CLASSES], ids=[c[0] for c in CLASSES])
+def test_class_targets_of_uint8_are_indices_and_of_int32_refused(last, module):
+    """torch's loss takes uint8, which as an index of the class weights would be a mask."""
+    model, x, loss = network(last), draw(N, 4), module(weight=WEIGHT, ignore_index=1)
+    wanted = ["grad", "diag_ggn", "diag_hessian"]
+    short, long = (pb.statistics(model, loss, (x, y), wanted) for y in (Y.to(torch.uint8), Y))
+    for quantity in wanted:
+        for name, value in long[quantity].items():
+            close(short[quantity][name], value)
+    close(pb.GGN(model, loss, (x, Y.to(torch.uint8))).to_dense(), pb.GGN(model, loss, (x, Y)).to_dense())
+    for call in (
+        lambda y: pb.statistics(model, loss, (x, y), ["variance"]),
+        lambda y: pb.GGN(model, loss, (x, y)).trace(),
+        lambda y: pb.Hessian(model, loss, [(x[:2], y[:2]), (x[2:], y[2:])]).diagonal(),
+        lambda y: pb.laplace(model, loss, (x, y)),
+    ):
+        with pytest.raises(ValueError, match=r"class targets have dtype torch.int32; .*Convert them by `targets.long"):
+            call(Y.int())
+
+
 def test_hooks_on_the_module_are_not_called_by_its_loss():
     module, calls = nn.HuberLoss(), []
     module.register_forward_hook(lambda *a: calls.append(1))

@@ -44,14 +44,14 @@ class CrossEntropy(Loss):
     def value(self, f, y):
         reduction = "sum" if self.reduction == "batchmean" else self.reduction
         value = F.cross_entropy(
-            f, y, self._weight(f), ignore_index=self.ignore_index, reduction=reduction,
+            f, class_indices(y), self._weight(f), ignore_index=self.ignore_index, reduction=reduction,
             label_smoothing=self.label_smoothing,
         )  # fmt: skip
         return value / len(f) if self.reduction == "batchmean" else value
 
     def sample_losses(self, f, y):
         losses = F.cross_entropy(
-            f, y, self._weight(f), ignore_index=self.ignore_index, reduction="none",
+            f, class_indices(y), self._weight(f), ignore_index=self.ignore_index, reduction="none",
             label_smoothing=self.label_smoothing,
         )  # fmt: skip
         return losses.flatten(1).sum(1) if losses.dim() > 1 else losses
@@ -63,6 +63,7 @@ class CrossEntropy(Loss):
             return float(len(f))
         if not self._indices(f, y):
             return f.numel() / f.shape[1]
+        y = class_indices(y)
         kept = y != self.ignore_index
         total = float(kept.sum() if self.weight is None else self.weight.to(y.device)[y[kept]].sum())
         if total <= 0:
@@ -74,6 +75,7 @@ class CrossEntropy(Loss):
         """q w, [N, C, ...]: the smoothed target distribution times the class weights, zero where ignored."""
         classes = f.shape[1]
         if self._indices(f, y):
+            y = class_indices(y)
             ignored = y == self.ignore_index
             q = torch.zeros_like(f).scatter_(1, y.masked_fill(ignored, 0).unsqueeze(1), 1.0)
         else:
@@ -92,6 +94,7 @@ class CrossEntropy(Loss):
         """W = sum_c q_c w_c, [N, 1, ...], without forming q when the targets are class indices."""
         if not self._indices(f, y):
             return self._weighted_targets(f, y).sum(1, keepdim=True)
+        y = class_indices(y)
         ignored = y == self.ignore_index
         if self.weight is None:
             return (~ignored).to(f.dtype).unsqueeze(1)
@@ -179,12 +182,26 @@ class CrossEntropy(Loss):
         if y.shape != f.shape[:1] + f.shape[2:]:
             raise ValueError(f"cross-entropy targets have shape {tuple(y.shape)} for outputs {tuple(f.shape)}; "
                              f"expected {tuple(f.shape[:1] + f.shape[2:])}.")  # fmt: skip
+        y = class_indices(y)
         wrong = ((y < 0) | (y >= f.shape[1])) & (y != self.ignore_index)
         if wrong.any():
             where = wrong.nonzero()[0].tolist()
             raise ValueError(f"target {int(y[tuple(where)])} at index {where if len(where) > 1 else where[0]} is out "
                              f"of range; expected class indices 0..{f.shape[1] - 1} for {f.shape[1]} outputs"
                              f" (or ignore_index={self.ignore_index}).")  # fmt: skip
+
+
+def class_indices(y: Tensor) -> Tensor:
+    """Targets of int64, as torch's loss takes them: of uint8 too, which as an index would be a mask.
+
+    Raises ValueError for other integers; floating-point targets are returned as they are.
+    """
+    if y.dtype == torch.uint8:
+        return y.long()
+    if y.dtype in (torch.int8, torch.int16, torch.int32):
+        raise ValueError(f"class targets have dtype {y.dtype}; expected torch.int64 (or torch.uint8), as torch's "
+                         "losses take them. Convert them by `targets.long()`.")  # fmt: skip
+    return y
 
 
 def _drawn(p: Tensor, generator: torch.Generator) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paraboloid.losses.cross_entropy import CrossEntropy
+from paraboloid.losses.cross_entropy import CrossEntropy, class_indices
 from paraboloid.losses.loss import FROM_TORCH, Loss, check_lengths, check_reduction, full
 
 
@@ -25,11 +25,11 @@ class NLL(CrossEntropy):
 
     def value(self, f, y):
         reduction = "sum" if self.reduction == "batchmean" else self.reduction
-        value = F.nll_loss(f, y, self._weight(f), ignore_index=self.ignore_index, reduction=reduction)
+        value = F.nll_loss(f, class_indices(y), self._weight(f), ignore_index=self.ignore_index, reduction=reduction)
         return value / len(f) if self.reduction == "batchmean" else value
 
     def sample_losses(self, f, y):
-        losses = F.nll_loss(f, y, self._weight(f), ignore_index=self.ignore_index, reduction="none")
+        losses = F.nll_loss(f, class_indices(y), self._weight(f), ignore_index=self.ignore_index, reduction="none")
         return losses.flatten(1).sum(1) if losses.dim() > 1 else losses
 
     def gradient(self, f, y):
