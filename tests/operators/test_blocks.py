@@ -303,3 +303,10 @@ def test_pch_refuses_what_it_is_not_defined_for():
         pb.PCH(make_model("mlp"), loss_fn, batch, blocks="all")
     with pytest.raises(ValueError, match=r"modify is 'square'; expected one of \['abs', 'clip'\]"):
         pb.PCH(make_model("mlp"), loss_fn, batch, modify="square")
+
+
+def test_pch_says_what_has_no_second_derivative():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Hardsigmoid()).double()
+    x, y = torch.linspace(-1, 1, 20).view(5, 4).double(), torch.tensor([0, 1, 2, 0, 1])
+    with pytest.raises(RuntimeError, match="an operation of the model has no second derivative in torch"):
+        pb.PCH(model, nn.CrossEntropyLoss(), (x, y)).to_dense()

@@ -17,6 +17,7 @@ from paraboloid.graph.nodes import Graph
 from paraboloid.linalg.operand import check_choice
 from paraboloid.linalg.probes import normal
 from paraboloid.losses import Loss, LossFunction
+from paraboloid.operators.matrix_free.hessian import twice
 from paraboloid.operators.matrix_free.recorded import Recorded
 from paraboloid.operators.vectors import dot
 from paraboloid.passes.wrappers import innermost
@@ -34,7 +35,8 @@ class BendGraph:
     def __init__(self, f: Tensor, y: Any, loss: Loss, parameters: list[Tensor], tape: Tape, modify: str):
         self.f, self.y, self.loss, self.parameters = f, y, loss, parameters
         graph = Graph(f, [call.edge for call in tape.calls])
-        bends, _ = graph.bends(f, loss.gradient(f.detach(), y), probe_all=True)
+        with twice():
+            bends, _ = graph.bends(f, loss.gradient(f.detach(), y), probe_all=True)
         if graph.others:
             raise NotImplementedError(
                 "the positive-curvature Hessian is defined for elementwise activations; found "
@@ -61,7 +63,8 @@ class BendGraph:
         if not pairs:
             return [torch.zeros_like(u) for u in us]
         outputs, weights = zip(*pairs, strict=True)
-        return list(torch.autograd.grad(outputs, us, weights, retain_graph=True, materialize_grads=True))
+        with twice():
+            return list(torch.autograd.grad(outputs, us, weights, retain_graph=True, materialize_grads=True))
 
     def pull(self, ws: Sequence[Tensor], block: Sequence[int]) -> list[Tensor]:
         """sum_k J_k^T w_k, one tensor for each parameter of the block."""
