@@ -132,3 +132,43 @@ def test_precisions_of_layers():
     first = torch.linalg.solve(scaled + torch.eye(len(H), dtype=F64), scaled).diagonal()
     assert abs(posterior.history[0].effective_dimension[0] / first[:30].sum() - 1) < 0.1
     assert abs(posterior.history[0].effective_dimension[1] / first[30:].sum() - 1) < 0.1
+
+
+class Once(torch.autograd.Function):
+    """tanh with a backward pass that cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g * (1 - ctx.saved_tensors[0].tanh().square())
+
+
+class Branches(nn.Module):
+    def __init__(self, op):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.op = nn.Linear(4, 3), nn.Linear(4, 3), op
+
+    def forward(self, x):
+        return self.op(self.a(x)) + self.b(x).tanh()
+
+
+@pytest.mark.filterwarnings("ignore:an operation of the model has no second derivative in torch")
+def test_predictions_see_weights_behind_a_kernel_that_cannot_be_differentiated():
+    """Cut off from double backward are those of one branch alone, so that nothing raises."""
+    _, x, y = classifier()
+    options = {"samples": 8, "em_steps": 0, "max_memory": 4000}
+    found, want = (
+        pb.sampled_laplace(Branches(op).double(), nn.CrossEntropyLoss(), (x, y), **options)
+        for op in (Once.apply, torch.tanh)
+    )
+    for name, value in want.samples.items():
+        torch.testing.assert_close(found.samples[name], value)
+    for a, b in zip(found.functional(x), want.functional(x), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(found.predict(x), want.predict(x))

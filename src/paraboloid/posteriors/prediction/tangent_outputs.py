@@ -54,6 +54,7 @@ def tangent_outputs(
                     f = f.float() if f.dtype in (torch.float16, torch.bfloat16) else f
                     graph = OutputGraph(f, None, without_loss, parameters)
                     graph.prepare()
+                    graph.check_cut()  # a backward pass that cannot be differentiated: the rows of J then
                 size = max(size, footprint.bytes_kept() // len(f), 1)
                 if batching is None:
                     batching = Batching(parameters[0], flops, footprint.bytes_kept(), limit)
