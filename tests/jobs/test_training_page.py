@@ -18,7 +18,10 @@ def point(epoch, train, test, trust=None):
 @pytest.mark.parametrize(
     "points, expected",
     [
-        ([(1, 2.0, 2.0, {}), (2, 1.0, 1.0, {})], ["--lr 0.3 may be faster", "--resume --epochs 4"]),
+        (
+            [(1, 2.0, 2.0, {}), (2, 1.0, 1.0, {})],
+            ["--lr 0.3 may be faster", "the same command with --resume --epochs 4"],
+        ),
         ([(1, 2.0, 2.0, None), (2, 1.0, 1.0, None)], ["still fell from 2.00 to 1.00 since epoch 1"]),
         ([(1, 2.0, 0.5, None), (2, 1.0, 1.0, None)], ["lowest, 0.500, after epoch 1"]),
         ([(1, 1.0, 1.0, None), (2, 4.0, 4.0, None)], ["rose in all: try --lr 0.01"]),

@@ -87,7 +87,8 @@ def _of_curves(metrics: list[dict[str, Any]], lr: float) -> list[str]:
     if _falls(metrics):
         then = metrics[_quarter(metrics)]
         fell = f"The training loss still fell from {number(then['train_loss'])} to {number(last['train_loss'])} since "
-        return [fell + f"epoch {count(then['epoch'])}: go on with --resume --epochs {count(2 * last['epoch'])}."]
+        again = f"give the same command with --resume --epochs {count(2 * last['epoch'])}."
+        return [fell + f"epoch {count(then['epoch'])}: {again}"]
     return []
 
 
@@ -185,7 +186,7 @@ def _layers(told: list[tuple[int, dict[str, Any]]]) -> list[Panel]:
     columns = ["parameter", "structure", "curvature", "damping", "trust ratio"]
     what = "Curvature of the layers (the mean eigenvalue of each block), and the step's length over the parameter's"
     table = Table("At the end; those with the highest curvature", columns, rows)
-    return [Panel(inline_svg("layers", what, (7.4, 3.4), draw), what + ".", [table], wide=True)]
+    return [Panel(inline_svg("layers", what, (10.5, 3.6), draw), what + ".", [table], wide=True)]
 
 
 def _positive(value: Any) -> float | None:

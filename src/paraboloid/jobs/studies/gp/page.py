@@ -70,7 +70,7 @@ def _regression(rows: list[dict[str, Any]]) -> Panel:
     published = [[n, m, fixed(v, None)] for n in names for m, v in PUBLISHED.get(n, {}).items()]
     if published:
         tables.append(Table("Published (arXiv:2505.13723)", ["set", "method", "NLL"], published))
-    svg = inline_svg("regression", "Test NLL of every method", (7.4, 3.6), draw)
+    svg = inline_svg("regression", "Test NLL of every method", (10.5, 3.6), draw)
     return Panel(svg, "Mean negative log likelihood of test targets.", tables, wide=True)
 
 
