@@ -213,7 +213,7 @@ def test_callables_with_parameters(tmp_path):
     for use in uses:
         close(use(model), use(inner))
     assert [p.data_ptr() for p in inner.parameters()] == before
-    with pytest.raises(ValueError, match=r"the model is a Callable, a callable without hooks, .* HessianFree takes"):
+    with pytest.raises(ValueError, match=r"the model is a Callable, a callable without hooks, .*HessianFree takes"):
         pb.optim.KFAC(model, CE)
     step = copy.deepcopy(inner)
     value = pb.optim.HessianFree(Callable(step), CE, max_iterations=2).step(batch)

@@ -127,9 +127,9 @@ def test_optimisers(name, optimiser):
     model, x, y = make(name)
     options = {"lr": 1.0, "damping": 1e-2, "max_factor": LIMIT}
     opt = {
-        "kfac": lambda: pb.optim.KFAC(model, CE, fisher="exact", split=None, momentum=0.0, **options),
-        "split": lambda: pb.optim.KFAC(model, CE, fisher="exact", momentum=0.0, **options),
-        "ekfac": lambda: pb.optim.EKFAC(model, CE, fisher="exact", momentum=0.0, **options),
+        "kfac": lambda: pb.optim.KFAC(model, CE, fisher="exact", split=None, momentum=0.0, kl_clip=None, **options),
+        "split": lambda: pb.optim.KFAC(model, CE, fisher="exact", momentum=0.0, kl_clip=None, **options),
+        "ekfac": lambda: pb.optim.EKFAC(model, CE, fisher="exact", momentum=0.0, kl_clip=None, **options),
         "kflr": lambda: pb.optim.Preconditioned(model, CE, curvature="kflr", **options),
     }[optimiser]()
     with warnings.catch_warnings():

@@ -13,7 +13,7 @@ from torch import Tensor
 import paraboloid as pb
 
 BEFORE, AFTER = 4, 3  # steps before the state is taken, and after
-KFAC = {"lr": 0.05, "damping": 0.02, "factor_interval": 2, "inverse_interval": 3, "seed": 3}
+KFAC = {"lr": 0.05, "damping": 0.02, "factor_interval": 2, "inverse_interval": 3, "seed": 3, "kl_clip": None}
 Options = dict[str, Any]
 
 

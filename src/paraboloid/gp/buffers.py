@@ -22,4 +22,5 @@ class Buffers:
 
     def give(self, tile: Tensor) -> None:
         """What was taken is not needed any more."""
-        self.free.append(tile._base if tile._base is not None else tile.view(-1))
+        whole = tile.new_empty(0).set_(tile.untyped_storage())  # the buffer that the tile is the head of
+        self.free.append(whole)

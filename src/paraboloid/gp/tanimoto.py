@@ -10,8 +10,7 @@ from torch import Tensor
 
 from paraboloid.gp.buffers import Buffers
 from paraboloid.gp.kernel import Features, Kernel, positive
-
-HASHED = 4 * 2**20  # entries of inputs times features that are hashed at a time
+from paraboloid.passes.memory import HASHED
 
 
 class Tanimoto(Kernel):
@@ -77,7 +76,7 @@ class Tanimoto(Kernel):
 
 def _hashes(r: Tensor, c: Tensor, beta: Tensor, key: int, scale: Tensor, x: Tensor) -> Tensor:
     """[N, F, 1]."""
-    rows = [_signs(part.double(), r, c, beta, key) for part in _checked(x).split(max(1, HASHED // r.numel()))]
+    rows = [_signs(part.double(), r, c, beta, key) for part in _checked(x).split(HASHED.count(8 * r.numel()))]
     return (torch.cat(rows).to(x) * scale.to(x)).unsqueeze(2)
 
 

@@ -20,6 +20,7 @@ from paraboloid.optim.options import TORCHS, check_made
 from paraboloid.optim.sealed_state import KEY, opened, sealed
 from paraboloid.optim.trust import LOST, START, Trust, go_back, remember, slope, stop
 from paraboloid.passes import trees, wrappers
+from paraboloid.passes.torch_internals import versions
 
 FRAME = ("optimizer", "names", "shapes", "options", "counters", "generator", "trust")  # the rest is the subclass's
 
@@ -209,7 +210,8 @@ class Frame(torch.optim.Optimizer):
 
     def _are_as_left(self) -> bool:
         """Whether nobody else changed the parameters since the last step: then they are what came of it."""
-        return all(self._left.get(p, p._version) == p._version for p in self.names)
+        now = zip(self.names, versions(list(self.names)), strict=True)
+        return all(self._left.get(p, version) == version for p, version in now)
 
     def _begin(self, moves: list[Move]) -> bool:
         """Before the parameters move: the slope along the last step as it is now says whether that went too far.  False
@@ -241,7 +243,7 @@ class Frame(torch.optim.Optimizer):
         """After the parameters moved."""
         if self.trust is not None:
             self.trust.slope = slope(self._states())
-            self._left = {p: p._version for p in self.names}
+            self._left = dict(zip(self.names, versions(list(self.names)), strict=True))
 
     def _lose(self) -> None:
         """A step was skipped; after a few in a row the parameters go back to those before the last one that was not."""
@@ -304,7 +306,7 @@ class Frame(torch.optim.Optimizer):
             self.state[p] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in values.items()}
         self._note_started()
         older = {k: v for k, v in self.OLDER.items() if k in self.OPTIONS and ("options" in own or _is_unsaid(self, k))}
-        for name, value in {**older, **own.get("options", {})}.items():
+        for name, value in {**older, **own.get("options", self._first_options())}.items():
             setattr(self, name, value)
         self._compose()
         if self.trust is not None and own.get("trust") is not None:
@@ -313,6 +315,10 @@ class Frame(torch.optim.Optimizer):
         self.generator.set_state(own["generator"].cpu())
         rest = {k: v for k, v in own.items() if k not in FRAME}
         self._load(trees.mapped(lambda t: t.detach().to(self.device, copy=True), rest))
+
+    def _first_options(self) -> dict[str, Any]:
+        """What the builds computed whose states say no options, where nobody chose otherwise."""
+        return {}
 
     def __getstate__(self) -> Any:
         name = type(self).__name__

@@ -104,6 +104,9 @@ class Preconditioned(Frame):
         self._parts = [direction.coupled_decay, self._curvature.precondition, clip, direction.momentum,
                        direction.descend]  # fmt: skip
 
+    def _first_options(self) -> dict[str, Any]:
+        return {"curvature": "diag_ggn_mc", "decay": 0.0} if self.curvature is None else {}
+
     def _added(self, names: Iterable[str]) -> None:
         self._curvature.add(names)
 

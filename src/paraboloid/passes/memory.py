@@ -58,6 +58,7 @@ COMPARED = Limit("gradients that are compared to certify sample independence", 4
 PROBES = Limit("random vectors that are multiplied together", 64 * MIB)
 RESIDUALS = Limit("residuals against which the next one is orthogonalised", 256 * MIB)
 KERNEL_TILES = Limit("tiles of a kernel matrix that are kept from product to product", 2 * GIB)
+HASHED = Limit("inputs times random features that are hashed at a time", 32 * MIB)
 MEASURED = Limit("directions that are collected before they are measured on the full data", 256 * MIB)
 LEFT_OUT = Limit("sums over groups of draws, for a jackknife", 512 * MIB)
 JOINED = Limit("inputs of small batches that are joined", 512 * KIB)
