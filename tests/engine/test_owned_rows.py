@@ -219,3 +219,34 @@ def test_a_refusal_in_half_precision_says_so():
         pb.statistics(model, CE, (x, y), "variance")
     with pytest.warns(UserWarning):
         pb.statistics(model, CE, (x, y), "variance")
+
+
+class _EarlyExit(nn.Module):
+    """Samples whose first answer is unsure go on; in some batches none does."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 4), nn.Linear(4, 3), nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        first = self.b(h)
+        unsure = x[:, 0] > 0
+        output = first.clone()
+        output[unsure] = self.b(torch.tanh(self.c(h[unsure])))
+        return output
+
+
+@pytest.mark.filterwarnings("ignore:the samples lie along no axis")
+def test_a_layer_that_no_sample_of_a_batch_reaches():
+    torch.manual_seed(0)
+    model, x, y = _EarlyExit().double(), torch.randn(6, 5).double(), torch.tensor([0, 1, 2, 0, 1, 2])
+    x[:, 0] = torch.tensor([1.0, -1.0, 1.0, -1.0, -1.0, -1.0])
+    loader = [(x[:3], y[:3]), (x[3:], y[3:])]  # the second batch leaves at the first exit
+    found = pb.statistics(model, nn.CrossEntropyLoss(), loader, ["sample_grads", "variance"])
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    losses = nn.CrossEntropyLoss(reduction="none")(model(x), y)
+    rows = [torch.autograd.grad(each, parameters, retain_graph=True, materialize_grads=True) for each in losses]
+    for name, each in zip(names, zip(*rows, strict=True), strict=True):
+        torch.testing.assert_close(found["sample_grads"][name], torch.stack(each))
+        torch.testing.assert_close(found["variance"][name], torch.stack(each).var(0, unbiased=False))

@@ -92,3 +92,25 @@ def test_a_weight_standardised_by_batch_norm_mixes_no_samples():
             torch.testing.assert_close(stats["grad"][k], g, rtol=1e-10, atol=1e-12, msg=k)
     for k, g in zip(stats["grad"], expected, strict=True):
         torch.testing.assert_close(stats["sample_grads"][k].mean(0), g, rtol=1e-10, atol=1e-12, msg=k)
+
+
+@pytest.mark.filterwarnings("ignore:the gradients at")
+def test_rounding_of_denormal_gradients_is_no_wrong_rule():
+    torch.manual_seed(0)
+    layers = [part for _ in range(60) for part in (nn.Linear(5, 5), nn.Sigmoid())]
+    model, x, y = nn.Sequential(*layers, nn.Linear(5, 3)), torch.randn(6, 5), torch.randint(0, 3, (6,))
+    found = pb.statistics(model, nn.CrossEntropyLoss(), (x, y), ["sample_grads", "kfac", "diag_ggn"])
+    weight = model[-1].weight
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    rows = torch.stack([torch.autograd.grad(each, weight, retain_graph=True)[0] for each in losses])
+    torch.testing.assert_close(found["sample_grads"]["120.weight"], rows)
+
+
+def test_nodes_that_see_each_other_are_told_what_to_do():
+    model, A = nn.Linear(5, 3).double(), torch.rand(6, 6).double()
+    node = nn.ModuleDict({"layer": model})
+    node.register_buffer("A", A)
+    node.forward = lambda x: node.A @ torch.tanh(node["layer"](x))
+    batch = torch.randn(6, 5).double(), torch.randint(0, 3, (6,))
+    with pytest.raises(ValueError, match="all nodes of a graph do, take the outputs of some of them"):
+        pb.statistics(node, nn.CrossEntropyLoss(), batch, ["variance"])

@@ -222,3 +222,15 @@ def test_outputs_in_half_precision(name, dtype):
         for k, t in expected[quantity].items():
             error = (found[quantity][k].double() - t).norm()
             assert error < 20 * torch.finfo(dtype).eps * t.norm(), (quantity, k)
+
+
+@pytest.mark.parametrize("weight", [None, WEIGHT])
+def test_class_indices_of_bytes_are_class_indices(weight):
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, C).double(), draw(N, 4)
+    loss, quantities = nn.CrossEntropyLoss(weight), ["sample_grads", "diag_ggn", "kflr"]
+    bytes_, longs = (pb.statistics(model, loss, (x, y), quantities) for y in (Y.byte(), Y))
+    for name in ("weight", "bias"):
+        close(bytes_["sample_grads"][name], longs["sample_grads"][name])
+        close(bytes_["diag_ggn"][name], longs["diag_ggn"][name])
+        close(bytes_["kflr"][name].left, longs["kflr"][name].left)

@@ -212,3 +212,20 @@ def test_gradients_that_are_not_finite():
 def test_an_estimator_that_was_not_compared():
     with pytest.raises(KeyError, match="'gc' was not compared"):
         noise.compare(net(), CE, data(40), estimators=["sgb"], draws=1)["gc"]
+
+
+def test_a_default_device_that_is_not_the_models():
+    model, xy = net(), data(12)
+
+    def measured():
+        clusters = noise.GradientClustering(model, CE, num_clusters=3, seed=0).fit(xy, batch_size=4, passes=2)
+        found = noise.compare(model, CE, xy, 3, ["sgb", "sg2b", "svrg", "gc"], draws=3, seed=0)
+        return clusters.assignments, {name: found[name].average_variance for name in ("sgb", "sg2b", "svrg", "gc")}
+
+    assignments, variances = measured()
+    torch.set_default_device("meta")
+    try:
+        again, found = measured()
+    finally:
+        torch.set_default_device(None)
+    assert again.equal(assignments) and found == variances

@@ -228,3 +228,64 @@ def test_batches_made_under_inference_mode_are_measured(quantity):
         pb.quadratic(model, LOSS, made)
         pb.laplace(model, LOSS, made, "diag").predict(made[0])
     pb.optim.HessianFree(model, LOSS).step(made)
+
+
+class _Forces(nn.Module):
+    """The derivative of an energy: its last bias gets no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 8).double(), nn.Linear(8, 1).double()
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return -torch.autograd.grad(self.b(torch.tanh(self.a(x))).sum(), x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("make", [pb.optim.KBFGS, pb.optim.KBFGSL])
+@pytest.mark.filterwarnings("ignore:KBFGS")
+def test_a_bias_without_a_gradient_stays(make):
+    torch.manual_seed(0)
+    model, x, y, loss = _Forces(), torch.randn(8, 3).double(), torch.randn(8, 3).double(), nn.MSELoss()
+    opt, bias, first = make(model, loss), model.b.bias.clone(), loss(model(x), y)
+
+    def closure():
+        opt.zero_grad()
+        value = loss(model(x), y)
+        value.backward()
+        return value
+
+    for _ in range(5):
+        opt.step(closure)
+    assert model.b.bias.equal(bias) and loss(model(x), y) < first
+
+
+def test_what_an_optimiser_cannot_take_is_said_when_it_is_made():
+    class Call:
+        net = nn.Linear(3, 2)
+        named_parameters = net.named_parameters
+
+    for make in (pb.optim.KFAC, pb.optim.KBFGS, pb.optim.KBFGSL):
+        with pytest.raises(ValueError, match="a callable without hooks"):
+            make(Call(), LOSS)
+    with pytest.raises(ValueError, match="half precision"):
+        pb.optim.HessianFree(nn.Linear(3, 2).bfloat16(), LOSS)
+
+
+def test_a_default_device_that_is_not_the_models():
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 2), torch.randn(6, 3), torch.tensor([0, 1, 0, 1, 1, 0])
+    torch.set_default_device("meta")
+    try:
+        for make in (pb.optim.KFAC, pb.optim.EKFAC, pb.optim.Preconditioned):
+            opt = make(model, LOSS)
+            for _ in range(3):
+                opt.zero_grad()
+                LOSS(model(x), y).backward()
+                opt.step()
+        pb.bias(model, LOSS, (x, y), batch_size=3, k=2, repeats=2)
+        pb.gp.condition(pb.gp.RBF(), x.double(), y.double(), noise_variance=0.1, solver="cholesky").sample(x.double())
+    finally:
+        torch.set_default_device(None)
+    assert all(p.isfinite().all() for p in model.parameters())

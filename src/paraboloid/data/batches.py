@@ -151,7 +151,7 @@ def sample_count(dataset: Any) -> int:
 def take(dataset: Any, indices: Tensor, device: torch.device) -> Batch:
     """Samples `indices` (int64) as one batch on `device`: tensors are indexed as a whole, other items are stacked."""
     if isinstance(dataset, Subset):
-        chosen = torch.as_tensor(dataset.indices)[indices.cpu()]
+        chosen = torch.as_tensor(dataset.indices, device="cpu")[indices.cpu()]
         return take(dataset.dataset, chosen, device)
     if (pair := _pair(dataset)) is not None:
         inputs, targets = (t[indices.to(t.device)] for t in pair)

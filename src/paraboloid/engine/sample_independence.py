@@ -92,7 +92,7 @@ def certify(
         """Compare as the gradient arrives, so that only one of the two pulls is held in memory."""
         nonlocal half
         g, h, hs[i] = grads[edges[i].output_nr], hs[i], None
-        if g is None or h is None:
+        if g is None or h is None or not g.numel():  # an expert or an exit that no sample takes
             return
         gs[i] = g.detach()
         half = half or g.dtype == torch.float16
@@ -147,7 +147,10 @@ def mixes(where: str, shape: Sequence[int], N: int, short: bool = False) -> Mixi
         f"{where}: its output {tuple(shape)} does not separate into the {N} samples along any axis, so there are no "
         "per-sample gradients here. Something between it and the output mixes or reorders the samples: BatchNorm in "
         "training mode (call model.eval()), a softmax or mean over the batch, a transposed layer. (A constant tensor "
-        "that is no buffer of the model counts as data: register it.)" + (hint if short else "")
+        "that is no buffer of the model counts as data: register it.) Where samples see each other by design, as all "
+        "nodes of a graph do, take the outputs of some of them for a batch (a model that is given indices and returns "
+        "output[indices]), or what needs no samples: pb.GGN, pb.Hessian, pb.optim.HessianFree."
+        + (hint if short else "")
     )
 
 

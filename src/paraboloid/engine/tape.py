@@ -25,7 +25,7 @@ from paraboloid.engine.derived_weights import promote, replay
 from paraboloid.engine.per_sample import Part, fallback_parts, rule_parts, vjp
 from paraboloid.engine.recorder import Call, Recorder, tensors
 from paraboloid.engine.sample_axes import sample_axes
-from paraboloid.engine.sample_independence import Layouts, Mixing, Owned, certify, check_agreement, mixes
+from paraboloid.engine.sample_independence import Layouts, Mixing, Owned, certify, check_agreement, mixes, vanishing
 from paraboloid.layers.normalization import uses_batch_statistics
 from paraboloid.passes import trees
 from paraboloid.passes.frozen_encoders import fused_as_usual
@@ -245,7 +245,7 @@ class Tape:
             dtypes = {g.dtype, f.dtype, *(h.dtype for h in gs if h is not None)}
             eps = max(rounding(dtype, f.device) for dtype in dtypes)
             error, scale = float((total - g).abs().max()), float(g.abs().max())
-            if not error <= eps**0.6 * scale + eps**0.9 * size[name]:
+            if not error <= eps**0.6 * scale + eps**0.9 * size[name] + vanishing(g.dtype):
                 raise RuntimeError(
                     f"parameter {name!r}: the recorded calls add up to a gradient that differs from autograd's by "
                     f"{error:.3g} (largest entry {scale:.3g}): a layer's rule is wrong, or a call is random. Please "

@@ -134,9 +134,9 @@ def _by_paths(
             now, variance = start.at(logs)
         gp = condition(now, x, y, float(variance) + least, start=warm, **settings)
         warm = gp.solved.solution.x
-        chosen = torch.arange(len(x))
+        chosen = torch.arange(len(x), device="cpu")
         if rows is not None and rows < len(x):
-            chosen = torch.randperm(len(x), generator=generator)[:rows]
+            chosen = torch.randperm(len(x), generator=generator, device="cpu")[:rows]
         (gradient,) = torch.autograd.grad(_surrogate(start, logs, x, gp, chosen.to(x.device)), logs)
         logs.grad = gradient
         adam.step()

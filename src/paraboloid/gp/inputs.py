@@ -14,7 +14,7 @@ def inputs_of(x: Any, like: Tensor | None = None, name: str = "x") -> Tensor:
 
     Raises ValueError for another shape, for no inputs, NaN or infinity, another device or another d than `like` has.
     """
-    x = torch.as_tensor(x).detach()
+    x = (x if isinstance(x, Tensor) else torch.as_tensor(x)).detach()  # as_tensor moves to a default device
     if x.is_complex() or x.dim() not in (1, 2) or not x.numel():
         raise ValueError(f"{name} has shape {tuple(x.shape)} and dtype {x.dtype}; expected real inputs [N, d], N and d "
                          "at least 1.")  # fmt: skip
@@ -33,7 +33,7 @@ def inputs_of(x: Any, like: Tensor | None = None, name: str = "x") -> Tensor:
 
 def targets_of(y: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """x and y [N] or [N, C] in the wider of their types; raises ValueError for other shapes, NaN, or another device."""
-    y = torch.as_tensor(y).detach()
+    y = (y if isinstance(y, Tensor) else torch.as_tensor(y)).detach()
     if y.is_complex() or y.dim() not in (1, 2) or len(y) != len(x) or not y.numel():
         raise ValueError(f"y has shape {tuple(y.shape)} and dtype {y.dtype}; expected real targets [{len(x)}] or "
                          f"[{len(x)}, C]: one for each of the {len(x)} inputs.")  # fmt: skip
@@ -48,7 +48,7 @@ def targets_of(y: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 def noise_of(noise_variance: Any, x: Tensor) -> Tensor:
     """A number, or one for each input [N]; ValueError unless finite and not negative."""
     exactly = None if isinstance(noise_variance, Tensor) else torch.float64  # a float32 0.1 would be another number
-    noise = torch.as_tensor(noise_variance, dtype=exactly).detach().to(x)
+    noise = torch.as_tensor(noise_variance, dtype=exactly, device=x.device).detach().to(x)
     if noise.numel() == 1:
         noise = noise.reshape(())
     if noise.dim() > 1 or (noise.dim() == 1 and len(noise) != len(x)):

@@ -197,7 +197,7 @@ def _multiplied(first: Features, second: Features, x: Tensor) -> Tensor:
 
 def positive(name: str, value: float | Tensor, dim: int = 0) -> Tensor:
     """The value as a tensor of at most `dim` axes; ValueError unless it is positive and finite."""
-    value = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+    value = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64, device="cpu")
     if not value.is_floating_point():
         value = value.double()
     if value.dim() > dim or not value.numel() or not bool((torch.isfinite(value) & (value > 0)).all()):

@@ -87,7 +87,7 @@ class Stationary(Kernel):
         def draw(kind: object, *shape: int) -> Tensor:
             return kind(*shape, generator=generator, device=generator.device, dtype=torch.float64).cpu()  # type: ignore
 
-        levels = (torch.arange(F) + draw(torch.rand, F)) / F
+        levels = (torch.arange(F, device="cpu") + draw(torch.rand, F)) / F
         levels = levels[torch.randperm(F, generator=generator, device=generator.device).cpu()]
         lengths = torch.from_numpy(np.sqrt(self._radii(levels.clamp(1e-15, 1 - 1e-15).numpy(), d)))
         gaussian = draw(torch.randn, -(-F // d), d, d)

@@ -65,7 +65,7 @@ class CrossEntropy(Loss):
             return f.numel() / f.shape[1]
         y = class_indices(y)
         kept = y != self.ignore_index
-        total = float(kept.sum() if self.weight is None else self.weight.to(y.device)[y[kept]].sum())
+        total = float(kept.sum() if self.weight is None else self.weight.to(y.device)[y[kept].long()].sum())
         if total <= 0:
             raise NoTargets(f"every target is ignored (ignore_index={self.ignore_index}) or has zero class weight, so "
                             "the mean loss is 0/0; leave such batches out or use reduction='sum'.")  # fmt: skip
@@ -77,7 +77,7 @@ class CrossEntropy(Loss):
         if self._indices(f, y):
             y = class_indices(y)
             ignored = y == self.ignore_index
-            q = torch.zeros_like(f).scatter_(1, y.masked_fill(ignored, 0).unsqueeze(1), 1.0)
+            q = torch.zeros_like(f).scatter_(1, y.masked_fill(ignored, 0).long().unsqueeze(1), 1.0)
         else:
             ignored, q = None, y.to(f)
         q = q * (1 - self.label_smoothing) + self.label_smoothing / classes
@@ -99,7 +99,7 @@ class CrossEntropy(Loss):
         if self.weight is None:
             return (~ignored).to(f.dtype).unsqueeze(1)
         w = self.weight.to(f)
-        mass = (1 - self.label_smoothing) * w[y.masked_fill(ignored, 0)] + self.label_smoothing * w.mean()
+        mass = (1 - self.label_smoothing) * w[y.masked_fill(ignored, 0).long()] + self.label_smoothing * w.mean()
         return mass.masked_fill(ignored, 0.0).unsqueeze(1)
 
     def hessian_product(self, f, y, u):

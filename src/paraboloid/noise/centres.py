@@ -62,6 +62,7 @@ def start(block: Block, clusters: int, rank: int, like: Tensor, generator: torch
     G, p, q = block
     r = min(rank, p, q)
     left, right = (
-        (torch.rand(clusters, r, G, n, generator=generator, dtype=torch.float64) / (p + q)).to(like) for n in (p, q)
+        (torch.rand(clusters, r, G, n, generator=generator, dtype=torch.float64, device="cpu") / (p + q)).to(like)
+        for n in (p, q)
     )
     return Centres(left, torch.ones_like(right) if q == 1 else right, shape, flip)

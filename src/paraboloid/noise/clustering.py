@@ -116,7 +116,9 @@ class GradientClustering:
     @property
     def distortions(self) -> Tensor:
         """Sum over each cluster of the squared distances to its centre, [K]."""
-        return torch.zeros(self.num_clusters, dtype=torch.float64).index_add_(0, self.assignments, self.distances)
+        return torch.zeros(self.num_clusters, dtype=torch.float64, device="cpu").index_add_(
+            0, self.assignments, self.distances
+        )
 
     @property
     def deviations(self) -> Tensor:
@@ -151,10 +153,10 @@ class GradientClustering:
         N = data.samples
         if self.num_clusters > N:
             raise ValueError(f"num_clusters is {self.num_clusters} for {N} samples; expected at most {N}.")
-        if len(self._fitted.get("assignments", torch.empty(N))) != N:
+        if len(self._fitted.get("assignments", torch.empty(N, device="cpu"))) != N:
             self._fitted = {}
         # one order for all passes: with another in each, running sizes would never settle
-        order = torch.randperm(N, generator=torch.Generator().manual_seed(self.seed))
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(self.seed), device="cpu")
         most = max(passes, max_passes) if until_stable else passes
         self.converged = False
         for i in range(most):
@@ -170,9 +172,9 @@ class GradientClustering:
     def _pass(self, data: Gradients, order: Tensor, size: int, done: tuple[int, int], progress) -> None:
         N = data.samples
         found = {
-            "assignments": torch.empty(N, dtype=torch.int64),
-            "distances": torch.empty(N, dtype=torch.float64),
-            "square_norms": torch.empty(N, dtype=torch.float64),
+            "assignments": torch.empty(N, dtype=torch.int64, device="cpu"),
+            "distances": torch.empty(N, dtype=torch.float64, device="cpu"),
+            "square_norms": torch.empty(N, dtype=torch.float64, device="cpu"),
         }
         weights = np.zeros(self.num_clusters)
         if self.counts == "fixed":
@@ -215,7 +217,7 @@ class GradientClustering:
         keep, memory = ASSIGNED.of(self.max_memory), self.max_memory
         centres = {name: self._centres_of(name, o) for name, o in uses.items()}
         keep_inputs((o for k, o in uses.items() if self._reads_twice(o, centres[k])), keep)
-        distances, norms = torch.zeros(()), torch.zeros(())
+        distances, norms = torch.zeros((), device="cpu"), torch.zeros((), device="cpu")
         gradients: dict[str, Tensor | None] = {}
         for name, o in uses.items():
             found = products(o, centres[name], memory, keep=keep)
@@ -329,7 +331,7 @@ class GradientClustering:
         members = torch.nonzero(self.assignments == large).flatten()
         if large == small or len(members) < 2:
             return
-        taken = members[torch.randperm(len(members), generator=self._generator)[: len(members) // 2]]
+        taken = members[torch.randperm(len(members), generator=self._generator, device="cpu")[: len(members) // 2]]
         self._fitted["assignments"][taken] = small
         for centres in self.centres.values():
             centres.left[small], centres.right[small] = centres.left[large], centres.right[large]

@@ -207,14 +207,19 @@ def measure(
         second[n % groups] += square
         single_noise.append(float(deviation.sum()))
         single_second.append(float(square.sum()))
-    each, squares = torch.tensor(single_noise, dtype=torch.float64), torch.tensor(single_second, dtype=torch.float64)
+    each, squares = (
+        torch.tensor(single_noise, dtype=torch.float64, device="cpu"),
+        torch.tensor(single_second, dtype=torch.float64, device="cpu"),
+    )
     a, b = noise.sum(0), second.sum(0)
     value = normalized_variance(a, b, EPSILON)
     left_out = (
         [normalized_variance(a - x, b - y, EPSILON) for x, y in zip(noise, second, strict=True)] if groups > 1 else []
     )
     shared = float(each.sum() / (squares.sum() + EPSILON * D))
-    without = (each.sum() - each) / (squares.sum() - squares + EPSILON * D) if draws > 1 else torch.empty(0)
+    without = (
+        (each.sum() - each) / (squares.sum() - squares + EPSILON * D) if draws > 1 else torch.empty(0, device="cpu")
+    )
     return NoiseMeasure(
         float(each.mean()) / D, float(each.std() / math.sqrt(draws)) / D if draws > 1 else math.nan,
         value, _jackknife(left_out), shared, _jackknife(without.tolist()), draws,
@@ -231,5 +236,5 @@ def _jackknife(left_out: list[float]) -> float:
     n = len(left_out)
     if n < 2:
         return math.nan
-    values = torch.tensor(left_out, dtype=torch.float64)
+    values = torch.tensor(left_out, dtype=torch.float64, device="cpu")
     return math.sqrt((n - 1) / n * float((values - values.mean()).square().sum()))

@@ -73,7 +73,7 @@ def sample_losses(
     """The unreduced loss of each sample, [N], float64."""
     data, loss = Gradients(model, loss_fn, dataset, output=output), Loss.from_torch(loss_fn)
     found = []
-    for _, (inputs, y) in data.batches(torch.arange(data.samples), batch_size):
+    for _, (inputs, y) in data.batches(torch.arange(data.samples, device="cpu"), batch_size):
         with isolated(model, y.device, 0):
             f = batch_data.evaluate(unwrapped(model), inputs, output)
         loss.check(f, y)
@@ -136,8 +136,8 @@ def _fingerprints(model, loss_fn, dataset, sketch: int, seed: int, output, batch
     generator = torch.Generator().manual_seed(seed)
     rows, norms = [], []
     centres: dict[str, Centres] = {}
-    for _, batch in data.batches(torch.arange(data.samples), batch_size):
-        cross, norm = torch.zeros(()), torch.zeros(())
+    for _, batch in data.batches(torch.arange(data.samples, device="cpu"), batch_size):
+        cross, norm = torch.zeros((), device="cpu"), torch.zeros((), device="cpu")
         with torch.no_grad():
             for name, uses in pull(model, data.loss, batch, seed, output, "auto").items():
                 o = merge(uses)
@@ -147,7 +147,7 @@ def _fingerprints(model, loss_fn, dataset, sketch: int, seed: int, output, batch
                     made = start(o.block, sketch, 1, o.left, generator, o.shape, o.flip)
                     for side in (made.left, made.right):  # signs, not the positive numbers that centres start with
                         if side.shape[3] > 1 or side is made.left:
-                            side.copy_(torch.randn(side.shape, generator=generator, dtype=torch.float64))
+                            side.copy_(torch.randn(side.shape, generator=generator, dtype=torch.float64, device="cpu"))
                     centres[name] = made
                 found = products(o, centres[name])
                 cross, norm = cross + found.cross.double().cpu(), norm + found.norms.double().cpu()

@@ -42,11 +42,13 @@ def random_batch(samples: int, size: int, generator: torch.Generator) -> Tensor:
             f"a batch of {size} samples was asked for and there are {samples}; expected at most that many."
         )
     if size * 20 > samples:
-        return torch.randperm(samples, generator=generator)[:size]
+        return torch.randperm(samples, generator=generator, device="cpu")[:size]
     seen: dict[int, None] = {}
     while len(seen) < size:
-        seen.update(dict.fromkeys(torch.randint(samples, (size - len(seen),), generator=generator).tolist()))
-    return torch.tensor(list(seen))
+        seen.update(
+            dict.fromkeys(torch.randint(samples, (size - len(seen),), generator=generator, device="cpu").tolist())
+        )
+    return torch.tensor(list(seen), device="cpu")
 
 
 class SGB:
@@ -144,8 +146,8 @@ class Stratified:
 
 def _stratified(data: Gradients, sampler: StratifiedBatchSampler, generator: torch.Generator) -> Tensor:
     # a new order for each draw: estimates are independent
-    sampler.set_epoch(int(torch.randint(2**40, (1,), generator=generator)))
-    indices = torch.tensor(next(iter(sampler)))
+    sampler.set_epoch(int(torch.randint(2**40, (1,), generator=generator, device="cpu")))
+    indices = torch.tensor(next(iter(sampler)), device="cpu")
     return data.mean(indices, sampler.weights(indices))
 
 
@@ -174,7 +176,7 @@ class Sampled:
             batch = next(self._batches, None)
         if batch is None:
             raise ValueError(f"the sampler of {self.name!r} yielded no batch; expected lists of indices.")
-        indices = torch.as_tensor(batch).flatten().long()
+        indices = torch.as_tensor(batch, device="cpu").flatten().long()
         return data.mean(indices, None if self.weights is None else self.weights(indices))
 
 

@@ -46,12 +46,12 @@ def strata(
     With one cluster for all, spread / N is the trace of the covariance of single-sample gradients.
     """
     data = Gradients(model, loss_fn, dataset, output=output)
-    assignments = torch.as_tensor(assignments).cpu()
+    assignments = torch.as_tensor(assignments, device="cpu")
     if assignments.shape != (data.samples,):
         raise ValueError(f"assignments have shape {tuple(assignments.shape)}; expected [{data.samples}], the cluster "
                          "of each sample.")  # fmt: skip
     sizes = torch.bincount(assignments)
-    spreads = torch.zeros(len(sizes), dtype=torch.float64)
+    spreads = torch.zeros(len(sizes), dtype=torch.float64, device="cpu")
     for k in torch.nonzero(sizes).flatten().tolist():
         mine = data.batches(torch.nonzero(assignments == k).flatten(), batch_size)
         found = moments(model, data.loss, (batch for _, batch in mine), output)

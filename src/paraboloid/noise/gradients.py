@@ -68,7 +68,7 @@ class Gradients:
         if len(indices) == 0:
             raise ValueError("a batch of no samples was drawn; expected at least one index.")
         total = None
-        for part in torch.arange(len(indices)).split(self.chunk):
+        for part in torch.arange(len(indices), device="cpu").split(self.chunk):
             w = None if weights is None else weights[part]
             g = self._sum(indices[part], w, at)
             total = g if total is None else total.add_(g)
@@ -80,7 +80,7 @@ class Gradients:
 
     def full(self, at: dict[str, Tensor] | None = None) -> Tensor:
         """The mean over all samples, [D]."""
-        return self.mean(torch.arange(self.samples), at=at)
+        return self.mean(torch.arange(self.samples, device="cpu"), at=at)
 
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of the current parameters."""

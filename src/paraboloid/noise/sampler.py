@@ -50,7 +50,7 @@ class StratifiedBatchSampler(Sampler[list[int]]):
         self.set_epoch(0)
 
     def _place(self, assignments: Tensor, deviations: Tensor | None) -> None:
-        assignments = torch.as_tensor(assignments).detach().cpu()
+        assignments = torch.as_tensor(assignments, device="cpu").detach()
         if assignments.dim() != 1 or len(assignments) == 0 or assignments.is_floating_point():
             raise ValueError(f"assignments have shape {tuple(assignments.shape)} and dtype {assignments.dtype}; "
                              "expected the cluster of each sample, int64 [N] with N >= 1.")  # fmt: skip
@@ -62,12 +62,14 @@ class StratifiedBatchSampler(Sampler[list[int]]):
             if len(deviations) < len(sizes):
                 raise ValueError(f"deviations have length {len(deviations)} for {len(sizes)} clusters; expected one "
                                  "for each.")  # fmt: skip
-            deviations = torch.as_tensor(deviations).detach().double().cpu()[kept]
+            deviations = torch.as_tensor(deviations, device="cpu").detach().double()[kept]
         # nothing is changed before everything fits
         draws = allocate(self.allocation, sizes[kept], self.batch_size, deviations)
         self.assignments = assignments.long().clone()
         self._sizes, self._draws = sizes[kept], draws
-        self._number = torch.full((len(sizes),), -1, dtype=torch.int64).index_copy_(0, kept, torch.arange(len(kept)))
+        self._number = torch.full((len(sizes),), -1, dtype=torch.int64, device="cpu").index_copy_(
+            0, kept, torch.arange(len(kept), device="cpu")
+        )
         order = self.assignments.argsort(stable=True)
         self._members = list(order.split(self._sizes.tolist()))
 
@@ -96,7 +98,9 @@ class StratifiedBatchSampler(Sampler[list[int]]):
         self.epoch = int(epoch)
         mixed = torch.Generator().manual_seed(self.seed)
         # a seed for each epoch from the stream of `seed`, far apart for neighbouring numbers
-        key = int(torch.randint(2**62, (1,), generator=mixed)) ^ (self.epoch * 0x9E3779B97F4A7C15 & (2**62 - 1))
+        key = int(torch.randint(2**62, (1,), generator=mixed, device="cpu")) ^ (
+            self.epoch * 0x9E3779B97F4A7C15 & (2**62 - 1)
+        )
         self._generator = torch.Generator().manual_seed(key)
         self._shuffle_all()
 
@@ -105,7 +109,7 @@ class StratifiedBatchSampler(Sampler[list[int]]):
         self._at = [0] * len(self._members)
 
     def _shuffled(self, members: Tensor) -> list[int]:
-        return members[torch.randperm(len(members), generator=self._generator)].tolist()
+        return members[torch.randperm(len(members), generator=self._generator, device="cpu")].tolist()
 
     def __iter__(self) -> Iterator[list[int]]:
         for _ in range(len(self)):
@@ -114,7 +118,7 @@ class StratifiedBatchSampler(Sampler[list[int]]):
     def _next(self) -> list[int]:
         """This rank's part of the next round; all ranks draw the same rounds."""
         mine: list[int] = []
-        for k in torch.randperm(self.clusters, generator=self._generator).tolist():
+        for k in torch.randperm(self.clusters, generator=self._generator, device="cpu").tolist():
             draws = int(self._draws[k])
             for rank in range(self.num_replicas):
                 drawn = [self._draw(k) for _ in range(draws)]
@@ -133,7 +137,7 @@ class StratifiedBatchSampler(Sampler[list[int]]):
 
         With one draw from each of the M clusters this is M N_k / N.  In torch's default dtype, shape of `indices`.
         """
-        indices = torch.as_tensor(indices).cpu().long()
+        indices = torch.as_tensor(indices, device="cpu").long()
         N = len(self.assignments)
         if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < N):
             raise ValueError(f"indices reach from {int(indices.min())} to {int(indices.max())}; expected 0 to {N - 1}.")
@@ -183,7 +187,7 @@ def allocate(allocation: str, sizes: Tensor, batch_size: int | None, deviations:
         if batch_size is not None and batch_size != K:
             raise ValueError(f"batch_size is {batch_size} with allocation='one', which draws one sample from "
                              f"each of the {K} non-empty clusters; leave it out, or use another one.")  # fmt: skip
-        return torch.ones(K, dtype=torch.int64)
+        return torch.ones(K, dtype=torch.int64, device="cpu")
     if batch_size is None or batch_size < K:
         raise ValueError(f"batch_size is {batch_size} with allocation={allocation!r} and {K} non-empty clusters; "
                          f"expected at least {K}, one draw from each.")  # fmt: skip

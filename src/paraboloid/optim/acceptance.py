@@ -79,7 +79,10 @@ def quadratic_step(
     """
     vectors = [direction] if last is None else [direction, last]
     images = [product(v) for v in vectors]
-    A, C, b = (torch.zeros(n, dtype=torch.float64) for n in ((len(vectors),) * 2, (len(vectors),) * 2, (len(vectors),)))
+    A, C, b = (
+        torch.zeros(n, dtype=torch.float64, device="cpu")
+        for n in ((len(vectors),) * 2, (len(vectors),) * 2, (len(vectors),))
+    )
     for i, v in enumerate(vectors):
         b[i] = sum(float((v[k] * gradients[k]).sum()) for k in v)
         for j, (u, image) in enumerate(zip(vectors, images, strict=True)):

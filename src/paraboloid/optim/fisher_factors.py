@@ -163,7 +163,7 @@ class Eigenvalues(EigenScale):
 def _counts(o: Outer) -> Tensor:
     """Samples of a batch, of its first and of its second half, [3]; a tensor, to be summed over passes and ranks."""
     N = o.left.shape[1]
-    return torch.tensor([N, N // 2, N - N // 2], dtype=torch.float64)
+    return torch.tensor([N, N // 2, N - N // 2], dtype=torch.float64, device="cpu")
 
 
 def _share(counts: Tensor, half: bool) -> float:

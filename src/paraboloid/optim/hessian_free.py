@@ -107,6 +107,9 @@ class HessianFree(Frame):
         self.warm_start, self.preconditioner = warm_start, preconditioner
         self.output, self.max_memory = output, max_memory
         super().__init__(model, defaults, params, seed)
+        if half := [name for p, name in self.names.items() if p.dtype in (torch.float16, torch.bfloat16)]:
+            raise ValueError(f"parameter {half[0]!r} is in half precision, where conjugate gradients do not converge; "
+                             "expected float32 weights. Run the model under torch.autocast.")  # fmt: skip
         if self._group is not None and (ranks := torch.distributed.get_world_size(self._group)) > 1:
             raise ValueError(f"the model is a DistributedDataParallel one over {ranks} ranks; expected a model on one: "
                              "HessianFree steps by its own rank's batch, and ranks would drift apart. Use KFAC, EKFAC "

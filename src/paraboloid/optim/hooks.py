@@ -43,6 +43,12 @@ class Observed(NamedTuple):
     inputs: Any
 
 
+def check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"the model is a {type(model).__name__}, a callable without hooks, by which this optimiser "
+                         "sees layers; expected an nn.Module. pb.optim.HessianFree takes callables.")  # fmt: skip
+
+
 class Capture:
     """Hooks on a model and its loss that call `measure(observed)` for every training pass while `wanted()`.
 
@@ -51,10 +57,7 @@ class Capture:
     """
 
     def __init__(self, model: nn.Module, loss_fn: Any, verify: str | bool, twice: bool, group: Any):
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"the model is a {type(model).__name__}, a callable without hooks, by which this "
-                             "optimiser sees layers; expected an nn.Module. pb.optim.HessianFree takes "
-                             "callables.")  # fmt: skip
+        check_module(model)
         if compiled_in_place(model):
             raise ValueError(
                 "the model was compiled in place by model.compile(), which compiles its hooks too; expected "

@@ -21,6 +21,7 @@ from paraboloid.optim.base import Frame
 from paraboloid.optim.bfgs import DenseInverse, LimitedMemoryInverse
 from paraboloid.optim.closures import Closure, Evaluation
 from paraboloid.optim.direction import Move, averaged, coupled_decay, descend
+from paraboloid.optim.hooks import check_module
 from paraboloid.optim.layer_means import Layer, Means, Readings
 from paraboloid.optim.options import check_made, check_number, check_share
 from paraboloid.optim.quasi_newton import LayerState, Together
@@ -96,6 +97,7 @@ class KBFGS(Frame):
         **options: Any,
     ):
         loss_fn = check_made(type(self).__name__, model, loss_fn, options)
+        check_module(model)
         defaults = {"lr": check_number("lr", lr, 0), "damping": check_number("damping", damping, 0, above=True),
                     "momentum": check_share("momentum", momentum), "decay": check_share("decay", decay),
                     "weight_decay": check_number("weight_decay", weight_decay, 0)}  # fmt: skip
@@ -255,11 +257,14 @@ class KBFGS(Frame):
             M = m.direction[i]
             M = M.T if flip else M if M.dim() == 2 else M.flatten(1)
             if bias is not None:
-                M = torch.cat([M, m.direction[place[bias]].unsqueeze(1)], 1)
+                b = m.direction[place[bias]] if bias in place else M.new_zeros(len(M))  # without a gradient: forces
+                M = torch.cat([M, b.unsqueeze(1)], 1)
             D = state.direction(M if M.dtype == state.s.dtype else M.to(state.s.dtype))
             D = D if D.dtype == weight.dtype else D.to(weight.dtype)
             if bias is not None:
-                m.direction[place[bias]], D = D[:, -1], D[:, :-1]
+                if bias in place:
+                    m.direction[place[bias]] = D[:, -1]
+                D = D[:, :-1]
             m.direction[i] = D.T if flip else D.reshape(weight.shape) if weight.dim() != 2 else D
 
     def _evaluate_again(self, first: Evaluation, readings: Readings, trial: Trial | None) -> dict[str, Means] | None:

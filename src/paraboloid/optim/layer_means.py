@@ -275,7 +275,7 @@ class _Arrival:
 
 def _summed(found: dict[str, Means], group: Any) -> dict[str, Means]:
     device = next(iter(found.values())).outputs.device
-    each = torch.tensor([[m.rows, m.rows / m.positions] for m in found.values()], dtype=torch.float64)
+    each = torch.tensor([[m.rows, m.rows / m.positions] for m in found.values()], dtype=torch.float64, device="cpu")
     counts = collectives.summed(each, group, device).tolist()
     sums = {
         name: {"h": m.outputs, "g": m.gradients} | ({} if m.products is None else {"A": m.products})

@@ -98,7 +98,7 @@ class Measurement(Capture):
         none, or one was not finite."""
         if self.nonfinite or not self.losses:
             return None
-        totals = torch.tensor([(n * loss, n) for loss, n in self.losses], dtype=torch.float64).sum(0)
+        totals = torch.tensor([(n * loss, n) for loss, n in self.losses], dtype=torch.float64, device="cpu").sum(0)
         if self.group is not None:
             totals = collectives.summed(totals, self.group, self._opt.device)
         return float(totals[0] if self.loss.reduction == "sum" else totals[0] / totals[1])

@@ -40,7 +40,7 @@ def predicted_bias(
     """
     check_count("batch_size", batch_size, most=samples // 2)
     check_count("draws", draws)
-    w = torch.ones(samples, dtype=torch.float64) if weights is None else weights.detach().double().cpu()
+    w = torch.ones(samples, dtype=torch.float64, device="cpu") if weights is None else weights.detach().double().cpu()
     if w.shape != (samples,) or not (w >= 0).all() or not w.sum() > 0:
         raise ValueError(f"the weights have shape {tuple(w.shape)} and sum {w.sum().item():.4g}; expected [{samples}] "
                          "numbers of at least 0, not all 0.")  # fmt: skip
@@ -53,11 +53,13 @@ def predicted_bias(
                          "eigenvalues of at least 0, as a GGN's or a Fisher's are.")  # fmt: skip
     check_count("k", k, most=min(len(values), batch_size))
     values, generator = values.clamp(min=0), generator_of(seed, torch.device("cpu"))
-    sums = torch.zeros(2, k, dtype=torch.float64)
+    sums = torch.zeros(2, k, dtype=torch.float64, device="cpu")
     for _ in range(draws):
-        A = torch.randn(samples, len(values), generator=generator, dtype=torch.float64) * w.sqrt().unsqueeze(1)
+        A = torch.randn(
+            samples, len(values), generator=generator, dtype=torch.float64, device="cpu"
+        ) * w.sqrt().unsqueeze(1)
         A = torch.linalg.qr(A).Q * (samples * values).sqrt()  # now A^T A / N is the diagonal of the spectrum
-        batch = A[torch.randperm(samples, generator=generator)[:batch_size]]
+        batch = A[torch.randperm(samples, generator=generator, device="cpu")[:batch_size]]
         _, found, V = torch.linalg.svd(batch, full_matrices=False)
         sums[0] += found[:k].square() / batch_size + weight_decay
         sums[1] += V[:k].square() @ values + weight_decay

@@ -89,7 +89,7 @@ def cross_fit(
         ("chosen_by", chosen_by, ("fold", "rest")),
     ):  # fmt: skip
         check_choice(name, value, list(allowed))
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed), device="cpu").to(y.device)
     parts = list(order.tensor_split(folds))
 
     def fit(indices: Tensor) -> Quadratic:

@@ -86,7 +86,7 @@ def bias(
     measured, overlaps = Measurements(full), list[Tensor]()
     generator = torch.Generator().manual_seed(seed)
     for repeat in range(repeats):
-        batches = torch.randperm(samples, generator=generator)[: 2 * batch_size].split(batch_size)
+        batches = torch.randperm(samples, generator=generator, device="cpu")[: 2 * batch_size].split(batch_size)
         same, other = (fit(take(dataset, indices, device)) for indices in batches)
         rows = choose(same)
         if basis is not None:
@@ -120,7 +120,7 @@ def _all_data(
     if full_samples is None:
         everything = chunks()
         return AllData([fit(everything)]), everything
-    drawn = torch.randperm(samples, generator=torch.Generator().manual_seed(seed + 1))[:full_samples]
+    drawn = torch.randperm(samples, generator=torch.Generator().manual_seed(seed + 1), device="cpu")[:full_samples]
     parts = drawn.tensor_split(PARTS)
     return AllData([fit(chunks(part)) for part in parts], [len(part) for part in parts], samples), chunks(drawn)
 
@@ -177,7 +177,7 @@ class AllData:
         if self.sizes is None:
             return found[0]
         drawn, n = sum(self.sizes), len(self.parts)
-        weights = torch.tensor(self.sizes).to(rows) / drawn
+        weights = torch.tensor(self.sizes, device="cpu").to(rows) / drawn
         values = [torch.stack([f[i] for f in found]) for i in (0, 1)]
         means = [weights @ v for v in values]
         rest = 1 - drawn / self.samples  # nothing is uncertain once all samples were drawn
