@@ -75,15 +75,19 @@ class TangentSystem:
     # --- products -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def product(self, rows: Tensor) -> Tensor:
-        """S (strength G) S times the rows of a [K, D] tensor; one pass over the data."""
+    def product(self, rows: Tensor, by_root: bool = False) -> Tensor:
+        """S (strength G) S times the rows of a [K, D] tensor; one pass over the data.
+
+        by_root: H_n as L_n L_n^T, column by column, which rounding cannot make indefinite.
+        """
+        times = _by_root if by_root else lambda graph, u: graph.hessian(u)
         if (root := self.curvature.root.rows) is not None:
             found = (self.deviations(rows) @ root.T) @ root
         else:
             found = torch.zeros_like(rows)
             with self.replay.graphs() as graphs:
                 for graph in graphs:
-                    for k, parts in self.pulled(graph, graph.hessian(self.pushed(graph, rows))):
+                    for k, parts in self.pulled(graph, times(graph, self.pushed(graph, rows))):
                         put(parts, found[k], 1.0, add=True)
         found = self.summed(found).mul_(self.strength)
         return found if self.scale is None else found.mul_(self.scale)
@@ -197,6 +201,15 @@ class TangentSystem:
             u = self.noisy_outputs(graph, start, self.everyone)
             vectors = iter(u / len(u) ** 0.5)
         return list(tape.of_vectors(f, vectors, DiagGGN(), self.replay.max_memory).values())
+
+
+def _by_root(graph: OutputGraph, u: Tensor) -> Tensor:
+    """L_n L_n^T u_n for u [K, *f.shape]."""
+    found = torch.zeros_like(u)
+    for column in graph.root():
+        inner = (column * u).reshape(*u.shape[:2], -1).sum(2)
+        found.addcmul_(column, inner.reshape(*inner.shape, *[1] * (u.dim() - 2)))
+    return found
 
 
 def feature_scales(diagonal: Tensor, parameters: Sequence[Tensor]) -> Tensor:
