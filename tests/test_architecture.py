@@ -25,7 +25,9 @@ MAY_IMPORT = {
         "passes", "layers", "distributed", "data", "losses", "linalg", "engine", "reductions", "quantities",
         "operators", "quadratics",
     },
-    "posteriors": {"passes", "distributed", "data", "losses", "linalg", "engine", "reductions", "quantities", "operators"},
+    "posteriors": {
+        "passes", "distributed", "data", "losses", "linalg", "engine", "reductions", "graph", "quantities", "operators",
+    },
     "tomography": {"passes", "losses", "linalg", "operators", "posteriors"},
     "logging": {"passes", "data", "losses", "linalg", "quantities", "noise"},
     "testing": {"passes", "data", "layers", "engine", "losses", "linalg", "quantities", "optim"},

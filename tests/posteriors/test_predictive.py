@@ -175,3 +175,35 @@ def test_wrong_links():
         posterior.predict(x, "logit")
     with pytest.raises(ValueError, match="link is 'probit' with a gaussian likelihood"):
         posterior.predict(x, "probit")
+
+
+class OnlyOnce(torch.autograd.Function):
+    """A cube whose backward pass cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * g
+
+
+def test_gradients_in_the_inputs_are_refused_behind_what_cannot_be_differentiated_twice():
+    """The variance's part of them would be missing, without a word."""
+
+    class Cubed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
+
+        def forward(self, x):
+            return self.b(OnlyOnce.apply(self.a(x)) + self.a(x))
+
+    x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    posterior = pb.laplace(Cubed(), nn.CrossEntropyLoss(), (x, torch.tensor([0, 1, 0, 1, 1])), "diag")
+    with pytest.raises(RuntimeError, match=r"differentiable=True.*OnlyOnce cannot be differentiated"):
+        posterior.predict(x.clone().requires_grad_(), differentiable=True)

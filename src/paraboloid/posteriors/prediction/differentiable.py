@@ -12,7 +12,9 @@ from torch import Tensor
 from paraboloid.data import batches as batch_data
 from paraboloid.data.batches import Inputs, Output
 from paraboloid.engine.twice_differentiable import twice_differentiable
+from paraboloid.graph.custom_functions import check_twice
 from paraboloid.passes import trees
+from paraboloid.passes.autograd_walks import nodes
 from paraboloid.passes.random_state import isolated
 from paraboloid.passes.tensor_hooks import unhooked
 from paraboloid.passes.wrappers import innermost
@@ -26,7 +28,7 @@ def moments(
     """Mean f(x) [N, *shape] and covariance J Sigma J^T [N, K, K], through which gradients flow to the inputs.
 
     One backward pass for each of the N K outputs, each of which keeps its graph: for the few inputs that an optimiser
-    of inputs looks at.
+    of inputs looks at.  Raises RuntimeError for a custom function whose backward pass cannot be differentiated.
     """
     model = innermost(model)
     device = next(iter(trees.parameters(model).values())).device
@@ -38,6 +40,7 @@ def moments(
         parameters = trees.parameters(model)
         stack.enter_context(unhooked(parameters.values()))
         f = batch_data.call(model, x, output)
+        check_twice(nodes(f), "predict(differentiable=True)")
         leaves = list(parameters.values())
         rows = torch.stack([_row(element, leaves) for element in f.flatten()])  # [N K, D]
         found = precision.apply(rows).view(len(f), -1, rows.shape[1])
