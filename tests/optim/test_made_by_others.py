@@ -269,8 +269,6 @@ def test_what_an_optimiser_cannot_take_is_said_when_it_is_made():
     for make in (pb.optim.KFAC, pb.optim.KBFGS, pb.optim.KBFGSL):
         with pytest.raises(ValueError, match="a callable without hooks"):
             make(Call(), LOSS)
-    with pytest.raises(ValueError, match="half precision"):
-        pb.optim.HessianFree(nn.Linear(3, 2).bfloat16(), LOSS)
 
 
 def test_a_default_device_that_is_not_the_models():

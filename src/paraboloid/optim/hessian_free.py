@@ -29,6 +29,11 @@ ALONE = "HessianFree evaluates the model itself, many times in a step."
 POWER = 0.75  # of Martens' preconditioner
 
 
+def _wide(t: Tensor) -> Tensor:
+    """In float32 where weights are in half precision, as operators compute."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
 class HessianFree(Frame):
     """theta <- theta + lr p, with p from conjugate gradients on (C + damping I) p = -g for the batch that is given.
 
@@ -107,9 +112,6 @@ class HessianFree(Frame):
         self.warm_start, self.preconditioner = warm_start, preconditioner
         self.output, self.max_memory = output, max_memory
         super().__init__(model, defaults, params, seed)
-        if half := [name for p, name in self.names.items() if p.dtype in (torch.float16, torch.bfloat16)]:
-            raise ValueError(f"parameter {half[0]!r} is in half precision, where conjugate gradients do not converge; "
-                             "expected float32 weights. Run the model under torch.autocast.")  # fmt: skip
         if self._group is not None and (ranks := torch.distributed.get_world_size(self._group)) > 1:
             raise ValueError(f"the model is a DistributedDataParallel one over {ranks} ranks; expected a model on one: "
                              "HessianFree steps by its own rank's batch, and ranks would drift apart. Use KFAC, EKFAC "
@@ -127,11 +129,11 @@ class HessianFree(Frame):
             self.names[p]: torch.full_like(p, 1.0 if option is None else float(group[option]))
             for group in self.param_groups for p in group["params"] if self.names[p] in parameters
         }  # fmt: skip
-        return trees.flatten({k: values.get(k, torch.zeros_like(p)) for k, p in parameters.items()}, parameters)
+        return _wide(trees.flatten({k: values.get(k, torch.zeros_like(p)) for k, p in parameters.items()}, parameters))
 
     def _vector(self) -> Tensor:
         parameters = trees.parameters(self.model)
-        return trees.flatten({k: p.detach() for k, p in parameters.items()}, parameters)
+        return _wide(trees.flatten({k: p.detach() for k, p in parameters.items()}, parameters))
 
     def _write(self, theta: Tensor) -> None:
         for p, value in self._pieces(theta):
