@@ -146,10 +146,8 @@ def mixes(where: str, shape: Sequence[int], N: int, short: bool = False) -> Mixi
     return Mixing(
         f"{where}: its output {tuple(shape)} does not separate into the {N} samples along any axis, so there are no "
         "per-sample gradients here. Something between it and the output mixes or reorders the samples: BatchNorm in "
-        "training mode (call model.eval()), a softmax or mean over the batch, a transposed layer. (A constant tensor "
-        "that is no buffer of the model counts as data: register it.) Where samples see each other by design, as all "
-        "nodes of a graph do, take the outputs of some of them for a batch (a model that is given indices and returns "
-        "output[indices]), or what needs no samples: pb.GGN, pb.Hessian, pb.optim.HessianFree."
+        "training mode (call model.eval()), a mean over the batch, a constant that is no buffer. Where samples see "
+        "each other, as all nodes of a graph do, take the outputs of some of them (output[indices]), or pb.GGN."
         + (hint if short else "")
     )
 
