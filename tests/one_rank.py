@@ -8,6 +8,7 @@ from pathlib import Path
 import models
 import torch
 import torch.distributed as dist
+from ranks import leave
 from torch import nn
 
 import paraboloid as pb
@@ -148,9 +149,7 @@ def main(rank, world, folder):
     found["errors"], found["wrapped"] = errors(rank, mine), wrapped(rank, mine)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.save(found, folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+        leave(found, rank, world, folder)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from ranks import leave
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -133,8 +134,7 @@ def main():
     found["skipped"] = skipped(rank, nn.parallel.DistributedDataParallel(model()), mine)
     found["bare"] = bare(nn.parallel.DistributedDataParallel(model()), mine)
     found["resumed"] = resumed(folder, nn.parallel.DistributedDataParallel(model()), mine)
-    torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    leave(found, rank, world, folder)
 
 
 if __name__ == "__main__":

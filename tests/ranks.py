@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import paraboloid as pb
 
@@ -32,3 +33,15 @@ def run(script, folder, world=2):
         codes = [process.returncode for process in started]
     assert codes == [0] * world, "\n".join(path.read_text() for path in said)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def leave(found, rank, world, folder):
+    """Save what this rank found, and end its process group once every rank has saved.
+
+    Gloo's last collective may end on one rank before another has read it: sockets closed then reset the connection.
+    """
+    torch.save(found, folder / f"{rank}.part")
+    (folder / f"{rank}.part").rename(folder / f"{rank}.pt")
+    while not all((folder / f"{other}.pt").exists() for other in range(world)):
+        time.sleep(0.05)
+    dist.destroy_process_group()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from ranks import leave
 from torch import nn
 
 import paraboloid as pb
@@ -43,8 +44,7 @@ def main(rank, world, folder):
             posterior.effective_dimension,
             posterior.confidence,
         )
-    torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    leave(found, rank, world, folder)
 
 
 if __name__ == "__main__":
