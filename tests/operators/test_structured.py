@@ -1,5 +1,8 @@
 """Operators with structure: what each of them offers, against the dense matrix."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -341,3 +344,98 @@ def test_multiples_by_arrays_are_refused():
                 A / wrong
             with pytest.raises(TypeError, match=r"unsupported operand|does not support ufuncs|can.t multiply"):
                 A * wrong
+
+
+ROOM = {
+    "GGN": lambda p: pb.GGN(*p),
+    "Hessian": lambda p: pb.Hessian(*p),
+    "Fisher": lambda p: pb.Fisher(*p, samples=2),
+    "EmpiricalFisher": lambda p: pb.EmpiricalFisher(*p),
+    "PCH": lambda p: pb.PCH(*p),
+    "GGN blocks": lambda p: pb.GGN(*p, blocks="layer"),
+    "DiagonalGGN": lambda p: pb.DiagonalGGN(*p),
+    "KFAC": lambda p: pb.KFAC(*p),
+    "KFAC elsewhere": lambda p: pb.KFAC(*p, measure_on=p[2]),
+    "KFLR": lambda p: pb.KFLR(*p),
+    "EKFAC": lambda p: pb.EKFAC(*p),
+    "FOOF": lambda p: pb.operators.FOOF(*p),
+    "JointKFAC": lambda p: pb.operators.JointKFAC(*p),
+    "low rank": lambda p: LowRank.from_operator(pb.GGN(*p), 4),
+    "multiple": lambda p: 2 * pb.KFAC(*p),
+    "shifted": lambda p: pb.KFAC(*p) + 0.3 * Identity(dict(p[0].named_parameters())),
+    "sum": lambda p: pb.KFAC(*p) + pb.GGN(*p),
+    "inverse": lambda p: pb.KFAC(*p).inverse(0.1),
+    "split inverse": lambda p: pb.KFAC(*p).inverse(0.1, split="pi"),
+    "joint inverse": lambda p: pb.operators.JointKFAC(*p).inverse(0.1),
+}
+FACTORED = ("KFAC", "KFLR", "FOOF", "split inverse", "JointKFAC")
+HAVE_NO_INVERSE = ("GGN", "Hessian", "Fisher", "EmpiricalFisher", "sum")
+
+
+def small_problem():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    return model, nn.CrossEntropyLoss(), (random(9, 4), torch.arange(9) % 3)
+
+
+@pytest.mark.parametrize("name", ROOM)
+def test_every_option_of_an_inverse_is_right_or_a_sentence(name):
+    A = ROOM[name](small_problem())
+    dense, v = A @ torch.eye(43).double(), random(43)
+    damped = dense + 0.2 * torch.eye(43).double()
+    if name == "Hessian":
+        with pytest.raises(torch.linalg.LinAlgError, match="A is not positive definite: add damping"):
+            A.solve(v, damping=0.2)
+    else:
+        for given in (0.2, torch.tensor(0.2, dtype=torch.float64)):
+            torch.testing.assert_close(
+                A.solve(v, given, 1e-12, 500), torch.linalg.solve(damped, v), rtol=1e-8, atol=1e-9
+            )
+    if name in HAVE_NO_INVERSE:
+        for ask in (lambda: A.inverse(0.2), lambda: A.inverse(0.2, split=None), lambda: A.logdet(damping=0.2)):
+            with pytest.raises(NotImplementedError, match=r"Use solve\(b, damping=\.\.\.\)"):
+                ask()
+    else:
+        close(A.inverse(0.2, split=None).to_dense(), torch.linalg.inv(damped))
+        close(A.inverse(torch.tensor(0.2, dtype=torch.float64)).to_dense(), torch.linalg.inv(damped))
+        close(A.logdet(0.2), torch.logdet(damped))
+    for split in ("pi", "same"):
+        if name in FACTORED:
+            assert (A.inverse(0.2, split=split) @ v).isfinite().all()
+        else:
+            with pytest.raises(ValueError, match=f"split is '{split}', which shares damping between the two Kronecker"):
+                A.inverse(0.2, split=split)
+    with pytest.raises(ValueError, match=r"split is 'exact'; expected None .damping is exact., or 'pi' or 'same'"):
+        A.inverse(0.2, split="exact")
+    for damping in ("0.2", float("nan"), True):
+        for method in ("solve", "inverse", "logdet"):
+            if method == "solve" or name not in HAVE_NO_INVERSE:
+                with pytest.raises(ValueError, match=r"damping is .*; expected a finite number"):
+                    getattr(A, method)(*([v] if method == "solve" else []), damping=damping)
+
+
+def test_joint_blocks_split_their_damping_as_their_factors_say():
+    problem = small_problem()
+    A = pb.operators.JointKFAC(*problem, fisher="exact")
+    found = A.inverse(0.2, split="pi").to_dense()
+    for (weight, bias), p, q in ((("0.weight", "0.bias"), 5, 4), (("2.weight", "2.bias"), 3, 5)):
+        kron = next(b.block for b in A.joint if b.names == (weight, bias))
+        pi = ((kron.left.trace() / p) / (kron.right.trace() / (q + 1))).sqrt()
+        L = torch.linalg.inv(kron.left + pi * 0.2**0.5 * torch.eye(p).double())
+        R = torch.linalg.inv(kron.right + 0.2**0.5 / pi * torch.eye(q + 1).double())
+        at = 0 if weight[0] == "0" else 25
+        order = torch.tensor([i * q + j if j < q else p * q + i for i in range(p) for j in range(q + 1)])
+        close(found[at : at + p * (q + 1), at : at + p * (q + 1)][order][:, order], torch.kron(L, R))
+
+
+@pytest.mark.parametrize("name", ROOM)
+def test_operators_are_copied_and_pickled_or_say_why_not(name):
+    A = ROOM[name](small_problem())
+    if name in (*HAVE_NO_INVERSE, "PCH", "GGN blocks"):
+        for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+            if not (name == "sum" and copied is copy.copy):
+                with pytest.raises(TypeError, match="holds the recorded graph of its model, so it is neither copied"):
+                    copied(A)
+    else:
+        close(copy.deepcopy(A).to_dense(), A.to_dense())
+        close(pickle.loads(pickle.dumps(A)).to_dense(), A.to_dense())

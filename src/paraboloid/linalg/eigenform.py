@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from paraboloid.linalg.eigen import eigh
-from paraboloid.linalg.operand import LinAlgError
+from paraboloid.linalg.operand import LinAlgError, check_damping
 from paraboloid.passes.modes import precisely
 
 BATCHED = 32  # groups up to this size are decomposed by one call
@@ -304,6 +304,7 @@ def diagonal_form(values: Tensor) -> Eigenform:
 
 def check_positive(forms: dict[str, Eigenform], damping: float) -> None:
     """Raise ValueError where an eigenvalue + damping is below eps times the largest; `forms` by their names."""
+    check_damping(damping)
     lows, highs = zip(*(form.extremes() for form in forms.values()), strict=True)
     lows, highs = torch.stack(lows).double() + damping, torch.stack(highs).double() + damping
     highest = highs.max().item()

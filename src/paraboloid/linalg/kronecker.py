@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from paraboloid.linalg.eigenform import Basis, Eigenform, decomposed, matmul
-from paraboloid.linalg.operand import LinAlgError
+from paraboloid.linalg.operand import LinAlgError, check_damping
 from paraboloid.passes.modes import precisely
 
 
@@ -268,9 +268,7 @@ class Kron:
 
         Raises ValueError where an eigenvalue + damping is below eps times the largest.
         """
-        if split not in SPLITS:
-            raise ValueError(f"split is {split!r}; expected None (exact), 'pi' or 'same'.")
-        if split is None:
+        if check_split(split) is None:
             return self.eigenform(name).inverse(damping)
         return self.split_inverse(damping, name, split == "same")
 
@@ -283,7 +281,7 @@ class Kron:
         same: (left + damping I)^-1 (x) (right + damping I)^-1 instead, both factors damped alike.
         Source: Martens & Grosse 2015, arXiv:1503.05671, section 6.3.
         """
-        if not damping >= 0:
+        if not check_damping(damping) >= 0:
             raise ValueError(f"damping is {damping}; expected a number of at least 0 to split between the factors.")
         left, right = self.sides
         shift = torch.full((self.groups,), float(damping), dtype=self.dtype, device=self.device)
@@ -314,6 +312,16 @@ class Kron:
 
 
 SPLITS = (None, "pi", "same")
+
+
+def check_split(split: Any) -> str | None:
+    """`split`, or ValueError where it names no way of damping."""
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; expected None (damping is exact), or 'pi' or 'same' (it is split "
+                         "between the two Kronecker factors of each block).")  # fmt: skip
+    return split
+
+
 Decomposed = tuple[Side, Basis, Tensor]
 
 

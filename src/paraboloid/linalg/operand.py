@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,14 @@ def check_choice(name: str, value: object, allowed: Collection[object]) -> None:
     """Raise ValueError unless the value is one of those allowed."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; expected one of {allowed}.")
+
+
+def check_damping(damping: Any) -> Any:
+    """`damping`, or ValueError where it is no finite number (or a tensor of one); it may be negative."""
+    number = damping.item() if isinstance(damping, Tensor) and damping.numel() == 1 else damping
+    if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
+        raise ValueError(f"damping is {damping!r}; expected a finite number, which is added to every eigenvalue.")
+    return damping
 
 
 def check_count(name: str, count: Any, least: int = 1, most: int | None = None) -> int:

@@ -15,6 +15,7 @@ from paraboloid.linalg.estimate import Estimate, TensorEstimate, mean_estimate
 from paraboloid.linalg.operand import check_count
 from paraboloid.linalg.probes import Seed, block_size, blocks, generator_of, signs
 from paraboloid.operators import saving
+from paraboloid.operators.damping import Damped, whole_damping
 from paraboloid.operators.product import Product, as_number, as_scipy
 from paraboloid.passes import trees
 from paraboloid.passes.modes import precisely
@@ -183,10 +184,11 @@ class LinearOperator:
             return self.inverse(damping) @ b
         columns = self.columns(b)
         tol = (1e-10 if self.dtype == torch.float64 else 1e-5) if tol is None else tol
-        return self.like(linalg.cg(_Damped(self, damping), columns, tol, max_iterations, preconditioner), b)
+        return self.like(linalg.cg(Damped(self, damping), columns, tol, max_iterations, preconditioner), b)
 
-    def inverse(self, damping: float = 0.0) -> LinearOperator:
-        """(A + damping I)^-1 as an operator, for matrices with structure."""
+    def inverse(self, damping: float = 0.0, split: str | None = None) -> LinearOperator:
+        """(A + damping I)^-1 as an operator, for matrices with structure; `split` needs two Kronecker factors."""
+        whole_damping(self, split)
         return self._structured("inverse(damping)").inverse(damping)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
@@ -375,17 +377,6 @@ def _check_parameters(how: str, first: LinearOperator, second: LinearOperator) -
     if list(shapes[0].items()) != list(shapes[1].items()):
         raise ValueError(f"the {how} operators have the parameters {shapes[0]} and {shapes[1]}; expected the same "
                          "names and shapes in the same order.")  # fmt: skip
-
-
-class _Damped:
-    """A + damping I, for solvers."""
-
-    def __init__(self, A: LinearOperator, damping: float):
-        self.A, self.damping = A, damping
-        self.shape, self.dtype, self.device = A.shape, A.dtype, A.device
-
-    def __matmul__(self, v: Tensor) -> Tensor:
-        return (self.A @ v).add_(v, alpha=self.damping)
 
 
 def _promoted(dtypes: list[torch.dtype]) -> torch.dtype:

@@ -48,6 +48,13 @@ class Recorded(LinearOperator):
         self.parameters = self.replay.parameters
         self.blocks = resolve_blocks(self.parameters, blocks)
 
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            f"{type(self).__name__} is known by its products alone and holds the recorded graph of its model, so it is "
+            "neither copied nor pickled. Make it again where it is needed, or save its dense matrix (to_dense()) or "
+            "eigenpairs (pb.operators.LowRank.from_operator(A, k))."
+        )
+
     def _product(self, rows: Tensor) -> Tensor:
         if self.blocks is None:
             return self._block_products([range(len(self.parameters))], [rows])[0]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from paraboloid.linalg.eigenform import Eigenform, check_positive, check_semidefinite
 from paraboloid.linalg.operand import check_count
+from paraboloid.operators.damping import whole_damping
 from paraboloid.operators.linear_operator import LinearOperator
 from paraboloid.operators.partition import block_names, spans
 from paraboloid.passes.modes import precisely
@@ -117,11 +118,13 @@ class Diagonalised(LinearOperator, kind="Diagonalised"):
     def frobenius_norm(self) -> Tensor:
         return torch.stack([form.frobenius_norm() for form in self.forms]).norm()
 
-    def inverse(self, damping: float = 0.0) -> Diagonalised:
+    def inverse(self, damping: float = 0.0, split: str | None = None) -> Diagonalised:
         """(A + damping I)^-1, exact.
 
-        Raises ValueError, with the parameter's name, where an eigenvalue + damping is below eps times the largest.
+        Raises ValueError, with the parameter's name, where an eigenvalue + damping is below eps times the largest, and
+        for a `split`: eigenvalues, those of EKFAC above all, are no products of those of two factors.
         """
+        whole_damping(self, split)
         check_positive(self._named, damping)
         return self.map(lambda s: 1 / (s + damping))
 

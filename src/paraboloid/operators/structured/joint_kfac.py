@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from paraboloid.data.batches import Data, Output
 from paraboloid.linalg.eigenform import Eigenform
-from paraboloid.linalg.kronecker import Kron
+from paraboloid.linalg.kronecker import Kron, check_split
 from paraboloid.losses import LossFunction
+from paraboloid.operators.damping import whole_damping
 from paraboloid.operators.linear_operator import LinearOperator
 from paraboloid.operators.partition import places
 from paraboloid.operators.structured.kfac import factors_of
@@ -131,10 +132,21 @@ class JointKronecker(LinearOperator):
     def _forms(self) -> list[Eigenform]:
         return [b.block.eigenform(" + ".join(b.names)) if isinstance(b.block, Kron) else b.block for b in self.joint]
 
-    def inverse(self, damping: float = 0.0) -> JointKronecker:
-        """(A + damping I)^-1, exact; ValueError where an eigenvalue + damping is not safely positive."""
-        pairs = zip(self.joint, self._forms(), strict=True)
-        return JointKronecker(self.parameters, [JointBlock(b.names, f.inverse(damping), b.q) for b, f in pairs])
+    def inverse(self, damping: float = 0.0, split: str | None = None) -> JointKronecker:
+        """(A + damping I)^-1, exact; or with split="pi" or "same" by two inverses, as in `pb.KFAC(...).inverse`.
+
+        Raises ValueError where an eigenvalue + damping is not safely positive, and for a `split` of an inverse's.
+        """
+        if check_split(split) is None:
+            blocks = [form.inverse(damping) for form in self._forms()]
+        else:
+            krons = [b.block for b in self.joint if isinstance(b.block, Kron)]
+            if len(krons) < len(self.joint):
+                whole_damping(self, split)
+            named = zip(self.joint, krons, strict=True)
+            blocks = [kron.split_inverse(damping, " + ".join(b.names), split == "same") for b, kron in named]
+        pairs = zip(self.joint, blocks, strict=True)
+        return JointKronecker(self.parameters, [JointBlock(b.names, block, b.q) for b, block in pairs])
 
     def logdet(self, damping: float = 0.0) -> Tensor:
         """log det(A + damping I)."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paraboloid.linalg.kronecker import SPLITS, Decomposed, Kron
+from paraboloid.linalg.kronecker import Decomposed, Kron, check_split
 from paraboloid.operators.linear_operator import LinearOperator
 from paraboloid.operators.partition import block_names, spans
 from paraboloid.operators.structured.diagonalised import Diagonalised, common_dtype, dense_of
@@ -106,9 +106,7 @@ class KroneckerFactored(LinearOperator, kind="KroneckerFactored"):
         Raises ValueError, with the parameter's name, where an eigenvalue + damping is below eps times the largest.
         Source of the split: Martens & Grosse 2015, arXiv:1503.05671, section 6.3.
         """
-        if split not in SPLITS:
-            raise ValueError(f"split is {split!r}; expected None (exact), 'pi' or 'same'.")
-        if split is None:
+        if check_split(split) is None:
             return self.eigenform.inverse(damping)
         same = split == "same"
         return KroneckerFactored(self.parameters, {

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from paraboloid.linalg.eigen import eigh
 from paraboloid.linalg.eigenform import Basis, Eigenform
+from paraboloid.linalg.operand import check_damping
+from paraboloid.operators.damping import whole_damping
 from paraboloid.operators.linear_operator import LinearOperator
 from paraboloid.operators.structured.diagonalised import Diagonalised
 from paraboloid.passes.modes import own_arithmetic, precisely
@@ -138,11 +140,12 @@ class LowRank(LinearOperator, kind="LowRank"):
         return self.inverse(damping) @ b
 
     @precisely
-    def inverse(self, damping: float = 0.0) -> Diagonalised | LowRank:
+    def inverse(self, damping: float = 0.0, split: str | None = None) -> Diagonalised | LowRank:
         """(A + damping I)^-1, exact, in the same form.
 
-        Raises ValueError where an eigenvalue + damping is below eps times the largest.
+        Raises ValueError where an eigenvalue + damping is below eps times the largest, and for a `split`.
         """
+        whole_damping(self, split)
         if self.scalar:
             return self.eigenform.inverse(damping)
         e, U, mu = self._whitened(damping)
@@ -170,7 +173,7 @@ class LowRank(LinearOperator, kind="LowRank"):
     @precisely
     def _whitened(self, damping: float) -> tuple[Tensor, Tensor, Tensor]:
         """e [D], U [D, k] orthonormal and mu [k] with A + damping I = e^(1/2) (I + U diag(mu) U^T) e^(1/2)."""
-        e = self.remainder + damping
+        e = self.remainder + check_damping(damping)
         lowest, highest = e.min().item(), (self.diagonal() + damping).max().item()
         eps = torch.finfo(self.dtype).eps
         if lowest > eps * highest:
