@@ -31,7 +31,9 @@ def run(script, folder, world=2):
         while any(process.poll() is None for process in started) and not any(process.returncode for process in started):
             time.sleep(0.05)
         codes = [process.returncode for process in started]
-    assert codes == [0] * world, "\n".join(path.read_text() for path in said)
+    texts = [path.read_text() for path in said]
+    last = [text.strip().rpartition("\n")[2] for text in texts]  # first, for a summary shows one line
+    assert codes == [0] * world, "\n".join([f"the ranks ended with {codes}: {last}", *texts])
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 

@@ -1,4 +1,4 @@
-"""The command line: `paraboloid inspect`, `noise`, `train`, `uncertainty`, `reproduce`, `problems`."""
+"""The command line: `paraboloid inspect`, `noise`, `train`, `uncertainty`, `compare`, `reproduce`, `problems`."""
 
 from __future__ import annotations
 
@@ -211,7 +211,31 @@ def uncertainty(
         _choose_threads(loaded.model)
         with _bars(quiet) as progress:
             record = job.uncertainty(loaded, method, seed=seed, samples=samples, quick=quick, progress=progress)
-        report.write({"report.json": job.to_json(record), "report.html": job.page(record)}, out)
+        report.write({"report.json": report.strict_json(record), "report.html": job.page(record)}, out)
+    if not quiet:
+        click.echo("\n" + "\n".join(record["findings"]) + "\n")
+    click.echo(str((out / "report.html").resolve()))
+
+
+@main.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("comparison"), show_default=True,
+              help="Directory of the comparison; made if missing.")  # fmt: skip
+@QUIET
+@TRACEBACK
+def compare(a: Path, b: Path, out: Path, quiet: bool, debug: bool) -> None:
+    """Put the reports A and B side by side: settings that differ, what is told apart, curves over each other.
+
+    A and B are folders that `inspect`, `noise`, `train` or `uncertainty` wrote with --out, or the JSON files in them.
+    """
+    with _one_line_errors(debug):
+        from paraboloid import report
+        from paraboloid.jobs import comparison
+
+        record = comparison.compare(a, b)
+        pages = {"comparison.json": report.strict_json(record), "report.html": comparison.page(record, a, b)}
+        report.write(pages, out)
     if not quiet:
         click.echo("\n" + "\n".join(record["findings"]) + "\n")
     click.echo(str((out / "report.html").resolve()))
@@ -243,7 +267,7 @@ def reproduce(study: str | None, full: bool, out: Path, seed: int, data: str | N
             _one_thread()  # the default is made of small networks
         with _bars(quiet) as progress:
             record = studies.reproduce(study, full, seed, progress, data=data)
-        report.write({"report.json": studies.to_json(record), "report.html": studies.page(record)}, out)
+        report.write({"report.json": report.strict_json(record), "report.html": studies.page(record)}, out)
     if not quiet:
         click.echo("\n" + "\n".join(record["findings"]) + "\n")
     click.echo(str((out / "report.html").resolve()))

@@ -20,6 +20,7 @@ def without_times(record):
     for point in record["metrics"]:
         point.pop("evaluation_seconds")
     record["settings"].pop("epochs")
+    assert len(record.pop("step_seconds")) == record["metrics"][-1]["epoch"]
     return record
 
 

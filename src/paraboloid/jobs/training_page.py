@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from paraboloid.report import render_study
-from paraboloid.report.axes import gaps, log_axis, plain_axis
+from paraboloid.report.axes import gaps, log_axis, whole_axis
 from paraboloid.report.numbers import count, number, percent, short
 from paraboloid.report.section import Panel, Section, Table
 from paraboloid.report.theme import SERIES, TEST, TRAIN, inline_svg
@@ -121,7 +121,7 @@ def _curves(record: dict[str, Any]) -> Section:
                              marker="o")  # fmt: skip
             axes[1].set(title="Accuracy", xlabel="epoch", ylabel="correct, %")
         for axis in axes:
-            plain_axis(axis.xaxis)
+            whole_axis(axis.xaxis)
 
     shown = metrics[:: max(1, len(metrics) // 8)]
     accuracy = [percent(m["test_accuracy"], 3) if accurate else "–" for m in shown]
@@ -156,6 +156,8 @@ def _optimiser(record: dict[str, Any]) -> list[Section]:
             right.plot([e for e, _ in told], gaps(dampings), color=SERIES[1], marker="o", label="damping")
         right.set(title="Trust", xlabel="epoch", ylim=(0, None))
         right.legend()
+        for axis in (left, right):
+            whole_axis(axis.xaxis)
 
     rows = [[k.replace("_", " "), count(v[-1])] for k, v in events.items()] + [["skipped", count(last["skipped"])]]
     why = f"The last one: {last['trust']['why']}." if last.get("trust") else ""
@@ -179,6 +181,7 @@ def _layers(told: list[tuple[int, dict[str, Any]]]) -> list[Panel]:
                 axes.plot([e for e, _ in told], gaps(values), color=SERIES[i % len(SERIES)], marker="o", label=name)
             log_axis(axes.yaxis, [v for values in lines.values() for v in values])
             axes.set(title=key.replace("_", " ").capitalize(), xlabel="epoch")
+            whole_axis(axes.xaxis)
         figure.axes[-1].legend(fontsize=7)
 
     rows = [[n, last[n]["structure"], number(last[n].get("curvature")), number(last[n].get("damping")),
@@ -200,6 +203,7 @@ def _time(record: dict[str, Any]) -> Section:
         axes = figure.subplots()
         axes.plot([e for e, _ in timed], [t for _, t in timed], color=SERIES[0], marker="o")
         axes.set(xlabel="epoch", ylabel="ms per step", ylim=(0, None))
+        whole_axis(axes.xaxis)
 
     if not timed:
         return Section("time", "Time", ["No step was timed."])

@@ -23,6 +23,7 @@ from paraboloid.noise.monitor import Reclustering
 from paraboloid.passes import trees
 from paraboloid.passes.modes import evaluating
 from paraboloid.passes.random_state import seeded
+from paraboloid.report import plain
 
 CHECKPOINT, RECORD, PAGE = "checkpoint.pt", "record.json", "report.html"
 SAMPLERS = ("uniform", "gc")
@@ -273,7 +274,8 @@ class Run:
     def record(self) -> dict[str, Any]:
         """Settings and metrics as plain data."""
         return {"settings": asdict(self.settings), "parameters": sum(p.numel() for p in self.model.parameters()),
-                "steps_per_epoch": len(self.batches), "metrics": self.metrics}  # fmt: skip
+                "steps_per_epoch": len(self.batches), "metrics": self.metrics,
+                "step_seconds": self.times}  # fmt: skip
 
     def write_page(self) -> Path:
         """`report.html` of what was trained so far."""
@@ -282,7 +284,7 @@ class Run:
         seconds = sum(m["evaluation_seconds"] for m in self.metrics) + len(self.batches) * sum(s for _, s in self.times)
         more = {
             "command": " ".join(["paraboloid train", self.settings.problem, *options]),
-            "lr": float(self.optimizer.param_groups[0]["lr"]), "step_seconds": self.times, "seconds": seconds,
+            "lr": float(self.optimizer.param_groups[0]["lr"]), "seconds": seconds,
             "threads": torch.get_num_threads(),
             "versions": {"paraboloid": __version__, "torch": torch.__version__, "python": platform.python_version()},
         }  # fmt: skip
@@ -291,7 +293,7 @@ class Run:
         return self.out / PAGE
 
     def write_record(self) -> None:
-        text = json.dumps(self.record(), indent=1, allow_nan=True) + "\n"
+        text = json.dumps(plain(self.record()), indent=1, allow_nan=False) + "\n"
         _replace(self.out / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
 
     def save(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from paraboloid.report.numbers import minus, number, power_of_ten
 
@@ -40,6 +40,12 @@ def plain_axis(axis: Axis) -> None:
     axis.set_major_formatter(
         FuncFormatter(lambda value, _: minus(f"{value:.6g}") if abs(value) < 1e5 else number(value))
     )
+
+
+def whole_axis(axis: Axis) -> None:
+    """Ticks at whole numbers only, for epochs and indices."""
+    axis.set_major_locator(MaxNLocator(integer=True))
+    plain_axis(axis)
 
 
 def fixed_ticks(axis: Axis, values: Sequence[float]) -> None:

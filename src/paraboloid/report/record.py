@@ -32,8 +32,13 @@ def plain(value: Any, where: str = "record") -> Any:
 
 
 def to_json(record: Record) -> str:
-    """Strict JSON of a record: keys in order, no NaN or infinity, one trailing newline."""
+    """Strict JSON of a record of `inspect` or `noise`; raises ValueError for anything else."""
     check(record)
+    return strict_json(record)
+
+
+def strict_json(record: Record) -> str:
+    """Strict JSON of any plain data: keys in order, null for what is not finite, one trailing newline."""
     return json.dumps(plain(record), allow_nan=False, ensure_ascii=False, indent=1) + "\n"
 
 

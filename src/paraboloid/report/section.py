@@ -21,7 +21,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure with its caption and the tables that stand beside it (below it where the panel is wide)."""
+    """A figure with its caption and the tables that stand beside it (below it where the panel is wide), or tables alone
+    where the figure is empty."""
 
     figure: Markup
     caption: str | Markup

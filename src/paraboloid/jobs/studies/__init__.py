@@ -23,8 +23,10 @@ from typing import Any
 import torch
 
 from paraboloid import __version__
-from paraboloid.report import record as records
-from paraboloid.report import render_study
+from paraboloid.report import plain, render_study
+from paraboloid.report import strict_json as to_json
+
+__all__ = ["STUDIES", "load", "page", "reproduce", "to_json"]
 
 STUDIES = {
     "backpack": "paraboloid.jobs.studies.backpack",
@@ -61,7 +63,7 @@ def reproduce(
             raise ValueError(f"the study {name!r} takes no data of your own (--data {data}).")
         plan = study.with_data(plan, data)
     results = study.measure(plan, seed, progress)
-    return records.plain({
+    return plain({
         "study": name,
         "full": full,
         "seed": seed,
@@ -81,10 +83,3 @@ def page(record: dict[str, Any]) -> str:
     study = load(record["study"])
     about = " ".join((inspect.getdoc(study) or "").split())
     return render_study(study.TITLE, about, record, study.sections(record["results"]))
-
-
-def to_json(record: dict[str, Any]) -> str:
-    """Strict JSON of a study's record."""
-    import json
-
-    return json.dumps(records.plain(record), allow_nan=False, ensure_ascii=False, indent=1) + "\n"

@@ -2,6 +2,7 @@
 
 from paraboloid.jobs.uncertainty.job import uncertainty
 from paraboloid.jobs.uncertainty.methods import METHODS
-from paraboloid.jobs.uncertainty.sections import page, to_json
+from paraboloid.jobs.uncertainty.sections import page
+from paraboloid.report import strict_json as to_json
 
 __all__ = ["METHODS", "page", "to_json", "uncertainty"]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from paraboloid.report import plain, render_study
+from paraboloid.report import render_study
 from paraboloid.report.numbers import count, fixed, number, percent, seconds
 from paraboloid.report.section import Panel, Section, Table
 from paraboloid.report.theme import FULL, INK, MUTED, OTHER, SAME, inline_svg
@@ -22,11 +21,6 @@ def page(record: dict[str, Any]) -> str:
     results = record["results"]
     about = f"{results['what']}, {results['method']}; the network was trained on {results['title']}."
     return render_study(f"Uncertainty of {results['title']}", about, record, sections(results))
-
-
-def to_json(record: dict[str, Any]) -> str:
-    """Strict JSON of the record."""
-    return json.dumps(plain(record), allow_nan=False, ensure_ascii=False, indent=1) + "\n"
 
 
 def sections(results: dict[str, Any]) -> list[Section]:
