@@ -134,6 +134,34 @@ def test_the_hessian_of_bce_behind_a_saturated_sigmoid(logit):
     assert (found.diagonal() > -1e-12).all()  # a difference of numbers near one
 
 
+@pytest.mark.parametrize("weight", [None, WEIGHT])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("bias", [8.0, 28.0, 31.0, 35.0, 60.0, 200.0, 800.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_second_derivatives_of_bce_behind_any_sigmoid(dtype, bias, reduction, weight):
+    """Those of the logits' loss, up to the rounding of numbers near one: from a logit of 28 on torch guards its
+    gradient, which is no derivative of its loss any more, and from 37 on (float32: 17) f is one."""
+    torch.manual_seed(0)
+    model, options = nn.Sequential(nn.Linear(4, C), nn.Sigmoid()).to(dtype), {"reduction": reduction}
+    with torch.no_grad():
+        model[0].bias.copy_(torch.tensor([bias, -bias, 0]))
+    x, y = 0.3 * draw(N, 4), (draw(N, C, seed=1) > 0).double()
+    y[0] = torch.tensor([0.3, 1, 0.6])
+    w = weight
+    want = pb.Hessian(copy.deepcopy(model[0]).double(), nn.BCEWithLogitsLoss(w, **options), (x, y)).to_dense()
+    loss, batch = nn.BCELoss(None if w is None else w.to(dtype), **options), (x.to(dtype), y.to(dtype))
+    close_to = {"atol": 300 * torch.finfo(dtype).eps * float(want.abs().max()), "rtol": 0, "check_dtype": False}
+    torch.testing.assert_close(pb.Hessian(model, loss, batch).to_dense(), want, **close_to)
+    diagonal = pb.statistics(model, loss, batch, ["diag_hessian"])["diag_hessian"]
+    torch.testing.assert_close(torch.cat([d.flatten() for d in diagonal.values()]), want.diagonal(), **close_to)
+    f = model(batch[0]).detach()  # J^T H J with H = w (y / f^2 + (1 - y) / (1 - f)^2) and J = f (1 - f)
+    inside = (f >= torch.finfo(dtype).tiny) & (f < 1)
+    curved = inside * (y * (1 - f).square() + (1 - y) * f.square()) * (1 if w is None else w)
+    ggn = pb.statistics(model, loss, batch, ["diag_ggn"])["diag_ggn"]["0.bias"]
+    a = 1 if reduction == "sum" else 1 / f.numel()
+    torch.testing.assert_close(ggn.double(), a * curved.double().sum(0), rtol=1e-5, atol=1e-7)
+
+
 def test_bce_samples_labels_from_its_output():
     f = draw(N, C).sigmoid()
     loss, generator = BCE(WEIGHT), torch.Generator().manual_seed(0)

@@ -84,7 +84,7 @@ def diag_hessian(
 def choose(recorded: Recorded, graph: Graph, parts: Parts, probe_all: bool) -> tuple[set[int], list[Spread]]:
     """The calls that go the signed way, and the bends of the network: the choice that pulls the fewest vectors."""
     f, loss = recorded.f, recorded.loss
-    bends, full = graph.bends(f, loss.gradient(f.detach(), recorded.y), probe_all)
+    bends, full = graph.bends(f, loss.exact_gradient(f.detach(), recorded.y), probe_all)
     able = [i for i in parts if not full >> i & 1]
     needed = sum(1 << i for i in able)
     spreads = [spread(recorded, graph, b, parts) for b in bends if graph.under[b.node] & needed]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paraboloid.losses.guarded_logarithm import inverse, logarithm
 from paraboloid.losses.leading_root import LeadingRoot, largest
 from paraboloid.losses.loss import FROM_TORCH, Loss, check_lengths, check_not_negative, check_reduction, full
 
@@ -30,14 +33,10 @@ class Elementwise(Loss):
         return f[0].numel()
 
     def hessian_root(self, f, y):
-        root = self._curvature(full(f), y).sqrt().reshape(len(f), -1)
-        for j in range(root.shape[1]):
-            column = torch.zeros_like(root)
-            column[:, j] = root[:, j]
-            yield column.view_as(f)
+        return columns_of(self._curvature(full(f), y).sqrt())
 
     def leading_root(self, f, y, tol):
-        if type(self).hessian_root is not Elementwise.hessian_root:
+        if type(self).hessian_root not in (Elementwise.hessian_root, BCE.hessian_root):
             return super().leading_root(f, y, tol)
         squares = self._curvature(full(f), y).reshape(len(f), -1)
         order, root = largest(squares, tol), squares.sqrt()
@@ -55,6 +54,15 @@ class Elementwise(Loss):
                              f"{tuple(y.shape)}.")  # fmt: skip
         if not y.is_floating_point():
             raise ValueError(f"{type(self).__name__} needs floating-point targets; found {y.dtype}.")
+
+
+def columns_of(root: Tensor) -> Iterator[Tensor]:
+    """One vector of root's shape for each element of a sample, zero elsewhere."""
+    flat = root.reshape(len(root), -1)
+    for j in range(flat.shape[1]):
+        column = torch.zeros_like(flat)
+        column[:, j] = flat[:, j]
+        yield column.view_as(root)
 
 
 class MSE(Elementwise):
@@ -142,6 +150,8 @@ class BCE(Elementwise):
     torch 2.13).  Sampled labels are drawn from f.
     """
 
+    exact_root = True
+
     def __init__(self, weight: Tensor | None = None, reduction: str = "mean"):
         self.weight = weight
         self.reduction = check_reduction(reduction)
@@ -159,17 +169,35 @@ class BCE(Elementwise):
 
     def sample_losses(self, f, y):
         y = y.to(f)
-        losses = -(y * _log(f) + (1 - y) * _log(1 - f))
+        losses = -(y * logarithm(f) + (1 - y) * logarithm(1 - f))
         return self._weighted(losses, f).reshape(len(f), -1).sum(1)
 
     def gradient(self, f, y):
         f = full(f)
-        return self._weighted((f - y) / (f * (1 - f)).clamp(min=1e-12), f)  # as torch guards it
+        return self._weighted((f - y) / (f * (1 - f)).clamp(min=1e-12), f)  # as torch guards it, from a logit of 27 on
+
+    def exact_gradient(self, f, y):
+        f, y = full(f), y.to(full(f))
+        return self._weighted((1 - y) * inverse(1 - f) - y * inverse(f), f)
+
+    def _root(self, f: Tensor, y: Tensor) -> Tensor:
+        """Square root of the Hessian's diagonal, whose square may exceed what the type holds."""
+        y, weight = y.to(f), self._weight(f)
+        root = torch.hypot(y.sqrt() * inverse(f), (1 - y).sqrt() * inverse(1 - f))
+        return root if weight is None else weight.sqrt() * root
 
     def _curvature(self, f, y):
-        y = y.to(f)
-        zero, one = (torch.where(w == 0, w, w / t.square().clamp(min=1e-24)) for w, t in ((y, f), (1 - y, 1 - f)))
-        return self._weighted(zero + one, f)
+        return self._root(f, y).square()
+
+    def hessian_product(self, f, y, u):
+        root = self._root(full(f), y)
+        return root * (root * u)
+
+    def curvature_product(self, f, y, u):
+        return self.hessian_product(f, y, u)
+
+    def hessian_root(self, f, y):
+        return columns_of(self._root(full(f), y))
 
     def predictive(self, f: Tensor) -> Tensor:
         """The probability that an output, possibly a linearised one, stands for."""
@@ -178,7 +206,7 @@ class BCE(Elementwise):
     def sampled_gradients(self, f, y, samples, generator):
         f = full(f)
         for _ in range(samples):
-            drawn = (f - torch.bernoulli(f, generator=generator)) / (f * (1 - f)).clamp(min=1e-12)
+            drawn = torch.where(torch.bernoulli(f, generator=generator) > 0, -inverse(f), inverse(1 - f))
             scale = 1 / samples if self.weight is None else self.weight.to(f) / samples
             yield drawn * scale**0.5
 
@@ -189,12 +217,6 @@ class BCE(Elementwise):
                 raise ValueError(f"BCE needs {what} in [0, 1]; found {t.min():.4g} to {t.max():.4g}. Logits belong to "
                                  "nn.BCEWithLogitsLoss.")  # fmt: skip
         check_not_negative(weight=self.weight)
-
-
-def _log(x: Tensor) -> Tensor:
-    """log x, -100 at zero, as `torch.nn.BCELoss` has it."""
-    tiny = torch.finfo(x.dtype).tiny
-    return torch.where(x < tiny, -100.0, x.clamp(min=tiny).log())
 
 
 FROM_TORCH[nn.BCELoss] = lambda m: BCE(m.weight, m.reduction)

@@ -104,6 +104,10 @@ class Loss:
             f = full(f).requires_grad_()
             return torch.autograd.grad(self.sample_losses(f, y).sum(), f)[0]
 
+    def exact_gradient(self, f: Tensor, y: Tensor) -> Tensor:
+        """The same without the guards that torch's loss has (`BCE`): what the Hessian is the derivative of."""
+        return self.gradient(f, y)
+
     def hessian_product(self, f: Tensor, y: Tensor, u: Tensor) -> Tensor:
         """H u for the output-Hessian H of sum_n l_n; u has the shape of f, with any leading axes."""
         with torch.enable_grad():
@@ -229,6 +233,9 @@ class Scaled(Loss):
     def gradient(self, f, y):
         return self.scale * self.loss.gradient(f, y)
 
+    def exact_gradient(self, f, y):
+        return self.scale * self.loss.exact_gradient(f, y)
+
     def hessian_product(self, f, y, u):
         return self.scale * self.loss.hessian_product(f, y, u)
 
@@ -290,6 +297,9 @@ class Sum(Loss):
 
     def gradient(self, f, y):
         return self._combined(f, y, "gradient")
+
+    def exact_gradient(self, f, y):
+        return self._combined(f, y, "exact_gradient")
 
     def hessian_product(self, f, y, u):
         return self._combined(f, y, "hessian_product", u)

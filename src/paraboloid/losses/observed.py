@@ -42,6 +42,9 @@ class Observed(Loss):
     def gradient(self, f, y):
         return self.A.T @ self.loss.gradient(self._measured(f), y)
 
+    def exact_gradient(self, f, y):
+        return self.A.T @ self.loss.exact_gradient(self._measured(f), y)
+
     def hessian_product(self, f, y, u):
         return self.A.T @ self.loss.hessian_product(self._measured(f), y, self.A @ u.to(full(f)))
 

@@ -36,7 +36,7 @@ class BendGraph:
         self.f, self.y, self.loss, self.parameters = f, y, loss, parameters
         graph = Graph(f, [call.edge for call in tape.calls])
         with twice():
-            bends, _ = graph.bends(f, loss.gradient(f.detach(), y), probe_all=True)
+            bends, _ = graph.bends(f, loss.exact_gradient(f.detach(), y), probe_all=True)
         if graph.others:
             raise NotImplementedError(
                 "the positive-curvature Hessian is defined for elementwise activations; found "
