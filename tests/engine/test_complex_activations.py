@@ -60,7 +60,28 @@ class Recurrence(nn.Module):
         return self.last(y)
 
 
-CASES = {"filter": (Filter, 6), "phases": (Phases, 5), "state space": (Recurrence, 5)}
+class Pairs(nn.Module):
+    """S4D as it is commonly written: complex weights are pairs of real ones, read by a view behind an odd offset."""
+
+    def __init__(self, channels=3, states=2):
+        super().__init__()
+        self.log_step = nn.Parameter(torch.rand(channels) - 2)
+        self.c = nn.Parameter(torch.randn(channels, states, 2))
+        self.log_decay = nn.Parameter(torch.randn(channels, states))
+        self.last = nn.Linear(channels, 3)
+
+    def forward(self, u):
+        u = u.unflatten(1, (3, -1))  # [N, channels, T]
+        A = -self.log_decay.exp() + 1j * torch.arange(2).double()
+        steps = A * self.log_step.exp().unsqueeze(1)
+        c = torch.view_as_complex(self.c) * (steps.exp() - 1) / A
+        kernel = 2 * torch.einsum("hn,hnl->hl", c, (steps.unsqueeze(2) * torch.arange(u.shape[2])).exp()).real
+        n = 2 * u.shape[2]
+        y = torch.fft.irfft(torch.fft.rfft(u, n=n) * torch.fft.rfft(kernel, n=n), n=n)[..., : u.shape[2]]
+        return self.last(y.tanh().mean(2))
+
+
+CASES = {"filter": (Filter, 6), "phases": (Phases, 5), "state space": (Recurrence, 5), "pairs": (Pairs, 9)}
 
 
 def make(name, N=4):
@@ -92,6 +113,32 @@ def test_quantities(name):
     G = pb.GGN(model, CE, (x, y))
     roots = torch.cat([r.flatten(2) for r in stats["sqrt_ggn"].values()], 2).flatten(0, 1)
     close(G.to_dense(), roots.T @ roots / len(x))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_second_order_products(name):
+    """Wherever the vectors lie in memory: torch reads pairs as complex numbers from even places only."""
+    model, x, y = make(name)
+    parameters = list(model.parameters())
+    g = torch.autograd.grad(CE(model(x), y), parameters, create_graph=True)
+    D = sum(p.numel() for p in parameters)
+    rows = []
+    for unit in torch.eye(D).double():
+        pieces = unit.split([p.numel() for p in parameters])
+        slope = sum((a * v.clone().view_as(a)).sum() for a, v in zip(g, pieces, strict=True))
+        rows.append(torch.cat([t.flatten() for t in torch.autograd.grad(slope, parameters, retain_graph=True)]))
+    H = torch.stack(rows)
+    close(pb.Hessian(model, CE, (x, y)).to_dense(), H)
+    found = pb.statistics(model, CE, (x, y), ["diag_hessian"])["diag_hessian"]
+    close(torch.cat([d.flatten() for d in found.values()]), H.diagonal())
+    G, v = pb.GGN(model, CE, (x, y)), torch.randn(D).double()
+    close(G @ v, G.to_dense() @ v)
+    assert pb.EmpiricalFisher(model, CE, (x, y)).to_dense().isfinite().all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        covariances = [pb.laplace(model, CE, (x, y), s, rank=D).functional(x)[1] for s in ("lowrank",)]
+        covariances.append(pb.laplace(model, CE, (x, y), "full").functional(x)[1])
+    close(*covariances)
 
 
 @pytest.mark.parametrize("name", CASES)

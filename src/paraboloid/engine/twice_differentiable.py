@@ -19,7 +19,7 @@ from paraboloid.passes.torch_internals import weight_norm
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
     """Run a forward pass inside: fused attention gives way to the math kernel; weight_norm, group norm and bags are
-    spelled out."""
+    spelled out; pairs of real numbers may be read as complex ones."""
     with sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable():
         yield
 
@@ -37,7 +37,16 @@ class TwiceDifferentiable(TorchFunctionMode):
             return _embedding_bag(*args, **kwargs)
         if func is F.embedding and (found := unchanged_embedding(*args, **kwargs)) is not NotImplemented:
             return found
-        return func(*args, **kwargs)
+        z = func(*args, **kwargs)
+        if func is torch.view_as_complex and z.grad_fn is not None:  # takes views of its vectors, wherever they start
+            z.grad_fn.register_hook(_in_own_memory)
+        return z
+
+
+def _in_own_memory(inputs: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...]:
+    """The gradient [..., 2] put together anew: its own derivative is then one of a tensor, and no view of a vector."""
+    (g,) = inputs
+    return (g if g is None or not g.requires_grad else torch.stack(g.unbind(-1), -1),)
 
 
 def _group_norm(

@@ -37,7 +37,8 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
                          "differentiate; expected at least one.")  # fmt: skip
     for name, p in found.items():
         if not p.is_floating_point():
-            raise ValueError(f"parameter {name!r} has dtype {p.dtype}; expected a real floating-point type.")
+            pairs = " Keep it as pairs of real numbers, read by torch.view_as_complex." if p.is_complex() else ""
+            raise ValueError(f"parameter {name!r} has dtype {p.dtype}; expected a real floating-point type.{pairs}")
     devices = {str(p.device) for p in found.values()}
     if len(devices) > 1:
         raise ValueError(f"parameters lie on several devices {sorted(devices)}; expected one. Move the model with "
