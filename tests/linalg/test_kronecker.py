@@ -40,9 +40,54 @@ THIN = {
     "one side": lambda: Kron(Side("rows", random(1, 2, 5)), Side("matrix", factor(4, 1))),
     "more rows than columns": lambda: Kron(Side("rows", random(1, 7, 5)), Side("matrix", factor(4, 1))),
     "diagonal": lambda: Kron(Side("rows", random(1, 2, 5)), Side("diagonal", random(1, 4).abs())),
+    "complement": lambda: Kron(few_rows(1).inverse(random(1).abs(), "rows"), Side("matrix", factor(4, 1))),
+    "complement of groups": lambda: Kron(Side("matrix", factor(3, 2)), few_rows(2).inverse(random(2).abs(), "rows")),
     "repeated rows": lambda: Kron(Side("rows", ones().expand(1, 3, 5)), Side("matrix", factor(4, 1))),
 }
 BLOCKS = {**KRONS, **THIN}
+
+
+def few_rows(*groups):
+    return Side("rows", random(*groups, 2, 6, seed=3))
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_few_rows_are_inverted_by_a_matrix_of_their_number(groups):
+    side, shift = few_rows(groups), torch.linspace(0.2, 0.5, groups).double()
+    damped = side.dense() + shift.view(-1, 1, 1) * torch.eye(6).double()
+    inverse = side.inverse(shift, "rows")
+    assert (side.is_short, inverse.kind, inverse.is_short) == (True, "complement", True)
+    close(inverse.dense(), torch.linalg.inv(damped))
+    close(inverse.times(random(groups, 6, 2)), torch.linalg.inv(damped) @ random(groups, 6, 2))
+    close(
+        inverse.inverse(shift, "again").dense(), torch.linalg.inv(inverse.dense() + shift.view(-1, 1, 1) * torch.eye(6))
+    )
+    close(inverse.scaled(shift).dense(), shift.view(-1, 1, 1) * inverse.dense())
+    close(inverse.norm(), inverse.dense().flatten(1).norm(dim=1))
+    kron = Kron(inverse, Side("matrix", factor(2, groups)))
+    close(Kron.of_state(kron.state()).to_dense(), kron.to_dense())
+    single = kron.to(torch.float32)
+    assert single.dtype == single.sides[0].rest.dtype == torch.float32
+    torch.testing.assert_close(single.to_dense().double(), kron.to_dense(), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="rows, \\[6, 6\\], plus its share"):
+        side.inverse(torch.zeros(groups).double(), "rows")
+
+
+def test_running_averages_keep_rows_while_these_are_few():
+    one, two, three = (Side("rows", random(1, 2, 8, seed=i)) for i in range(3))
+    pair = one.mixed(two, 0.25)
+    assert (pair.kind, pair.data.shape[1]) == ("rows", 4)
+    close(pair.dense(), 0.75 * one.dense() + 0.25 * two.dense())
+    expected = 0.9 * pair.dense() + 0.1 * three.dense()
+    full = pair.mixed(three, 0.1)
+    assert full.kind == "matrix"
+    close(full.dense(), expected)
+    expected = 0.9 * full.dense() + 0.1 * one.dense()
+    close(full.mixed(one, 0.1).dense(), expected)
+    expected = 0.9 * one.dense() + 0.1 * full.dense()
+    close(one.mixed(full, 0.1).dense(), expected)
+    expected = 0.5 * full.data + 0.5 * factor(8, 1)
+    close(full.mixed(Side("matrix", factor(8, 1)), 0.5).dense(), expected)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

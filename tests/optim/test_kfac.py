@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -410,3 +411,38 @@ def test_a_warm_start_is_the_mean_over_the_loader():
     torch.testing.assert_close(opt._blocks["3.weight"].kron.right, before.lerp(after, 0.5))
     with pytest.raises(ValueError, match="the data is empty"):
         opt.warm_start([])
+
+
+WIDE = {
+    "split": {},
+    "small damping": {"damping": 1e-3},
+    "reduce": {"sharing": "reduce"},
+    "decay": {"factor_decay": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_factors_of_few_rows_make_the_steps_of_whole_ones(name):
+    """Batches of 4 on sides of up to 108: by their rows at first, as matrices once these are many."""
+    makes = {"factor_interval": 1, "inverse_interval": 3, "kl_clip": None, "lr": 1e-2, **WIDE[name]}
+    models = [cnn(), cnn()]
+    rows, whole = (pb.optim.KFAC(model, LOSS, **makes) for model in models)
+    whole._curvature._factors.kept = replace(whole._curvature._factors.kept, thin=False)
+    kinds = set()
+    for step in range(9):
+        for model, opt in zip(models, (rows, whole), strict=True):
+            train_step(model, opt, *batch(4, seed=step))
+        torch.testing.assert_close(flat(models[0]), flat(models[1]), rtol=1e-9, atol=1e-11)
+        kinds |= {(name, side.kind) for name in ("kron", "inverse") for block in rows._blocks.values()
+                  if getattr(block, name) is not None for side in getattr(block, name).sides}  # fmt: skip
+    assert kinds >= {("kron", "rows"), ("kron", "matrix"), ("inverse", "complement"), ("inverse", "matrix")}
+    assert {side.kind for block in whole._blocks.values() for side in block.kron.sides} == {"matrix"}
+    state = rows.state_dict()
+    other, model = copy.deepcopy(models[0]), models[0]
+    resumed = pb.optim.KFAC(other, LOSS)
+    resumed.load_state_dict(copy.deepcopy(state))
+    for step in range(9, 12):
+        train_step(model, rows, *batch(4, seed=step))
+        train_step(other, resumed, *batch(4, seed=step))
+    assert torch.equal(flat(model), flat(other))
+    assert {layer["structure"] for layer in rows.diagnostics()["layers"].values()} == {"kronecker", "dense"}

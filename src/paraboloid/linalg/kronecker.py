@@ -20,10 +20,17 @@ class Side:
 
     kind "matrix": data [G, p, p].  "diagonal": [G, p].  "rows": [G, R, p], the factor being rows^T rows; with R < p
     it has at most R eigenvalues other than zero, which the [R, R] matrix of the rows' inner products has too.
+    "complement": rows [G, R, p] and a number `rest` [G], the factor being rest I - rows^T rows: such rows' inverse.
     """
 
-    kind: Literal["matrix", "diagonal", "rows"]
+    kind: Literal["matrix", "diagonal", "rows", "complement"]
     data: Tensor
+    rest: Tensor | None = None
+
+    @property
+    def is_short(self) -> bool:
+        """Whether two products with the rows cost no more than one with the matrix."""
+        return self.kind in ("rows", "complement") and 2 * self.data.shape[1] <= self.size
 
     @property
     def device(self) -> torch.device:
@@ -34,7 +41,7 @@ class Side:
         return self.data.shape[-1]
 
     def equals(self, other: Side) -> bool:
-        same = self.kind == other.kind and self.data.dtype == other.data.dtype
+        same = self.kind == other.kind != "complement" and self.data.dtype == other.data.dtype
         return same and self.data.shape == other.data.shape and torch.equal(self.data, other.data)
 
     @staticmethod
@@ -56,20 +63,33 @@ class Side:
         if self.kind == "diagonal":
             return self.data.unsqueeze(-1) * x
         data = self.data[0] if len(self.data) == 1 else self.data
-        return data @ x if self.kind == "matrix" else data.mT @ (data @ x)
+        if self.kind == "matrix":
+            return data @ x
+        found = data.mT @ (data @ x)
+        return found if self.rest is None else self.rest.view(-1, 1, 1) * x - found
 
     @precisely
     def dense(self) -> Tensor:
         """[G, p, p]."""
         if self.kind == "matrix":
             return self.data
-        return self.data.diag_embed() if self.kind == "diagonal" else self.data.mT @ self.data
+        if self.kind == "diagonal":
+            return self.data.diag_embed()
+        found = self.data.mT @ self.data
+        return (
+            found
+            if self.rest is None
+            else self.rest.view(-1, 1, 1) * torch.eye(self.size, dtype=found.dtype, device=found.device) - found
+        )
 
     def diagonal(self) -> Tensor:
         """[G, p]."""
         if self.kind == "diagonal":
             return self.data
-        return self.data.diagonal(dim1=1, dim2=2) if self.kind == "matrix" else self.data.square().sum(1)
+        if self.kind == "matrix":
+            return self.data.diagonal(dim1=1, dim2=2)
+        found = self.data.square().sum(1)
+        return found if self.rest is None else self.rest.view(-1, 1) - found
 
     def trace(self) -> Tensor:
         """[G]."""
@@ -78,7 +98,8 @@ class Side:
     @precisely
     def norm(self) -> Tensor:
         """Frobenius norm, [G]."""
-        data = self.data @ self.data.mT if self.kind == "rows" else self.data
+        data = self.dense() if self.kind == "complement" else self.data
+        data = data @ data.mT if self.kind == "rows" else data
         return data.flatten(1).norm(dim=1)
 
     @precisely
@@ -103,8 +124,27 @@ class Side:
 
     def scaled(self, factor: Tensor) -> Side:
         """factor [G] times it, for numbers of at least 0."""
-        factor = factor.sqrt() if self.kind == "rows" else factor
-        return Side(self.kind, self.data * factor.view(-1, *(1,) * (self.data.dim() - 1)))
+        rest = None if self.rest is None else self.rest * factor
+        factor = factor.sqrt() if self.kind in ("rows", "complement") else factor
+        return Side(self.kind, self.data * factor.view(-1, *(1,) * (self.data.dim() - 1)), rest)
+
+    def to(self, dtype: torch.dtype) -> Side:
+        return Side(self.kind, self.data.to(dtype), None if self.rest is None else self.rest.to(dtype))
+
+    def mixed(self, other: Side, share: float) -> Side:
+        """(1 - share) times it plus share times another: by the rows of both while these are few, else in its place."""
+        kinds = {self.kind, other.kind}
+        if kinds == {"rows"}:
+            both = Side("rows", torch.cat([self.data * (1 - share) ** 0.5, other.data * share**0.5], 1))
+            if both.is_short:
+                return both
+        if kinds & {"diagonal"} or "rows" not in kinds:
+            self.data.lerp_(other.data, share)
+            return self
+        dense = self.dense()
+        if other.kind == "rows":
+            return Side("matrix", dense.baddbmm_(other.data.mT, other.data, beta=1 - share, alpha=share))
+        return Side("matrix", dense.lerp_(other.data, share))
 
     def inverse(self, shift: Tensor, what: str) -> Side:
         """(factor + shift I)^-1 for a shift [G]; raises ValueError where that is not safely positive definite."""
@@ -116,7 +156,19 @@ class Side:
                     f"{shifted.max():.4g}; expected positive numbers. Increase damping."
                 )
             return Side("diagonal", 1 / shifted)
-        shifted = self.dense().clone()
+        if self.kind == "rows" and self.is_short and (shift > 0).all():
+            return self._complement(shift, what)
+        return Side("matrix", torch.cholesky_inverse(self._factorised(self.dense().clone(), shift, what)))
+
+    def _complement(self, shift: Tensor, what: str) -> Side:
+        """(R^T R + s I)^-1 = (I - R^T (R R^T + s I)^-1 R) / s: as large as the rows are many."""
+        L = self._factorised(self.data @ self.data.mT, shift, what)
+        Q = torch.linalg.solve_triangular(L, self.data, upper=False)
+        return Side("complement", Q / shift.sqrt().view(-1, 1, 1), 1 / shift)
+
+    @staticmethod
+    def _factorised(shifted: Tensor, shift: Tensor, what: str) -> Tensor:
+        """The Cholesky factor of a matrix, to which the shift is added in its place."""
         shifted.diagonal(dim1=1, dim2=2).add_(shift.unsqueeze(1))
         scale = shifted.diagonal(dim1=1, dim2=2).amax(1)
         L, info = torch.linalg.cholesky_ex(shifted)
@@ -124,7 +176,7 @@ class Side:
         if (info != 0).any() or not (smallest > torch.finfo(shifted.dtype).eps * scale).all():
             raise ValueError(f"{what}, {list(shifted.shape[1:])}, plus its share {shift.tolist()} of the damping is "
                              "singular; expected a positive definite matrix. Increase damping.")  # fmt: skip
-        return Side("matrix", torch.cholesky_inverse(L))
+        return L
 
 
 class Kron:
@@ -185,25 +237,25 @@ class Kron:
     def to(self, dtype: torch.dtype) -> Kron:
         if self.dtype == dtype:
             return self
-        left, right = (Side(side.kind, side.data.to(dtype)) for side in self.sides)
+        left, right = (side.to(dtype) for side in self.sides)
         return Kron(left, right)
 
     def state(self) -> list[list[Any]]:
         """As plain tensors and strings, from which `of_state` makes it again."""
-        return [[side.kind, side.data] for side in self.sides]
+        return [[side.kind, side.data, *([] if side.rest is None else [side.rest])] for side in self.sides]
 
     @staticmethod
     def of_state(state: list[list[Any]]) -> Kron:
-        left, right = (Side(kind, data) for kind, data in state)
+        left, right = (Side(*parts) for parts in state)
         return Kron(left, right)
 
     # --- products and numbers ------------------------------------------------------------------------------------
 
     def applied(self, g: Tensor) -> Tensor:
         """`@` with one gradient, of its dtype; for one group without bookkeeping, and in the arithmetic that is on."""
-        left, right = self.left, self.right
-        if self.groups > 1:
+        if self.groups > 1 or any(side.kind in ("rows", "complement") for side in self.sides):
             return (self @ g.to(self.dtype)).to(g.dtype)
+        left, right = self.left, self.right
         V = g.to(left.dtype).reshape(left.shape[0], right.shape[0])
         V = V * right if right.dim() == 1 or right.shape[0] == 1 else V @ right
         V = left @ V if left.dim() == 2 else left.unsqueeze(1) * V

@@ -60,12 +60,13 @@ class FisherCurvature(Curvature):
 
     split   damping is split between two factors, which are inverted; else eigenbases, in which it is exact
     half    factors from the first half of a batch, eigenvalues from the second
+    alone   measured on this rank only
     exact   eigenvalues of their own (EKFAC): averages of sum_{v,n} (u . (J_n^T v) w)^2 in the present eigenbasis
     """
 
     def __init__(
         self, names: Iterable[str], *, fisher: str, samples: int, sharing: str, decay: float, factor_interval: int,
-        inverse_interval: int, split: bool, half: bool, exact: bool, max_factor: int,
+        inverse_interval: int, split: bool, half: bool, exact: bool, max_factor: int, alone: bool = True,
     ):  # fmt: skip
         super().__init__(names, check_share("factor_decay", decay))
         self.factor_interval = check_count("factor_interval", factor_interval)
@@ -74,7 +75,8 @@ class FisherCurvature(Curvature):
         self.new = self.stale = False  # parameters came; steps went wrong: to be measured in the next pass
         self._sampling: dict[str, Any] = {"fisher": fisher, "samples": samples}
         kept: dict[str, Any] = {**self._sampling, "sharing": sharing, "max_factor": max_factor}
-        self._factors = FisherFactors(self.blocks.keys(), **kept, halves=half)
+        # where inverses alone are asked for, a factor of few rows is these: exact, and the cheaper the fewer they are
+        self._factors = FisherFactors(self.blocks.keys(), **kept, halves=half, thin=split and alone)
         self._whole = FisherFactors(self.blocks.keys(), **kept)
 
     def add(self, names: Iterable[str]) -> None:

@@ -30,9 +30,9 @@ class FisherFactors(KFAC):
 
     def __init__(
         self, names: Container[str], fisher: str, samples: int, sharing: str, halves: bool = False,
-        max_factor: int = MAX_FACTOR,
+        max_factor: int = MAX_FACTOR, thin: bool = False,
     ):  # fmt: skip
-        super().__init__(fisher, samples, sharing, max_factor=max_factor)
+        super().__init__(fisher, samples, sharing, max_factor=max_factor, thin=thin)
         self.name, self.names, self.halves = "fisher_factors", names, halves
         self.least_samples = 2 if halves else 1
         self._said = False

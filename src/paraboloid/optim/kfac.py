@@ -140,6 +140,7 @@ class KFAC(Frame):
             self.names.values(), fisher=self.fisher, samples=self.samples, sharing=self.sharing,
             decay=self.factor_decay, factor_interval=self.factor_interval, inverse_interval=self.inverse_interval,
             split=self.split, half=self.half, exact=self.exact_values, max_factor=self.max_factor,
+            alone=self._group is None,
         )  # fmt: skip
         self._blocks = self._curvature.blocks
         shape: list[Part] = [direction.coupled_decay, self._curvature.precondition, direction.Graft(self.graft)]

@@ -115,4 +115,4 @@ def _tensors(value: Any) -> list[Tensor]:
         return []
     if isinstance(value, tuple):
         return [t for part in value for t in _tensors(part)]
-    return [value.left, value.right] if isinstance(value, Kron) else [value]
+    return [side.data for side in value.sides] if isinstance(value, Kron) else [value]

@@ -50,8 +50,8 @@ class Block:
         if before is None or w == 1:
             setattr(self, what, found)
         else:
-            before.left.lerp_(found.left, w)
-            before.right.lerp_(found.right, w)
+            (left, right), new = before.sides, found.sides
+            setattr(self, what, Kron(left.mixed(new[0], w), right.mixed(new[1], w)))
 
     def average_values(self, values: Tensor, decay: float) -> None:
         """One more measurement of EKFAC's eigenvalues in the present basis."""
@@ -118,9 +118,10 @@ class Block:
         """What is kept: "kronecker", "dense" (a bias) or "diagonal"."""
         if self.kron is None:
             return "none"
-        if self.kron.right.numel() > 1:
+        left, right = self.kron.sides
+        if right.size > 1:
             return "kronecker"
-        return "dense" if self.kron.left.dim() == 2 else "diagonal"
+        return "diagonal" if left.kind == "diagonal" else "dense"
 
     def trace(self) -> float:
         return 0.0 if self.kron is None else float(self.kron.trace())
@@ -152,7 +153,7 @@ def _in_double(of: Callable[[Kron], T], kron: Kron) -> T:
 
 def _split(kron: Kron, damping: float, name: str) -> Kron:
     """Two inverses; a block with one factor only is damped exactly."""
-    if kron.right.numel() > 1 or kron.groups > 1:
+    if kron.sides[1].size > 1 or kron.groups > 1 or kron.sides[0].kind == "rows":
         return kron.split_inverse(damping, f"parameter {name!r}")
     left = kron.left * kron.right.reshape(())
     if left.dim() == 1:
