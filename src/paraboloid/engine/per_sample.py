@@ -89,27 +89,30 @@ def _parts(shape: torch.Size, layout: Layout | Owned, use: Use, alias: Alias | N
         at, sizes = rows.index(axis), [shape[i] for i in rows]
         split = (math.prod(sizes[:at]) * a, N, b * math.prod(sizes[at + 1 :]))
     made: dict[int, Right] = {}  # by place: every pull has the same input side, which may be kept unfolded
+    ordered, single = rows == tuple(range(len(rows))), split[0] == split[2] == 1
 
     def rowed(left: Tensor) -> Tensor:
-        """[V N G a b T p], the sample's rows a and b apart."""
+        """[V N G a b T p], the sample's rows a and b apart; [V N G T p] where both are one."""
         if use.rows is None:
-            left = left.movedim([i + 1 for i in rows], list(range(1, len(rows) + 1)))
-            left = left.reshape(len(left), -1, 1, 1, alias.shape.numel())
+            if not ordered:
+                left = left.movedim([i + 1 for i in rows], list(range(1, len(rows) + 1)))
+            left = left.reshape(left.shape[0], -1, 1, 1, alias.shape.numel())
         if sorted_rows is not None:
             left = sorted_rows.of_left(left)
-        return left.unflatten(1, split).permute(0, 2, 4, 1, 3, 5, 6)
+        return left if single else left.unflatten(1, split).permute(0, 2, 4, 1, 3, 5, 6)
 
     def outer(place: Place, g: Tensor, power: int = 1) -> Outer:
         root, flip = place.piece.root, use.flip ^ alias.turned
         precision = accumulation(root.dtype)
         left = rowed(use.pull(g.to(precision), power)).to(precision)  # under autocast g is shorter than the weight
         if use.right is None:
-            several = left.shape[3:6].numel() > 1
-            left = place.put(left.sum((3, 4, 5)).unsqueeze(3) if several else left.flatten(3, 5), -1)
+            if left.shape[3:-1].numel() > 1:
+                left = left.sum(3 if single else (3, 4, 5)).unsqueeze(3)
+            left = place.put(left if single else left.flatten(3, -2), -1)
             if place.piece.table is not None:
                 return _table_rows(left, *place.piece.table)
             return Vector(left, root.shape)
-        left, q = left.flatten(3, 5), use.q
+        left, q = left if single else left.flatten(3, 5), use.q
         if flip and place.moves:
             q = root.numel() // left.shape[-1]
         elif place.moves:
@@ -129,7 +132,7 @@ def _parts(shape: torch.Size, layout: Layout | Owned, use: Use, alias: Alias | N
         root = place.piece.root
         stays = use.right is not None and use.flip ^ alias.turned  # the root's other rows are on the right
         like = root.detach().new_empty(0, dtype=accumulation(root.dtype))
-        at, scale = (rowed(t).flatten(3, 5)[0] for t in use.elements(shape_of_z, like))
+        at, scale = (rowed(t).flatten(3, -2)[0] for t in use.elements(shape_of_z, like))
         at, scale = (t if stays else place.put(t, -1) for t in (at, scale))
         return at - 1, torch.where(at > 0, scale, 0)
 

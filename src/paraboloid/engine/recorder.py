@@ -23,6 +23,7 @@ from paraboloid.engine.reindexed_weights import STRETCHES, Alias, alias_of
 from paraboloid.layers import LOWERINGS, RULES, Use
 from paraboloid.layers.normalization import Hook, constant_statistics, uses_batch_statistics
 from paraboloid.passes.modes import autocast_dtype
+from paraboloid.passes.module_tree import modules_of
 from paraboloid.passes.torch_internals import (
     DisableTorchFunction,
     base_of,
@@ -130,7 +131,7 @@ def lowered(op: Callable) -> Callable | None:
 def _modules(model: Any) -> list[nn.Module]:
     """The modules of a model; of a plain callable those that it holds."""
     held: list[Any] = [model] if isinstance(model, nn.Module) else list(getattr(model, "__dict__", {}).values())
-    return [m for part in held if isinstance(part, nn.Module) for m in part.modules()]
+    return [m for part in held if isinstance(part, nn.Module) for m in modules_of(part)]
 
 
 def _own_parameters(model: Any) -> list[Tensor]:

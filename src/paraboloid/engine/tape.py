@@ -312,10 +312,11 @@ class Tape:
         """
         unchanged = copied_buffers(self.model), unhooked(self.parameters.values())
         with DisableTorchFunction(), own_arithmetic(f.device), unchanged[0], unchanged[1]:
-            if v.shape[1:] != f.shape or v.dim() == 0 or len(v) == 0:
+            if v.shape[1:] != f.shape or v.dim() == 0 or v.shape[0] == 0:
                 raise ValueError(f"v has shape {tuple(v.shape)}; expected [V, *output shape] = [V, {list(f.shape)}].")
-            plan = self.plan(f, batch_statistics)
-            self._check_fresh(plan.calls)
+            before, plan = self._plan, self.plan(f, batch_statistics)
+            if before is self._plan:  # not made now, which checks it
+                self._check_fresh(plan.calls)
             v = v.to(f.dtype)
             out = self._outers(plan, self._gradients(f, plan.calls, v, totals))
             if plan.missed:
@@ -336,15 +337,14 @@ class Tape:
             return []
         if len(v) > 1 and not leaves and (together := many_vectors.pull(self.model, f, edges, v)) is not None:
             return together
-        found: list[Tensor | None] = []
-        for i, u in enumerate(v):
-            inputs: list[Any] = [*edges, *leaves]
-            grads = torch.autograd.grad(f, inputs, u, retain_graph=True, allow_unused=True)
-            if len(v) == 1:
+        found, inputs = list[Tensor | None](), [*edges, *leaves]
+        for i in range(v.shape[0]):
+            grads = torch.autograd.grad(f, inputs, v[i], retain_graph=True, allow_unused=True)
+            if (V := v.shape[0]) == 1:
                 found = [None if g is None else g[None] for g in grads[: len(edges)]]
             elif i == 0:
-                found = [None if g is None else pooled((len(v), *g.shape), g) for g in grads[: len(edges)]]
-            if len(v) > 1:
+                found = [None if g is None else pooled((V, *g.shape), g) for g in grads[: len(edges)]]
+            if V > 1:
                 for place, g in zip(found, grads, strict=False):
                     if place is not None:
                         place[i].copy_(g)

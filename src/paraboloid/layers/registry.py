@@ -64,9 +64,10 @@ class Use:
         """factor^power * arrange(g): `left` itself, and with its factors squared."""
         if self.left is not None:
             return self.left(g) if power == 1 else self.left(g) * self.left(torch.ones_like(g))
-        g, c = self.arranged(g), value_of(self.factor)
-        if self.is_plain:
+        g = self.arranged(g)
+        if self.factor is None or self.is_plain:
             return g
+        c = value_of(self.factor)
         return g * c if power == 1 else g * c * c
 
     def arranged(self, g: Tensor) -> Tensor:
@@ -133,7 +134,8 @@ def matrix(x: Tensor, weight: Any, flip: bool = False, scale: float = 1) -> Use:
     p = weight.shape[1] if flip else weight.shape[0]
     return Use(
         weight, tuple(range(x.dim() - 1)), right=lambda rows: x.reshape(-1, 1, 1, x.shape[-1])[rows], flip=flip,
-        q=x.shape[-1], arrange=lambda g: g.reshape(len(g), -1, 1, 1, p), factor=scale, input=x,
+        q=x.shape[-1], arrange=lambda g: g.reshape(g.shape[0], -1, 1, 1, p), factor=None if scale == 1 else scale,
+        input=x,
     )  # fmt: skip
 
 

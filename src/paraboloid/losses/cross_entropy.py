@@ -87,6 +87,11 @@ class CrossEntropy(Loss):
 
     def gradient(self, f, y):
         f = full(f)
+        if self.weight is None and not self.label_smoothing and self._indices(f, y):  # q is one at a class
+            y, g = class_indices(y).unsqueeze(1), f.softmax(1)
+            ignored = y == self.ignore_index
+            g.scatter_add_(1, y.masked_fill(ignored, 0).long(), g.new_full((1,), -1.0).expand(y.shape))
+            return g.masked_fill_(ignored, 0.0)
         q = self._weighted_targets(f, y)
         return q.sum(1, keepdim=True) * f.softmax(1) - q
 
@@ -183,8 +188,8 @@ class CrossEntropy(Loss):
             raise ValueError(f"cross-entropy targets have shape {tuple(y.shape)} for outputs {tuple(f.shape)}; "
                              f"expected {tuple(f.shape[:1] + f.shape[2:])}.")  # fmt: skip
         y = class_indices(y)
-        wrong = ((y < 0) | (y >= f.shape[1])) & (y != self.ignore_index)
-        if wrong.any():
+        wrong = (y < 0) | (y >= f.shape[1])
+        if wrong.any() and (wrong := wrong & (y != self.ignore_index)).any():
             where = wrong.nonzero()[0].tolist()
             raise ValueError(f"target {int(y[tuple(where)])} at index {where if len(where) > 1 else where[0]} is out "
                              f"of range; expected class indices 0..{f.shape[1] - 1} for {f.shape[1]} outputs"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -64,7 +65,7 @@ LEFT_OUT = Limit("sums over groups of draws, for a jackknife", 512 * MIB)
 JOINED = Limit("inputs of small batches that are joined", 512 * KIB)
 BUCKETS = Limit("what ranks sum by one message", 64 * MIB)
 POOLED = Limit("memory of results that have gone, kept for those to come", GIB)
-LARGE = Limit("results below it take torch's own memory, not the pool's", 2 * MIB)
+LARGE = Limit("results below it take torch's own memory, not the pool's", 256 * KIB)
 
 
 def available(device: torch.device) -> int | None:
@@ -149,8 +150,10 @@ def pooled_product(left: Tensor, right: Tensor) -> Tensor:
     multiply = torch.mul if left.shape[-1] == 1 else torch.matmul
     if torch.is_grad_enabled():
         return multiply(left, right)
-    shape = (*torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]), left.shape[-2], right.shape[-1])
-    return multiply(left, right, out=pooled(shape, left))
+    lead, other = left.shape[:-2], right.shape[:-2]
+    if other and lead[len(lead) - len(other) :] != other:  # what is asked takes longer than a small product
+        lead = torch.broadcast_shapes(lead, other)
+    return multiply(left, right, out=pooled((*lead, left.shape[-2], right.shape[-1]), left))
 
 
 def pooled(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -159,7 +162,7 @@ def pooled(shape: Sequence[int], like: Tensor) -> Tensor:
     Linux gives pages of 2 MiB, of which few are to be touched, to those who ask for them; NumPy's allocator does,
     torch's does not by default.
     """
-    size = torch.Size(shape).numel() * like.element_size()
+    size = math.prod(shape) * like.element_size()
     if like.device.type != "cpu" or size < LARGE.default:
         return like.new_empty(shape)
     return torch.from_numpy(pool.take(size)).view(like.dtype).view(tuple(shape))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -45,9 +45,18 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
             yield
 
 
-@contextmanager
-def own_arithmetic(device: torch.device) -> Iterator[None]:
+_AS_IT_IS = nullcontext()
+
+
+def own_arithmetic(device: torch.device) -> AbstractContextManager[None]:
     """Inside, numbers keep their type and results are ordinary tensors, under autocast and inference mode too."""
+    if not torch.is_inference_mode_enabled() and autocast_dtype(device) is None:  # as most often: it is on already
+        return _AS_IT_IS
+    return _own_arithmetic(device)
+
+
+@contextmanager
+def _own_arithmetic(device: torch.device) -> Iterator[None]:
     with torch.inference_mode(False), autocast(device, None):
         yield
 
@@ -57,10 +66,7 @@ def precisely(method: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(method)
     def inside(*args: P.args, **kwargs: P.kwargs) -> R:
-        device = args[0].device  # pyright: ignore[reportAttributeAccessIssue] - of a class with .device
-        if not torch.is_inference_mode_enabled() and autocast_dtype(device) is None:  # as most often: it is on already
-            return method(*args, **kwargs)
-        with own_arithmetic(device):
+        with own_arithmetic(args[0].device):  # pyright: ignore[reportAttributeAccessIssue] - of a class with .device
             return method(*args, **kwargs)
 
     return inside

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paraboloid.passes.module_tree import modules_of
 from paraboloid.passes.torch_internals import own_buffers
 
 
@@ -22,6 +23,14 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         devices = [device.index or 0] if device.type == "cuda" else []
     else:
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    if not devices:  # as fork_rng, without looking for other devices
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            torch.set_rng_state(state)
+        return
     with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)
         for i in devices:
@@ -32,7 +41,7 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
 @contextmanager
 def isolated(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
     """Dropout masks follow `seed`; the global random state and buffers such as running statistics are restored."""
-    training = hasattr(model, "modules") and any(m.training for m in model.modules())
+    training = any(m.training for m in modules_of(model))
     buffers = [(b, b.detach().clone()) for b in model.buffers()] if training else []
     with seeded(seed, device):
         try:
@@ -51,7 +60,7 @@ def copied_buffers(model: Any, modules: Iterable[nn.Module] | None = None) -> It
     For backward passes: a checkpoint runs its part of the forward pass again, which would move running statistics.
     `modules`: all of the model's, where they are at hand.
     """
-    found: Any = modules if modules is not None else model.modules() if hasattr(model, "modules") else ()
+    found = modules_of(model) if modules is None else modules
     training = [m for m in found if m.training and own_buffers(m)]
     originals = [(m, dict(own_buffers(m))) for m in training]
     for m, buffers in originals:

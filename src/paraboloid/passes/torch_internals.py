@@ -82,6 +82,7 @@ def saved_tensor_hooks() -> Any:
 own_tensors = attrgetter("_parameters", "_buffers")  # two dicts of a module, without its children's
 own_buffers = attrgetter("_buffers")
 own_parts = attrgetter("_modules", "_parameters")  # two dicts of a module
+own_modules = attrgetter("_modules")
 # What torch.compile, fully sharded data parallel and checkpoint wrappers put into parameters' names.
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 COMPILER = "torch._dynamo"  # the module that is imported by the first torch.compile

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paraboloid.passes.module_tree import named_parameters_of
 from paraboloid.passes.torch_internals import WRAPPERS, inside_compiled
 
 DATA_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
@@ -52,7 +53,7 @@ def distributed(model: Any) -> nn.parallel.DistributedDataParallel | None:
 
 def plain_parameters(model: Any) -> dict[str, nn.Parameter]:
     """All parameters by plain name, frozen ones too."""
-    named = dict(unwrapped(model).named_parameters())
+    named = named_parameters_of(unwrapped(model))
     if "_mod" not in "".join(named):  # which is in the prefix of every wrapper
         return named
     return {plain_name(name): p for name, p in named.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from paraboloid.linalg.kronecker import Kron, Side
 from paraboloid.linalg.operand import check_count
-from paraboloid.passes.memory import FACTORS
+from paraboloid.passes.memory import FACTORS, pooled
 from paraboloid.reductions.outer import Outer, Zero
 from paraboloid.reductions.products import Lookup, Products
 from paraboloid.reductions.sums import Recent, reduce
@@ -68,7 +68,7 @@ def input_factor(o: Products, kept: Kept = DEFAULT, memory: int | None = None) -
     if kept.thin and not isinstance(o, Lookup) and N * (1 if reduced else T) < o.q:
         right = o.mean_inputs().unsqueeze(2) if reduced else o.inputs()
         return Side("rows", right.transpose(0, 1).flatten(1, 2).detach())  # it may be the layer's input itself
-    A = o.left.new_empty(G, o.q, o.q)
+    A = pooled((G, o.q, o.q), o.left)
     for n in o.chunks(G * T * o.q, memory, FACTORS, least=4 * A.nbytes):
         add_gram(A, o.mean_inputs(n).movedim(0, 2) if reduced else o.columns(n), n.start > 0)  # [G q n]
     return mirror(A)
@@ -76,7 +76,7 @@ def input_factor(o: Products, kept: Kept = DEFAULT, memory: int | None = None) -
 
 def gram(R: Tensor) -> Tensor:
     """R R^T, [G q q], for R [G q K]."""
-    A = R.new_empty(*R.shape[:2], R.shape[1])
+    A = pooled((*R.shape[:2], R.shape[1]), R)
     add_gram(A, R, add=False)
     return mirror(A)
 

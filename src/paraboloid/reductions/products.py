@@ -101,7 +101,7 @@ class Products(Outer):
         J = None
         for n in self.chunks(G * T * self.q):
             columns = self.right.columns(n)
-            piece = left[:, :, n].flatten(2, 3).mT @ (columns.square() if squared else columns).mT
+            piece = pooled_product(left[:, :, n].flatten(2, 3).mT, (columns.square() if squared else columns).mT)
             J = piece if J is None else J.add_(piece)
         assert J is not None  # there is at least one sample
         return self.finish(J, (V,))
@@ -165,6 +165,17 @@ class Products(Outer):
 
 class OnePosition(Products):
     """left (x) right."""
+
+    def total(self, left: Tensor | None = None, squared: bool = False) -> Tensor:
+        """As above: for one vector and group a product of two matrices, in the order in which the result is kept."""
+        left = self.left if left is None else left
+        V, N, G, _, p = left.shape
+        if V * G > 1 or ((self.right.unfolds or squared) and len(self.chunks(self.q)) > 1):
+            return super().total(left, squared)
+        rows, left = self.right().view(N, self.q), left.view(N, p)
+        rows = rows.square() if squared else rows
+        J = pooled_product(rows.mT, left) if self.flip else pooled_product(left.mT, rows)
+        return J.view(1, *self.shape)
 
     def together(self, wanted: Set[str]) -> Set[str]:
         return NOTHING

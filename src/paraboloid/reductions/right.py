@@ -70,6 +70,9 @@ class Right:
         """[n G T q], or int64 [n G T]; for the samples in the slice."""
         if self._kept is not None:
             return self._kept[n]
+        if self.q_axes is None and self.layout[0] == self.layout[2] == 1:
+            rows = self.rows(n)
+            return rows if self.dtype in (None, rows.dtype) else rows.to(self.dtype)
         return self._matrices(self._view(n))
 
     def pieces(self, ranges: Iterable[slice]) -> Iterator[Tensor]:

@@ -43,8 +43,8 @@ class Recent:
         if (kept := self.squares) is not None and same_memory(kept[0], left):
             return kept[1]
         found = left[0].square()
-        for one in left[1:]:
-            found.addcmul_(one, one)
+        for v in range(1, left.shape[0]):
+            found.addcmul_(left[v], left[v])
         self.squares = left, found
         return found
 
@@ -63,7 +63,7 @@ def reduce(o: Any, wanted: Set[str], max_memory: int | None = None, recent: Rece
         if part in together:
             continue
         if part == "total":
-            found[part] = o.total(o.left.sum(0, keepdim=True) if len(o.left) > 1 else o.left)[0]
+            found[part] = o.total(o.left.sum(0, keepdim=True) if o.left.shape[0] > 1 else o.left)[0]
         elif part == "squares":
             found[part] = o.squares(Recent() if recent is None else recent)
         elif part == "norms":
