@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from paraboloid.jobs.studies.backpack.methods import DIAGONAL, EXACT, KRONECKER, MONTE_CARLO
-from paraboloid.jobs.studies.comparing.summary import Summary, best, inside, summaries
+from paraboloid.jobs.studies.comparing.summary import Claim, Summary, best, judged, summaries
 from paraboloid.report.numbers import fixed, number, percent
 
-Finding = tuple[str, bool | None, str]
 FIRST_ORDER, EARLY = ("SGD-m", "Adam"), 0.3  # of the epochs
 CHEAP, CLOSE = 3.0, 0.02  # gradients; of the test accuracy
 
 
-def claims(problem: dict[str, Any]) -> list[Finding]:
+def claims(problem: dict[str, Any]) -> list[Claim]:
     """Every finding of the paper that can be looked at on a problem."""
     found, costs = summaries(problem), {row["quantity"]: row["gradients"] for row in problem["costs"]}
     first = [name for name in ("square_norms", "second_moment", "variance", "sample_grads") if name in costs]
@@ -40,7 +39,7 @@ def _said(costs: dict[str, float], names: Any) -> str:
     return ", ".join(f"{name} {number(costs[name], 2)}" for name in names)
 
 
-def _cost(claim: str, costs: dict[str, float], names: Any, most: float) -> Finding:
+def _cost(claim: str, costs: dict[str, float], names: Any, most: float) -> Claim:
     return claim, max(costs[name] for name in names) <= most, _said(costs, names)
 
 
@@ -56,7 +55,7 @@ def _fastest(found: dict[str, Summary], names: Any) -> Summary | None:
     return min(known, key=lambda s: early(s) or 0.0) if known else None
 
 
-def _early(claim: str, one: Summary | None, other: Summary | None) -> Finding | None:
+def _early(claim: str, one: Summary | None, other: Summary | None) -> Claim | None:
     if one is None or other is None:
         return None
     a, b = early(one), early(other)
@@ -65,7 +64,7 @@ def _early(claim: str, one: Summary | None, other: Summary | None) -> Finding | 
     return claim, a < b, f"training loss {one.name} {fixed(a, None, 3)}, {other.name} {fixed(b, None, 3)}"
 
 
-def _close(claim: str, one: Summary | None, other: Summary | None) -> Finding | None:
+def _close(claim: str, one: Summary | None, other: Summary | None) -> Claim | None:
     if one is None or other is None:
         return None
     if one.accuracy is None or other.accuracy is None:
@@ -76,9 +75,5 @@ def _close(claim: str, one: Summary | None, other: Summary | None) -> Finding | 
 
 def findings(results: dict[str, Any]) -> list[str]:
     """The claims as sentences, those that were not seen here as plainly as the others."""
-    words, sentences, seen, judged = {True: "Seen", False: "Not seen", None: "Not run"}, [], 0, 0
-    for problem in results["problems"]:
-        for claim, is_seen, measured in claims(problem):
-            seen, judged = seen + (is_seen is True), judged + (is_seen is not None)
-            sentences.append(f"{words[is_seen]} on {problem['name']}: {inside(claim)} ({measured}).")
-    return [f"{seen} of {judged} findings of the paper were seen here.", *sentences]
+    share, sentences = judged(results, claims)
+    return [f"{share} findings of the paper were seen here.", *sentences]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+Claim = tuple[str, bool | None, str]  # what is claimed, whether it was seen (None: not run), what was measured
 NAMES = ("K-BFGS", "KFAC", "KFLR", "KFRA", "Kronecker", "Monte Carlo", "Adam", "SGD", "Gauss-Newton")
 
 
@@ -103,3 +105,14 @@ def fastest(found: dict[str, Summary], family: str) -> Summary | None:
 def inside(claim: str) -> str:
     """A claim in the middle of a sentence: its first word small, where it is no name."""
     return claim if claim.startswith(NAMES) else claim[0].lower() + claim[1:]
+
+
+def judged(results: dict[str, Any], claims: Callable[[dict[str, Any]], Iterable[Claim]]) -> tuple[str, list[str]]:
+    """How many of a study's claims were seen on its problems ("3 of 5"), and each as a sentence, those that were not
+    seen as plainly as the others."""
+    words, sentences, verdicts = {True: "Seen", False: "Not seen", None: "Not run"}, [], []
+    for problem in results["problems"]:
+        for claim, seen, measured in claims(problem):
+            verdicts.append(seen)
+            sentences.append(f"{words[seen]} on {problem['name']}: {inside(claim)} ({measured}).")
+    return f"{verdicts.count(True)} of {len(verdicts) - verdicts.count(None)}", sentences

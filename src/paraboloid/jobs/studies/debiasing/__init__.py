@@ -7,8 +7,6 @@ ratio is a sum over repeats divided by the same sum for all data.  What is not b
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 from paraboloid.jobs.studies.debiasing.curvatures import along_training, factors, grid, table
@@ -17,6 +15,7 @@ from paraboloid.jobs.studies.debiasing.newton_steps import steps
 from paraboloid.jobs.studies.debiasing.page import sections
 from paraboloid.jobs.studies.debiasing.plan import Plan
 from paraboloid.jobs.studies.debiasing.reading import findings
+from paraboloid.jobs.studies.parts import Progress, run_parts
 
 __all__ = ["PARTS", "TITLE", "Plan", "findings", "measure", "pieces", "plan", "sections"]
 
@@ -25,8 +24,6 @@ PARTS = {
     "table": table, "training": along_training, "grid": grid, "factors": factors, "steps": steps,
     "posteriors": posteriors,
 }  # fmt: skip
-
-Progress = Callable[[str, int, int], None]  # part, done, total
 
 
 def plan(full: bool) -> Plan:
@@ -47,18 +44,4 @@ def pieces(plan: Plan) -> dict[str, int]:
 
 def measure(plan: Plan, seed: int = 0, progress: Progress | None = None) -> dict[str, Any]:
     """Every part of the study, as plain data."""
-    report, totals = progress or (lambda part, done, total: None), pieces(plan)
-    found: dict[str, Any] = {}
-    seconds: dict[str, float] = {}
-    for part, run in PARTS.items():
-        done, start = 0, time.perf_counter()
-        report(part, 0, totals[part])
-
-        def tick(part: str = part) -> None:
-            nonlocal done
-            done += 1
-            report(part, done, totals[part])
-
-        found[part] = run(plan, seed, tick)
-        seconds[part] = time.perf_counter() - start
-    return {**found, "seconds": seconds}
+    return run_parts(PARTS, plan, seed, progress, pieces(plan))

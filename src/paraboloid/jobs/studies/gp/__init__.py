@@ -6,8 +6,6 @@ scikit-learn (or UCI sets of yours, in the papers' splits) against scikit-learn 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +15,7 @@ from paraboloid.jobs.studies.gp.plan import Plan
 from paraboloid.jobs.studies.gp.reading import findings
 from paraboloid.jobs.studies.gp.regression import regress, uci_names
 from paraboloid.jobs.studies.gp.thompson import optimise
+from paraboloid.jobs.studies.parts import Progress, run_parts
 
 __all__ = ["TITLE", "Plan", "findings", "measure", "pieces", "plan", "sections", "with_data"]
 
@@ -41,19 +40,6 @@ def pieces(plan: Plan) -> dict[str, int]:
     return {"convergence": len(SYSTEMS) * len(SOLVERS), "regression": len(plan.sets), "thompson": plan.rounds}
 
 
-def measure(plan: Plan, seed: int = 0, progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
+def measure(plan: Plan, seed: int = 0, progress: Progress | None = None) -> dict[str, Any]:
     """Every part of the study, as plain data."""
-    report, totals = progress or (lambda part, done, total: None), pieces(plan)
-    found: dict[str, Any] = {"seconds": {}}
-    for part, run in PARTS.items():
-        start, done = time.perf_counter(), 0
-        report(part, 0, totals[part])
-
-        def tick(part: str = part) -> None:
-            nonlocal done
-            done += 1
-            report(part, done, totals[part])
-
-        found[part] = run(plan, seed, tick)
-        found["seconds"][part] = time.perf_counter() - start
-    return found
+    return run_parts(PARTS, plan, seed, progress, pieces(plan))

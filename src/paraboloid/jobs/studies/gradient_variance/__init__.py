@@ -8,8 +8,6 @@ what was measured here, seen or not.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,13 +17,13 @@ from paraboloid.jobs.studies.gradient_variance.page import sections
 from paraboloid.jobs.studies.gradient_variance.plan import Plan
 from paraboloid.jobs.studies.gradient_variance.reading import findings
 from paraboloid.jobs.studies.gradient_variance.variants import of, trained
+from paraboloid.jobs.studies.parts import Progress, listed, run_parts
 from paraboloid.noise.estimators import Stratified
 from paraboloid.problems import Problem, folders
 
 __all__ = ["TITLE", "Plan", "findings", "measure", "pieces", "plan", "sections", "with_data"]
 
 TITLE = "The variance of stochastic gradients, and clustering"
-Progress = Callable[[str, int, int], None]
 
 
 def plan(full: bool) -> Plan:
@@ -61,17 +59,8 @@ def pieces(plan: Plan) -> dict[str, int]:
 
 def measure(plan: Plan, seed: int = 0, progress: Progress | None = None) -> dict[str, Any]:
     """Every part of the study, as plain data."""
-    report, totals = progress or (lambda part, done, total: None), pieces(plan)
-    found: dict[str, Any] = {"seconds": {}}
-    for part, run in (("features", _features), ("images", _images), ("counts", _counts)):
-        start = time.perf_counter()
-        report(part, 0, totals[part])
-        found[part] = []
-        for row in run(plan, seed):
-            found[part].append(row)
-            report(part, len(found[part]), totals[part])
-        found["seconds"][part] = time.perf_counter() - start
-    return found
+    parts = {"features": listed(_features), "images": listed(_images), "counts": listed(_counts)}
+    return run_parts(parts, plan, seed, progress, pieces(plan))
 
 
 def _monitor(problem: Problem, plan: Plan, seed: int, total: int, batch_size: int) -> noise.Monitor:

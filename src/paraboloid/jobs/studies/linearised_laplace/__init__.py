@@ -7,8 +7,6 @@ confidence; weights in front of a normalisation rescaled.  Every claim is listed
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 from paraboloid.jobs.studies.linearised_laplace.by_samples import ROWS, em, growth, weights
@@ -16,12 +14,12 @@ from paraboloid.jobs.studies.linearised_laplace.measurements import evidence, re
 from paraboloid.jobs.studies.linearised_laplace.page import sections
 from paraboloid.jobs.studies.linearised_laplace.plan import Plan
 from paraboloid.jobs.studies.linearised_laplace.reading import findings
+from paraboloid.jobs.studies.parts import Progress, run_parts
 
 __all__ = ["PARTS", "TITLE", "Plan", "findings", "measure", "pieces", "plan", "sections"]
 
 TITLE = "Linearised Laplace: evidence, its repair, and confidence"
 PARTS = {"evidence": evidence, "rescaling": rescaling, "em": em, "growth": growth}
-Progress = Callable[[str, int, int], None]  # part, done, total
 
 
 def plan(full: bool) -> Plan:
@@ -38,17 +36,4 @@ def pieces(plan: Plan) -> dict[str, int]:
 
 def measure(plan: Plan, seed: int = 0, progress: Progress | None = None) -> dict[str, Any]:
     """Every part of the study, as plain data."""
-    report, totals = progress or (lambda part, done, total: None), pieces(plan)
-    found: dict[str, Any] = {"seconds": {}}
-    for part, run in PARTS.items():
-        done, start = 0, time.perf_counter()
-        report(part, 0, totals[part])
-
-        def tick(part: str = part) -> None:
-            nonlocal done
-            done += 1
-            report(part, done, totals[part])
-
-        found[part] = run(plan, seed, tick)
-        found["seconds"][part] = time.perf_counter() - start
-    return found
+    return run_parts(PARTS, plan, seed, progress, pieces(plan))

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from paraboloid.jobs.studies.comparing.summary import Summary, best, fastest, inside, summaries
+from paraboloid.jobs.studies.comparing.summary import Claim, Summary, best, fastest, judged, summaries
 from paraboloid.report.numbers import fixed, number, short
 
-Finding = tuple[str, bool | None, str]
 ALIKE = 0.03  # of the loss
 FIRST_ORDER, QUASI_NEWTON = ("SGD-m", "Adam", "AdamW"), ("K-BFGS", "K-BFGS(L)")
 GOAL = 0.4  # of Adam's seconds
 
 
-def claims(problem: dict[str, Any]) -> list[Finding]:
+def claims(problem: dict[str, Any]) -> list[Claim]:
     """Every finding of the paper, and every goal, that can be looked at on a problem."""
     found = summaries(problem)
     ours = [name for name, s in found.items() if s.family == "ours"]
@@ -39,7 +38,7 @@ def _said(*each: Summary) -> str:
     return ", ".join(f"{s.name} {fixed(s.final, s.error)}" for s in each)
 
 
-def _lower(claim: str, one: Summary | None, other: Summary | None) -> Finding | None:
+def _lower(claim: str, one: Summary | None, other: Summary | None) -> Claim | None:
     if one is None or other is None:
         return None
     if one.final is None or other.final is None:
@@ -47,7 +46,7 @@ def _lower(claim: str, one: Summary | None, other: Summary | None) -> Finding | 
     return claim, one.final < other.final, _said(one, other)
 
 
-def _alike(claim: str, one: Summary | None, other: Summary | None) -> Finding | None:
+def _alike(claim: str, one: Summary | None, other: Summary | None) -> Claim | None:
     """Not worse by more than 3 percent."""
     if (lower := _lower(claim, one, other)) is None or one is None or other is None or lower[1] is None:
         return lower
@@ -55,19 +54,19 @@ def _alike(claim: str, one: Summary | None, other: Summary | None) -> Finding | 
     return claim, one.final < (1 + ALIKE) * other.final, _said(one, other)
 
 
-def _sooner(claim: str, s: Summary | None) -> Finding | None:
+def _sooner(claim: str, s: Summary | None) -> Claim | None:
     if s is None:
         return None
     return claim, s.to_adam is not None and s.to_adam < 1, f"{s.name}: {_share(s)}"
 
 
-def _cheaper(claim: str, one: Summary | None, other: Summary | None) -> Finding | None:
+def _cheaper(claim: str, one: Summary | None, other: Summary | None) -> Claim | None:
     if one is None or other is None:
         return None
     return claim, one.seconds < other.seconds, f"{number(other.seconds / one.seconds)} times as many of its epochs"
 
 
-def _goal(s: Summary | None, adam: Summary | None) -> Finding | None:
+def _goal(s: Summary | None, adam: Summary | None) -> Claim | None:
     if adam is None:
         return None
     claim = f"The fastest of this package is at Adam's last loss in at most {GOAL} of Adam's seconds"
@@ -80,9 +79,5 @@ def _share(s: Summary) -> str:
 
 def findings(results: dict[str, Any]) -> list[str]:
     """The claims as sentences, those that were not seen here as plainly as the others."""
-    words, sentences, seen, judged = {True: "Seen", False: "Not seen", None: "Not run"}, [], 0, 0
-    for problem in results["problems"]:
-        for claim, is_seen, measured in claims(problem):
-            seen, judged = seen + (is_seen is True), judged + (is_seen is not None)
-            sentences.append(f"{words[is_seen]} on {problem['name']}: {inside(claim)} ({measured}).")
-    return [f"{seen} of {judged} findings and goals were seen here.", *sentences, *results["left_out"]]
+    share, sentences = judged(results, claims)
+    return [f"{share} findings and goals were seen here.", *sentences, *results["left_out"]]

@@ -9,13 +9,13 @@ products alone.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.nn.functional import interpolate
 
+from paraboloid.jobs.studies.parts import Progress, listed, run_parts
 from paraboloid.jobs.studies.tomography import choices, maps
 from paraboloid.jobs.studies.tomography.cells import cell
 from paraboloid.jobs.studies.tomography.page import sections
@@ -27,7 +27,6 @@ from paraboloid.problems.pictures import draw_characters, phantom
 __all__ = ["TITLE", "Plan", "findings", "measure", "pieces", "plan", "sections"]
 
 TITLE = "Tomography that knows where it may be wrong"
-Progress = Callable[[str, int, int], None]
 
 
 def plan(full: bool) -> Plan:
@@ -42,17 +41,9 @@ def pieces(plan: Plan) -> dict[str, int]:
 
 def measure(plan: Plan, seed: int = 0, progress: Progress | None = None) -> dict[str, Any]:
     """Every part of the study, as plain data."""
-    report, totals = progress or (lambda part, done, total: None), pieces(plan)
-    found: dict[str, Any] = {"seconds": {}}
-    for part, run in (("cells", _cells), ("maps", _maps), ("choices", _choices), ("agreement", _agreement)):
-        start = time.perf_counter()
-        report(part, 0, totals[part])
-        found[part] = []
-        for row in run(plan, seed):
-            found[part].append(row)
-            report(part, len(found[part]), totals[part])
-        found["seconds"][part] = time.perf_counter() - start
-    return found
+    rows = {"cells": _cells, "maps": _maps, "choices": _choices, "agreement": _agreement}
+    parts = {part: listed(run) for part, run in rows.items()}
+    return run_parts(parts, plan, seed, progress, pieces(plan))
 
 
 def _characters(plan: Plan, count: int, seed: int) -> torch.Tensor:
