@@ -430,3 +430,37 @@ def test_a_layer_with_a_side_too_long_takes_the_momentum_gradient(make):
     g = torch.autograd.grad(loss(model(x), y), list(model.parameters()))
     for i in (2, 3):
         torch.testing.assert_close(after[i], before[i] - 0.1 * g[i])
+
+
+@pytest.mark.parametrize("optimiser", [pb.optim.KBFGS, pb.optim.KBFGSL])
+def test_resumed_runs_are_the_uninterrupted_ones_in_the_last_digit(optimiser):
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(7, 13), nn.ReLU(), nn.Linear(13, 11), nn.Tanh(), nn.Linear(11, 3))
+
+    def steps(model, opt, first, last):
+        for step in range(first, last):
+            g = torch.Generator().manual_seed(step)
+            x, y = torch.randn(19, 7, generator=g), torch.randint(3, (19,), generator=g)
+
+            def closure(x=x, y=y):
+                opt.zero_grad()
+                loss = nn.functional.cross_entropy(model(x), y)
+                loss.backward()
+                return loss
+
+            opt.step(closure)
+
+    options = {"memory": 6} if optimiser is pb.optim.KBFGSL else {}
+    model, g = make(), torch.Generator().manual_seed(0)
+    opt = optimiser(model, nn.CrossEntropyLoss(), **options)
+    opt.warm_start([(torch.randn(19, 7, generator=g), torch.zeros(19, dtype=torch.int64))])
+    steps(model, opt, 0, 5)
+    for saved in range(5, 19, 2):
+        other = make()
+        other.load_state_dict(model.state_dict())
+        resumed = optimiser(other, nn.CrossEntropyLoss(), lr=3.0)
+        resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+        for each in ((model, opt), (other, resumed)):
+            steps(*each, saved, saved + 2)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))

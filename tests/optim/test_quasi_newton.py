@@ -121,3 +121,25 @@ def test_the_compact_form_is_bfgs_from_the_identity_with_the_last_pairs(memory):
         again = LimitedMemoryInverse(7, memory, torch.zeros(1, dtype=F64))
         again.load(limited.state)
         assert torch.equal(again.times(v), limited.times(v))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_loaded_memory_gives_the_last_digit_of_the_one_that_went_on(dtype):
+    """Its window lies elsewhere in memory, which products of vectors that begin within a line would tell."""
+    for size in (5, 17, 33, 100):
+        g = torch.Generator().manual_seed(size)
+        like, going = torch.zeros(1, dtype=dtype), LimitedMemoryInverse(size, 20, torch.zeros(1, dtype=dtype))
+        loaded = None
+        for pair in range(50):
+            s, noise = torch.randn(2, size, generator=g, dtype=dtype)
+            y = s + 0.1 * noise
+            scale = (s @ y) ** -0.5
+            for memory in [going] if loaded is None else [going, loaded]:
+                memory.update(s * scale, y * scale)
+            v = torch.randn(size, 13, generator=g, dtype=dtype)
+            if loaded is not None:
+                assert torch.equal(going.times(v), loaded.times(v))
+                assert torch.equal(going.times(v[:, 0].contiguous()), loaded.times(v[:, 0].contiguous()))
+            if pair % 7 == 3:
+                loaded = LimitedMemoryInverse(size, 20, like)
+                loaded.load({name: t.clone() for name, t in going.state.items()})

@@ -14,6 +14,7 @@ from paraboloid.optim.layer_vectors import LayerVectors
 
 FIRST = 0.2  # mu_1 of the first damping
 GATE = 1e-4
+LINE = 64  # bytes of a cache line, and of the widest register
 LEAST = torch.finfo(torch.float32).tiny  # of s . y: below it the numbers of an update leave the range of float32
 
 
@@ -94,9 +95,13 @@ class LimitedMemoryInverse:
         """Pairs as rows [k, p], R^-1 and D + Y^T Y [k, k] at the head of twice the room that they need.
 
         The pairs in use are a window, which moves on by one with each, and nothing is copied until it reaches the end.
+        A product's last digit depends on where in a line of memory its operands begin, and a resumed run has its window
+        elsewhere than the uninterrupted one: so every row begins a line, and [k, k] is copied before it is multiplied.
         """
         self.first, self.end, room = 0, len(S), 2 * self.memory
-        self._S, self._Y = S.new_empty(room, S.shape[1]), Y.new_empty(room, Y.shape[1])
+        size = S.shape[1]
+        width = -(-size * S.element_size() // LINE) * LINE // S.element_size()
+        self._S, self._Y = S.new_empty(room, width)[:, :size], Y.new_empty(room, width)[:, :size]
         self._inverse, self._middle = inverse.new_zeros(room, room), middle.new_empty(room, room)
         k = slice(self.end)
         self._S[k], self._Y[k], self._inverse[k, k], self._middle[k, k] = S, Y, inverse, middle
@@ -115,6 +120,7 @@ class LimitedMemoryInverse:
         if self.pairs == 0:
             return v.clone()
         S, Y, inverse, middle = self._window()
+        inverse, middle = inverse.clone(), middle.clone()
         x = v.unsqueeze(1) if v.dim() == 1 else v
         a = inverse @ (S @ x)
         b = inverse.T @ torch.addmm(Y @ x, middle, a, beta=-1)
@@ -131,7 +137,7 @@ class LimitedMemoryInverse:
         S, _, inverse, _ = self._window()
         new, old = self.end, slice(self.first, self.end)
         if self.pairs:
-            torch.mv(inverse, S @ y, out=self._inverse[old, new]).neg_()
+            torch.mv(inverse.clone(), S @ y, out=self._inverse[old, new]).neg_()
         self._inverse[new, new] = 1
         self._S[new], self._Y[new] = s, y
         self.end += 1
