@@ -7,6 +7,8 @@ import torch
 
 import paraboloid as pb
 from paraboloid.gp import choosing
+from paraboloid.gp.gram import Gram
+from paraboloid.gp.preconditioned import Preconditioned
 
 KERNEL = pb.gp.Matern(1.5, lengthscale=torch.tensor([0.8, 1.3]), outputscale=1.7)
 NOISE = 0.1
@@ -134,6 +136,18 @@ def test_float32_comes_back_as_float32():
         mean, _ = exact(KERNEL, x, y, NEW)
         assert gp.mean(NEW).dtype == torch.float32 and gp.sample(NEW).dtype == torch.float32
         assert (gp.mean(NEW) - mean).norm() < 1e-3 * mean.norm()
+
+
+@pytest.mark.parametrize("kernel", [KERNEL, pb.gp.RBF()])
+def test_columns_are_added_while_they_save_more_than_they_cost(kernel):
+    x, y = data(N=900)
+    gram = Gram(kernel, x, torch.tensor(1e-2, dtype=x.dtype))
+    system = Preconditioned(gram, None, 0, tol=1e-6)
+    found = system.solve(y.unsqueeze(1), 1e-6, None, None)
+    assert 0.4 * system.iterations < found.iterations < 1.5 * system.iterations  # as its columns predicted
+    fewer, more = (Preconditioned(gram, rank, 0, tol=1e-6) for rank in (system.rank // 2, 2 * system.rank))
+    assert fewer.predicted() > system.predicted() < more.predicted()
+    assert Preconditioned(gram, None, 0, tol=1e-6, S=500).rank >= system.rank  # iterations are dearer
 
 
 def test_auto_says_what_it_chose():

@@ -7,17 +7,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from paraboloid.gp.gram import Gram
-from paraboloid.gp.preconditioned import Preconditioned
+from paraboloid.gp.preconditioned import OPERATION, TILE, Preconditioned
 from paraboloid.linalg.block_descent import block_solves
 from paraboloid.passes.memory import DENSE
 
 SMALL = 1000  # inputs up to which nothing is worth a thought
 HARD = 150  # predicted iterations of conjugate gradients from which block solves are tried beside them
 SWEEPS = 3  # of block solves in that race; conjugate gradients get as many passes over the tiles
-
-# Nanoseconds on one core, float32, measured: an entry of a tile; an entry times one right-hand side, in conjugate
-# gradients and in a triangular solve; an operation of a factorisation.  Only their ratios matter.
-TILE, PRODUCT, SOLVE, OPERATION = 1.2, 0.04, 0.05, 0.015
+SOLVE = 0.05  # nanoseconds of an entry of a factor times one right-hand side, beside those of `preconditioned`
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,13 +39,8 @@ def choose(gram: Gram, b: Tensor, tol: float, rank: int | None, seed: int) -> Ch
         return Choice("cholesky", f"{N} inputs, at most {SMALL}: a factor is the fastest, and exact")
     if not bool((gram.noise > 0).all()):
         return Choice("cholesky", "without noise only a factor tells whether there is a solution")
-    system = Preconditioned(gram, rank, seed)
-    iterations = system.iterations(tol)
-    kept = N**2 * gram.dtype.itemsize / 2 <= gram.budget
-    product = N**2 * max(0.15, PRODUCT * S)
-    by_cg = (
-        N**2 * TILE / 2 + iterations * (product + (0 if kept else N**2 * TILE / 2)) + 2 * N * system.rank**2 * OPERATION
-    )
+    system = Preconditioned(gram, rank, seed, tol, S)
+    iterations, by_cg = system.iterations, system.predicted() + N**2 * TILE / 2
     by_factor = N**3 / 3 * OPERATION + N**2 * (TILE / 2 + SOLVE * S)
     said = f"{system.rank} columns of K predict {iterations:.0f} iterations of conjugate gradients"
     if fits and by_factor < by_cg:

@@ -13,18 +13,26 @@ from paraboloid.linalg.conjugate_gradients import cg_solution
 from paraboloid.linalg.solution import Solution
 from paraboloid.passes.memory import GIB
 
-LIMIT, AVERAGE = 1000, 3000  # iterations at most; inputs for which columns and iterations cost about the same
+LIMIT = 1000  # iterations at most
+
+# Nanoseconds on one core, float32, measured: an entry of a tile; an entry times one right-hand side, alone (reading it)
+# and among many; an operation of a factorisation, and of the columns.  Only their ratios matter.
+TILE, READ, PRODUCT, OPERATION, COLUMN = 1.2, 0.15, 0.04, 0.015, 0.06
 
 
 class Preconditioned:
     """(K + noise) and its preconditioner; noise of its own for each input is scaled away, D^-1/2 K D^-1/2 + I.
 
-    rank  of the preconditioner; None: until the diagonal that is left is that of the noise on average (less where
-          iterations are dear, with many inputs), at most 10 N^1/2 columns and 1 GiB
+    rank  of the preconditioner; None: as long as more columns are predicted to cost less than the iterations that they
+          save, to the tolerance `tol` of S right-hand sides; at most N / 2 columns and 1 GiB
     """
 
-    def __init__(self, gram: Gram, rank: int | None, seed: int):
+    def __init__(self, gram: Gram, rank: int | None, seed: int, tol: float = 1e-4, S: int = 1):
         self.gram, N, noise = gram, gram.shape[0], gram.noise
+        self.tol, self.seen = tol, list[tuple[int, float]]()
+        kept = N**2 * gram.dtype.itemsize / 2 <= gram.budget
+        self.product = N**2 * (max(READ, PRODUCT * S) + (0 if kept else TILE / 2))  # one with all of K
+        self.per_column = N * max(READ, 2 * PRODUCT * S)  # what each column adds to an iteration
         if noise.dim():
             self.scale: Tensor | None = noise.rsqrt()
             self.A: Any = Scaled(gram, self.scale)
@@ -32,18 +40,44 @@ class Preconditioned:
         else:
             self.scale, self.A, K = None, gram, gram.without_noise()
             diagonal, damping = gram.diagonal, float(noise)
-        left = damping * N / float(diagonal.sum()) * min(1.0, (AVERAGE / N) ** 0.5)
-        most = rank or max(20, min(N // 2, int(10 * N**0.5), GIB // (N * gram.dtype.itemsize)))
-        self.columns = pivoted_columns(K, diagonal, most, 0.0 if rank else left, seed=seed)
-        self.P, self.condition = self.columns.preconditioned(damping)
+        self.damping = damping
+        most = min(rank or N, max(20, min(N // 2, GIB // (N * gram.dtype.itemsize))))
+        self.columns = pivoted_columns(K, diagonal, most, seed=seed, enough=None if rank else self._enough)
+        self.P = self.columns.preconditioner(damping)
 
     @property
     def rank(self) -> int:
         return self.columns.F.shape[1]
 
-    def iterations(self, tol: float) -> float:
-        """About how many it takes to the tolerance: condition^1/2 log(2 / tol) / 2."""
-        return 0.5 * self.condition**0.5 * math.log(2 / tol)
+    @property
+    def iterations(self) -> float:
+        """About how many it takes to the tolerance: log(2 / tol) / log((c + 1) / (c - 1)), c^2 the condition, in which
+        the largest eigenvalue that the preconditioner leaves is about what the last columns took of the trace."""
+        return self._iterations(self.columns.taken)
+
+    def predicted(self) -> float:
+        """Nanoseconds of the preconditioner and the iterations, without forming K."""
+        return self._set_up(self.rank) + self.iterations * (self.product + self.rank * self.per_column)
+
+    def _iterations(self, taken: float) -> float:
+        root = (1 + max(taken / self.damping, 1e-6)) ** 0.5
+        return math.log(2 / self.tol) / math.log((root + 1) / (root - 1))
+
+    def _set_up(self, rank: int) -> float:
+        N = self.gram.shape[0]
+        return N * rank * (TILE + COLUMN * rank)
+
+    def _enough(self, r: int, taken: float) -> bool:
+        """Whether the next columns would cost more than they save, if what they take falls on as a power of r."""
+        self.seen.append((r, taken))
+        r0, before = next(pair for pair in self.seen if 3 * pair[0] > r)
+        if r0 == r:
+            return False
+        more = r + max(16, r // 4)
+        power = math.log(max(before, 1e-300) / max(taken, 1e-300)) / math.log(r / r0)
+        now, then = self._iterations(taken), self._iterations(taken * (r / more) ** max(power, 0.0))
+        saved = now * (self.product + r * self.per_column) - then * (self.product + more * self.per_column)
+        return saved < self._set_up(more) - self._set_up(r)
 
     def solve(self, b: Tensor, tol: float, steps: int | None, start: Tensor | None) -> Solution:
         """(K + noise)^-1 b, columns [N, S]."""

@@ -82,7 +82,7 @@ def solve(gram: Gram, values: Tensor, shifts: Tensor, prior: Any, settings: Sett
     promised = tol if settings.steps is None else None
     shared = {"tol": tol, "steps": settings.steps, "x0": start, "seed": settings.seed}
     if solver == "cg":
-        system = system or Preconditioned(gram, settings.rank, settings.seed)
+        system = system or Preconditioned(gram, settings.rank, settings.seed, tol, b.shape[1])
         return Solved(solver, reason, system.solve(b, tol, settings.steps, start), tol=promised)
     rows = gram if gram.shape[0] ** 2 * gram.dtype.itemsize > gram.budget else DenseRows(gram.dense())
     if solver == "block":

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from paraboloid.linalg.dual_descent import largest_eigenvalue
 from paraboloid.linalg.nystrom_approximation import LowRank, Nystrom
 from paraboloid.linalg.operand import LinAlgError, check_count
 from paraboloid.linalg.probes import Seed, generator_of
 from paraboloid.linalg.row_blocks import row_blocks
+
+FIRST = 16  # columns of the first blocks
 
 
 @dataclass(frozen=True, eq=False)
 class Columns:
     """A ~ F F^T with F [D, r] in the span of the columns `pivots` [r] of A; A - F F^T is positive semi-definite.
 
-    left  its trace over that of A: what the approximation leaves out
+    left   its trace over that of A: what the approximation leaves out
+    taken  of the trace by each of the last columns, on average: about the largest eigenvalue of A - F F^T
     """
 
     F: Tensor
     pivots: Tensor
     left: float
+    taken: float
 
     def nystrom(self) -> Nystrom:
         """The same matrix by its eigenvalues, for a preconditioner."""
@@ -37,20 +41,13 @@ class Columns:
     def preconditioner(self, damping: float) -> LowRank | Inverse:
         """An approximate inverse of A + damping I: that of F F^T + damping I where rounding allows it, which is cheap
         to set up, else by eigenvalues (`Nystrom.preconditioner`)."""
-        return self.preconditioned(damping)[0]
-
-    def preconditioned(self, damping: float) -> tuple[LowRank | Inverse, float]:
-        """The preconditioner, and an estimate of the condition of what it leaves: (l + damping) / damping for the least
-        eigenvalue l of F F^T, about the largest of A - F F^T."""
         if not damping > 0:
             raise ValueError(f"damping is {damping}; expected a positive number: F F^T alone has no inverse.")
         core = (self.F.T @ self.F).double()
         if damping < 100 * torch.finfo(self.F.dtype).eps * float(core.norm()):
-            nystrom = self.nystrom()
-            return nystrom.preconditioner(damping), 1 + float(nystrom.values[-1]) / damping
+            return self.nystrom().preconditioner(damping)
         core.diagonal().add_(damping)
-        M = torch.cholesky_inverse(torch.linalg.cholesky(core))
-        return Inverse(self.F, M.to(self.F)), 1 / (damping * largest_eigenvalue(M, iterations=15))
+        return Inverse(self.F, torch.cholesky_inverse(torch.linalg.cholesky(core)).to(self.F))
 
 
 class Inverse:
@@ -72,24 +69,30 @@ class Inverse:
 
 
 def pivoted_columns(
-    A: Any, diagonal: Tensor, rank: int, tol: float = 0.0, block: int | None = None, seed: Seed = 0
+    A: Any,
+    diagonal: Tensor,
+    rank: int,
+    tol: float = 0.0,
+    block: int | None = None,
+    seed: Seed = 0,
+    enough: Callable[[int, float], bool] | None = None,
 ) -> Columns:
     """Columns of A drawn in blocks with probabilities proportional to what is left of its diagonal.
 
     A positive semi-definite with blocks (`linalg.row_blocks`), diagonal [D].  It ends at `rank` columns, or when what
-    is left of the trace is at most tol times the trace.  D rank^2 operations, rank columns of A.
+    is left of the trace is at most tol times the trace, or when `enough(columns so far, taken)` says so after a block
+    (see `Columns`).  Without `block` blocks grow with what is there.  D rank^2 operations, rank columns of A.
     Source: Chen, Epperly, Tropp and Webber 2022, arXiv:2207.06503, algorithm 2.1 in blocks (2410.03969).
     """
     A, generator = row_blocks(A), generator_of(seed, A.device)
     D = A.shape[0]
     rank = check_count("rank", min(rank, D))
-    block = min(rank, block or max(8, rank // 8))
     d = diagonal.clone()
-    F = torch.zeros(rank, D, dtype=A.dtype, device=A.device)  # rows, so that columns of A lie side by side
-    pivots, r, total = [], 0, float(diagonal.sum())
+    F = torch.empty(rank, D, dtype=A.dtype, device=A.device)  # rows, so that columns of A lie side by side
+    pivots, r, total, taken = [], 0, float(diagonal.sum()), float("inf")
     while r < rank and float(d.sum()) > (max(tol, 10 * torch.finfo(A.dtype).eps) if pivots else 0) * total:
         weights = d.double()
-        count = min(block, rank - r, int((weights > 0).sum()))
+        count = min(block or max(FIRST, r // 4), rank - r, int((weights > 0).sum()))
         if D <= 2**24:
             S = torch.multinomial(weights.to(generator.device), count, generator=generator).to(A.device)
         else:
@@ -105,13 +108,16 @@ def pivoted_columns(
         part = torch.linalg.solve_triangular(L, one, upper=False).to(G) @ G  # L is well conditioned
         k = len(S)
         F[r : r + k] = part
-        d = (d - part.square().sum(0)).clamp(min=0)
-        d[S] = 0
+        less = (d - part.square().sum(0)).clamp(min=0)
+        less[S] = 0
+        taken, d = float((d - less).sum()) / k, less
         pivots.append(S)
         r += k
+        if enough is not None and enough(r, taken):
+            break
     if not pivots:
         raise LinAlgError(f"the trace of A is {total:.4g}; expected a positive one.")
-    return Columns(F[:r].T, torch.cat(pivots), float(d.sum()) / total)
+    return Columns(F[:r].T, torch.cat(pivots), float(d.sum()) / total, taken)
 
 
 def _independent(core: Tensor) -> tuple[Tensor, Tensor]:
