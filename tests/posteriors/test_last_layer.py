@@ -52,6 +52,28 @@ def test_variances_are_those_of_the_jacobian(options, bias, samples, monkeypatch
     torch.testing.assert_close(variance, want, rtol=1e-9, atol=1e-12)
 
 
+def test_later_calls_take_what_the_first_one_learnt_of_the_outputs(monkeypatch):
+    model = net()
+    x, y = torch.randn(40, 4, dtype=torch.float64), torch.randint(3, (40,))
+    posterior = pb.laplace(model, nn.CrossEntropyLoss(), (x, y), "kron", weights="last_layer")
+    passes = []
+    handle = model.register_forward_hook(lambda module, inputs, f: passes.append(len(f)))
+    first = posterior.functional(x, diagonal=True)
+    passes.clear()
+    assert all(torch.equal(a, b) for a, b in zip(first, posterior.functional(x, diagonal=True), strict=True))
+    assert passes == [40]
+    monkeypatch.setattr(last_layer, "CHUNK", 16)
+    passes.clear()
+    torch.testing.assert_close(posterior.functional(x, diagonal=True), first)
+    assert passes == [16, 16, 8]
+    handle.remove()
+    images = torch.randn(40, 5, 4, dtype=torch.float64)  # of other shapes: learnt anew, larger outputs
+    mean, variance = posterior.functional(images, diagonal=True)
+    torch.testing.assert_close(mean, model(images).detach())
+    each = [posterior.functional(images[:, t], diagonal=True)[1] for t in range(5)]
+    torch.testing.assert_close(variance, torch.stack(each, 1))
+
+
 def test_what_is_no_linear_last_layer_takes_the_jacobian():
     torch.manual_seed(0)
     scaled = nn.Sequential(nn.Linear(4, 3), nn.Softplus()).double()

@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from paraboloid.passes.module_tree import modules_of
 from paraboloid.passes.torch_internals import COMPILER
 
 P = ParamSpec("P")
@@ -76,10 +77,11 @@ def precisely(method: Callable[P, R]) -> Callable[P, R]:
 def evaluating(model: Any) -> Iterator[None]:
     """The model in evaluation mode, and afterwards each of its modules in the mode it was in; a plain callable, or a
     model that is in evaluation mode, as it is."""
-    modes = {module: module.training for module in model.modules()} if hasattr(model, "modules") else {}
-    if not any(modes.values()):
+    modules = modules_of(model)
+    if not any(module.training for module in modules):
         yield
         return
+    modes = {module: module.training for module in modules}
     model.eval()
     try:
         yield

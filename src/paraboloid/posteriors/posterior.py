@@ -243,7 +243,7 @@ class Posterior:
         def covariance_of(J: Jacobian) -> Tensor:
             return precision.covariance(J, diagonal, self.max_memory)
 
-        if diagonal and (found := last_layer.variances(self, x, precision, self._cuts)) is not None:
+        if diagonal and (found := last_layer.variances(self, x, precision, self._cuts, self._sizes)) is not None:
             return found
         mean, covariance = moments(
             self.model, names, x, self.output, covariance_of, precision.formed, self.max_memory, self._sizes,

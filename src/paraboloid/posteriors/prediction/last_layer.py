@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from paraboloid.data.batches import Inputs
-from paraboloid.data.cutting import Cuts
+from paraboloid.data.cutting import Cuts, tensors
 from paraboloid.engine.recorder import Call
 from paraboloid.engine.tape import Tape
 from paraboloid.passes.memory import JACOBIANS
@@ -25,7 +25,8 @@ DIGITS = 4096  # of numbers of places, which half of the bits of a float32 hold 
 
 
 def variances(
-    posterior: Posterior, inputs: Inputs, precision: Precision, cuts: Cuts | None = None
+    posterior: Posterior, inputs: Inputs, precision: Precision, cuts: Cuts | None = None,
+    known: dict[Any, Any] | None = None,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """Mean and variance of f = W phi + b at every position under a posterior over W and b alone, features phi [F]:
 
@@ -33,24 +34,34 @@ def variances(
     Kronecker    sum_i U[c, i]^2 sum_j (phi V)[j]^2 / (h + lambda)[i, j], with the factors' eigenvectors U and V
 
     f may be a view of that, its axes in any order.  In as many numbers as the outputs and features have.  None where
-    the posterior is over something else, or has another structure.
+    the posterior is over something else, or has another structure.  `cuts` and `known` remember, for the caller, where
+    the samples of such inputs lie and how large their outputs are, which else a few have to tell.
     """
     if not isinstance(precision, InEigenbasis | Mixture) or len(posterior.weights) > 2:
         return None
     cut = (Cuts() if cuts is None else cuts).of(posterior.model, inputs, posterior.output)
-    means, found, start, step = [], [], 0, min(PROBE, cut.samples)
+    known, like = {} if known is None else known, tuple((t.shape[1:], t.dtype) for t in tensors(inputs))
+    means, found, start = [], [], 0
     while start < cut.samples:
-        piece = cut.take(inputs, slice(start, start + step)) if cut.possible else inputs
+        step = _samples(posterior, *known[like]) if (planned := like in known) else min(PROBE, cut.samples)
+        piece = cut.take(inputs, slice(start, start + step)) if cut.possible and step < cut.samples else inputs
         with recorded(posterior.model, list(posterior.weights), piece, posterior.output, verify=False) as (tape, f):
             pair = _of_batch(tape, f, list(posterior.weights), precision)
         if pair is None:
             return None
+        known[like] = f[0].numel(), f.element_size(), f.device
+        if not planned and len(f) < min(_samples(posterior, *known[like]), cut.samples):
+            continue  # from the start: the chunks, and with them the rounding, are those of every later call
         means.append(pair[0])
         found.append(pair[1])
         start += len(f)
-        size = f[0].numel() * f.element_size()
-        step = min(CHUNK, JACOBIANS.count(4 * size, posterior.max_memory, f.device), DIGITS**2 // f[0].numel())
-    return torch.cat(means), torch.cat(found)
+    return (means[0], found[0]) if len(means) == 1 else (torch.cat(means), torch.cat(found))
+
+
+def _samples(posterior: Posterior, size: int, bytes_each: int, device: torch.device) -> int:
+    """How many to take at a time, by the elements of an output."""
+    fitting = JACOBIANS.count(4 * size * bytes_each, posterior.max_memory, device)
+    return max(1, min(CHUNK, fitting, DIGITS**2 // size))
 
 
 def _of_batch(
@@ -72,8 +83,9 @@ def _of_batch(
     phi = use.right(slice(None)).flatten(0, -2)
     if at.numel() != f.numel() or phi.shape != (at.numel() // at.shape[-1], use.q):
         return None
-    if bias is not None and uses[bias].arranged(places[None]).flatten().sort().values.diff().min() < 1:
-        return None
+    added = None if bias is None else uses[bias]
+    if added is not None and added.arrange is not None and added.arranged(places[None]).unique().numel() < f.numel():
+        return None  # an element has it twice, or not at all
     with torch.no_grad():
         each = _of(precision, phi.detach(), weight, bias)
         return f.detach(), torch.empty_like(f.detach()).flatten().scatter_(0, at.flatten(), each.flatten()).view_as(f)
