@@ -84,20 +84,22 @@ def batches(data: Any) -> Iterator[Batch]:
                          "once: pass a list or a DataLoader.)")  # fmt: skip
 
 
+def run(model: Any, inputs: Inputs) -> Any:
+    """What the model returns on `inputs`, whatever it is; see `call`."""
+    _check_nested(inputs)
+    inputs = _ordinary(inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
 def call(model: nn.Module, inputs: Inputs, output: Output | None = None) -> Tensor:
     """The model's output tensor on `inputs`: a dict is passed as keywords, a tuple or list as positional arguments.
 
     `output` picks the tensor from a structured result, e.g. ``lambda o: o.logits``.  Raises ValueError for nested
     tensors among the inputs.
     """
-    _check_nested(inputs)
-    inputs = _ordinary(inputs)
-    if isinstance(inputs, Mapping):
-        result = model(**inputs)
-    elif isinstance(inputs, tuple | list):
-        result = model(*inputs)
-    else:
-        result = model(inputs)
+    result = run(model, inputs)
     result = output(result) if output is not None else result
     if not isinstance(result, Tensor):
         raise ValueError(f"the model returned a {type(result).__name__}; expected a tensor. Pass output=, a function "

@@ -13,7 +13,7 @@ from paraboloid.losses import Loss, LossFunction
 from paraboloid.losses.loss import full
 from paraboloid.passes import trees
 from paraboloid.passes.modes import own_arithmetic
-from paraboloid.passes.random_state import isolated
+from paraboloid.passes.random_state import isolated_with_gradients
 from paraboloid.passes.torch_internals import DisableTorchFunction
 from paraboloid.passes.wrappers import Elsewhere, unwrapped
 from paraboloid.quantities.recording import forward
@@ -95,7 +95,7 @@ class Gradients:
     def _sum(self, indices: Tensor, weights: Tensor | None, at: dict[str, Tensor] | None) -> Tensor:
         inputs, y = take(self.dataset, indices, self.device)
         parameters = self.parameters
-        with isolated(self.model, self.device, self.seed), torch.inference_mode(False), torch.enable_grad():
+        with isolated_with_gradients(self.model, self.device, self.seed):
             used = parameters if at is None else {name: at[name].clone().requires_grad_() for name in parameters}
             model: Any = unwrapped(self.model) if at is None else Elsewhere(self.model, used)
             f = call(model, inputs, self.output)

@@ -27,7 +27,7 @@ from paraboloid.optim.options import check_made, check_number, check_share
 from paraboloid.optim.quasi_newton import LayerState, Together
 from paraboloid.optim.trust import Trust, check_rise
 from paraboloid.passes import trees
-from paraboloid.passes.random_state import isolated
+from paraboloid.passes.random_state import isolated_with_gradients
 from paraboloid.reductions.kronecker_factors import MAX_FACTOR, check_max_factor
 
 WARM_UP = 10  # batches whose plain mean A is without warm_start
@@ -160,11 +160,8 @@ class KBFGS(Frame):
         count, groups = 0, self._groups()
         for inputs, _ in batches.batches(loader):
             readings = self._read()
-            with isolated(self.model, self.device, count), torch.enable_grad(), readings.evaluation(True):
-                result = self.model(**inputs) if isinstance(inputs, dict) else self.model(
-                    *inputs if isinstance(inputs, tuple | list) else (inputs,)
-                )  # fmt: skip
-                del result
+            with isolated_with_gradients(self.model, self.device, count), readings.evaluation(True):
+                batches.run(self.model, inputs)
             count += 1
             for name, mean in readings.means(self._group).items():
                 state = self._state_of(readings.layers[name], mean, groups)

@@ -54,6 +54,13 @@ def isolated(model: nn.Module, device: torch.device, seed: int) -> Iterator[None
 
 
 @contextmanager
+def isolated_with_gradients(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
+    """`isolated`, with a graph, whatever mode is on around the block."""
+    with isolated(model, device, seed), torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextmanager
 def copied_buffers(model: Any, modules: Iterable[nn.Module] | None = None) -> Iterator[None]:
     """Modules in training mode work on copies of their buffers inside the block, their own stay untouched.
 

@@ -22,7 +22,7 @@ from paraboloid.losses.loss import full
 from paraboloid.passes import trees
 from paraboloid.passes.memory import GRADIENTS, INPUTS
 from paraboloid.passes.modes import own_arithmetic
-from paraboloid.passes.random_state import isolated
+from paraboloid.passes.random_state import isolated_with_gradients
 from paraboloid.passes.tensor_hooks import unhooked
 from paraboloid.passes.torch_internals import DisableTorchFunction
 from paraboloid.passes.wrappers import unwrapped
@@ -225,7 +225,7 @@ def forward(
 
     twice: whether the forward pass is differentiated twice.
     """
-    with isolated(model, device, seed), torch.inference_mode(False), torch.enable_grad():
+    with isolated_with_gradients(model, device, seed):
         with record(model, verify) as tape, twice_differentiable() if twice else nullcontext():
             f = batch_data.call(unwrapped(model), inputs, output)
         yield tape, f
