@@ -158,9 +158,9 @@ class Recorder(TorchFunctionMode):
             for name, value in vars(module).items():
                 if name not in OF_EVERY_MODULE and isinstance(value, KEEPERS):
                     known += [t for t in tensors(value) if not t.is_floating_point()]
-        self._mark(known)
+        self.mark_clean(known)
 
-    def _mark(self, things: list[Tensor]) -> None:
+    def mark_clean(self, things: list[Tensor]) -> None:
         """Clean until its version moves."""
         for t, at in zip(things, versions(things), strict=True):
             self.clean[id(t)] = t, at
@@ -224,10 +224,10 @@ class Recorder(TorchFunctionMode):
         if len(still) < len(inputs):
             for t, c, b in zip(inputs, clean, before, strict=True):
                 if c and version(t) != b:  # changed in place by clean values
-                    self._mark([t])
+                    self.mark_clean([t])
                     self.alias.pop(id(t), None)
         results = tensors(z)
-        self._mark(results)
+        self.mark_clean(results)
         if not weights:
             return
         if op in RULES and len(still) == len(inputs) and isinstance(z, Tensor) and z.requires_grad:

@@ -146,9 +146,9 @@ def mixes(where: str, shape: Sequence[int], N: int, short: bool = False) -> Mixi
     return Mixing(
         f"{where}: its output {tuple(shape)} does not separate into the {N} samples along any axis, so there are no "
         "per-sample gradients here. Something between it and the output mixes or reorders the samples: BatchNorm in "
-        "training mode (call model.eval()), a mean over the batch, a constant that is no buffer. Where samples see "
-        "each other, as all nodes of a graph do, take the outputs of some of them (output[indices]), or pb.GGN."
-        + (hint if short else "")
+        "training mode (call model.eval()), a mean over the batch, a constant that is no buffer, an input that all "
+        f"samples share although it has {N} rows (register it as a buffer). Where samples see each other, as all nodes "
+        "of a graph do, take the outputs of some of them (output[indices]), or pb.GGN." + (hint if short else "")
     )
 
 

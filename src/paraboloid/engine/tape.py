@@ -22,10 +22,12 @@ from torch.overrides import resolve_name
 
 from paraboloid.engine import many_vectors
 from paraboloid.engine.derived_weights import promote, replay
+from paraboloid.engine.one_by_one import pull_one_by_one
 from paraboloid.engine.per_sample import Part, fallback_parts, rule_parts, vjp
 from paraboloid.engine.recorder import Call, Recorder, tensors
 from paraboloid.engine.sample_axes import sample_axes
 from paraboloid.engine.sample_independence import Layouts, Mixing, Owned, certify, check_agreement, mixes, vanishing
+from paraboloid.engine.shared_inputs import SharedInputs
 from paraboloid.layers.normalization import uses_batch_statistics
 from paraboloid.passes import trees
 from paraboloid.passes.frozen_encoders import fused_as_usual
@@ -34,7 +36,7 @@ from paraboloid.passes.modes import eager_code, own_arithmetic, rounding
 from paraboloid.passes.random_state import copied_buffers
 from paraboloid.passes.tensor_hooks import unhooked
 from paraboloid.passes.torch_internals import LEAF, REENTRANT_CHECKPOINT, DisableTorchFunction
-from paraboloid.reductions.outer import Derived, Outer, known, zero
+from paraboloid.reductions.outer import Derived, Outer, zero
 
 SIGNATURES = 512  # recorded sequences of calls and shapes that are remembered per model
 _certified: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[int, list[Layouts]]]] = weakref.WeakKeyDictionary()
@@ -79,6 +81,7 @@ class Tape:
         self.parameters = trees.parameters(model)
         self.names = {id(p): name for name, p in self.parameters.items()}
         self.recorder = Recorder(model, self.names)
+        self.shared = SharedInputs(model, self.names)
         self._plan: tuple[Tensor, bool, Plan] | None = None
         self._said: set[str] = set()  # parameters whose slow way was said already
 
@@ -89,7 +92,7 @@ class Tape:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Note the calls made inside the block; what torch.compile compiled runs eagerly there, call by call."""
-        with eager_code(), fused_as_usual(self.model), self.recorder:
+        with eager_code(), fused_as_usual(self.model), self.recorder, self.shared.watching():
             yield
 
     # --- guards --------------------------------------------------------------------------------------------------
@@ -163,7 +166,17 @@ class Tape:
         if not f.requires_grad:
             raise ValueError("the output does not require grad: the forward pass ran under no_grad or inference_mode, "
                              "or does not depend on any trainable parameter.")  # fmt: skip
-        calls, missed, found = self.reached(f, self.calls)
+        try:
+            return self._made_of(self.recorder, f, mixed)
+        except Mixing:
+            confirm = bool(self.verify) and not self.recorder.batch_norms
+            other = None if self.recorder.batch_norms else self.shared.recorder(len(f), confirm)
+            if other is None:
+                raise
+        return self._made_of(other, f, mixed)
+
+    def _made_of(self, recorder: Recorder, f: Tensor, mixed: bool) -> Plan:
+        calls, missed, found = self.reached(f, recorder.calls)
         if not found:
             raise ValueError(f"the output depends on none of the model's {len(self.parameters)} trainable parameters; "
                              "was it computed inside the record block, with the model's own parameters (not by "
@@ -171,12 +184,12 @@ class Tape:
         first = calls
         history = _certified.setdefault(self.model, {})
         self._check_fresh(calls)
-        signature = self._signature(f, calls, mixed)
+        signature = self._signature(f, calls, recorder.candidates, mixed)
         count, steps = history.get(signature, (0, []))
         due = self.verify == "always" or (self.verify == "auto" and (doubling(count + 1) or not steps))
         if any(isinstance(layout, Owned) for layouts in steps for layout in layouts):
             steps = []  # they were those of another batch
-        recorder, check = self.recorder, None
+        check = None
         replayed = None if due else replay(calls, steps, recorder.candidates, recorder.alias)
         if replayed is not None and self.verify:
             proved = None if recorder.hooked else sample_axes(f, [c.edge for c in replayed[0]], mixed)
@@ -204,7 +217,7 @@ class Tape:
             self._refuse_batch_statistics(calls, layouts)
         if calls is not first:
             missed = self.reached(f, calls).missed
-        plan = Plan(calls, layouts, self._parts(calls, layouts), missed)
+        plan = Plan(calls, layouts, self._parts(calls, layouts, recorder), missed)
         if due and check is not None:
             self._check_totals(f, plan, *check)
         history.pop(signature, None)
@@ -222,9 +235,9 @@ class Tape:
                     "replace it by GroupNorm; the gradient and Kronecker factors alone are possible as it is."
                 )
 
-    def _signature(self, f: Tensor, calls: list[Call], mixed: bool) -> int:
+    def _signature(self, f: Tensor, calls: list[Call], candidates: list[Call], mixed: bool) -> int:
         seen: list[Any] = [f.shape, f.dtype, mixed]
-        for call in (*calls, *self.recorder.candidates):
+        for call in (*calls, *candidates):
             seen += [call.op, call.shape, *[t.shape for t in tensors(*call.args, *call.kwargs.values())]]
         return hash(tuple(seen))
 
@@ -252,13 +265,13 @@ class Tape:
                     "report it; until then freeze this parameter with requires_grad_(False)."
                 )
 
-    def _parts(self, calls: list[Call], layouts: Layouts) -> list[list[Part] | None]:
+    def _parts(self, calls: list[Call], layouts: Layouts, recorder: Recorder) -> list[list[Part] | None]:
         parts: list[list[Part] | None] = []
         for call, layout in zip(calls, layouts, strict=True):
             if layout is None:
                 parts.append(None)
                 continue
-            got = rule_parts(call, layout, self.recorder.alias)
+            got = rule_parts(call, layout, recorder.alias)
             if got is None and isinstance(layout, Owned) and any(True for _ in call.uses()):
                 raise mixes(self.where(call), call.shape, layout.samples)  # a row belongs to several samples
             if got is None:
@@ -320,7 +333,8 @@ class Tape:
             v = v.to(f.dtype)
             out = self._outers(plan, self._gradients(f, plan.calls, v, totals))
             if plan.missed:
-                out |= self._net(f, v, sorted(plan.missed))
+                missed = {name: self.parameters[name] for name in sorted(plan.missed)}
+                out |= pull_one_by_one(f, v, missed, self._said)
             for name, p in self.parameters.items():
                 if not out[name]:
                     out[name] = [zero(p, len(v), len(f))]
@@ -364,27 +378,6 @@ class Tape:
         )  # fmt: skip
         self._said |= found
         return Plan([], [], [], set(found))
-
-    def _net(self, f: Tensor, v: Tensor, names: Sequence[str]) -> dict[str, list[Outer]]:
-        """The net under everything: a backward pass per sample for the parameters that no recorded call covers."""
-        N, parameters = len(f), [self.parameters[name] for name in names]
-        for name in names:
-            if name not in self._said:
-                warnings.warn(
-                    f"parameter {name!r} is used by an operation that could not be recorded (a fused recurrent layer, "
-                    f"a custom autograd.Function, a scripted module); falling back to {N} backward passes for it: "
-                    "exact but slow, and without Kronecker factors.", stacklevel=5,
-                )  # fmt: skip
-        J = [p.new_zeros(len(v), N, *p.shape) for p in parameters]
-        for i, u in enumerate(v):
-            for n in range(N):
-                alone = torch.zeros_like(u)
-                alone[n] = u[n]
-                found = torch.autograd.grad(f, parameters, alone, retain_graph=True, allow_unused=True)
-                for each, g in zip(J, found, strict=True):
-                    if g is not None:
-                        each[i, n] = g
-        return {name: [known(each)] for name, each in zip(names, J, strict=True)}
 
 
 def _has_axis(calls: Sequence[Call], N: int) -> bool:
