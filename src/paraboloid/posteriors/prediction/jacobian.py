@@ -14,7 +14,7 @@ from paraboloid.engine.tape import Tape
 from paraboloid.passes import trees
 from paraboloid.posteriors.weights import only
 from paraboloid.quantities.recording import forward
-from paraboloid.reductions.contractions import times
+from paraboloid.reductions.contractions import layers, times
 from paraboloid.reductions.outer import Outer
 from paraboloid.reductions.products import merge
 
@@ -37,10 +37,10 @@ class Jacobian:
     def times(self, rows: Tensor) -> Tensor:
         """J r for the rows r of a [R, D] tensor, [N, K, R]."""
         found: Tensor | None = None
-        for o, part in zip(
-            self.uses.values(), rows.split([p.numel() for p in self.parameters.values()], 1), strict=True
-        ):
-            added = times(o, part)
+        pieces = rows.split([p.numel() for p in self.parameters.values()], 1)
+        parts = dict(zip(self.uses, pieces, strict=True))
+        for name, bias in layers(self.uses):
+            added = times(self.uses[name], parts[name], None if bias is None else parts[bias])
             found = added if found is None else found.add_(added)
         assert found is not None
         return found

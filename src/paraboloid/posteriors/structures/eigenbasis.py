@@ -16,7 +16,7 @@ from paraboloid.operators.structured.diagonalised import Diagonalised
 from paraboloid.passes.trees import mapped
 from paraboloid.posteriors.precision import Precision
 from paraboloid.posteriors.prediction.jacobian import Jacobian
-from paraboloid.reductions.contractions import gram, weighted_gram
+from paraboloid.reductions.contractions import gram, weighted_gram, weighted_grams
 from paraboloid.reductions.eigenbasis import Gradients, rotate
 from paraboloid.reductions.kronecker_factors import Factors, merged, scale_factors
 from paraboloid.reductions.outer import Outer
@@ -125,6 +125,8 @@ class InEigenbasis(Precision):
         return self._sigma.diagonal()
 
     def covariance(self, J: Jacobian, diagonal: bool = False, memory: int | None = None) -> Tensor:
+        if all(form.left.vectors is None and form.right.vectors is None for form in self.sigma.values()):
+            return weighted_grams(J.uses, {k: self.sigma[k].values for k in J.uses}, diagonal, memory)
         gradients = Gradients()
         parts = [form_gram(o, self.sigma[k], diagonal, memory, gradients) for k, o in J.uses.items()]
         return torch.stack(parts).sum(0)

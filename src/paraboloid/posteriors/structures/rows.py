@@ -12,7 +12,7 @@ from paraboloid.operators.structured.low_rank import LowRank
 from paraboloid.posteriors.precision import Precision
 from paraboloid.posteriors.prediction.jacobian import Jacobian
 from paraboloid.posteriors.prior import Prior, flat
-from paraboloid.reductions.contractions import weighted_gram
+from paraboloid.reductions.contractions import weighted_grams
 
 
 class Rows(LowRank):
@@ -100,7 +100,7 @@ class Woodbury(Precision):
         left_out = J.times(self._left_out[1])  # [N, K, R]
         shapes = {k: p.shape for k, p in self.curvature.parameters.items()}
         prior = {k: (1 / t).expand(shapes[k]) for k, t in self.prior.items()}
-        found = torch.stack([weighted_gram(o, prior[k], diagonal, memory) for k, o in J.uses.items()]).sum(0)
+        found = weighted_grams(J.uses, prior, diagonal, memory)
         return found - (torch.linalg.vector_norm(left_out, dim=2).square() if diagonal else left_out @ left_out.mT)
 
 
