@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from posteriors.dense import close, curvature
+from posteriors.dense import close, curvature, jacobian
 from posteriors.test_against_dense import problem
+from torch import nn
 
 from paraboloid.posteriors import laplace
-from paraboloid.posteriors.structures.rows import Woodbury, compressed
+from paraboloid.posteriors.structures.rows import Rows, Woodbury, compressed
 
 
 def test_rows_beyond_the_number_of_weights_are_compressed():
@@ -73,3 +74,39 @@ def test_what_is_remembered_belongs_to_one_prior_and_strength():
     close(posterior.functional(x)[1], warm.functional(x)[1])
     posterior.temperature = 1.0
     assert torch.equal(posterior.functional(x)[1], once)
+
+
+def test_each_samples_variance_without_it_is_in_the_inverse():
+    """As the posterior of all other samples gives it, for batches of several sizes."""
+    model, x, _, y = problem("mlp", n=7)
+    parts = [(x[:3], y[:3]), (x[3:], y[3:])]
+    posterior = laplace(model, nn.CrossEntropyLoss(), parts, "functional", curvature="jacobian", prior_precision=0.3)
+    posterior.temperature = 0.8
+    found = posterior.precision().left_by_others()
+    _, J = jacobian(model, x)
+    H, prior = torch.einsum("nkd,nke->de", J, J), 0.3 * torch.eye(J.shape[2], dtype=J.dtype)
+    for n, own in enumerate(J):
+        others = (H - own.T @ own) / 0.8 + prior
+        close(found[n] * 0.8, (own @ torch.linalg.solve(others, own.T)).diagonal())
+    many = laplace(model, nn.CrossEntropyLoss(), (x.repeat(30, 1), y.repeat(30)), "functional")
+    assert many.precision().left_by_others() is None  # compressed
+
+
+def test_dimensions_of_many_rows_are_known_within_some_percent():
+    torch.manual_seed(0)
+    A = torch.randn(1200, 1500) * torch.logspace(0, -3, 1500)
+    parameters = {"w": torch.zeros(1500)}
+    for prior in (1e-3, 1.0, 100.0):
+        one = Woodbury(Rows(parameters, A), {"w": torch.tensor(prior)}, 1.0)
+        exact = one.effective_dimension([["w"]])[0]
+        rough = one.roughly_determined([["w"]])[0]
+        assert abs(rough / exact - 1) < 0.1 and rough != exact
+
+
+def test_a_few_rows_are_solved_for_as_many_are():
+    model, x, loss_fn, y = problem("mlp", n=8)
+    posterior = laplace(model, loss_fn, (x, y), "functional")
+    rows = torch.randn(2, posterior.curvature.shape[0], dtype=torch.float64)
+    few = Woodbury(posterior.curvature, posterior.prior(0.3), 1.7).apply(rows)
+    dense = 1.7 * posterior.curvature.to_dense() + 0.3 * torch.eye(rows.shape[1], dtype=rows.dtype)
+    close(few, torch.linalg.solve(dense, rows.T).T)

@@ -200,7 +200,10 @@ def diagonal(fitting: Fitting, parameters: Mapping[str, Tensor], data: Data) -> 
 def functional(fitting: Fitting, parameters: Mapping[str, Tensor], data: Data, subset: int | None) -> Rows:
     """All samples' rows, or those of `subset` samples drawn without replacement, scaled to stand for all."""
     if subset is None:
-        return Rows(parameters, _all_rows(fitting, data))
+        batches: list[tuple[int, int]] = []
+        A = _all_rows(fitting, data, batches)
+        as_they_came = len(A) == sum(V * N for V, N in batches)
+        return Rows(parameters, A, batches=batches if as_they_came else ())
     for _ in fitting.over(data):  # for the likelihood of all samples, and their number
         pass
     N = fitting.count
@@ -213,10 +216,17 @@ def functional(fitting: Fitting, parameters: Mapping[str, Tensor], data: Data, s
     return Rows(parameters, rows)
 
 
-def _all_rows(fitting: Fitting, data: Data) -> Tensor:
-    """The rows of all samples, [R, D], where more than D are compressed to D on the way; the same A^T A."""
+def _all_rows(fitting: Fitting, data: Data, batches: list[tuple[int, int]] | None = None) -> Tensor:
+    """The rows of all samples, [R, D], where more than D are compressed to D on the way; the same A^T A.
+
+    `batches` takes down each batch's columns and samples.
+    """
     held: list[Tensor] = []
+    seen = fitting.count
     for rows in _rows(fitting, data):
+        N, seen = fitting.count - seen, fitting.count
+        if batches is not None:
+            batches.append((len(rows) // N, N))
         R, D = sum(map(len, held)) + len(rows), rows.shape[1]
         check_memory(
             "structure='functional', with a row for each sample and output,", min(R, D) * D * rows.element_size(),

@@ -60,6 +60,15 @@ class Precision:
         eps = torch.finfo(determined.dtype).eps
         return [torch.stack([by_name[name].sum() for name in names]).sum().clamp(min=eps) for names in groups]
 
+    def roughly_determined(self, groups: Sequence[Sequence[str]]) -> list[Tensor]:
+        """`effective_dimension`, within some percent where that is much cheaper."""
+        return self.effective_dimension(groups)
+
+    def left_by_others(self) -> Tensor | None:
+        """strength times the variances [N, V] of the samples' own outputs, each under the posterior without its sample;
+        None where they are not at hand."""
+        return None
+
     def holds(self, curvature: Any, prior: Prior, strength: Any) -> bool:
         """Whether it is that of these numbers, none of which gradients flow through."""
         if isinstance(strength, Tensor) or (self.curvature, self.strength) != (curvature, strength):

@@ -85,6 +85,8 @@ def measured(unweighted: Posterior, data: Data) -> Confidence:
     kind, found, seen = unweighted.likelihood.kind, [], 0
     whole = unweighted.structure == "functional" and unweighted.options["subset"] is None
     exact = unweighted.structure == "full" or whole
+    if whole and (at_hand := _at_hand(unweighted)) is not None:
+        return Confidence.of(shared(at_hand, kind), RARE_LEFT_OUT, True)
     for inputs, _ in batch_data.batches(data):
         exact = exact and _outputs(unweighted, inputs) <= MOST_OUTPUTS
         if exact:
@@ -98,6 +100,16 @@ def measured(unweighted: Posterior, data: Data) -> Confidence:
         if seen >= SAMPLES:
             break
     return Confidence.of(torch.cat(found), RARE_LEFT_OUT if exact else RARE, exact)
+
+
+def _at_hand(unweighted: Posterior) -> Tensor | None:
+    """The same variances where the rows of the curvature are those of the samples' own outputs, [N, K]."""
+    if unweighted.options["fisher"] != "exact" or unweighted.count > SAMPLES:
+        return None
+    found = unweighted.precision().left_by_others()
+    if found is None or found.shape[1] > MOST_OUTPUTS or unweighted.target not in ((), (found.shape[1],)):
+        return None
+    return found / float(unweighted.strength())
 
 
 @torch.no_grad()

@@ -26,14 +26,15 @@ def groups_of(parameters: Mapping[str, Tensor], per: str) -> list[list[str]]:
 
 
 def mackay(
-    precision: Precision, groups: Sequence[Sequence[str]], weights: Mapping[str, Tensor]
+    precision: Precision, groups: Sequence[Sequence[str]], weights: Mapping[str, Tensor], roughly: bool = False
 ) -> tuple[Prior, Tensor]:
-    """One update lambda_g <- gamma_g / |w_g|^2 of each group's precision, and the total of gamma.
+    """One update lambda_g <- gamma_g / |w_g|^2 of each group's precision, and the total of gamma (`roughly`: within
+    some percent).
 
     A fixed point is a stationary point of the evidence in lambda at these weights.  Source: MacKay 1992, "Bayesian
     interpolation".
     """
-    gammas = precision.effective_dimension(groups)
+    gammas = precision.roughly_determined(groups) if roughly else precision.effective_dimension(groups)
     updated = dict(precision.prior)
     for names, gamma in zip(groups, gammas, strict=True):
         square = torch.stack([weights[k].square().sum() for k in names]).sum()

@@ -94,8 +94,8 @@ def by_evidence(posterior: Posterior, data: Data | None, per: str, noise: bool, 
     exact = next(iter(posterior.weights.values())).dtype == torch.float64
     updates = _Updates(posterior, per, noise, linear, 1e-6 if exact else 1e-3)
     if linear is not None and not exact and not linear.is_quadratic:
-        replace(updates, linear=None).run(steps)
-        updates = replace(updates, tolerance=ABOUT, most=(1, PRODUCTS))
+        replace(updates, linear=None, roughly=True).run(steps)
+        updates = replace(updates, tolerance=ABOUT, most=(1, PRODUCTS), roughly=True)
     updates.run(steps)
 
 
@@ -105,6 +105,7 @@ class _Updates:
 
     tolerance  relative change of every precision that ends them
     most       Newton steps of each optimum, and products of each of those; None: as many as it takes
+    roughly    whether effective dimensions may be off by some percent
     """
 
     posterior: Posterior
@@ -113,6 +114,7 @@ class _Updates:
     linear: LinearisedModel | Restricted | None
     tolerance: float
     most: tuple[int, int] | None = None
+    roughly: bool = False
 
     def run(self, steps: int) -> None:
         posterior, theta, linear = self.posterior, self.posterior.weights, self.linear
@@ -131,7 +133,7 @@ class _Updates:
                 full = linear.full(linear.theta + delta) if isinstance(linear, Restricted) else linear.theta + delta
                 weights = trees.unflatten(full, theta)
                 loss = linear.value(delta).item() if self.noise else loss
-            updated, gamma = mackay(precision, groups, weights)
+            updated, gamma = mackay(precision, groups, weights, self.roughly)
             moved = [abs(math.log(float(updated[names[0]] / prior[names[0]].mean()))) for names in groups]
             if self.noise:
                 variance = 2 * loss / max(posterior.elements - slope * gamma.item(), 1e-3 * posterior.elements)

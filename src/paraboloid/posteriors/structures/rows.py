@@ -8,11 +8,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from paraboloid.linalg.probes import Seed, generator_of, signs
 from paraboloid.operators.structured.low_rank import LowRank
 from paraboloid.posteriors.precision import Precision
 from paraboloid.posteriors.prediction.jacobian import Jacobian
 from paraboloid.posteriors.prior import Prior, flat
 from paraboloid.reductions.contractions import weighted_grams
+
+FEW = 1000  # rows whose eigenvalues are taken one by one where some percent would do
+SAMPLES, STEPS = 8, 40  # of the quadrature over those of more rows
 
 
 class Rows(LowRank):
@@ -20,11 +24,17 @@ class Rows(LowRank):
 
     Low rank: sqrt(eigenvalue) * eigenvector of the GGN, the largest R.  Functional: S_n^T J_n of every sample and
     column of the loss's root, which is the whole GGN, or N / n times that of a subset of n samples.
+
+    rank     rows that are kept by `plus`; None: all
+    batches  (columns V, samples N) of each batch, where the rows are still S_n^T J_n [V N, D] of one after the other
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], A: Tensor, rank: int | None = None):
+    def __init__(
+        self, parameters: Mapping[str, Tensor], A: Tensor, rank: int | None = None,
+        batches: Sequence[tuple[int, int]] = (),
+    ):  # fmt: skip
         super().__init__(parameters, A.T, A.new_ones(len(A)))
-        self.A, self.rank = A, rank  # rows that are kept by `plus`; None: all
+        self.A, self.rank, self.batches = A, rank, tuple(batches)
 
     def plus(self, other: Rows) -> Rows:
         A = compressed(torch.cat([self.A, other.A]))
@@ -34,9 +44,38 @@ class Rows(LowRank):
         return Rows(self.parameters, A, self.rank)
 
     @cached_property
+    def gram(self) -> Tensor:
+        """A A^T, [R, R]."""
+        return self.A @ self.A.T
+
+    @cached_property
     def gram_eigenvalues(self) -> Tensor:
         """Of A A^T, [R]: with one precision for all weights every log determinant is a sum over them."""
-        return torch.linalg.eigvalsh(self.A @ self.A.T).clamp(min=0)
+        return torch.linalg.eigvalsh(self.gram).clamp(min=0)
+
+    @cached_property
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """Nodes, and how many of the eigenvalues of A A^T each stands for: a sum over them within some percent."""
+        A, size = self.gram, len(self.A)
+        steps = min(STEPS, size)
+        q = signs((size, SAMPLES), A, generator_of(0, A.device)) / size**0.5
+        T, basis = A.new_zeros(SAMPLES, steps, steps), [q]
+        for j in range(steps):  # Lanczos from each column, re-orthogonalised; one that is exhausted goes on as zero
+            w = A @ q
+            T[:, j, j] = (q * w).sum(0)
+            for known in (*basis, *basis):
+                w = w - known * (known * w).sum(0)
+            if j + 1 < steps:
+                beta = w.norm(dim=0)
+                beta = torch.where(beta > 1e-5 * T.diagonal(dim1=1, dim2=2).amax(1), beta, 0)
+                q = torch.where(beta > 0, w / beta.clamp(min=torch.finfo(w.dtype).tiny), 0)
+                T[:, j, j + 1] = T[:, j + 1, j] = beta
+                basis.append(q)
+        values, vectors = torch.linalg.eigh(T.double())
+        return values.clamp(min=0).flatten(), vectors[:, 0].square().flatten() * (size / SAMPLES)
+
+    def diagonal(self, samples: int | None = None, seed: Seed = 0) -> Tensor:
+        return super().diagonal(samples, seed) if samples is not None else self.A.square().sum(0)
 
 
 class Woodbury(Precision):
@@ -50,12 +89,21 @@ class Woodbury(Precision):
         return len(self.curvature.A)
 
     @cached_property
-    def _factor(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Lambda^-1/2 [D], B = sqrt(strength) A Lambda^-1/2 [R, D], and the Cholesky factor of I + B B^T [R, R]."""
+    def _root(self) -> tuple[Tensor, Tensor]:
+        """Lambda^-1/2 [D], and sqrt(strength), []."""
         s = flat(self.prior, self.curvature.parameters).rsqrt()
-        B = torch.as_tensor(self.strength, dtype=s.dtype, device=s.device).sqrt() * self.curvature.A * s
-        M = B @ B.T + torch.eye(len(B), dtype=B.dtype, device=B.device)
-        return s, B, torch.linalg.cholesky(M)
+        return s, torch.as_tensor(self.strength, dtype=s.dtype, device=s.device).sqrt()
+
+    @cached_property
+    def _factor(self) -> Tensor:
+        """The Cholesky factor of I + B B^T, [R, R], for B = sqrt(strength) A Lambda^-1/2."""
+        (s, root), precision = self._root, _shared(self.prior)
+        if precision is None:
+            B = root * self.curvature.A * s
+            M = B @ B.T
+        else:  # no more than a multiple of what is known already
+            M = root.square() / precision * self.curvature.gram
+        return torch.linalg.cholesky(M + torch.eye(len(M), dtype=M.dtype, device=M.device))
 
     @cached_property
     def _ratios(self) -> Tensor | None:
@@ -66,20 +114,51 @@ class Woodbury(Precision):
     def log_det(self) -> Tensor:
         if self._ratios is not None:
             return torch.log1p(self._ratios).sum()
-        return 2 * self._factor[2].diagonal().log().sum()
+        return 2 * self._factor.diagonal().log().sum()
 
     def effective_dimension(self, groups: Sequence[Sequence[str]]) -> list[Tensor]:
         if (e := self._ratios) is None or [set(names) for names in groups] != [set(self.curvature.parameters)]:
             return super().effective_dimension(groups)
         return [(e / (1 + e)).sum().clamp(min=torch.finfo(e.dtype).eps)]
 
+    def roughly_determined(self, groups: Sequence[Sequence[str]]) -> list[Tensor]:
+        A, whole = self.curvature.A, [set(names) for names in groups] == [set(self.curvature.parameters)]
+        if (precision := _shared(self.prior)) is None or not whole or len(A) <= FEW or A.dtype == torch.float64:
+            return self.effective_dimension(groups)
+        nodes, counts = self.curvature.spectrum
+        e = float(self.strength) * nodes / float(precision)
+        return [(counts * e / (1 + e)).sum().clamp(min=torch.finfo(A.dtype).eps).to(A)]
+
+    def left_by_others(self) -> Tensor | None:
+        """[N, V]: the diagonal of S (I - S)^-1 = ((I + B B^T)^-1)_nn^-1 - I of each sample's rows, S = B_n Sigma B_n^T.
+
+        None where rows are no longer those of samples.
+        """
+        if not self.curvature.batches:
+            return None
+        inverse, found, start = torch.cholesky_inverse(self._factor), [], 0
+        for V, N in self.curvature.batches:
+            own = inverse[start : start + V * N, start : start + V * N].view(V, N, V, N)
+            values, vectors = torch.linalg.eigh(own.diagonal(dim1=1, dim2=3).movedim(2, 0).double())
+            values = 1 / values.clamp(min=torch.finfo(inverse.dtype).eps ** 0.5) - 1
+            found.append((vectors.square() @ values.clamp(min=0).unsqueeze(2)).squeeze(2).to(inverse.dtype))
+            start += V * N
+        return torch.cat(found)
+
     @cached_property
     def _left_out(self) -> tuple[Tensor, Tensor]:
         """(s^2 [D], C [R, D]) with Sigma = diag(s^2) - C^T C."""
-        s, B, L = self._factor
-        return s.square(), torch.linalg.solve_triangular(L, B * s, upper=False)
+        s, root = self._root
+        return s.square(), torch.linalg.solve_triangular(
+            self._factor, root * self.curvature.A * s.square(), upper=False
+        )
 
     def apply(self, rows: Tensor) -> Tensor:
+        if "_left_out" not in self.__dict__ and len(rows) * 4 < len(self.curvature.A):
+            (s, root), A = self._root, self.curvature.A
+            scaled = rows * s.square()
+            solved = torch.cholesky_solve(A @ scaled.T, self._factor)
+            return scaled - root.square() * s.square() * (solved.T @ A)
         s2, C = self._left_out
         return rows * s2 - (rows @ C.T) @ C
 
@@ -89,7 +168,8 @@ class Woodbury(Precision):
 
     def deviations(self, noise: Tensor) -> Tensor:
         """(I + B^T B)^-1/2 z = z - V (1 - (1 + e)^-1/2) V^T z over the eigenpairs (e, V) of B^T B."""
-        s, B, _ = self._factor
+        s, root = self._root
+        B = root * self.curvature.A * s
         values, U = torch.linalg.eigh(B @ B.T)
         kept = values > values.max() * torch.finfo(values.dtype).eps * len(values)
         values, U = values[kept], U[:, kept]
