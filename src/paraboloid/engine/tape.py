@@ -90,9 +90,13 @@ class Tape:
         return self.recorder.calls
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Note the calls made inside the block; what torch.compile compiled runs eagerly there, call by call."""
-        with eager_code(), fused_as_usual(self.model), self.recorder, self.shared.watching():
+    def recording(self, inputs: tuple[tuple, dict] | None = None) -> Iterator[None]:
+        """Note the calls made inside the block; what torch.compile compiled runs eagerly there, call by call.
+
+        inputs: those of a pass that the block is inside of; else the model is watched for them.
+        """
+        shared = self.shared.watching() if inputs is None else self.shared.seen(*inputs)
+        with eager_code(), fused_as_usual(self.model), self.recorder, shared:
             yield
 
     # --- guards --------------------------------------------------------------------------------------------------

@@ -119,8 +119,7 @@ class Capture:
         elif not self._muted and torch.is_grad_enabled() and self.wanted():
             self._check_wrapper()
             stack, tape = ExitStack(), self._recorded.following() or Recording(self.model, self.verify)
-            stack.enter_context(tape.recording())
-            stack.enter_context(tape.shared.seen(args, kwargs))
+            stack.enter_context(tape.recording((args, kwargs)))
             stack.enter_context(twice_differentiable() if self.twice else nullcontext())
             self._open, self._depth = (stack, tape, sys._getframe(2)), 1
 
