@@ -2,6 +2,7 @@
 
 import warnings
 
+import oracle
 import pytest
 import torch
 from oracle import close
@@ -166,3 +167,86 @@ def test_as_many_rows_as_samples_say_what_to_do():
     with pytest.raises(ValueError, match="samples share although it has 5 rows"):
         pb.statistics(model, SQUARES, (inputs, y), ["variance"])
     assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+class Dora(nn.Module):
+    """A low-rank update of a frozen weight, with magnitudes of its own; what is frozen are plain attributes."""
+
+    def __init__(self, learned_magnitude):
+        super().__init__()
+        self.frozen = torch.randn(6, 4, dtype=F64)
+        self.down, self.up = nn.Parameter(torch.randn(2, 4)), nn.Parameter(0.1 * torch.randn(6, 2))
+        magnitude = self.frozen.norm(dim=1, keepdim=True)
+        self.magnitude = nn.Parameter(magnitude) if learned_magnitude else magnitude
+
+    def forward(self, x):
+        W = self.frozen + self.up @ self.down
+        return x @ (self.magnitude * W / W.norm(dim=1, keepdim=True)).T
+
+
+@pytest.mark.parametrize("verify", ["auto", "always"])
+@pytest.mark.parametrize("learned", [True, False])
+def test_constants_may_be_plain_attributes(learned, verify):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Dora(learned), nn.Tanh(), nn.Linear(6, 3)).to(F64)
+    x, y = torch.randn(5, 4, dtype=F64), torch.tensor([0, 2, 1, 1, 0])
+    want = oracle.sample_grads(CE, model(x), y, dict(model.named_parameters()))
+    for _ in range(3):
+        found = pb.statistics(model, CE, (x, y), ["sample_grads"], verify=verify)["sample_grads"]
+        for k, g in found.items():
+            close(g, want[k], k)
+
+
+@pytest.mark.parametrize("verify", ["auto", "always"])
+def test_an_attribute_that_holds_the_batch_is_none(verify):
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 4, dtype=F64), torch.tensor([0, 2, 1, 1, 0, 2])
+
+    class Attends(nn.Module):
+        """To all samples, which somebody has put there."""
+
+        def __init__(self):
+            super().__init__()
+            self.key, self.last, self.context = nn.Linear(4, 4), nn.Linear(4, 3), x
+
+        def forward(self, x):
+            k = self.key(self.context)
+            return self.last((x @ k.T)[:, : len(x)] @ k[: len(x)])
+
+    with pytest.raises(ValueError, match="does not separate into the 6 samples"):
+        pb.statistics(Attends().to(F64), CE, (x, y), ["variance"], verify=verify)
+
+
+class Graph(nn.Module):
+    def __init__(self, nodes):
+        super().__init__()
+        near = (torch.rand(nodes, nodes) > 0.5).to(F64) + torch.eye(nodes, dtype=F64)
+        self.register_buffer("near", near / near.sum(1, keepdim=True))
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.b(self.near @ self.a(self.near @ x).tanh())
+
+
+def test_all_nodes_of_one_graph_and_the_advice_of_the_refusal():
+    torch.manual_seed(0)
+    model, x, y = Graph(9).to(F64), torch.randn(9, 4, dtype=F64), torch.randint(3, (9,))
+    with pytest.raises(
+        ValueError, match=r"all nodes of a graph do, take the outputs of some of them \(output\[indices"
+    ):
+        pb.statistics(model, CE, (x, y), ["variance"])
+    parameters, f = dict(model.named_parameters()), model(x)
+    all_of_them = oracle.sample_grads(CE, f, y, parameters)
+    J, H = oracle.jacobians(f, parameters), oracle.output_hessians(CE, f, y)
+    J = torch.cat([t.flatten(2) for t in J.values()], 2)
+    close(pb.GGN(model, CE, (x, y)).to_dense(), torch.einsum("nci,ncd,ndj->ij", J, H, J) / 9)
+    for some in (torch.tensor([0, 3, 4]), torch.arange(8)):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the . samples are the axis of no layer's output")
+            found = pb.statistics(model, CE, (x, y[some]), ["sample_grads"], output=lambda o, i=some: o[i])
+            posterior = pb.laplace(model, CE, (x, y[some]), "full", output=lambda o, i=some: o[i])
+            covariance = posterior.functional(x)[1]
+        for k, g in found["sample_grads"].items():
+            close(g, all_of_them[k][some], k)
+        precision = torch.einsum("nci,ncd,ndj->ij", J[some], H[some], J[some]) + torch.eye(J.shape[2], dtype=F64)
+        close(covariance, torch.einsum("nci,ij,ndj->ncd", J[some], torch.linalg.inv(precision), J[some]))

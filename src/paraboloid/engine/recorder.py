@@ -151,13 +151,16 @@ class Recorder(TorchFunctionMode):
         self.alias: dict[int, Alias] = {}
         self.hooked = False  # whether a hook may change gradients on their way
         self.batch_norms: list[tuple[Any, Hook]] = []  # those that ran in training mode: graph node, and what holds it
+        self.attributes: list[Tensor] = []  # of modules, neither parameters nor buffers, that hold numbers
         known: list[Tensor] = [] if isinstance(model, nn.Module) else _own_parameters(model)
         for module in _modules(model):
             known += tensors(*own_tensors(module))
             # Plain attributes may be constants (positions, masks), or an input that the module kept: numbers are data.
             for name, value in vars(module).items():
                 if name not in OF_EVERY_MODULE and isinstance(value, KEEPERS):
-                    known += [t for t in tensors(value) if not t.is_floating_point()]
+                    found = tensors(value)
+                    known += [t for t in found if not t.is_floating_point()]
+                    self.attributes += [t for t in found if t.is_floating_point() and not t.requires_grad]
         self.mark_clean(known)
 
     def mark_clean(self, things: list[Tensor]) -> None:

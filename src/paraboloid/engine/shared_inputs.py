@@ -1,15 +1,17 @@
-"""Inputs that all samples share: the grid of an operator net, position ids [1, T], the prompts that images meet.
+"""What all samples share: the grid of an operator net, position ids [1, T], prompts that images meet; and constants
+that are plain attributes of a module.
 
-What is computed from such an input and from parameters alone is clean: the same for every sample, a derived weight.
-Which inputs these are is not known before the number of samples is, that of the output.  So where the inputs of the
-model have different lengths, the pass is recorded once more for each length that N may turn out to have, with all
-inputs of another length as clean.  Such a recording is asked only where the plain one finds samples mixed, and if the
-model confirms by its outputs for half of the samples that the rest of the inputs belongs to all of them.
+What is computed from them and from parameters alone is clean: the same for every sample, a derived weight.  Which
+inputs these are is not known before the number of samples is, that of the output.  So where the inputs of the model
+have different lengths, the pass is recorded once more for each length that N may turn out to have, with all inputs of
+another length as clean.  An attribute may be a part of the batch that the module kept.  Such a recording is asked only
+where the plain one finds samples mixed, and if the model confirms by its outputs for half of the samples that the rest
+belongs to all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -28,10 +30,11 @@ CLOSE = 10.0  # square roots of eps that outputs may differ by
 
 
 class SharedInputs:
-    """The further recordings of a model's passes, by the number of samples that they are for."""
+    """The further recordings of a model's passes, by the number of samples that they are for; attributes: see
+    `Recorder`."""
 
-    def __init__(self, model: Any, names: Mapping[int, str]):
-        self.model, self.names = model, names
+    def __init__(self, model: Any, names: Mapping[int, str], attributes: Sequence[Tensor]):
+        self.model, self.names, self.attributes = model, names, attributes
         self.recorders: dict[int, Recorder] = {}
         self.inputs: list[tuple[tuple, dict]] = []
         self._open: list[ExitStack] = []
@@ -69,11 +72,11 @@ class SharedInputs:
         ts = [t for t in tensors(*args, *kwargs.values()) if t.dim()]
         lengths = {len(t) for t in ts}
         with ExitStack() as stack:
-            if 1 < len(lengths) <= MOST:
+            if (len(lengths) > 1 or self.attributes) and len(lengths) <= MOST:
                 self.inputs.append((args, kwargs))
                 for N in sorted(lengths - {0, 1}):
                     recorder = self.recorders.setdefault(N, Recorder(self.model, self.names))
-                    recorder.mark_clean([t for t in ts if len(t) != N and not t.requires_grad])
+                    recorder.mark_clean([*self.attributes, *(t for t in ts if len(t) != N and not t.requires_grad)])
                     stack.enter_context(recorder)
             yield
 

@@ -81,7 +81,7 @@ class Tape:
         self.parameters = trees.parameters(model)
         self.names = {id(p): name for name, p in self.parameters.items()}
         self.recorder = Recorder(model, self.names)
-        self.shared = SharedInputs(model, self.names)
+        self.shared = SharedInputs(model, self.names, self.recorder.attributes)
         self._plan: tuple[Tensor, bool, Plan] | None = None
         self._said: set[str] = set()  # parameters whose slow way was said already
 
