@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from paraboloid.passes.memory import COMPARED
-from paraboloid.passes.modes import rounding
+from paraboloid.passes.modes import largest_entry, rounding
 
+DRAWN = 1_000_003  # random numbers
 WIDE, NARROW = 12, 3  # largest k; the narrow spread is for float16, which ends at 2^16
 
 
@@ -65,6 +66,16 @@ def layouts_of(shape: Sequence[int], N: int) -> Iterator[Layout]:
                 yield Layout(axis, (a, N, d // N // a))
 
 
+def _random_like(f: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal numbers in float32 in the shape and the memory order of f, so that the pull copies nothing; of a large f
+    the same `DRAWN` again and again, a prime number, so that no axis repeats."""
+    drawn = torch.randn(min(f.numel(), DRAWN), generator=generator, dtype=torch.float32, device="cpu")
+    if f.numel() > DRAWN:
+        drawn = drawn.repeat(-(-f.numel() // DRAWN))[: f.numel()]
+    order = sorted(range(f.dim()), key=f.stride, reverse=True)
+    return drawn.view([f.shape[axis] for axis in order]).permute([order.index(axis) for axis in range(f.dim())])
+
+
 def certify(
     f: Tensor, calls: Sequence[Any], parameters: Sequence[Tensor], where: Callable[[Any], str], spread: int = WIDE
 ) -> tuple[Layouts, tuple[Tensor, list[Tensor | None], list[Tensor | None]]]:
@@ -76,7 +87,7 @@ def certify(
     N, edges = len(f), [c.edge for c in calls]
     generator = torch.Generator().manual_seed(0)
     w = sample_weights(N, generator, spread)
-    u = torch.randn(f.shape, generator=generator, dtype=torch.float32).to(f)
+    u = _random_like(f, generator).to(f)
     scaled = u * w.to(u).view(-1, *[1] * (f.dim() - 1))
     hs: list[Tensor | None] = [None] * len(calls)
     if edges:
@@ -96,7 +107,7 @@ def certify(
             return
         gs[i] = g.detach()
         half = half or g.dtype == torch.float16
-        largest = g.abs().max()
+        largest = largest_entry(g)
         floor = vanishing(g.dtype, spread)
         tolerance = rounding(torch.float16 if half else g.dtype, g.device) ** 0.6 * largest + floor
         if 0 < largest <= floor:
@@ -226,5 +237,5 @@ def _fits(g: Tensor, h: Tensor, w: Tensor, layout: Layout, tolerance: Tensor) ->
     column = w.to(g).view(-1, *[1] * (g.dim() - 1))
     step = max(1, COMPARED.of() * len(g) // g.nbytes)
     ranges = [slice(i, i + step) for i in range(0, len(g), step)]
-    worst = [(h[n] / column[n]).sub_(g[n]).abs().max() for n in ranges]
+    worst = [largest_entry((h[n] / column[n]).sub_(g[n])) for n in ranges]
     return bool(torch.stack(worst).max() <= tolerance)

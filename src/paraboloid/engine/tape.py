@@ -32,7 +32,7 @@ from paraboloid.layers.normalization import uses_batch_statistics
 from paraboloid.passes import trees
 from paraboloid.passes.frozen_encoders import fused_as_usual
 from paraboloid.passes.memory import gives_back, pooled
-from paraboloid.passes.modes import eager_code, own_arithmetic, rounding
+from paraboloid.passes.modes import eager_code, largest_entry, own_arithmetic, rounding
 from paraboloid.passes.random_state import copied_buffers
 from paraboloid.passes.tensor_hooks import unhooked
 from paraboloid.passes.torch_internals import LEAF, REENTRANT_CHECKPOINT, DisableTorchFunction
@@ -261,7 +261,7 @@ class Tape:
             total = sum((o.total()[0] for o in outers[name]), torch.zeros_like(p))
             dtypes = {g.dtype, f.dtype, *(h.dtype for h in gs if h is not None)}
             eps = max(rounding(dtype, f.device) for dtype in dtypes)
-            error, scale = float((total - g).abs().max()), float(g.abs().max())
+            error, scale = float(largest_entry(total.sub_(g))), float(largest_entry(g))
             if not error <= eps**0.6 * scale + eps**0.9 * size[name] + vanishing(g.dtype):
                 raise RuntimeError(
                     f"parameter {name!r}: the recorded calls add up to a gradient that differs from autograd's by "

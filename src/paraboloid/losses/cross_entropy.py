@@ -163,7 +163,9 @@ class CrossEntropy(Loss):
 
     def sampled_gradients(self, f, y, samples, generator):
         f = full(f)
-        p, scale = f.softmax(1), (self._mass(f, y) / samples).sqrt()
+        by_class = f.movedim(1, -1)  # as language models have it in memory: nothing is copied then
+        p = by_class.softmax(-1).movedim(-1, 1) if by_class.is_contiguous() else f.softmax(1)
+        scale = (self._mass(f, y) / samples).sqrt()
         flat = p.movedim(1, -1).reshape(-1, f.shape[1])
         for _ in range(samples):
             label = _drawn(flat, generator).view(len(f), 1, *f.shape[2:])

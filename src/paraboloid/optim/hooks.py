@@ -35,12 +35,14 @@ NOTHING_SEEN = (
 
 
 class Observed(NamedTuple):
-    """One forward pass with its loss: what was recorded, the output and target that the loss saw, and the inputs."""
+    """One forward pass with its loss: what was recorded, the output and target that the loss saw, the inputs, and the
+    loss as reduced."""
 
     tape: Recording
     output: Tensor
     target: Tensor
     inputs: Any
+    value: float
 
 
 def check_module(model: Any) -> None:
@@ -171,12 +173,12 @@ class Capture:
         assert tape is not None
         for p in found:
             p.see(f, y)
-        value = self.loss.value(f.detach(), y) if value is None else value
-        if not collectives.everywhere(torch.isfinite(value.detach()), self.group):
+        value = self.loss.value(f.detach(), y) if value is None or value.numel() != 1 else value.detach()
+        if not collectives.everywhere(torch.isfinite(value), self.group):
             self.nonfinite = True
             return
         self.passes += 1
-        self.measure(Observed(tape, *by_sample(self.loss, f, y, first.samples), inputs))
+        self.measure(Observed(tape, *by_sample(self.loss, f, y, first.samples), inputs, float(value)))
 
     def observe(self, f: Tensor, y: Tensor) -> None:
         """What the hook on the loss does, for losses computed by a function: call it before backward()."""

@@ -54,8 +54,7 @@ class Measurement(Capture):
             with torch.no_grad():
                 self.sums = merged(quantities, self.loss, self.sums, sums)
             self.quantities = quantities
-            self.losses.append((float(self.loss.value(seen.output.detach(), seen.target)),
-                                self.loss.normalizer(seen.output.detach(), seen.target)))  # fmt: skip
+            self.losses.append((seen.value, self.loss.normalizer(seen.output.detach(), seen.target)))
         if opt._keeps_batches():
             self.batches.append(None if seen.inputs is None else (seen.inputs, seen.target))
 

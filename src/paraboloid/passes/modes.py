@@ -10,6 +10,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 from paraboloid.passes.module_tree import modules_of
 from paraboloid.passes.torch_internals import COMPILER
@@ -26,6 +27,14 @@ def rounding(dtype: torch.dtype, device: torch.device) -> float:
     convolutions (on CUDA by default) and matrix products take it for float32."""
     eps = torch.finfo(dtype).eps
     return max(eps, TF32) if dtype == torch.float32 and device.type != "cpu" else eps
+
+
+def largest_entry(t: Tensor) -> Tensor:
+    """max |t|, without a copy as large."""
+    if t.is_complex():
+        return t.abs().max()
+    low, high = torch.aminmax(t)
+    return torch.maximum(-low, high)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
