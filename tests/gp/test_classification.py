@@ -51,6 +51,54 @@ def test_several_classes_are_one_against_the_rest():
     assert len(found.processes) == 3
 
 
+def mode(kernel, x, t):
+    """The mode [N C] and the covariance of all latent functions at NEW, by Newton's method on dense matrices."""
+    N, C = t.shape
+    one = torch.eye(C, dtype=x.dtype)
+    K, k, new = (torch.kron(one, kernel(*at)) for at in ((x,), (NEW, x), (NEW,)))  # class by class
+    f = torch.zeros(C * N, dtype=x.dtype)
+    for _ in range(30):
+        p = torch.softmax(f.view(C, N), 0)
+        W = p.flatten().diag() - torch.einsum("cn,dn,nm->cndm", p, p, torch.eye(N, dtype=x.dtype)).reshape(C * N, -1)
+        f = K @ torch.linalg.solve(torch.eye(C * N, dtype=x.dtype) + W @ K, W @ f + t.T.flatten() - p.flatten())
+    left = k @ torch.linalg.solve(torch.eye(C * N, dtype=x.dtype) + W @ K, W @ k.T)
+    return f.view(C, N).T, (k @ (t.T.flatten() - p.flatten())).view(C, -1).T, new - left
+
+
+def test_several_classes_together():
+    x, labels = points(3, N=60)
+    kernel = pb.gp.Matern(1.5, 0.8, 3.0)
+    found = pb.gp.classify(kernel, x, labels + 2, likelihood="softmax", samples=2048, features=256)
+    assert isinstance(found, pb.gp.SoftmaxClassifier) and found.classes.tolist() == [2, 3, 4]
+    f, mean, covariance = mode(kernel, x, torch.nn.functional.one_hot(labels).to(x))
+    torch.testing.assert_close(found.mean(x), f, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.mean(NEW), mean, rtol=1e-5, atol=1e-5)
+    variance = covariance.diagonal().view(3, -1).T
+    torch.testing.assert_close(found.variance(NEW), variance, rtol=1e-4, atol=1e-5)
+    drawn = found.sample(NEW)
+    assert drawn.shape == (2048, 50, 3)
+    assert ((drawn.mean(0) - mean) / variance.sqrt()).abs().max() < 5 / 2048**0.5
+    deviations = (drawn - drawn.mean(0)).permute(0, 2, 1).flatten(1)
+    std = covariance.diagonal().sqrt()
+    assert ((deviations.T @ deviations / 2048 - covariance) / std.outer(std)).abs().max() < 0.2
+    torch.testing.assert_close(drawn[:, :4], found.sample(NEW[:4]))  # whatever else is asked for
+    exact = torch.softmax(drawn, 2).mean(0)
+    torch.testing.assert_close(found.probabilities(NEW), exact)
+    without = pb.gp.classify(kernel, x, labels, likelihood="softmax", samples=0)
+    assert (without.probabilities(NEW) - exact).abs().max() < 0.06
+    assert (found.predict(NEW) == 2 + without.predict(NEW)).double().mean() > 0.9
+    with pytest.raises(ValueError, match="there are no samples; classify with samples=64"):
+        without.sample(NEW)
+
+
+def test_two_classes_together_are_one_function_of_twice_the_variance():
+    x, labels = points(N=80)
+    both = pb.gp.classify(pb.gp.RBF(0.8, 1.5), x, labels, likelihood="softmax", samples=0)
+    one = pb.gp.classify(pb.gp.RBF(0.8, 3.0), x, labels, samples=0)
+    difference = both.mean(NEW) @ torch.tensor([-1.0, 1.0], dtype=x.dtype)
+    torch.testing.assert_close(difference, one.processes[0].mean(NEW), rtol=1e-3, atol=1e-3)
+
+
 def test_errors():
     x, labels = points()
     with pytest.raises(ValueError, match=r"all labels are \[1\]; expected at least two classes"):
@@ -59,5 +107,9 @@ def test_errors():
         pb.gp.classify(pb.gp.RBF(), x, labels[:3])
     with pytest.raises(ValueError, match="noise_variance follows from the likelihood"):
         pb.gp.classify(pb.gp.RBF(), x, labels, noise_variance=0.1)
+    with pytest.raises(ValueError, match="likelihood='softmax' takes no solver, tol; expected options among samples"):
+        pb.gp.classify(pb.gp.RBF(), x, labels, likelihood="softmax", solver="cg", tol=1e-3)
+    with pytest.warns(UserWarning, match="latent functions by .* in step 1; expected 1e-06: raise max_newton"):
+        pb.gp.classify(pb.gp.RBF(), x, labels, max_newton=1, samples=0, likelihood="softmax")
     with pytest.warns(UserWarning, match="in step 1; expected 1e-05: raise max_newton"):
         pb.gp.classify(pb.gp.RBF(), x, labels, max_newton=1, samples=0)

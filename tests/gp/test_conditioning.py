@@ -63,6 +63,16 @@ def test_samples_have_the_posteriors_mean_and_covariance(solver):
     torch.testing.assert_close(both, (gp.mean(NEW), variance))
 
 
+@pytest.mark.parametrize("solver", ["cg", "block", "sdd", "sgd"])
+def test_without_samples_the_variance_is_exact(solver):
+    x, y = data(150)
+    gp = pb.gp.condition(KERNEL, x, y, NOISE, solver=solver, samples=0)
+    _, covariance = exact(KERNEL, x, y, NEW)
+    rtol, atol = (0.1, 5e-3) if solver == "sgd" else (0.02, 2e-4)  # its tolerance is of the function, and loose
+    torch.testing.assert_close(gp.variance(NEW), covariance.diagonal(), rtol=rtol, atol=atol)
+    torch.testing.assert_close(gp.predict(NEW)[1], gp.variance(NEW))
+
+
 def test_a_value_does_not_depend_on_what_else_is_asked_for():
     x, y = data()
     gp = pb.gp.condition(KERNEL, x, y, NOISE, solver="cg", samples=40, seed=3)

@@ -15,6 +15,7 @@ TWO = [
     (pb.gp.RBF(0.7, 2.0), 2.0 * sk.RBF(0.7)),
     (pb.gp.RBF(ARD), sk.RBF(ARD.numpy())),
     *((pb.gp.Matern(nu, ARD, 0.5), 0.5 * sk.Matern(ARD.numpy(), nu=nu)) for nu in (0.5, 1.5, 2.5)),
+    (pb.gp.RationalQuadratic(0.7, 1.3, 0.5), 0.5 * sk.RationalQuadratic(1.3, 0.7)),
     (pb.gp.RBF(2.0) + 0.3 * pb.gp.Matern(0.5), sk.RBF(2.0) + 0.3 * sk.Matern(nu=0.5)),
     (pb.gp.RBF(2.0) * pb.gp.Matern(2.5, 0.9), sk.RBF(2.0) * sk.Matern(0.9, nu=2.5)),
     ((pb.gp.RBF() + pb.gp.Constant(0.5)) * pb.gp.RBF(3.0), (sk.RBF() + sk.ConstantKernel(0.5)) * sk.RBF(3.0)),

@@ -29,16 +29,32 @@ def test_kernels_of_scikit_learn(theirs):
 
 def test_a_process_with_their_kernel_is_theirs():
     x, y = data(100)
-    theirs = 1.7 * sk.RationalQuadratic(0.9, 1.2)
+    theirs = 1.7 * sk.Exponentiation(sk.RBF(0.9), 2) + sk.DotProduct(0.5)
     gp = pb.gp.condition(theirs, x, y, 0.1, samples=0)
     peer = GaussianProcessRegressor(theirs, alpha=0.1, optimizer=None).fit(x.numpy(), y.numpy())
     mean, std = peer.predict(NEW.numpy(), return_std=True)
     torch.testing.assert_close(gp.mean(NEW), torch.from_numpy(mean))
     torch.testing.assert_close(gp.variance(NEW), torch.from_numpy(std**2))
-    with pytest.raises(
-        ValueError, match="has no random features, which samples are drawn with; condition with samples=0"
-    ):
+    few = pb.gp.condition(theirs, x, y, 0.1, solver="cg", samples=0, tol=1e-8).variance(NEW[:5])
+    torch.testing.assert_close(few, torch.from_numpy(std[:5] ** 2), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"has no random features, .*samples=0 \(variances are then exact"):
         pb.gp.condition(theirs, x, y, 0.1)
+
+
+@pytest.mark.parametrize(
+    "theirs", [sk.RationalQuadratic(0.5, 1.5), sk.DotProduct(1.0), sk.Matern([1.0, 0.6], nu=0.8), sk.Matern(nu=np.inf)],
+    ids=str,
+)  # fmt: skip
+def test_samples_with_their_kernels(theirs):
+    kernel, total = kernel_of(theirs), 0
+    for seed in range(20):
+        phi = kernel.features(2000, 2, torch.Generator().manual_seed(seed), X)(X).flatten(1)
+        total = total + phi @ phi.T / 20
+    assert (total - kernel(X)).abs().max() < 0.03 * kernel.diagonal(X).max()
+    x, y = data(80)
+    gp = pb.gp.condition(theirs, x, y, 0.1, samples=512, features=512)
+    variance = pb.gp.condition(theirs, x, y, 0.1, samples=0).variance(NEW)
+    assert ((gp.sample(NEW) - gp.mean(NEW)).square().mean(0) / variance - 1).abs().mean() < 0.1
 
 
 def test_what_is_no_kernel_is_said():
@@ -54,9 +70,18 @@ def test_kernels_of_gpytorch():
     k = gpytorch.kernels
     scaled = k.ScaleKernel(k.MaternKernel(nu=1.5, ard_num_dims=2))
     scaled.outputscale, scaled.base_kernel.lengthscale = 2.0, torch.tensor([0.5, 1.5])
-    for theirs in (scaled, scaled + k.RBFKernel(active_dims=[1]), k.RBFKernel() * scaled, k.RQKernel()):
+    for theirs in (
+        scaled,
+        scaled + k.RBFKernel(active_dims=[1]),
+        k.RBFKernel() * scaled,
+        k.RQKernel(),
+        k.LinearKernel(),
+    ):
         expected = theirs.double()(X).to_dense().detach()
-        torch.testing.assert_close(kernel_of(theirs)(X).detach(), expected)
+        kernel = kernel_of(theirs)
+        torch.testing.assert_close(kernel(X).detach(), expected)
+        phi = kernel.features(40_000, 2, torch.Generator().manual_seed(0), X)(X).flatten(1)
+        assert (phi @ phi.T - expected).abs().max() < 0.03 * expected.abs().max()
 
 
 def test_the_estimator():

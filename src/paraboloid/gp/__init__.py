@@ -5,11 +5,13 @@ from paraboloid.gp.conditioning import condition
 from paraboloid.gp.hyperparameters import Hyperparameters, fit_hyperparameters
 from paraboloid.gp.kernel import Constant, Kernel, Product, Sum
 from paraboloid.gp.process import GaussianProcess
+from paraboloid.gp.rational_quadratic import RationalQuadratic
 from paraboloid.gp.sklearn import GPRegressor
+from paraboloid.gp.softmax import SoftmaxClassifier
 from paraboloid.gp.stationary import RBF, Matern
 from paraboloid.gp.tanimoto import Tanimoto
 
 __all__ = [
     "RBF", "Classifier", "Constant", "GPRegressor", "GaussianProcess", "Hyperparameters", "Kernel", "Matern", "Product",
-    "Sum", "Tanimoto", "classify", "condition", "fit_hyperparameters",
+    "RationalQuadratic",     "SoftmaxClassifier", "Sum", "Tanimoto", "classify", "condition", "fit_hyperparameters",
 ]  # fmt: skip

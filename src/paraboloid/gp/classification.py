@@ -12,10 +12,13 @@ from torch import Tensor
 
 from paraboloid.gp.conditioning import condition
 from paraboloid.gp.inputs import inputs_of
+from paraboloid.gp.other_libraries import kernel_of
 from paraboloid.gp.process import GaussianProcess
-from paraboloid.linalg.operand import check_count
+from paraboloid.gp.softmax import SoftmaxClassifier, softmax_classifier
+from paraboloid.linalg.operand import check_choice, check_count
 
 TOL = 1e-5  # of a Newton step, relative to the function
+TOGETHER = {"samples": 64, "seed": 0, "features": 2048, "max_memory": None}  # options of "softmax"
 LARGEST = 1e6  # noise variance of a sample whose likelihood is flat
 
 
@@ -47,7 +50,9 @@ class Classifier:
         return self.classes[self.probabilities(x).argmax(1)]
 
 
-def classify(kernel: Any, x: Any, labels: Any, max_newton: int = 50, **options: Any) -> Classifier:
+def classify(
+    kernel: Any, x: Any, labels: Any, max_newton: int = 50, *, likelihood: str = "sigmoid", **options: Any
+) -> Classifier | SoftmaxClassifier:
     """Laplace's approximation of latent functions f ~ GP(0, kernel) behind labels, p(label | f) = sigmoid(+-f).
 
     Each Newton step on the log posterior is a regression: with W = p (1 - p) at the current f,
@@ -56,11 +61,13 @@ def classify(kernel: Any, x: Any, labels: Any, max_newton: int = 50, **options: 
 
     that is `condition` with targets f + W^-1 (t - p) and noise W^-1, by any of its solvers but sgd, started from the
     step before.  At the mode the same process has the approximation's variance and samples.  More than two classes: one
-    against the rest, as scikit-learn does.
+    against the rest, as scikit-learn does; or together with likelihood="softmax", p(label c | f) = softmax(f)_c with
+    one f for each class, by conjugate gradients on all of them (`SoftmaxClassifier`).
 
-    labels [N] of any sortable kind; options as for `condition`.  Warns where `max_newton` steps were not enough.
-    Source: Rasmussen and Williams 2006, section 3.4.
+    labels [N] of any sortable kind; options as for `condition` (with "softmax" samples, seed, features and max_memory).
+    Warns where `max_newton` steps were not enough.  Sources: Rasmussen and Williams 2006, sections 3.4 and 3.5.
     """
+    check_choice("likelihood", likelihood, ("sigmoid", "softmax"))
     x = inputs_of(x)
     labels = torch.as_tensor(labels).to(x.device)
     if labels.shape != (len(x),):
@@ -69,6 +76,15 @@ def classify(kernel: Any, x: Any, labels: Any, max_newton: int = 50, **options: 
     classes = labels.unique()
     if len(classes) < 2:
         raise ValueError(f"all labels are {classes.tolist()}; expected at least two classes.")
+    if likelihood == "softmax":
+        if unknown := sorted(set(options) - set(TOGETHER)):
+            raise ValueError(f"likelihood='softmax' takes no {', '.join(unknown)}; expected options among "
+                             f"{', '.join(TOGETHER)}.")  # fmt: skip
+        chosen = {**TOGETHER, **options}
+        check_count("samples", chosen["samples"], least=0)
+        check_count("features", chosen["features"], least=2)
+        t = (labels.unsqueeze(1) == classes).to(x)
+        return softmax_classifier(kernel_of(kernel), x, classes, t, max_newton, **chosen)
     if "noise_variance" in options or options.get("solver") == "sgd":
         raise ValueError("noise_variance follows from the likelihood, and differs by input, which sgd does not take; "
                          "leave both out.")  # fmt: skip
@@ -86,7 +102,6 @@ def _mode(kernel: Any, x: Tensor, t: Tensor, max_newton: int, options: dict[str,
         if float((f - before).norm()) <= TOL * float(f.norm()):
             break
     else:
-        moved = float((f - before).norm() / f.norm())
         moved = float((f - before).norm() / f.norm())
         warnings.warn(f"Newton's method moved the latent function by {moved:.2g} of itself in step {max_newton}; "
                       f"expected {TOL}: raise max_newton.", stacklevel=3)  # fmt: skip

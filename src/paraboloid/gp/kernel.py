@@ -43,7 +43,8 @@ class Kernel(ABC):
     def features(self, count: int, d: int, generator: torch.Generator, like: Tensor) -> Features:
         """Random features with `count` columns or a few less, in all."""
         raise ValueError(f"{type(self).__name__} has no random features, which samples are drawn with; condition with "
-                         "samples=0, or use kernels of pb.gp.")  # fmt: skip
+                         "samples=0 (variances are then exact, by a solve for each input), or use a kernel of "
+                         "pb.gp.")  # fmt: skip
 
     def hyperparameters(self) -> dict[str, Tensor]:
         """Positive numbers that the kernel depends on, by name."""

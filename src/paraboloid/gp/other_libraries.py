@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,18 @@ import torch
 from torch import Tensor
 
 from paraboloid.gp.buffers import Buffers
-from paraboloid.gp.kernel import Constant, Kernel, Product, Sum
+from paraboloid.gp.kernel import Constant, Features, Kernel, Product, Sum
+from paraboloid.gp.rational_quadratic import RationalQuadratic
 from paraboloid.gp.stationary import RBF, Matern
 
 
 def kernel_of(kernel: Any) -> Kernel:
-    """The kernel itself, or one of GPyTorch or scikit-learn as ours: RBF, Matern, constants, scalings, sums, products.
+    """The kernel itself, or one of GPyTorch or scikit-learn as ours: RBF, Matern, rational quadratic, constants,
+    scalings, sums, products.
 
-    Any other kernel of theirs is called as it is, without random features (no samples).  ValueError for anything else,
-    and for scikit-learn's WhiteKernel, whose noise belongs into `noise_variance`.
+    Any other kernel of theirs is called as it is; linear ones and scikit-learn's Matern of any nu have random features
+    too, others none (no samples).  ValueError for anything else, and for scikit-learn's WhiteKernel, whose noise
+    belongs into `noise_variance`.
     """
     if isinstance(kernel, Kernel):
         return kernel
@@ -39,10 +43,14 @@ def _of_gpytorch(kernel: Any) -> Kernel:
         return (
             Product(Constant(kernel.outputscale.detach().clone()), inner) if dims is None else Foreign(_values(kernel))
         )
-    if name in ("RBFKernel", "MaternKernel") and kernel.lengthscale.numel() == kernel.lengthscale.shape[-1]:
+    if name in ("RBFKernel", "MaternKernel", "RQKernel") and kernel.lengthscale.numel() == kernel.lengthscale.shape[-1]:
         lengthscale = kernel.lengthscale.detach().reshape(-1).clone()
         lengthscale = lengthscale if len(lengthscale) > 1 else lengthscale[0]
+        if name == "RQKernel":
+            return RationalQuadratic(kernel.alpha.detach().reshape(()).clone(), lengthscale, dims=dims)
         return RBF(lengthscale, dims=dims) if name == "RBFKernel" else Matern(kernel.nu, lengthscale, dims=dims)
+    if name == "LinearKernel" and dims is None and kernel.variance.numel() == 1:
+        return Foreign(_values(kernel), partial(_linear, float(kernel.variance.detach()), 0.0))
     if name in ("AdditiveKernel", "ProductKernel"):
         parts, join = [_of_gpytorch(k) for k in kernel.kernels], Sum if name == "AdditiveKernel" else Product
         found = parts[0]
@@ -72,14 +80,31 @@ def _of_sklearn(kernel: Any) -> Kernel:
     if name == "RBF" or (name == "Matern" and kernel.nu in (0.5, 1.5, 2.5)):
         lengthscale = torch.as_tensor(np.asarray(kernel.length_scale, dtype=float))
         return RBF(lengthscale) if name == "RBF" else Matern(kernel.nu, lengthscale)
-    return Foreign(lambda x, z: torch.from_numpy(np.asarray(kernel(x.cpu().numpy(), z.cpu().numpy()))).to(x))
+    if name == "RationalQuadratic":
+        return RationalQuadratic(float(kernel.alpha), float(kernel.length_scale))
+    features = partial(_linear, 1.0, float(kernel.sigma_0)) if name == "DotProduct" else None
+    if name == "Matern":
+        spectrum = Matern(1.5, torch.as_tensor(np.asarray(kernel.length_scale, dtype=float)))
+        spectrum.nu = float(kernel.nu)  # whose frequencies have a distribution for every nu
+        features = RBF(spectrum.lengthscale).features if np.isinf(kernel.nu) else spectrum.features
+    return Foreign(lambda x, z: torch.from_numpy(np.asarray(kernel(x.cpu().numpy(), z.cpu().numpy()))).to(x), features)
+
+
+def _linear(variance: float, offset: float, count: int, d: int, generator: torch.Generator, like: Tensor) -> Features:
+    """The inputs themselves and a constant: exact, whatever `count` is."""
+    return lambda x: torch.cat([variance**0.5 * x, torch.full_like(x[:, :1], offset)], 1).unsqueeze(2)
 
 
 class Foreign(Kernel):
-    """A kernel known by its values alone, values(x, z) [N, M]."""
+    """A kernel known by its values, values(x, z) [N, M], and by its features where it has them."""
 
-    def __init__(self, values: Any):
-        self.values = values
+    def __init__(self, values: Any, features: Any = None):
+        self.values, self.own_features = values, features
+
+    def features(self, count: int, d: int, generator: torch.Generator, like: Tensor) -> Features:
+        if self.own_features is None:
+            return super().features(count, d, generator, like)
+        return self.own_features(count, d, generator, like)
 
     def __call__(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         return self.values(x, x if z is None else z)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from paraboloid.gp.gram import Gram
 from paraboloid.gp.inputs import inputs_of
 from paraboloid.gp.kernel import Kernel
 from paraboloid.gp.prior import PriorFunctions
-from paraboloid.gp.solvers import Settings, Solved
+from paraboloid.gp.solvers import Settings, Solved, solve
 
-ROWS = 2048  # inputs whose exact variance is found at a time
+ROWS = 2048  # inputs whose exact variance is found at a time, from a factor
+SOLVED = 256  # and by an iterative solver
 
 
 @dataclass(eq=False)
@@ -111,8 +112,7 @@ class GaussianProcess:
         if self.solved.explained is not None:
             return self._explained(x)
         if not self.samples:
-            raise ValueError(f"there are no samples to take the variance from, and solver {self.solver!r} keeps no "
-                             "factor; condition with samples=64, or solver='cholesky'.")  # fmt: skip
+            return self._solved_for(x)
         deviations = self._deviations(x, self.gram.cross(x, self.sample_weights))
         return deviations.square().mean((0, 2))
 
@@ -169,6 +169,15 @@ class GaussianProcess:
             return projected.new_zeros(0, len(x), self.outputs)
         found = self.prior(x) - projected.T
         return found.view(self.samples, self.outputs, len(x)).transpose(1, 2)
+
+    def _solved_for(self, x: Tensor) -> Tensor:
+        """k(x, x) - k(x, X).(K + noise)^-1 k(X, x), by the solver that was taken, to its tolerance."""
+        settings, found = replace(self.settings, solver=self.solver, rank=self.settings.rank or None), []
+        for part in x.split(SOLVED):
+            k = self.gram.cross_matrix(part).T  # [N, M]
+            solution = solve(self.gram, k, torch.zeros_like(k), None, settings, None).solution
+            found.append(self.kernel.diagonal(part) - (k * solution.x).sum(0))
+        return torch.cat(found).clamp(min=0)
 
     def _explained(self, x: Tensor) -> Tensor:
         assert self.solved.explained is not None

@@ -135,7 +135,7 @@ class _Training:
     def __post_init__(self) -> None:
         self.loss = Observed(MSE("sum"), self.A)
         weights = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(weights, self.lr)
+        self.optimizer = torch.optim.Adam(weights, self.lr, fused=True)
 
     def run(self, enough: float, checkpoint: str | Path | None, progress: Any) -> str:
         """Train to the end; why it ended."""

@@ -15,13 +15,13 @@ class Plan:
     noise: tuple[float, ...] = (0.05, 0.10)
     iterations: int = 600
     samples: int = 64
-    phantom: int = 48
-    phantom_angles: tuple[int, ...] = (12, 40)
+    phantom: int = 40  # the largest round size whose evidence is formed exactly
+    phantom_angles: tuple[int, ...] = (10, 24)
     phantom_noise: tuple[float, ...] = (0.02, 0.10)
     start: int = 4  # angles before any is chosen
     chosen: tuple[int, ...] = (4, 8)  # more angles at which the choices are compared
     candidates: int = 36
-    characters: int = 2  # whose angles are chosen
+    characters: int = 1  # whose angles are chosen
     probes: int = 16  # of the evidence by products alone
 
     @staticmethod
