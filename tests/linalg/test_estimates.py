@@ -269,3 +269,30 @@ def test_inverses_by_iteration():
     shortest = torch.linalg.pinv(singular, rtol=1e-8) @ b[:, 0]
     torch.testing.assert_close(lsmr(singular, b[:, 0], tol=1e-10), shortest, rtol=1e-6, atol=1e-7)
     assert not lsmr(positive, torch.zeros(40).double()).any()
+    sides = lsmr(positive, b)
+    torch.testing.assert_close(sides, torch.linalg.solve(positive, b), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(lsmr(positive.float(), b[:, 0].numpy()), sides[:, 0].float(), rtol=1e-3, atol=1e-3)
+
+
+def test_inverses_by_iteration_say_what_they_cannot():
+    A, b = with_spectrum(torch.linspace(0.5, 2, 40)), torch.ones(40, dtype=torch.float64)
+    for solve in (lsmr, neumann):
+        for wrong, found in [({"w": b}, "dict"), (b[:3], r"of shape \(3,\)"), (b.view(1, 40), r"of shape \(1, 40\)")]:
+            with pytest.raises(ValueError, match=rf"b is {found}; expected a tensor \[40\] or \[40, K\]"):
+                solve(A, wrong)
+        for broken in ((A, b * float("nan")), (A * float("nan"), b)):
+            with pytest.raises(torch.linalg.LinAlgError):
+                solve(*broken)
+    for wrong in ("1e-3", -1.0, float("nan")):
+        with pytest.raises(ValueError, match="tol is .*; expected a number of at least 0"):  # noqa: RUF043
+            lsmr(A, b, tol=wrong)
+    with pytest.raises(ValueError, match="damping is 'little'; expected a finite number"):
+        lsmr(A, b, damping="little")
+    with pytest.raises(ValueError, match="scale is '1'; expected a positive number"):
+        neumann(A, b, scale="1")
+    with pytest.raises(torch.linalg.LinAlgError, match="A times a random vector has the norm 0"):
+        neumann(torch.zeros(40, 40).double(), b)
+    nearly = with_spectrum(torch.logspace(0, -14, 40))
+    with pytest.raises(torch.linalg.LinAlgError, match="LSMR stopped after 500 iterations"):
+        lsmr(nearly, b, tol=0.0)
+    assert lsmr(nearly, b, tol=0.0, max_iterations=3).isfinite().all()  # a truncation

@@ -29,12 +29,13 @@ from paraboloid.operators.structured.diagonalised import Diagonalised
 from paraboloid.operators.structured.foof import FOOF
 from paraboloid.operators.structured.joint_kfac import JointKFAC, JointKronecker
 from paraboloid.operators.structured.kfac import EKFAC, KFAC, KFLR
+from paraboloid.operators.structured.kfoc import KFOC
 from paraboloid.operators.structured.kronecker_factored import KroneckerFactored
 from paraboloid.operators.structured.low_rank import LowRank
 from paraboloid.operators.submatrix import Submatrix
 
 __all__ = [
-    "EKFAC", "FOOF", "GGN", "KFAC", "KFLR", "PCH", "BlockDiagonal", "DiagonalGGN", "Diagonalised", "EmpiricalFisher",
-    "Estimate", "Fisher", "Hessian", "Identity", "Jacobian", "JointKFAC", "JointKronecker", "KroneckerFactored",
-    "LinearOperator", "LowRank", "Product", "Scaled", "Submatrix", "Sum", "TensorEstimate", "load",
+    "EKFAC", "FOOF", "GGN", "KFAC", "KFLR", "KFOC", "PCH", "BlockDiagonal", "DiagonalGGN", "Diagonalised",
+    "EmpiricalFisher", "Estimate", "Fisher", "Hessian", "Identity", "Jacobian", "JointKFAC", "JointKronecker",
+    "KroneckerFactored", "LinearOperator", "LowRank", "Product", "Scaled", "Submatrix", "Sum", "TensorEstimate", "load",
 ]  # fmt: skip

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from paraboloid.operators.partition import places
 from paraboloid.operators.product import as_scipy
 
-Places = Tensor | Sequence[int] | Sequence[str]
+Places = Tensor | Sequence[int] | Sequence[str] | slice | str
 
 
 class Submatrix:
@@ -20,8 +21,9 @@ class Submatrix:
         S = pb.operators.Submatrix(G, ["0.weight"], ["2.bias"])          # a block beside the diagonal
         S @ v; S.T @ u; S.to_dense(); S.to_scipy()
 
-    rows, columns  int64 places in 0..D-1, or names of parameters; columns default to rows, which gives a symmetric
-                   matrix that goes wherever any object with `@` and `.shape` does
+    rows, columns  int64 places in 0..D-1 (a tensor, an array, a list or a slice), or names of parameters; columns
+                   default to rows, which gives a symmetric matrix that goes wherever any object with `@` and `.shape`
+                   does
 
     A product costs one of A's.  Raises ValueError for places or names that A has not.
     """
@@ -29,6 +31,10 @@ class Submatrix:
     __array_ufunc__ = None  # so that NumPy leaves v @ S to us
 
     def __init__(self, A: Any, rows: Places, columns: Places | None = None):
+        shape = getattr(A, "shape", (0, 1))
+        if shape[0] != shape[1]:
+            raise ValueError(f"the operator is {list(shape)}; expected a square one, whose rows and columns are places "
+                             "of parameters.")  # fmt: skip
         self.A, self.rows = A, _resolved(A, rows)
         self.columns = self.rows if columns is None else _resolved(A, columns)
         self.shape = len(self.rows), len(self.columns)
@@ -63,14 +69,22 @@ class Submatrix:
 
 
 def _resolved(A: Any, given: Places) -> Tensor:
-    if not isinstance(given, Tensor) and given and all(isinstance(name, str) for name in given):
+    given = [given] if isinstance(given, str) else given
+    if isinstance(given, slice):
+        given = range(*given.indices(A.shape[0]))
+    if isinstance(given, Sequence) and given and all(isinstance(name, str) for name in given):
         names = list(A.parameters)
         if unknown := [name for name in given if name not in names]:
             raise ValueError(f"the operator has no parameters {unknown}; expected some of {names}.")
-        return torch.cat([places(A.parameters, [names.index(str(name))]) for name in given])
-    at = given if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.int64, device="cpu")
+        return torch.cat([places(A.parameters, [names.index(name)]) for name in given])
+    at = given if isinstance(given, Tensor) else torch.as_tensor(_numbers(given), device="cpu")
     wrong = at.dim() != 1 or at.is_floating_point() or at.dtype == torch.bool or not len(at)
     if wrong or at.min() < 0 or at.max() >= A.shape[0] or len(at.unique()) != len(at):
         raise ValueError(f"the places are {at.dtype} of shape {tuple(at.shape)}; expected different int64 numbers in "
                          f"0..{A.shape[0] - 1}, or names of parameters.")  # fmt: skip
     return at.to(A.device)
+
+
+def _numbers(given: Any) -> Any:
+    """A list of what is no array: an empty one has a type of its own."""
+    return given if hasattr(given, "dtype") else np.array(list(given), dtype=None if len(given) else np.int64)

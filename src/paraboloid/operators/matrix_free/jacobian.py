@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from paraboloid.data.batches import Data, Output
-from paraboloid.losses import MSE
 from paraboloid.operators.matrix_free.output_graph import OutputGraph
 from paraboloid.operators.matrix_free.replay import Replay
+from paraboloid.operators.outputs_alone import OutputsAlone
 from paraboloid.operators.product import as_scipy
 from paraboloid.operators.vectors import join, split
 from paraboloid.passes import trees
@@ -34,7 +34,7 @@ class Jacobian:
     def __init__(
         self, model: Any, data: Data, *, output: Output | None = None, seed: int = 0, max_memory: int | None = None
     ):  # fmt: skip
-        self.replay = Replay(model, _Outputs(), data, OutputGraph, output=output, seed=seed, max_memory=max_memory)
+        self.replay = Replay(model, OutputsAlone(), data, OutputGraph, output=output, seed=seed, max_memory=max_memory)
         self.parameters = self.replay.parameters
         self.outputs = [f.detach() for f in self._each(lambda graph: graph.f)]
         size = sum(p.numel() for p in self.parameters.values())
@@ -103,16 +103,6 @@ class _Transposed:
 
     def to_dense(self) -> Tensor:
         return self.J.to_dense().T
-
-
-class _Outputs(MSE):
-    """A loss of the outputs alone, that a pass over the data needs one of."""
-
-    def sample_losses(self, f, y):
-        return f.square().reshape(len(f), -1).sum(1)
-
-    def check(self, f, y):
-        pass
 
 
 def _columns(v: Any, size: int) -> list[Tensor]:

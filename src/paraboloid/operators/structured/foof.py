@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from paraboloid.data.batches import Data, Output
 from paraboloid.linalg.kronecker import Side
 from paraboloid.losses import LossFunction
+from paraboloid.operators.outputs_alone import OutputsAlone
 from paraboloid.operators.structured.kfac import factors_of
 from paraboloid.operators.structured.kronecker_factored import KroneckerFactored
 from paraboloid.quantities.over_data import OverData
@@ -30,10 +31,11 @@ def FOOF(
 ) -> KroneckerFactored:
     """I (x) 1/(N T) sum_{n,t} r r^T for each weight, the identity for biases: KFAC without its gradient factors.
 
-    Its inverse is gradient descent on the layers' outputs.  The arguments are those of `pb.KFAC`; the loss and the
-    targets have no influence.  Source: Benzing 2022, arXiv:2201.12250.
+    Its inverse is gradient descent on the layers' outputs.  The arguments are those of `pb.KFAC`; the loss (any
+    callable) and the targets have no influence.  Source: Benzing 2022, arXiv:2201.12250.
     """
-    passes = OverData(model, loss_fn, data, seed=seed, output=output, max_memory=max_memory)
+    del loss_fn
+    passes = OverData(model, OutputsAlone(), data, seed=seed, output=output, max_memory=max_memory)
     quantity = factors_of("empirical", 1, sharing, False, 0.0, max_factor)
     sums = passes.sums([quantity]).values[quantity.name]
     return KroneckerFactored(passes.values, {k: scale_factors(_forward(v), 1.0) for k, v in sums.items()})
