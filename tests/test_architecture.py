@@ -56,6 +56,7 @@ FOR_A_TYPE = {("operators.saving", "operators.linear_operator")} | {
         "prediction.last_layer",
         "prediction.predictive",
         "prediction.sharpness",
+        "prediction.through_head",
     )
 }
 HOMELESS = {"utils", "util", "helpers", "helper", "common", "misc"}

@@ -24,7 +24,7 @@ from paraboloid.posteriors.fit import Fitting, curvature
 from paraboloid.posteriors.likelihood import Likelihood
 from paraboloid.posteriors.precision import Precision
 from paraboloid.posteriors.prediction import differentiable as input_gradients
-from paraboloid.posteriors.prediction import last_layer, predictive, sharpness
+from paraboloid.posteriors.prediction import last_layer, predictive, sharpness, through_head
 from paraboloid.posteriors.prediction.confidence import Confidence
 from paraboloid.posteriors.prediction.jacobian import Jacobian, pull_outputs, recorded
 from paraboloid.posteriors.prediction.moments import moments
@@ -245,11 +245,17 @@ class Posterior:
 
         if diagonal and (found := last_layer.variances(self, x, precision, self._cuts, self._sizes)) is not None:
             return found
+        if diagonal and (found := self._through_head(x, precision)) is not None:
+            return found
         mean, covariance = moments(
             self.model, names, x, self.output, covariance_of, precision.formed, self.max_memory, self._sizes,
             self._cuts, apart=diagonal,
         )  # fmt: skip
         return mean, covariance.view_as(mean) if diagonal else covariance
+
+    def _through_head(self, x: Inputs, precision: Precision) -> tuple[Tensor, Tensor] | None:
+        cut = self._cuts.of(self.model, x, self.output)
+        return through_head.variances(self, x, precision, cut, self._sizes)
 
     def functional_samples(self, x: Inputs, samples: int, seed: int = 0) -> Tensor:
         """Draws of the linearised outputs, [samples, N, *shape]: the same functions for every x and call with a seed.

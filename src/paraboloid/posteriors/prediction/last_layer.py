@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,10 +70,38 @@ def _of_batch(
 ) -> tuple[Tensor, Tensor] | None:
     if len(tape.calls) != 1 or f.dtype not in (torch.float32, torch.float64):
         return None
-    (call,) = tape.calls
+    head = head_of(tape, f, tape.calls[0], set(weights))
+    if head is None:
+        return None
+    with torch.no_grad():
+        return f.detach(), head.put(f, head.variances(precision))
+
+
+@dataclass(frozen=True)
+class Head:
+    """f = W phi + b at every position, or a re-indexing of that: features phi [R, F], and for each row of them the
+    places in f, [R, C], of what they make."""
+
+    weight: str
+    bias: str | None
+    phi: Tensor
+    at: Tensor
+
+    def variances(self, precision: InEigenbasis | Mixture) -> Tensor:
+        """Of f under a posterior over W and b, for features that are certain: [R, C]."""
+        return _of(precision, self.phi, self.weight, self.bias)
+
+    def put(self, f: Tensor, each: Tensor) -> Tensor:
+        """Numbers [R, C] in their places in a tensor of f's shape."""
+        return torch.empty_like(f.detach()).flatten().scatter_(0, self.at.flatten(), each.flatten()).view_as(f)
+
+
+def head_of(tape: Tape, f: Tensor, call: Call, weights: set[str]) -> Head | None:
+    """The call as a `Head` over exactly these weights; None where it is something else, or f is made of it otherwise
+    than by re-indexing."""
     uses = {name: u for u in call.uses() if (name := tape.names.get(id(u.weight))) is not None}
     weight, bias = (next((k for k, u in uses.items() if (u.right is None) == b), None) for b in (False, True))
-    if weight is None or set(uses) != set(weights) or not all(u.is_plain for u in uses.values()):
+    if weight is None or set(uses) != weights or not all(u.is_plain for u in uses.values()):
         return None
     use = uses[weight]
     if use.right is None or use.flip or use.lookup or use.q_axes is not None or use.groups > 1:
@@ -86,9 +115,7 @@ def _of_batch(
     added = None if bias is None else uses[bias]
     if added is not None and added.arrange is not None and added.arranged(places[None]).unique().numel() < f.numel():
         return None  # an element has it twice, or not at all
-    with torch.no_grad():
-        each = _of(precision, phi.detach(), weight, bias)
-        return f.detach(), torch.empty_like(f.detach()).flatten().scatter_(0, at.flatten(), each.flatten()).view_as(f)
+    return Head(weight, bias, phi.detach(), at)
 
 
 def _places(f: Tensor, call: Call) -> Tensor | None:

@@ -45,7 +45,7 @@ def moments(
             found, J = [], None
             if not planned:
                 J = pull_outputs(tape, f, range(columns))
-                known[like] = _bytes(J, len(f) * columns, formed) / (len(f) * columns), K
+                known[like] = element_bytes(J, len(f) * columns, formed), K
                 if (step, columns) != _chunks(known[like], limit, apart, cut):
                     continue  # from the start: the chunks, and with them the rounding, are those of every later call
             for first in range(0, K, columns):
@@ -72,7 +72,8 @@ def _chunks(known: tuple[float, int], limit: int, apart: bool, cut: Cut) -> tupl
     return _least(cut, max(1, int(limit / (size * K)))), K
 
 
-def _bytes(J: Jacobian, outputs: int, formed: int) -> int:
-    """What so many outputs take: the gradients at the layers' outputs, what is made of them, what is formed of them."""
+def element_bytes(J: Jacobian, outputs: int, formed: int) -> float:
+    """What each of so many outputs takes: the gradients at the layers' outputs, what is made of them, what is formed
+    of them."""
     left = sum(o.left.untyped_storage().nbytes() for o in J.uses.values())
-    return 4 * left + 2 * outputs * formed * J.outputs.element_size() or 1
+    return (4 * left + 2 * outputs * formed * J.outputs.element_size() or 1) / outputs
