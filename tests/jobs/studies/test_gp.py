@@ -7,7 +7,7 @@ import pytest
 
 from paraboloid.jobs import studies
 from paraboloid.jobs.studies import gp
-from paraboloid.jobs.studies.gp import Plan, pieces, reading, regression
+from paraboloid.jobs.studies.gp import Plan, gpytorch_models, pieces, reading, regression
 
 CALLS: dict[str, tuple[int, int]] = {}
 
@@ -42,7 +42,9 @@ def test_the_record_is_strict_json_and_draws_a_page(record):
     page = studies.page(json.loads(studies.to_json(record)))
     assert page.count('<svg class="figure"') == 3
     assert "findings on Gaussian processes were seen here" in record["findings"][0]
-    assert len(record["findings"]) == len(reading.claims(record["results"])) + 1
+    without = gpytorch_models.MISSING in record["findings"]
+    assert without != gpytorch_models.installed()
+    assert len(record["findings"]) == len(reading.claims(record["results"])) + 1 + without
 
 
 def test_uci_sets_in_the_papers_splits(tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from paraboloid.jobs.studies.gp.gpytorch_models import MISSING
+
 Claim = tuple[str, bool | None, str]  # finding, seen (None: not run), what was measured
 
 
@@ -40,6 +42,15 @@ def claims(results: dict[str, Any]) -> list[Claim]:
         found.append((f"{name}: iterative solvers predict as a Cholesky factor does", close, told))
         told = f"NLL {solver['nll']:.3f} against {few['nll']:.3f}"
         found.append((f"{name}: all data is better than inducing inputs", solver["nll"] < few["nll"], told))
+        if "GPyTorch" in rows:
+            sparse, theirs = rows["GPyTorch, sparse variational, 100"], rows["GPyTorch"]
+            told = f"NLL {solver['nll']:.3f} against {sparse['nll']:.3f}"
+            found.append((f"{name}: all data is better than sparse variational regression",
+                          solver["nll"] < sparse["nll"], told))  # fmt: skip
+            told = (f"NLL {solver['nll']:.3f} in {solver['seconds']:.2g} s against {theirs['nll']:.3f} in "
+                    f"{theirs['seconds']:.2g} s")  # fmt: skip
+            found.append((f"{name}: no worse than GPyTorch's exact regression as it comes (within .01)",
+                          solver["nll"] < theirs["nll"] + 0.01, told))  # fmt: skip
     last = results["thompson"][-1]
     found.append(("Parallel Thompson sampling beats random search", last["thompson"] > last["random"],
                   f"best value {last['thompson']:.2f} against {last['random']:.2f}"))  # fmt: skip
@@ -50,5 +61,7 @@ def findings(results: dict[str, Any]) -> list[str]:
     """Sentences, the count first."""
     every = claims(results)
     seen = sum(bool(c[1]) for c in every)
+    missing = [] if any(r["method"].startswith("GPyTorch") for r in results["regression"]) else [MISSING]
     return [f"{seen} of {len(every)} findings on Gaussian processes were seen here.",
-            *(f"{claim}: {'seen' if ok else 'not seen here'} ({what})." for claim, ok, what in every)]  # fmt: skip
+            *(f"{claim}: {'seen' if ok else 'not seen here'} ({what})." for claim, ok, what in every),
+            *missing]  # fmt: skip

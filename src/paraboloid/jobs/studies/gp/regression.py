@@ -16,7 +16,9 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process import kernels as sk
 
 from paraboloid import gp
+from paraboloid.jobs.studies.gp import gpytorch_models
 from paraboloid.jobs.studies.gp.plan import Plan
+from paraboloid.passes.random_state import seeded
 
 COVERED = 1.96  # standard deviations: 95 percent
 SWEEPS = 100  # passes of dual descent
@@ -88,7 +90,10 @@ def methods() -> dict[str, Callable[[Split, gp.Hyperparameters], tuple[np.ndarra
     ours = {f"paraboloid, {solver}": partial(_ours, {"solver": solver}) for solver in ("cholesky", "cg")}
     ours["paraboloid, sdd"] = partial(_ours, {"solver": "sdd"})
     few = partial(_ours, {"inducing": 100, "samples": 0})
-    return {**ours, "paraboloid, 100 inducing": few, "scikit-learn": _sklearn}
+    theirs = {"GPyTorch": partial(_gpytorchs, gpytorch_models.exact),
+              "GPyTorch, sparse variational, 100": partial(_gpytorchs, gpytorch_models.sparse)}  # fmt: skip
+    return {**ours, "paraboloid, 100 inducing": few, "scikit-learn": _sklearn,
+            **(theirs if gpytorch_models.installed() else {})}  # fmt: skip
 
 
 def _hyperparameters(data: Split) -> gp.Hyperparameters:
@@ -118,6 +123,11 @@ def _sklearn(data: Split, found: gp.Hyperparameters) -> tuple[np.ndarray, np.nda
     return mean, std
 
 
+def _gpytorchs(run: Any, data: Split, found: gp.Hyperparameters) -> tuple[np.ndarray, np.ndarray]:
+    with seeded(0):
+        return run(*data[:3])
+
+
 def regress(plan: Plan, seed: int, tick: Callable[[], None]) -> list[dict[str, Any]]:
     """Means over splits of RMSE, NLL (of standardised targets), coverage of 95 percent intervals, and seconds."""
     rows = []
@@ -130,7 +140,7 @@ def regress(plan: Plan, seed: int, tick: Callable[[], None]) -> list[dict[str, A
             hyperparameters = _hyperparameters(data)
             shared = time.perf_counter() - start
             for method, run in methods().items():
-                start = time.perf_counter() - (0 if run is _sklearn else shared)
+                start = time.perf_counter() - (shared if method.startswith("paraboloid") else 0)
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # optima at scikit-learn's bounds
                     mean, std = run(data, hyperparameters)
