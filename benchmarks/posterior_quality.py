@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=[FEW, ALL])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--cheap-seeds", type=int, default=10, help="of the network and the cheap posteriors")
+    parser.add_argument("--first", type=int, default=0, help="seed that is measured first")
     parser.add_argument("--only", nargs="+", help="methods; all of them without")
     parser.add_argument("--again", nargs="+", default=[], help="methods that are measured again")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -180,7 +181,7 @@ def main() -> None:
         record.write_text("".join(json.dumps(row) + "\n" for row in rows))
         (options.out / "posterior-quality.md").write_text("\n".join(tables(rows)))
 
-    for seed in range(max(options.seeds, options.cheap_seeds)):
+    for seed in range(options.first, max(options.seeds, options.cheap_seeds)):
         for size in options.sizes:
             for net in options.nets:
                 wanted = {NETWORK: network_alone, **CHEAP} if seed < options.cheap_seeds else {}

@@ -280,3 +280,26 @@ def test_more_weights_than_samples(structure):
     posterior = laplace(model, nn.CrossEntropyLoss(), (features[:80], y[:80]), structure).tune_prior("evidence")
     own, matched = model(features[80:]).softmax(1).detach().amax(1), posterior.predict(features[80:]).amax(1)
     assert ((own - 0.5) * 0.5 < matched - 0.5).double().mean() > 0.6
+
+
+@pytest.mark.parametrize("structure", ["diag", "kron"])
+def test_novelty_is_counted_in_steps_beyond_the_training_data(structure):
+    model, x, y = classes()
+    posterior = laplace(model, nn.CrossEntropyLoss(), (x, y), structure).tune_prior()
+    new = 4 * torch.randn(20, 3, dtype=F64)
+    u = posterior.unweighted.functional(new)[1].diagonal(dim1=1, dim2=2).mean(1)
+    usual, rare = posterior.confidence.usual, posterior.confidence.rare
+    found = posterior.novelty(new)
+    close(found, (u / rare).log() / math.log(rare / usual))
+    assert (found > 0).any()
+    f = model(new).detach()
+    close(posterior.predict(new), (f * 2 ** -found.clamp(min=0).unsqueeze(1)).softmax(1))
+    with pytest.raises(ValueError, match="novelty needs a posterior of class probabilities that was matched"):
+        posterior.tune_prior(match=None).novelty(new)
+
+
+def test_novelty_of_binary_outputs_is_each_its_own():
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2).double(), torch.randn(40, 3, dtype=F64)
+    posterior = laplace(model, nn.BCEWithLogitsLoss(), (x, torch.randint(2, (40, 2)).to(F64)), "full").tune_prior()
+    assert posterior.novelty(x).shape == (40, 2)

@@ -25,7 +25,7 @@ from paraboloid.posteriors.likelihood import Likelihood
 from paraboloid.posteriors.precision import Precision
 from paraboloid.posteriors.prediction import differentiable as input_gradients
 from paraboloid.posteriors.prediction import last_layer, predictive, sharpness, through_head
-from paraboloid.posteriors.prediction.confidence import Confidence
+from paraboloid.posteriors.prediction.confidence import Confidence, novelty
 from paraboloid.posteriors.prediction.jacobian import Jacobian, pull_outputs, recorded
 from paraboloid.posteriors.prediction.moments import moments
 from paraboloid.posteriors.prior_tuning import tuning
@@ -71,6 +71,7 @@ class Posterior:
     options: dict[str, Any] = field(default_factory=dict)  # of the fit
     data: Data | None = None  # what it was fitted on, for `tune_prior` and `match_confidence`; not saved
     sharpness: float = 1.0  # exponent of the predicted probabilities, see `match_confidence`
+    spread: float = 1.0  # what a Gaussian's predicted variances are multiplied by, see `tune_prior`
     confidence: Confidence | None = None  # by which `predict` is matched to the network, see `tune_prior`
     unweighted: Posterior | None = field(default=None, repr=False)  # whose variances that takes
     _prior: Any = 1.0
@@ -92,7 +93,7 @@ class Posterior:
     def prior_precision(self, value: Any) -> None:
         self.prior(value)
         self._prior = value
-        self.confidence = self.unweighted = None
+        self.confidence, self.unweighted, self.spread = None, None, 1.0
 
     def prior(self, value: Any = None) -> priors.Prior:
         """`prior_precision` (or a value in its place) as a tensor for each parameter: [] or the parameter's shape."""
@@ -169,11 +170,13 @@ class Posterior:
                 negative log-likelihood on `validation`, a batch or an iterable of batches; "cross_validation": the same
                 on each fifth of `data`, under the curvature of the rest.  A best one at the grid's edge warns
                 "unit" (default with curvature="jacobian"): what one sample tells of each parameter, at once
-        match   how sure class probabilities are, which is calibration and changes neither the evidence nor samples nor
-                `functional`.  "auto": the network's own confidence, lowered where the outputs' variance under
-                curvature="jacobian" and method="unit" is beyond that on `data` (module `confidence`); after "grid" an
-                exponent, the best on `validation`.  "exponent": `match_confidence(data)`.  None: none, the plain
-                Bayesian predictive.  Without the training data (loaded or updated, and no data=) what was matched stays
+        match   how sure predictions are, which is calibration and changes neither the evidence nor samples nor
+                `functional`.  "auto": class probabilities have the network's own confidence, lowered where the outputs'
+                variance under curvature="jacobian" and method="unit" is beyond that on `data` (module `confidence`);
+                after "grid" an exponent, the best on `validation`.  A Gaussian's variances are multiplied by `spread`,
+                so that their mean on `data` is that of Kronecker factors (module `spread`).  "exponent":
+                `match_confidence(data)`.  None: none, the plain Bayesian predictive.  Without the training data (loaded
+                or updated, and no data=) what was matched stays
         per     one precision for "all" (default of the evidence), for each "layer" (module) or "parameter" (of "unit")
         noise   whether the noise variance is tuned too; default: where there is one, but for "grid"
         Raises ValueError where what a method needs is missing.
@@ -283,6 +286,17 @@ class Posterior:
             if name not in current or not torch.equal(current[name].detach(), w):
                 raise RuntimeError(f"parameter {name!r} is not what it was when the posterior was fitted; a posterior "
                                    "belongs to one set of weights. Fit a new one.")  # fmt: skip
+
+    def novelty(self, x: Inputs) -> Tensor:
+        """How far each input is beyond the training data, in steps: [N]; of binary outputs each its own, [N, ...].
+
+        log(u / u_99) / log(u_99 / u_50) for the variance u of the outputs under curvature="jacobian" and a prior that
+        knows as much as one sample, and its quantiles on the training data: -1 is as usual as their median, 0 as rare
+        as one in a hundred of them, and every further step halves the log-odds of `predict`.  Reject by this rather
+        than by low confidence, in which an input that the network finds easy outweighs one that it does not know.
+        Raises ValueError where nothing was matched (`tune_prior`).
+        """
+        return novelty(self, x)
 
     def predict(
         self, x: Inputs, link: str | None = None, *, samples: int = 1000, seed: int = 0, differentiable: bool = False

@@ -30,7 +30,7 @@ VERSION = 4
 READ = (2, 3, VERSION)
 PLAIN = (
     "structure", "loss", "constant", "count", "elements", "target", "noise_variance", "temperature", "sharpness",
-    "max_memory", "options",
+    "spread", "max_memory", "options",
 )  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def _own(posterior: Posterior) -> State:
 
 
 def _read(state: State, weights: dict[str, Tensor]) -> State:
-    found = {name: state[name] for name in PLAIN}
+    found = {name: state[name] for name in PLAIN if name in state}  # files of before know no spread
     found["options"] = {"curvature": "ggn", **found["options"]}  # older files know no other
     matched = state.get("confidence")
     return {

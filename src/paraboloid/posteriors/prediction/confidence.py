@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from paraboloid.data import batches as batch_data
-from paraboloid.data.batches import Data
+from paraboloid.data.batches import Data, Inputs
 from paraboloid.passes.modes import evaluating
 from paraboloid.passes.random_state import isolated
 from paraboloid.passes.wrappers import unwrapped
@@ -62,13 +62,16 @@ class Confidence:
         usual, high = flat.quantile(places).tolist()
         return Confidence(usual, high, left_out)
 
+    def steps(self, variance: Tensor) -> Tensor:
+        """log(u / u_99) / log(u_99 / u_50): 0 at the 99th percentile of the training data, -1 at its median."""
+        if not self.rare > 0:
+            return torch.zeros_like(variance)
+        step = max(SHORTEST, math.log(self.rare / self.usual) if self.usual > 0 else math.inf)
+        return (variance.clamp(min=torch.finfo(variance.dtype).tiny) / self.rare).log() / step
+
     def factor(self, variance: Tensor) -> Tensor:
         """c, of the shape of `variance`: 1 where nothing is lowered."""
-        if not self.rare > 0:
-            return torch.ones_like(variance)
-        step = max(SHORTEST, math.log(self.rare / self.usual) if self.usual > 0 else math.inf)
-        beyond = (variance.clamp(min=torch.finfo(variance.dtype).tiny) / self.rare).log().clamp(min=0)
-        return torch.exp2(-beyond / step)
+        return torch.exp2(-self.steps(variance).clamp(min=0))
 
 
 def shared(variance: Tensor, kind: str) -> Tensor:
@@ -76,30 +79,47 @@ def shared(variance: Tensor, kind: str) -> Tensor:
     return variance.mean(1, keepdim=True) if kind == "categorical" else variance
 
 
+def novelty(posterior: Posterior, x: Inputs) -> Tensor:
+    """See `Posterior.novelty`."""
+    confidence, source = posterior.confidence, posterior.unweighted
+    if confidence is None or source is None:
+        raise ValueError("novelty needs a posterior of class probabilities that was matched to its network; call "
+                         "tune_prior() with match='auto' first.")  # fmt: skip
+    kind = posterior.likelihood.kind
+    found = confidence.steps(shared(source.functional(x, diagonal=True)[1], kind))
+    return found.squeeze(1) if kind == "categorical" else found
+
+
 def measured(unweighted: Posterior, data: Data) -> Confidence:
-    """The quantiles on the data that `unweighted` was fitted to.
+    """The quantiles on the data that `unweighted` was fitted to."""
+    found, exact = seen(unweighted, data)
+    return Confidence.of(found, RARE_LEFT_OUT if exact else RARE, exact)
+
+
+def seen(posterior: Posterior, data: Data) -> tuple[Tensor, bool]:
+    """Variances of the outputs on the data that the posterior was fitted to, flat, and whether they are left by others.
 
     Where the curvature is exact, each sample's variance is the one that the others leave it, S (I - S)^-1 / strength
     with S = strength J Sigma J^T: its own output holds the rest of it down, which no new input's does.
     """
-    kind, found, seen = unweighted.likelihood.kind, [], 0
-    whole = unweighted.structure == "functional" and unweighted.options["subset"] is None
-    exact = unweighted.structure == "full" or whole
-    if whole and (at_hand := _at_hand(unweighted)) is not None:
-        return Confidence.of(shared(at_hand, kind), RARE_LEFT_OUT, True)
+    kind, found, count = posterior.likelihood.kind, [], 0
+    whole = posterior.structure == "functional" and posterior.options["subset"] is None
+    exact = posterior.structure == "full" or whole
+    if whole and (at_hand := _at_hand(posterior)) is not None:
+        return shared(at_hand, kind).flatten(), True
     for inputs, _ in batch_data.batches(data):
-        exact = exact and _outputs(unweighted, inputs) <= MOST_OUTPUTS
+        exact = exact and _outputs(posterior, inputs) <= MOST_OUTPUTS
         if exact:
-            mean, covariance = unweighted.functional(inputs)
-            strength = float(unweighted.strength())
+            mean, covariance = posterior.functional(inputs)
+            strength = float(posterior.strength())
             variance = _left_out(covariance * strength).view_as(mean) / strength
         else:
-            variance = unweighted.functional(inputs, diagonal=True)[1]
+            variance = posterior.functional(inputs, diagonal=True)[1]
         found.append(shared(variance, kind).flatten())
-        seen += len(variance)
-        if seen >= SAMPLES:
+        count += len(variance)
+        if count >= SAMPLES:
             break
-    return Confidence.of(torch.cat(found), RARE_LEFT_OUT if exact else RARE, exact)
+    return torch.cat(found), exact
 
 
 def _at_hand(unweighted: Posterior) -> Tensor | None:

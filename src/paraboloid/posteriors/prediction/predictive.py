@@ -49,6 +49,8 @@ def predict(
 ) -> Any:  # fmt: skip
     """See `Posterior.predict`."""
     found, kind = _predict(posterior, x, link, samples, seed, differentiable), posterior.likelihood.kind
+    if kind == "gaussian" and (spread := getattr(posterior, "spread", 1.0)) != 1.0:
+        return Prediction(found.mean, spread * found.model_variance, spread * found.noise_variance)
     return sharpened(found, posterior.sharpness, kind) if kind in ("categorical", "bernoulli") else found
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MATCHES = ("auto", "exponent", None)
 LEAST = 10  # samples, of which a fold is left out
-PLAIN: dict[str, Any] = {"confidence": None, "unweighted": None, "sharpness": 1.0}
+PLAIN: dict[str, Any] = {"confidence": None, "unweighted": None, "sharpness": 1.0, "spread": 1.0}
 
 
 def matched(

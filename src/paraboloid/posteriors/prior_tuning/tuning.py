@@ -23,6 +23,7 @@ from paraboloid.posteriors.prior_tuning.folds import FOLDS, Fold
 from paraboloid.posteriors.prior_tuning.linearised import LinearisedModel, Restricted, optimum
 from paraboloid.posteriors.prior_tuning.matching import MATCHES, PLAIN, matched, refitted
 from paraboloid.posteriors.prior_tuning.progress import Line
+from paraboloid.posteriors.prior_tuning.spread import spread
 from paraboloid.posteriors.prior_tuning.unit_information import unit_information
 from paraboloid.posteriors.structures.subnetwork import Subnetwork
 from paraboloid.posteriors.weights import only
@@ -63,6 +64,10 @@ def tune(
         else:
             with only(posterior.model, list(posterior.weights)):
                 by_evidence(posterior, data if method == "adapted" else None, per or "all", noise, steps)
+                if noise and match == "auto" and data is not None and posterior.likelihood.kind == "gaussian":
+                    alike = partial(by_evidence, data=data if method == "adapted" else None, per=per or "all",
+                                    noise=True, steps=steps)  # fmt: skip
+                    posterior.spread = spread(posterior, data, alike)
         matched(posterior, data, match, method, validation, before)
     except BaseException:
         posterior.__dict__.update(before)
