@@ -50,6 +50,7 @@ FOR_A_TYPE = {("operators.saving", "operators.linear_operator")} | {
     for name in (
         "saving",
         "prior_tuning.matching",
+        "prior_tuning.spread",
         "prior_tuning.tuning",
         "prior_tuning.unit_information",
         "prediction.confidence",

@@ -41,6 +41,8 @@ def test_classes(method):
     assert json.loads(job.to_json(record)) == record
     assert {row["name"] for row in results["unseen"]} >= {"uniform noise", "noise added", "turned by 90°"}
     assert all(0 <= row["area"] <= 1 for row in results["unseen"])
+    told = [row["novelty_area"] for row in results["unseen"]]
+    assert told == [None] * len(told) if method == "sampled" else all(0 <= area <= 1 for area in told)
     assert abs(results["matched"]["nll"] - results["network"]["nll"]) < (0.03 if method == "sampled" else 0.02)
     assert len(results["least_sure"]) == 18 and results["least_sure"][0]["image"] is not None
     sure = [row["confidence"] for row in results["least_sure"]]

@@ -121,10 +121,13 @@ def _measured(
     if kind not in ("categorical", "bernoulli"):
         raise ValueError(f"the loss {type(problem.loss_fn).__name__} says no probabilities or moments of what it "
                          "predicts; expected one of classes, binary targets or real numbers.")  # fmt: skip
-    rows = []
+    rows, usual = [], _novelty(posterior, x)
     for i, (name, z) in enumerate(others.items()):
+        there = _novelty(posterior, z)
         rows.append({"name": name, "ours": _confidence(posterior.predict(z), kind),
-                     "own": _confidence(_own(problem, z, kind), kind)})  # fmt: skip
+                     "own": _confidence(_own(problem, z, kind), kind),
+                     "novelty_area": scores.area(usual, there) if usual is not None and there is not None else None,
+                     })  # fmt: skip
         report("predictions", i + 2, 1 + len(others))
     return _of_classes(posterior, problem, x, y, found, rows)
 
@@ -133,6 +136,13 @@ def _measured(
 def _own(problem: Problem, x: Any, kind: str) -> Tensor:
     f = call(problem.model, x)
     return f.softmax(1) if kind == "categorical" else f.sigmoid()
+
+
+def _novelty(posterior: Any, x: Any) -> Tensor | None:
+    """Of each sample, [N], on the mean over its positions or binary outputs; None where the posterior has none."""
+    if not hasattr(posterior, "novelty") or posterior.confidence is None:
+        return None
+    return posterior.novelty(x).reshape(len(x), -1).double().mean(1)
 
 
 def _confidence(p: Tensor, kind: str) -> Tensor:

@@ -56,6 +56,9 @@ def _unseen(told: dict[str, Any], worst: dict[str, Any]) -> list[str]:
         for row in told.values()
     )
     sentences = [f"How well low confidence tells unlike inputs from test inputs (1 is always, .5 by chance): {listed}."]
+    if worst["novelty_area"] is not None:
+        listed = ", ".join(f"{row['name']} {fixed(row['novelty_area'], None)}" for row in told.values())
+        sentences.append(f"Told by how far they are from the training data (posterior.novelty): {listed}.")
     if worst["area"] >= GOOD_AREA:
         sentences.append("On everything unlike the training data that was tried, low confidence is a reliable warning.")
     elif worst["area"] >= POOR_AREA:

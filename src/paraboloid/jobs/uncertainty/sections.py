@@ -120,10 +120,12 @@ def _unseen(results: dict[str, Any], numeric: bool) -> Panel:
             axis.invert_yaxis()
     else:
         cells = [[r["name"], fixed(r["network_area"], None, 3), fixed(r["area"], None, 3),
-                  percent(r["network_confidence"]), percent(r["confidence"])] for r in rows]  # fmt: skip
+                  fixed(r["novelty_area"], None, 3), percent(r["network_confidence"]), percent(r["confidence"])]
+                 for r in rows]  # fmt: skip
         table = Table(
-            "Unlike inputs, told from test inputs by low confidence",
-            ["inputs", "network, AUROC", "this posterior", "network, mean confidence", "this posterior"], cells,
+            "Unlike inputs, told from test inputs by low confidence, and by novelty (posterior.novelty)",
+            ["inputs", "network, AUROC", "this posterior", "its novelty", "network, mean confidence", "this posterior"],
+            cells,
         )  # fmt: skip
 
         def draw(figure: Figure) -> None:
