@@ -145,6 +145,20 @@ class Eigenform:
         added = second.values if second.values.numel() else second.rest
         return replace(first, values=first.values + added, rest=first.rest + second.rest)
 
+    def evened(self, values: Tensor) -> Tensor:
+        """Values that were measured along these eigenvectors, on other data; see `evened`."""
+        return evened(values, self.null_spaces())
+
+    def null_spaces(self) -> NullSpaces:
+        """Which columns of each basis [G, r] span the null space of its factor: there any others would do as well.
+        None for unit vectors, and where there are fewer than two."""
+        largest = self.values.amax((1, 2), keepdim=True)
+        found = []
+        for basis, own in ((self.left, self.values.amax(2)), (self.right, self.values.amax(1))):
+            null = own <= 10 * torch.finfo(own.dtype).eps * basis.size * largest.squeeze(2)
+            found.append(None if basis.vectors is None or bool((null.sum(1) < 2).all()) else null)
+        return found[0], found[1]
+
     # --- products ------------------------------------------------------------------------------------------------
 
     @precisely
@@ -278,6 +292,23 @@ class Eigenform:
         c = self.values.new_zeros(len(at), self.values.numel())
         c[torch.arange(len(at), device=at.device), at] = 1
         return self.restored(c.view(-1, *self.values.shape))
+
+
+NullSpaces = tuple[Tensor | None, Tensor | None]
+
+
+def evened(values: Tensor, null: NullSpaces) -> Tensor:
+    """Values [G, r_left, r_right], within the null space of a factor their mean.
+
+    Which basis of a null space a decomposition returns is arbitrary, and so is what other data measures along it; the
+    mean is the same for all of them.
+    """
+    for axis, mask in ((1, null[0]), (2, null[1])):
+        if mask is not None:
+            mask = mask.unsqueeze(3 - axis)
+            mean = (values * mask).sum(axis, keepdim=True) / mask.sum(axis, keepdim=True).clamp(min=1)
+            values = torch.where(mask, mean, values)
+    return values
 
 
 def matmul(product: Callable[[Tensor], Tensor], size: int, v: Tensor) -> Tensor:

@@ -311,9 +311,10 @@ class Kron:
         return Eigenform(left, right, values, values.new_zeros(()))
 
     def along(self, form: Eigenform) -> Eigenform:
-        """Its values along given eigenvectors in the place of theirs: diag(U^T left U) (x) diag(W^T right W)."""
+        """Its values along given eigenvectors in the place of theirs, diag(U^T left U) (x) diag(W^T right W); within a
+        null space their mean (see `evened`)."""
         left, right = (side.along(basis) for side, basis in zip(self.sides, (form.left, form.right), strict=True))
-        return replace(form, values=left.unsqueeze(2) * right.unsqueeze(1))
+        return replace(form, values=form.evened(left.unsqueeze(2) * right.unsqueeze(1)))
 
     def inverse(self, damping: float = 0.0, split: str | None = None, name: str = "the block") -> Eigenform | Kron:
         """(left (x) right + damping I)^-1, exact; or with split="pi" or "same" a factored one (see `split_inverse`).

@@ -152,7 +152,7 @@ class FisherCurvature(Curvature):
             if vectors is not None and measured.group is not None:
                 value = collectives.summed(value, measured.group, form.values.device)
             if value is not None:
-                self.blocks[name].average_values(value, self.decay)
+                self.blocks[name].average_values(value, self.decay, other=self.half or measure_on is not None)
 
     def _invert(self, dampings: Mapping[str, float]) -> None:
         for name, block in self.blocks.items():

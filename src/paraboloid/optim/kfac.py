@@ -56,7 +56,9 @@ class KFAC(Frame):
     step_size         "fixed", or "quadratic": step length and momentum minimise the quadratic model with the exact
                       GGN of the batch, at about four more gradients; lr=1 takes that step as it is
     measure_on        "half": eigenvectors from the first half of each batch, eigenvalues from the second (debiased;
-                      needs exact damping, and sets split=None).  Or step(measure_on=batch) gives other data for that
+                      needs exact damping, and sets split=None).  Directions that the first half does not see have
+                      no eigenvectors of their own: these share their mean.  Or step(measure_on=batch) gives other
+                      data for that
     max_factor        a Kronecker side with more rows (over a large vocabulary) is kept as its diagonal, said once
     seed              of the sampled labels;  verify, max_memory: as in `pb.statistics`
     all_reduce        "auto": over the ranks of a DistributedDataParallel model; or as in `pb.statistics`

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from paraboloid.linalg.eigenform import Eigenform
+from paraboloid.linalg.eigenform import Eigenform, NullSpaces, evened
 from paraboloid.linalg.kronecker import Kron
 from paraboloid.linalg.operand import LinAlgError
 
@@ -30,6 +30,7 @@ class Block:
         self.other: Kron | None = None  # that of the data which only measures eigenvalues, if there is such
         self.updates: dict[str, int] = {}
         self.form: Eigenform | None = None  # eigenbasis, with the eigenvalues in use; EKFAC's are averages of their own
+        self.null: NullSpaces = None, None  # columns of the basis that the factors did not see
         self.inverse: Any = None  # a Kron (its two factors inverted) or an Eigenform
         self.damping = 0.0  # that of the inverse
         self.failures = 0
@@ -53,9 +54,10 @@ class Block:
             (left, right), new = before.sides, found.sides
             setattr(self, what, Kron(left.mixed(new[0], w), right.mixed(new[1], w)))
 
-    def average_values(self, values: Tensor, decay: float) -> None:
-        """One more measurement of EKFAC's eigenvalues in the present basis."""
+    def average_values(self, values: Tensor, decay: float, other: bool = False) -> None:
+        """One more measurement of EKFAC's eigenvalues in the present basis; other: on data that has not chosen it."""
         assert self.form is not None
+        values = evened(values, self.null) if other else values
         values, w = values.to(self.form.values.dtype), self.weight("values", decay)
         self.form = replace(self.form, values=self.form.values.lerp(values, w))
 
@@ -69,6 +71,7 @@ class Block:
             form = _in_double(lambda kron: kron.eigenform(f"parameter {self.name!r}"), self.kron)
         except LinAlgError as failure:
             return self._failed(failure)
+        self.null = form.null_spaces()
         if carried and self.form is not None:
             form = self.form.carried(form)
         elif self.other is not None:
@@ -132,12 +135,14 @@ class Block:
         """As plain tensors and numbers, which torch.load(weights_only=True) takes."""
         kept = {what: getattr(self, what) for what in KEPT}
         return {what: None if t is None else t.state() for what, t in kept.items()} | {
-            "updates": dict(self.updates), "damping": self.damping, "failures": self.failures,
+            "updates": dict(self.updates), "damping": self.damping, "failures": self.failures, "null": list(self.null),
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
         for what in KEPT:
             setattr(self, what, _restored(state[what]))
+        left, right = state.get("null", (None, None))  # of an earlier version
+        self.null = left, right
         self.updates, self.damping, self.failures = dict(state["updates"]), state["damping"], state["failures"]
 
 

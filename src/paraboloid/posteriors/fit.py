@@ -263,7 +263,7 @@ def along(
     passes = fitting.over(data)
     if exact:
         scales = fitting.scales(passes, forms)
-        found = {k: replace(f, values=scales[k]) for k, f in forms.items()}
+        found = {k: replace(f, values=f.evened(scales[k])) for k, f in forms.items()}
     else:
         products = {k: scale_factors(v, 1.0) for k, v in fitting.factors(passes).items()}
         found = {k: products[k].along(f) for k, f in forms.items()}

@@ -55,6 +55,7 @@ def KFAC(
     sharing     "expand" or "reduce", for weights used at several positions
     max_factor  a side with more rows (over a large vocabulary) is its diagonal; a warning says which
     measure_on  other data: the eigenvectors are those of `data`, the eigenvalues those of the factors of the other data
+                (within what a factor of `data` does not see, whose eigenvectors are arbitrary, their mean)
                 along them, diag(U^T left U) (x) diag(W^T right W)
     tol         with fisher="exact": relative trace of the loss's Hessians that may be left out, see
                 `paraboloid.statistics`; what was (of what the eigenvalues were measured on) is the result's `left_out`
@@ -130,6 +131,8 @@ def EKFAC(
     other = passes if same else OverData(model, loss_fn, measure_on, **options)
     forms_left = {k: form for k, form in forms.items() if not (same and k in exact)}
     scales, measured_out = measured_scales(other, forms_left, fisher, samples, tol=tol)
+    if not same:
+        scales = {k: forms[k].evened(values) for k, values in scales.items()}
     E = Diagonalised(
         passes.values, [replace(form, values=scales[k]) if k in scales else form for k, form in forms.items()]
     )
