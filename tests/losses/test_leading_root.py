@@ -30,6 +30,14 @@ def check(loss, f, y, tol):
     assert abs(left - found.left) <= 1e-12 * total
     assert found.left <= tol * found.total or found.count == 1
     assert torch.linalg.eigvalsh(rest).min() >= -1e-12 * total
+    if (own := found.own) is not None:
+        n, k = torch.cartesian_prod(torch.arange(len(f)), torch.arange(len(every) + 1)).T
+        each = own.of(n)(k).view(len(f), len(every) + 1, *f.shape[1:])
+        assert [int(c.flatten(1).any(1).sum()) for c in each] <= own.counts.tolist()
+        rest = H - hessians(each.transpose(0, 1), len(f))
+        assert abs(rest.diagonal(dim1=1, dim2=2).sum() - own.left) <= 1e-12 * total
+        assert own.left <= tol * found.total and int(own.counts.sum()) <= found.count * len(f)
+        assert torch.linalg.eigvalsh(rest).min() >= -1e-12 * total
     return found
 
 
@@ -103,9 +111,9 @@ def test_multiples_and_sums_follow_their_terms():
 def test_order_and_columns_by_hand():
     squares = torch.tensor([[1.0, 4.0, 0.0], [2.0, 0.0, 3.0]])
     order = largest(squares, 0.29)
-    assert order.places.tolist() == [[1, 0], [2, 0]] and (order.left, order.total) == (0.0, 10.0)
+    assert order.kept.tolist() == [[1, 0], [2, 0]] and (order.left, order.total) == (0.0, 10.0)
     order = largest(squares, 0.31)
-    assert order.places.tolist() == [[1], [2]] and order.left == pytest.approx(3.0)
+    assert order.kept.tolist() == [[1], [2]] and order.left == pytest.approx(3.0)
     root = [torch.tensor([[1.0], [2**0.5]]), torch.tensor([[2.0], [0.0]]), torch.tensor([[0.0], [3**0.5]])]
     found = of_columns(root, root, 0.31)
     assert torch.equal(next(found.columns), torch.tensor([[2.0], [3**0.5]]))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -148,18 +149,24 @@ class CrossEntropy(Loss):
         T = p.shape[2]
         order = largest(factor.squares().reshape(len(f), -1), tol)
 
-        def columns():
-            for place in order.places.T:
-                j, t = (place // T).unsqueeze(1), place % T
-                at = t.view(-1, 1, 1).expand(-1, p.shape[1], 1)
-                column = torch.zeros_like(p[:, :, 0])
-                column.scatter_(1, classes.gather(2, at)[:, :, 0], factor.column(j, at))
-                if T == 1:
-                    yield column.view_as(f)
-                else:
-                    yield torch.zeros_like(p).scatter_(2, at, column.unsqueeze(2)).view_as(f)
+        def placed(factor: _Cholesky, classes: Tensor, place: Tensor) -> Tensor:
+            """Column `place` of each sample."""
+            j, t = (place // T).unsqueeze(1), place % T
+            at = t.view(-1, 1, 1).expand(-1, factor.p.shape[1], 1)
+            column = torch.zeros_like(factor.p[:, :, 0])
+            column.scatter_(1, classes.gather(2, at)[:, :, 0], factor.column(j, at))
+            if T > 1:
+                column = torch.zeros_like(factor.p).scatter_(2, at, column.unsqueeze(2))
+            return column.view(-1, *f.shape[1:])
 
-        return LeadingRoot(columns(), order.places.shape[1], order.left, order.total)
+        columns = (placed(factor, classes, place) for place in order.kept.T)
+
+        def of(n: Tensor) -> Callable[[Tensor], Tensor]:
+            mine, its_classes = _Cholesky(*(t[n] for t in factor)), classes[n]
+            return mine.by_class(its_classes) if T == 1 else partial(placed, mine, its_classes)
+
+        own = order.own(of)
+        return LeadingRoot(columns, order.count, order.left, order.total, own)
 
     def sampled_gradients(self, f, y, samples, generator):
         f = full(f)
@@ -258,6 +265,20 @@ class _Cholesky(NamedTuple):
         column = self.p.gather(2, at)[:, :, 0] / here(self.rest) * here(self.down)
         column.masked_fill_(torch.arange(self.p.shape[1], device=j.device) <= j, 0.0)
         return column.scatter_(1, j, here(self.diagonal))
+
+    def by_class(self, classes: Tensor) -> Callable[[Tensor], Tensor]:
+        """j [N] -> column j of each sample at its only position, its classes [N C 1] in their own order; [N, C]."""
+        classes = classes[:, :, 0]
+        p = torch.empty_like(self.p[:, :, 0]).scatter_(1, classes, self.p[:, :, 0])
+        place = torch.empty_like(classes).scatter_(1, classes, torch.arange(p.shape[1], device=p.device).expand_as(p))
+        along = (self.down / self.rest)[:, :, 0]
+
+        def column(j: Tensor) -> Tensor:
+            j = j.unsqueeze(1)
+            found = (p * along.gather(1, j)).mul_(place > j)
+            return found.scatter_(1, classes.gather(1, j), self.diagonal[:, :, 0].gather(1, j))
+
+        return column
 
 
 def _cholesky_columns(p: Tensor, scale: Tensor) -> Iterator[Tensor]:

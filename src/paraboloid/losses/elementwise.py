@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -42,10 +43,15 @@ class Elementwise(Loss):
         order, root = largest(squares, tol), squares.sqrt()
 
         def columns():
-            for place in order.places.T.unsqueeze(2):
+            for place in order.kept.T.unsqueeze(2):
                 yield torch.zeros_like(root).scatter_(1, place, root.gather(1, place)).view_as(f)
 
-        return LeadingRoot(columns(), order.places.shape[1], order.left, order.total)
+        def column(n, place):
+            value = root[n, place].unsqueeze(1)
+            return value.new_zeros(len(n), root.shape[1]).scatter_(1, place.unsqueeze(1), value).view(-1, *f.shape[1:])
+
+        own = order.own(lambda n: partial(column, n))
+        return LeadingRoot(columns(), order.count, order.left, order.total, own)
 
     def check(self, f, y):
         check_lengths(f, y)

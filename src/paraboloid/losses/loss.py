@@ -251,7 +251,15 @@ class Scaled(Loss):
     def leading_root(self, f, y, tol):
         own = self.loss.leading_root(f, y, tol)
         columns = (self.scale**0.5 * s for s in own.columns)
-        return own._replace(columns=columns, left=self.scale * own.left, total=self.scale * own.total)
+        own = own._replace(columns=columns, left=self.scale * own.left, total=self.scale * own.total)
+        if (each := own.own) is None:
+            return own
+
+        def of(n: Tensor) -> Callable[[Tensor], Tensor]:
+            columns = each.of(n)
+            return lambda k: self.scale**0.5 * columns(k)
+
+        return own._replace(own=each._replace(left=self.scale * each.left, of=of))
 
     def sampled_gradients(self, f, y, samples, generator):
         return (self.scale**0.5 * s for s in self.loss.sampled_gradients(f, y, samples, generator))

@@ -44,6 +44,7 @@ class Limit:
 
 
 GRADIENTS = Limit("gradients at the layers' outputs, of the vectors that are pulled together", 8 * MIB, 2, device=64)
+COPIES = Limit("outputs of the layers of copies of samples, of which some need many", 256 * MIB, 4, device=16)
 PIECES = Limit("pulled-back vectors that a reduction forms: much for BLAS, little for caches", 4 * MIB, 4, device=64)
 FACTORS = Limit("positions side by side whose products are added to a factor", 4 * MIB, 8, device=64)
 UNFOLDED = Limit("unfolded inputs that are used at once, from the cache", 2 * MIB, 4)

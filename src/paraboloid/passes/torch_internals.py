@@ -24,6 +24,7 @@ _torch: Any = torch  # some names below are not among its typed ones
 # --- calls of torch -----------------------------------------------------------------------------------------------
 
 DisableTorchFunction: Any = _torch._C.DisableTorchFunction  # context: modes and subclasses do not see what runs inside
+EnableTorchFunction: Any = _torch._C._EnableTorchFunction  # context: inside the one above they see again
 PLAIN_RESULTS = _torch._C._disabled_torch_function_impl  # as `__torch_function__`: a subclass whose results are tensors
 weight_norm: Callable[..., Tensor] = _torch._VF._weight_norm  # what torch.nn.utils.parametrizations.weight_norm calls
 unsafe_view: Callable[..., Tensor] = torch.ops.aten._unsafe_view  # a view that autograd takes for a tensor of its own

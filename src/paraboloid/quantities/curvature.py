@@ -22,6 +22,7 @@ class DiagGGN(Quantity):
 
     needs = frozenset({"squares"})
     over_ranks = "running"
+    takes_copies = True
 
     def __init__(self, samples: int | None = None, tol: float = 0.0):
         self.name, self.source = "diag_ggn" if samples is None else "diag_ggn_mc", sampled(samples, tol)

@@ -52,7 +52,8 @@ def statistics(
                      (sample_grads, square_norms, gram, sqrt_ggn, ...) stay those of this rank.  All ranks must call
     tol              relative trace of the loss's Hessians, over the samples of a batch, that "diag_ggn", "kflr",
                      "sqrt_ggn" and "sample_diag_ggn" may leave out.  Each sample's own largest directions are pulled
-                     back, as few as that takes: for many classes a fraction of the pulls.  What is left out is positive
+                     back, as few as that takes: for many classes a fraction of the pulls.  Where some samples need many
+                     more than others, the model runs once more, on copies of these.  What is left out is positive
                      semi-definite, so results are never above the exact ones (tr, diagonal); its part of the trace in
                      output space is certain, and is in `stats.left_out[quantity]`.  In a parameter's block the part
                      follows the gradients of what is left out: of that order, not bounded by it.  0: exact

@@ -52,6 +52,7 @@ class KFAC(Quantity):
 
     per_sample = False
     over_ranks = "running"
+    takes_copies = True
 
     def __init__(
         self, fisher: str = "mc", samples: int = 1, sharing: str = "expand", tol: float = 0.0,

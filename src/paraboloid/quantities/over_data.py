@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.data import batches as batch_data
-from paraboloid.data.batches import Data, Output
+from paraboloid.data.batches import Data, Inputs, Output
 from paraboloid.distributed import collectives
 from paraboloid.distributed.collectives import Group
 from paraboloid.engine.twice_differentiable import twice_differentiable
@@ -121,9 +121,13 @@ class Passes(Generic[T]):
             inputs, y = batch
             with self.stream, around() as inside:
                 f = batch_data.call(model, inputs, self.output)
+            self._ran(inside, inputs, f)
             del batch, inputs
             yield inside, f, y
             del inside, f, y
+
+    def _ran(self, inside: T, inputs: Inputs, f: Tensor) -> None:
+        """What is to be noted of a forward pass, before its inputs go."""
 
     def _look(self, f: Tensor, y: Any, index: int) -> float:
         """Check a batch, and count it on the first pass; its summed loss."""
@@ -218,6 +222,9 @@ class OverData(Passes[Recording]):
         super().__init__(
             model, Loss.from_torch(loss_fn), data, around, output=output, seed=seed, again=again, group=group
         )  # fmt: skip
+
+    def _ran(self, inside, inputs, f):
+        inside.runs_again(self.model, inputs, self.device, self.seed, self.output, f)
 
     def __iter__(self) -> Iterator[tuple[Recording, Tensor, Any]]:
         if self.kept is not None:

@@ -86,6 +86,10 @@ class Quantity:
     """What its running values are: sums over samples, which add up over batches and processes ("running"), or one for
     each sample, which stay those of a process under `all_reduce` ("local").  None: unknown, one batch only."""
 
+    takes_copies = False
+    """Whether, with a `tol`, the running value of a batch may grow by vectors of copies of its samples too: after the
+    first group of vectors it is a sum over vectors and samples, however these belong together."""
+
     def add(self, value: Any, group: Group) -> Any:
         """The running value of one parameter with one more group of vectors; value is None at first."""
         raise NotImplementedError

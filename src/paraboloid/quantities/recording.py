@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -20,12 +20,14 @@ from paraboloid.losses import Loss
 from paraboloid.losses.leading_root import LeadingRoot
 from paraboloid.losses.loss import full
 from paraboloid.passes import trees
-from paraboloid.passes.memory import GRADIENTS, INPUTS
+from paraboloid.passes.memory import COPIES, GRADIENTS, INPUTS
 from paraboloid.passes.modes import own_arithmetic
 from paraboloid.passes.random_state import isolated_with_gradients
 from paraboloid.passes.tensor_hooks import unhooked
-from paraboloid.passes.torch_internals import DisableTorchFunction
+from paraboloid.passes.torch_internals import DisableTorchFunction, EnableTorchFunction
 from paraboloid.passes.wrappers import unwrapped
+from paraboloid.quantities import copies
+from paraboloid.quantities.copies import Again
 from paraboloid.quantities.named import check_samples, resolve
 from paraboloid.quantities.quantity import GRADIENT, Group, Quantity, Scale, Source
 from paraboloid.quantities.result import Statistics, concluded, finished, of_sums
@@ -43,6 +45,19 @@ class Recording(Tape):
         self.room = 0  # bytes of pulled-back vectors that are kept, for the same source to be asked for again
         self.pulled: dict[Source, list[dict[str, list[Outer]]]] = {}
         self.left_out: LeftOut = {}  # of the latest running values
+        self.again: Again | None = None  # records the model on some of the samples
+        self.together = GRADIENTS  # the limit of what is pulled at a time
+
+    def runs_again(
+        self, model: nn.Module, inputs: Inputs, device: torch.device, seed: int, output: Output | None, f: Tensor
+    ) -> None:  # fmt: skip
+        """How what is recorded came about, for the model to run on copies of some of the samples of f."""
+        N, verify = len(f) if f.dim() else 1, self.verify
+
+        def again(samples: Tensor) -> AbstractContextManager[tuple[Recording, Tensor]]:
+            return forward(model, copies.taken(inputs, samples, N), device, seed, output, verify)
+
+        self.again = again
 
     def statistics(
         self,
@@ -115,11 +130,34 @@ class Recording(Tape):
         for source, sharing in by_source.items():
             vectors = output_vectors(loss, f, y, source, generator)
             if isinstance(vectors, LeadingRoot):
+                if (found := self._of_copies(f, vectors, sharing, max_memory, mixed)) is not None:
+                    values |= found
+                    continue
                 self.left_out |= {q.name: (vectors.left, vectors.total) for q in sharing}
                 vectors = vectors.columns
             totals = gradient if accumulate and source == GRADIENT else None
             values |= self._reduce(f, vectors, sharing, totals, max_memory, mixed, source)
         return {q.name: q.complete(values[q.name]) for q in quantities}, gradient
+
+    def _of_copies(self, f, root: LeadingRoot, quantities, max_memory, mixed) -> Values | None:
+        """The running values from each sample's own number of columns; None where that does not pay, or cannot be."""
+        own, again = root.own, self.again
+        if own is None or again is None or self.recorder.batch_norms or not all(q.takes_copies for q in quantities):
+            return None
+        size = sum(c.shape.numel() for c in self.calls) * f.element_size() // len(f)
+        plan = copies.planned(own.counts, root.count, max(len(f), COPIES.count(size, max_memory, f.device)))
+        if plan is None:
+            return None
+        with EnableTorchFunction(), again(plan.samples) as (tape, outputs), DisableTorchFunction():
+            if not copies.same(outputs, f, plan.samples):
+                return None
+            first = copies.shared_vectors(plan, own.of, len(f), f.device)
+            running = self._reduce(f, first, quantities, None, max_memory, mixed, None)
+            rest = copies.vectors(plan, own.of, f.device)
+            tape.together = COPIES  # the same inputs for all: as few products with them as can be
+            running = tape._reduce(outputs, rest, quantities, None, max_memory, mixed, None, running)
+        self.left_out |= {q.name: (own.left, root.total) for q in quantities}
+        return running
 
     def of_vectors(
         self, output: Tensor, vectors: Iterable[Tensor], quantity: Quantity, max_memory: int | None = None
@@ -130,9 +168,11 @@ class Recording(Tape):
             values = quantity.complete(found[quantity.name])
             return finished(quantity, values, self.parameters, Scale(len(output), 1.0))
 
-    def _reduce(self, f, vectors, quantities, totals, max_memory, mixed, source) -> Values:
-        """The running values after all vectors; autograd's own gradient is added to `totals` if given."""
-        running: Values = {q.name: dict.fromkeys(self.parameters) for q in quantities}
+    def _reduce(
+        self, f, vectors, quantities, totals, max_memory, mixed, source, running: Values | None = None
+    ) -> Values:
+        """The running values after all vectors, from those before; autograd's own gradient is added to `totals`."""
+        running = {q.name: dict.fromkeys(self.parameters) for q in quantities} if running is None else running
         needs = frozenset[str]().union(*(q.needs for q in quantities))
         for outers in self.pulled.get(source) or self._groups(f, vectors, totals, max_memory, mixed, needs, source):
             recent = Recent()
@@ -154,7 +194,7 @@ class Recording(Tape):
     def _groups(self, f, vectors, totals, max_memory, mixed, needs, source) -> Iterator[dict[str, list[Outer]]]:
         """The vectors pulled back, as many at a time as fit."""
         size = sum(c.shape.numel() for c in self.calls) * f.element_size()
-        count = GRADIENTS.count(size, max_memory, f.device)
+        count = self.together.count(size, max_memory, f.device)
         vs, inputs, seen, room = list(islice(vectors, count)), [], [], self.room
         while vs:
             following = list(islice(vectors, count))
@@ -228,4 +268,5 @@ def forward(
     with isolated_with_gradients(model, device, seed):
         with record(model, verify) as tape, twice_differentiable() if twice else nullcontext():
             f = batch_data.call(unwrapped(model), inputs, output)
+        tape.runs_again(model, inputs, device, seed, output, f)
         yield tape, f
