@@ -26,8 +26,28 @@ WRONG = [
     (X, Y, {"noise_variance": 0.0, "solver": "cg"}, "noise_variance is 0.0; solver 'cg' expects a positive one"),
     (X, Y, {"solver": "magic"}, r"solver is 'magic'; expected one of \('auto', 'cholesky', 'cg'"),
     (X, Y, {"samples": -1}, "samples is -1; expected an integer of at least 0"),
-    (X, Y, {"steps": -1, "solver": "cg"}, "max_iterations is -1; expected an integer of at least 0"),
     (X, Y, {"start": torch.zeros(3)}, r"start has shape \(3,\); expected \(60, 65\)"),
+    (X, Y, {"start": torch.full((60, 65), float("nan"))}, r"expected \(60, 65\), finite"),
+    (1e200 * X, Y, {}, r"the inputs reach .*, whose squares in lengthscales of Matern.* overflow in torch.float64"),
+    (X, 1e200 * Y, {"solver": "cg"}, r"y reaches .*e\+200, whose square overflows in torch.float64"),
+    ([[1, 2], [3]], [1, 2], {}, "x is a list that is no array of numbers"),
+    (["a", "b"], [1, 2], {}, "x is a list that is no array of numbers"),
+    (None, Y, {}, "x is a NoneType that is no array of numbers"),
+    (X, Y, {"noise_variance": "a"}, "noise_variance is a ndarray that is no array of numbers"),
+    (X, Y, {"noise_variance": 1j}, "noise_variance is 1j; expected variances of at least 0"),
+    (X, Y, {"max_memory": "1 GB"}, "max_memory is '1 GB'; expected a number of bytes, or None"),
+    (X, Y, {"seed": None}, "seed is None; expected an integer"),
+    (X, Y, {"seed": "a"}, "seed is 'a'; expected an integer"),
+    *((X, Y, {"solver": s, "steps": n}, f"steps is {n}; expected an integer of at least 0")
+      for s in solvers.SOLVERS for n in (-1, 2.5)),
+    *((X, Y, {"solver": s, "tol": t}, f"tol is {t}; expected a positive number, or None")
+      for s in solvers.SOLVERS for t in (0, -1.0, float("nan"))),
+    *((X, Y, {"solver": s, "batch_size": n}, f"batch_size is {n}; expected an integer of at least 1")
+      for s in ("block", "sdd", "sgd") for n in (0, -1)),
+    *((X, Y, {"solver": s, "step_size": n}, f"step_size is {n}; expected a positive number, or None")
+      for s in ("sdd", "sgd") for n in (0.0, -1.0, float("nan"), float("inf"))),
+    (X, Y, {"solver": "cg", "rank": 0}, "rank is 0; expected an integer of at least 1"),
+    (X, Y, {"solver": "sgd", "rank": -1}, "rank is -1; expected an integer of at least 0"),
 ]  # fmt: skip
 
 
@@ -35,6 +55,33 @@ WRONG = [
 def test_wrong_data_and_settings(x, y, options, message):
     with pytest.raises(ValueError, match=message):
         pb.gp.condition(KERNEL, x, y, **{"noise_variance": NOISE, **options})
+
+
+@pytest.mark.parametrize("samples", [0, 2])
+def test_kernels_that_do_not_fit_the_data(samples):
+    for kernel, message in (
+        (pb.gp.RBF(torch.ones(3)), "lengthscale has 3 entries and the inputs have 2 dimensions"),
+        (pb.gp.RBF(dims=[5]), r"dims is \[5\] and the inputs have 2 dimensions; expected numbers in 0\.\.1"),
+        (pb.gp.RBF() + pb.gp.Matern(1.5, torch.ones(2), dims=[0]), "lengthscale has 2 entries and the inputs have 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pb.gp.condition(kernel, X, Y, NOISE, samples=samples)
+    with pytest.raises(ValueError, match=r"dims is \[\]; expected the numbers of one or more input dimensions"):
+        pb.gp.RBF(dims=[])
+    with pytest.raises(ValueError, match="lengthscale is 'a'; expected a positive number"):
+        pb.gp.RBF("a")
+    with pytest.raises(ValueError, match=r"alpha is 0\.0; expected a positive number"):
+        pb.gp.RationalQuadratic(0.0)
+    torch.testing.assert_close((1 + pb.gp.RBF())(X), pb.gp.RBF()(X) + 1)
+
+
+def test_wrong_labels_and_starts():
+    with pytest.raises(ValueError, match="labels is a list that is no array of numbers"):
+        pb.gp.classify(KERNEL, X, ["a", "b"] * 30)
+    with pytest.raises(ValueError, match="labels hold 60 that are not finite"):
+        pb.gp.classify(KERNEL, X, torch.full((60,), float("nan")), likelihood="softmax")
+    with pytest.raises(ValueError, match=r"noise_variance is tensor[^;]*; expected a positive number to start from"):
+        pb.gp.fit_hyperparameters(KERNEL, X, Y, torch.ones(60))
 
 
 def test_wrong_inputs_to_predict():

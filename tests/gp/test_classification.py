@@ -71,8 +71,8 @@ def test_several_classes_together():
     found = pb.gp.classify(kernel, x, labels + 2, likelihood="softmax", samples=2048, features=256)
     assert isinstance(found, pb.gp.SoftmaxClassifier) and found.classes.tolist() == [2, 3, 4]
     f, mean, covariance = mode(kernel, x, torch.nn.functional.one_hot(labels).to(x))
-    torch.testing.assert_close(found.mean(x), f, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.mean(NEW), mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.mean(x), f, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.mean(NEW), mean, rtol=1e-4, atol=1e-4)
     variance = covariance.diagonal().view(3, -1).T
     torch.testing.assert_close(found.variance(NEW), variance, rtol=1e-4, atol=1e-5)
     drawn = found.sample(NEW)
@@ -109,7 +109,7 @@ def test_errors():
         pb.gp.classify(pb.gp.RBF(), x, labels, noise_variance=0.1)
     with pytest.raises(ValueError, match="likelihood='softmax' takes no solver, tol; expected options among samples"):
         pb.gp.classify(pb.gp.RBF(), x, labels, likelihood="softmax", solver="cg", tol=1e-3)
-    with pytest.warns(UserWarning, match="latent functions by .* in step 1; expected 1e-06: raise max_newton"):
+    with pytest.warns(UserWarning, match="latent functions by .* in step 1; expected 1e-05: raise max_newton"):
         pb.gp.classify(pb.gp.RBF(), x, labels, max_newton=1, samples=0, likelihood="softmax")
     with pytest.warns(UserWarning, match="in step 1; expected 1e-05: raise max_newton"):
         pb.gp.classify(pb.gp.RBF(), x, labels, max_newton=1, samples=0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from paraboloid.gp.conditioning import condition
-from paraboloid.gp.inputs import inputs_of
+from paraboloid.gp.inputs import inputs_of, numbers
 from paraboloid.gp.other_libraries import kernel_of
 from paraboloid.gp.process import GaussianProcess
 from paraboloid.gp.softmax import SoftmaxClassifier, softmax_classifier
@@ -64,15 +64,19 @@ def classify(
     against the rest, as scikit-learn does; or together with likelihood="softmax", p(label c | f) = softmax(f)_c with
     one f for each class, by conjugate gradients on all of them (`SoftmaxClassifier`).
 
-    labels [N] of any sortable kind; options as for `condition` (with "softmax" samples, seed, features and max_memory).
-    Warns where `max_newton` steps were not enough.  Sources: Rasmussen and Williams 2006, sections 3.4 and 3.5.
+    labels [N], integers, booleans or other numbers; options as for `condition` (with "softmax" samples, seed, features
+    and max_memory).  Warns where `max_newton` steps were not enough.
+    Sources: Rasmussen and Williams 2006, sections 3.4 and 3.5.
     """
     check_choice("likelihood", likelihood, ("sigmoid", "softmax"))
     x = inputs_of(x)
-    labels = torch.as_tensor(labels).to(x.device)
+    labels = numbers("labels", labels).to(x.device)
     if labels.shape != (len(x),):
         raise ValueError(f"labels have shape {tuple(labels.shape)}; expected [{len(x)}]: one for each input.")
     check_count("max_newton", max_newton)
+    if labels.is_floating_point() and not bool(labels.isfinite().all()):
+        raise ValueError(f"labels hold {int((~labels.isfinite()).sum())} that are not finite; expected a class for "
+                         "each input.")  # fmt: skip
     classes = labels.unique()
     if len(classes) < 2:
         raise ValueError(f"all labels are {classes.tolist()}; expected at least two classes.")

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from paraboloid.gp.gram import Gram
 from paraboloid.gp.inducing import solve_inducing
-from paraboloid.gp.inputs import inputs_of, noise_of, targets_of
+from paraboloid.gp.inputs import check_kernel, inputs_of, noise_of, targets_of
 from paraboloid.gp.kernel import Kernel
 from paraboloid.gp.other_libraries import kernel_of
 from paraboloid.gp.prior import PriorFunctions
 from paraboloid.gp.process import GaussianProcess
-from paraboloid.gp.solvers import SOLVERS, Settings, Solved, solve
-from paraboloid.linalg.operand import check_choice, check_count
+from paraboloid.gp.solvers import Settings, Solved, check_settings, solve
+from paraboloid.linalg.operand import check_count
 from paraboloid.linalg.probes import generator_of
 from paraboloid.linalg.row_blocks import columns_like
 
@@ -64,21 +64,26 @@ def condition(
     Raises ValueError for shapes, types and numbers that do not fit together; `torch.linalg.LinAlgError` where K + noise
     is not positive definite.  Sources: arXiv:2306.11589, 2310.20581, 2505.13723; samples: Wilson et al. 2020.
     """
-    check_choice("solver", solver, SOLVERS)
+    settings = Settings(solver, steps, tol, step_size, batch_size, rank, seed)
+    check_settings(settings)
     kernel = kernel_of(kernel)
     x, y = targets_of(y, inputs_of(x))
+    check_kernel(kernel, x)
     noise = noise_of(noise_variance, x)
     check_count("samples", samples, least=0)
     check_count("features", features, least=2)
-    settings = Settings(solver, steps, tol, step_size, batch_size, rank, seed)
+    if max_memory is not None and not (isinstance(max_memory, int | float) and max_memory >= 0):
+        raise ValueError(f"max_memory is {max_memory!r}; expected a number of bytes, or None.")
     generator = generator_of(seed, x.device)
     outputs = 1 if y.dim() == 1 else y.shape[1]
     prior = PriorFunctions(kernel, samples * outputs, features, x, generator) if samples else None
     shape = samples * outputs, len(x)
     draws = torch.randn(shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)
-    if start is not None and start.shape != (len(x), outputs * (1 + samples)):
-        raise ValueError(f"start has shape {tuple(start.shape)}; expected {(len(x), outputs * (1 + samples))}: a "
-                         "column for each output and each sample of it.")  # fmt: skip
+    if start is not None:
+        start = torch.as_tensor(start).to(x)
+        if start.shape != (len(x), outputs * (1 + samples)) or not bool(start.isfinite().all()):
+            raise ValueError(f"start has shape {tuple(start.shape)}; expected {(len(x), outputs * (1 + samples))}, "
+                             "finite: a column for each output and each sample of it.")  # fmt: skip
     if inducing is not None:
         if solver != "auto":
             raise ValueError(f"solver is {solver!r} and inducing is given; expected solver='auto': inducing inputs "

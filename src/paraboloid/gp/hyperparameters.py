@@ -12,7 +12,7 @@ from scipy import optimize
 from torch import Tensor
 
 from paraboloid.gp.conditioning import condition
-from paraboloid.gp.inputs import inputs_of, targets_of
+from paraboloid.gp.inputs import inputs_of, numbers, targets_of
 from paraboloid.gp.kernel import Kernel
 from paraboloid.gp.other_libraries import kernel_of
 from paraboloid.linalg.operand import check_choice, check_count
@@ -68,7 +68,7 @@ def fit_hyperparameters(
     names = list(kernel.hyperparameters())
     if not names:
         raise ValueError(f"{kernel} says of no hyperparameters; expected a kernel of pb.gp.")
-    if not noise_variance > 0:
+    if numbers("noise_variance", noise_variance).numel() != 1 or not noise_variance > 0:
         raise ValueError(f"noise_variance is {noise_variance}; expected a positive number to start from.")
     if not bool(y.square().sum() > 0):
         raise ValueError("y is 0 everywhere; expected targets that vary.")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from paraboloid.gp.kernel import Kernel
 
 
 def inputs_of(x: Any, like: Tensor | None = None, name: str = "x") -> Tensor:
@@ -14,7 +17,7 @@ def inputs_of(x: Any, like: Tensor | None = None, name: str = "x") -> Tensor:
 
     Raises ValueError for another shape, for no inputs, NaN or infinity, another device or another d than `like` has.
     """
-    x = (x if isinstance(x, Tensor) else torch.as_tensor(x)).detach()  # as_tensor moves to a default device
+    x = numbers(name, x)
     if x.is_complex() or x.dim() not in (1, 2) or not x.numel():
         raise ValueError(f"{name} has shape {tuple(x.shape)} and dtype {x.dtype}; expected real inputs [N, d], N and d "
                          "at least 1.")  # fmt: skip
@@ -33,7 +36,7 @@ def inputs_of(x: Any, like: Tensor | None = None, name: str = "x") -> Tensor:
 
 def targets_of(y: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """x and y [N] or [N, C] in the wider of their types; raises ValueError for other shapes, NaN, or another device."""
-    y = (y if isinstance(y, Tensor) else torch.as_tensor(y)).detach()
+    y = numbers("y", y)
     if y.is_complex() or y.dim() not in (1, 2) or len(y) != len(x) or not y.numel():
         raise ValueError(f"y has shape {tuple(y.shape)} and dtype {y.dtype}; expected real targets [{len(x)}] or "
                          f"[{len(x)}, C]: one for each of the {len(x)} inputs.")  # fmt: skip
@@ -42,13 +45,19 @@ def targets_of(y: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, y.dtype) if y.is_floating_point() else x.dtype
     x, y = x.to(dtype), y.to(dtype)
     _check_finite("y", y)
+    if not math.isfinite(float(y.norm())):
+        raise ValueError(f"y reaches {float(y.abs().max()):.3g}, whose square overflows in {dtype}; expected targets "
+                         "of moderate size: divide them by their scale.")  # fmt: skip
     return x, y
 
 
 def noise_of(noise_variance: Any, x: Tensor) -> Tensor:
     """A number, or one for each input [N]; ValueError unless finite and not negative."""
-    exactly = None if isinstance(noise_variance, Tensor) else torch.float64  # a float32 0.1 would be another number
-    noise = torch.as_tensor(noise_variance, dtype=exactly, device=x.device).detach().to(x)
+    if not isinstance(noise_variance, Tensor):  # a float32 0.1 would be another number
+        noise_variance = numbers("noise_variance", np.asarray(noise_variance))
+    if noise_variance.is_complex():
+        raise ValueError(f"noise_variance is {noise_variance.tolist()}; expected variances of at least 0.")
+    noise = noise_variance.detach().to(x)
     if noise.numel() == 1:
         noise = noise.reshape(())
     if noise.dim() > 1 or (noise.dim() == 1 and len(noise) != len(x)):
@@ -58,6 +67,26 @@ def noise_of(noise_variance: Any, x: Tensor) -> Tensor:
         raise ValueError(f"noise_variance is {least if noise.dim() == 0 else noise.tolist()}; expected variances of at "
                          "least 0.")  # fmt: skip
     return noise
+
+
+def numbers(name: str, value: Any) -> Tensor:
+    """As a tensor without a graph; ValueError for what holds no numbers, or rows of different lengths."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    try:
+        return torch.as_tensor(value).detach()  # as_tensor moves to a default device
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"{name} is a {type(value).__name__} that is no array of numbers ({str(e).splitlines()[0]}); "
+                         "expected a tensor or an array, rows of one length.") from None  # fmt: skip
+
+
+def check_kernel(kernel: Kernel, x: Tensor) -> None:
+    """ValueError where the kernel's dimensions are not the data's, or scaled inputs leave the range of their type."""
+    for part in kernel.points(x, x.mean(0)):
+        if not bool(part.isfinite().all()):
+            raise ValueError(f"the inputs reach {float(x.abs().max()):.3g}, whose squares in lengthscales of "
+                             f"{kernel!r} overflow in {x.dtype}; expected inputs of moderate size: rescale "
+                             "them.")  # fmt: skip
 
 
 def _check_finite(name: str, t: Tensor) -> None:

@@ -18,9 +18,9 @@ Features = Callable[[Tensor], Tensor]  # x [N, d] -> [N, F, p] with E[sum_fp phi
 class Kernel(ABC):
     """A positive semi-definite function k(x, z) of inputs [N, d].
 
-    `kernel(x, z)` is [N, M] and can be differentiated with respect to inputs and hyperparameters; `a + b`, `a * b` and
-    `2.0 * a` are kernels.  What a kernel of one's own must give: `__call__`, `diagonal`, `points`, `tile`; `features`
-    where samples are wanted, and `hyperparameters` with `replaced` where these are to be learned.
+    `kernel(x, z)` is [N, M] and can be differentiated with respect to inputs and hyperparameters; `a + b`, `a * b`,
+    `a + 1.0` and `2.0 * a` are kernels.  What a kernel of one's own must give: `__call__`, `diagonal`, `points`,
+    `tile`; `features` where samples are wanted, and `hyperparameters` with `replaced` where these are to be learned.
     """
 
     @abstractmethod
@@ -55,14 +55,16 @@ class Kernel(ABC):
         return self
 
     def __add__(self, other: Any) -> Kernel:
-        return Sum(self, other) if isinstance(other, Kernel) else NotImplemented
+        if isinstance(other, Kernel):
+            return Sum(self, other)
+        return Sum(self, Constant(other)) if isinstance(other, int | float | Tensor) else NotImplemented
 
     def __mul__(self, other: Any) -> Kernel:
         if isinstance(other, Kernel):
             return Product(self, other)
         return Product(Constant(other), self) if isinstance(other, int | float | Tensor) else NotImplemented
 
-    __rmul__ = __mul__
+    __radd__, __rmul__ = __add__, __mul__
 
 
 class Constant(Kernel):
@@ -198,7 +200,10 @@ def _multiplied(first: Features, second: Features, x: Tensor) -> Tensor:
 
 def positive(name: str, value: float | Tensor, dim: int = 0) -> Tensor:
     """The value as a tensor of at most `dim` axes; ValueError unless it is positive and finite."""
-    value = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64, device="cpu")
+    try:
+        value = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} is {value!r}; expected a positive number.") from None
     if not value.is_floating_point():
         value = value.double()
     if value.dim() > dim or not value.numel() or not bool((torch.isfinite(value) & (value > 0)).all()):

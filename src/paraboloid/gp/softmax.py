@@ -17,7 +17,7 @@ from paraboloid.gp.prior import PriorFunctions
 from paraboloid.linalg.conjugate_gradients import cg
 from paraboloid.linalg.probes import generator_of
 
-TOL = 1e-6  # of a Newton step, relative to the function; of its linear system
+TOL, SOLVED = 1e-5, 1e-7  # of a Newton step, relative to the function; of its linear system
 HALVED = 30  # times that a step which does not climb is made shorter
 COLUMNS = 2**22  # numbers in right-hand sides of exact variances at a time
 
@@ -97,7 +97,7 @@ class SoftmaxClassifier:
         for part in x.split(max(1, COLUMNS // (len(self.x) * C * C))):
             k = self.curvature.gram.cross_matrix(part).T  # [N, M]
             b = torch.einsum("nm,cd->ncmd", k, one).flatten(2)  # a column for each input and class
-            explained = (b * self.curvature.solve(self.curvature.transposed(b), TOL)).sum((0, 1))
+            explained = (b * self.curvature.solve(self.curvature.transposed(b), SOLVED)).sum((0, 1))
             found.append(self.kernel.diagonal(part).unsqueeze(1) - explained.view(len(part), C))
         return torch.cat(found).clamp(min=0)
 
@@ -127,7 +127,7 @@ def softmax_classifier(
     for _ in range(max_newton):
         H, p = Curvature(gram, f), torch.softmax(f, 1)
         b = (p * f - p * (p * f).sum(1, keepdim=True) + t - p).unsqueeze(2)
-        to = (b - H.solve(H.transposed(H.kernel(b)), TOL)).squeeze(2)
+        to = (b - H.solve(H.transposed(H.kernel(b)), SOLVED)).squeeze(2)
         a, f, value, moved = _climbed(gram, f, a, to, t, value)
         if moved <= TOL:
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from paraboloid.gp.preconditioned import Preconditioned
 from paraboloid.gp.stochastic_gradient import sgd
 from paraboloid.linalg.block_descent import block_solves
 from paraboloid.linalg.dual_descent import sdd
-from paraboloid.linalg.operand import LinAlgError
+from paraboloid.linalg.operand import LinAlgError, check_choice, check_count
 from paraboloid.linalg.row_blocks import DenseRows, columns_like
 from paraboloid.linalg.solution import Solution
 from paraboloid.passes.memory import DENSE, GIB
@@ -62,6 +63,20 @@ class Settings:
     batch_size: int | None = None
     rank: int | None = None
     seed: int = 0
+
+
+def check_settings(settings: Settings) -> None:
+    """ValueError for numbers that no solver can be run with."""
+    check_choice("solver", settings.solver, SOLVERS)
+    if not isinstance(settings.seed, int) or isinstance(settings.seed, bool):
+        raise ValueError(f"seed is {settings.seed!r}; expected an integer.")
+    for name, least in (("steps", 0), ("batch_size", 1), ("rank", 0 if settings.solver == "sgd" else 1)):
+        if getattr(settings, name) is not None:
+            check_count(name, getattr(settings, name), least=least)
+    for name in ("tol", "step_size"):
+        value = getattr(settings, name)
+        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise ValueError(f"{name} is {value!r}; expected a positive number, or None.")
 
 
 def solve(gram: Gram, values: Tensor, shifts: Tensor, prior: Any, settings: Settings, start: Tensor | None) -> Solved:

@@ -31,6 +31,8 @@ class Stationary(Kernel):
         self.lengthscale = positive("lengthscale", lengthscale, 1)
         self.outputscale = positive("outputscale", outputscale)
         self.dims = None if dims is None else list(dims)
+        if self.dims is not None and not (self.dims and all(isinstance(i, int) for i in self.dims)):
+            raise ValueError(f"dims is {dims!r}; expected the numbers of one or more input dimensions, or None.")
 
     @abstractmethod
     def _profile(self, r2: Tensor) -> Tensor:
@@ -45,7 +47,11 @@ class Stationary(Kernel):
         """|omega|^2 at the levels u of its distribution, for d dimensions of unit lengthscale."""
 
     def _scaled(self, x: Tensor) -> Tensor:
-        x = x if self.dims is None else x[:, self.dims]
+        if self.dims is not None:
+            if not all(-x.shape[1] <= i < x.shape[1] for i in self.dims):
+                raise ValueError(f"dims is {self.dims} and the inputs have {x.shape[1]} dimensions; expected numbers "
+                                 f"in 0..{x.shape[1] - 1}.")  # fmt: skip
+            x = x[:, self.dims]
         if self.lengthscale.numel() not in (1, x.shape[1]):
             raise ValueError(f"lengthscale has {self.lengthscale.numel()} entries and the inputs have {x.shape[1]} "
                              "dimensions; expected one entry, or one for each.")  # fmt: skip
