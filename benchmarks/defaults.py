@@ -107,6 +107,7 @@ def made(name: str, problem: pb.Problem, factor: float = 1.0, **options: Any) ->
     if factor != 1:
         fresh = kind(problem.model, problem.loss_fn)
         options["lr"] = factor * fresh.param_groups[0]["lr"]
+        options |= {"graft": "adam"} if isinstance(fresh, pb.optim.KBFGS) else {}  # the default's form, not the paper's
         if hasattr(fresh, "remove"):
             fresh.remove()
     return kind(problem.model, problem.loss_fn, **options)

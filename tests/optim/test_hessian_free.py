@@ -1,5 +1,6 @@
 """Hessian-free steps next to dense solves, and debiased ones next to their definition."""
 
+import copy
 import io
 
 import pytest
@@ -272,3 +273,26 @@ def test_errors():
         pb.optim.HessianFree(model, LOSS, max_iterations=0)
     with pytest.raises(TypeError, match="cross_entropy is not one that paraboloid knows"):
         pb.optim.HessianFree(model, nn.functional.cross_entropy)
+
+
+def test_a_step_that_another_batch_does_not_like_is_taken_back():
+    torch.manual_seed(0)
+    x, up, down = torch.randn(8, 3).double(), torch.ones(8, 1).double(), -torch.ones(8, 1).double()
+    model = nn.Linear(3, 1).double()
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    twin = copy.deepcopy(model)
+    opt = pb.optim.HessianFree(model, nn.MSELoss(), damping=1.0)
+    opt.step((x, up))
+    damping = opt.param_groups[0]["damping"]
+    assert model.bias.item() > 0.1
+    opt.step((x, down))
+    other = pb.optim.HessianFree(twin, nn.MSELoss(), damping=4 * damping)
+    other.step((x, down))
+    assert opt.diagnostics()["taken_back"] == 1
+    assert torch.equal(model.weight, twin.weight) and torch.equal(model.bias, twin.bias)
+    opt.step((x, down))  # the same data: nothing to take back
+    assert opt.diagnostics()["taken_back"] == 1
+    model.bias.data.fill_(0.5)  # somebody else's parameters
+    opt.step((x, up))
+    assert opt.diagnostics()["taken_back"] == 1

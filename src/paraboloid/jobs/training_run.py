@@ -38,8 +38,8 @@ OPTIMIZERS: dict[str, tuple[float, Make]] = {
     "kfac": (0.1, lambda m, loss, o: optim.KFAC(m, loss, **o)),
     "ekfac": (0.1, lambda m, loss, o: optim.EKFAC(m, loss, **o)),
     "diag-ggn": (0.1, lambda m, loss, o: optim.Preconditioned(m, loss, **o)),
-    "kbfgs": (0.3, lambda m, loss, o: optim.KBFGS(m, loss, **o)),
-    "kbfgsl": (0.3, lambda m, loss, o: optim.KBFGSL(m, loss, **o)),
+    "kbfgs": (0.3, lambda m, loss, o: optim.KBFGS(m, loss, graft="adam", **o)),
+    "kbfgsl": (0.3, lambda m, loss, o: optim.KBFGSL(m, loss, graft="adam", **o)),
     "hessian-free": (1.0, lambda m, loss, o: optim.HessianFree(m, loss, **o)),
 }
 DAMPED = {"kfac", "ekfac", "diag-ggn", "kbfgs", "kbfgsl", "hessian-free"}

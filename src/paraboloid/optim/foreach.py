@@ -10,12 +10,17 @@ from torch import Tensor
 
 from paraboloid.passes.torch_internals import foreach_add as added  # (xs, ys, alpha=): x + alpha y
 from paraboloid.passes.torch_internals import foreach_add_ as add_
+from paraboloid.passes.torch_internals import foreach_add_ as shift_  # (xs, cs): x + c
+from paraboloid.passes.torch_internals import foreach_addcmul_ as addcmul_  # (xs, ys, zs, c): x + c y z
+from paraboloid.passes.torch_internals import foreach_div as quotients
 from paraboloid.passes.torch_internals import foreach_lerp_ as lerp_  # (xs, ys, w): xs + w (ys - xs)
-from paraboloid.passes.torch_internals import foreach_mul as scaled  # (xs, factor): factor x
+from paraboloid.passes.torch_internals import foreach_mul as scaled  # (xs, factor): factor x; or a list of them
 from paraboloid.passes.torch_internals import foreach_mul_ as scale_
 from paraboloid.passes.torch_internals import foreach_norm
+from paraboloid.passes.torch_internals import foreach_sqrt as roots
 
-__all__ = ["add_", "added", "dot", "finite", "lerp_", "norm", "scale_", "scaled"]
+__all__ = ["add_", "addcmul_", "added", "dot", "finite", "lerp_", "norm", "norms", "quotients", "roots", "scale_",
+           "scaled", "shift_"]  # fmt: skip
 
 
 def norm(xs: Sequence[Tensor]) -> Tensor:
@@ -24,6 +29,11 @@ def norm(xs: Sequence[Tensor]) -> Tensor:
     if any(n.dtype != norms[0].dtype for n in norms):
         norms = [n.double() for n in norms]
     return torch.stack(norms).double().norm()
+
+
+def norms(xs: Sequence[Tensor]) -> list[float]:
+    """Of each."""
+    return torch.stack([n.double() for n in foreach_norm(xs)]).tolist()
 
 
 def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from paraboloid.losses import Loss
 from paraboloid.operators.partition import Blocks, resolve_blocks
 from paraboloid.optim.acceptance import adapted, reduction_ratio
 from paraboloid.optim.base import Frame
-from paraboloid.optim.options import check_made, check_number, check_share
+from paraboloid.optim.options import check_made, check_number, check_share, of_paper
+from paraboloid.optim.trust import go_back, remember
 from paraboloid.passes import trees
 from paraboloid.passes.random_state import isolated, seeded
 from paraboloid.passes.wrappers import unwrapped
@@ -24,6 +25,7 @@ from paraboloid.quadratics.local_model import CURVATURES, Quadratic, quadratic
 from paraboloid.quantities.door import statistics
 
 RAISE, LOWER = 3 / 2, 2 / 3  # of the damping
+AGAIN = 4.0  # of the damping, after a step that another batch took back
 ARMIJO, SHRINK, TRIES = 1e-2, 0.8, 60
 ALONE = "HessianFree evaluates the model itself, many times in a step."
 POWER = 0.75  # of Martens' preconditioner
@@ -32,6 +34,11 @@ POWER = 0.75  # of Martens' preconditioner
 def _wide(t: Tensor) -> Tensor:
     """In float32 where weights are in half precision, as operators compute."""
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+def _mark(theta: Tensor) -> float:
+    """By which parameters are known again."""
+    return float(theta.double().sum())
 
 
 class HessianFree(Frame):
@@ -56,15 +63,18 @@ class HessianFree(Frame):
     warm_start      start from this multiple of the last step's direction; "momentum" in the groups, which cyclic
                     schedules (OneCycleLR, CyclicLR) move
     preconditioner  None, or "second_moment": (mean_n g_n^2 + damping + weight_decay)^(3/4), elementwise
+    judge           the loss of the next batch, before and after the last step, says whether that step stays: one that
+                    only the batch that chose it liked is taken back, and the damping is four times as high
+    paper           True: warm_start .95 and the preconditioner, and steps are not judged by other batches
     params          parameters of the model, or torch's groups with their own lr and weight_decay; default: all.  The
                     damping is that of the first group
     seed            of dropout masks, which are the same in all evaluations of a step
     output, max_memory: as in `pb.quadratic`
 
     A step makes about 2 gradients for each iteration, one for the gradient, and a forward pass for each evaluation of
-    the loss; measured on another batch, twice the iterations' cost.  Batch norm in training mode is accepted as
-    `pb.GGN` accepts it, but not with the preconditioner, whose gradients are those of single samples.  NaN and infinite
-    losses or gradients skip the step, see `KFAC`.
+    the loss (two of them to judge the last one); measured on another batch, twice the iterations' cost.  Batch norm in
+    training mode is accepted as `pb.GGN` accepts it, but not with the preconditioner, whose gradients are those of
+    single samples.  NaN and infinite losses or gradients skip the step, see `KFAC`.
 
     Raises ValueError for options out of range, for something that is no batch, and for a model on several ranks.
     Sources: Martens 2010, Deep learning via Hessian-free optimization; Martens & Sutskever 2012; debiasing:
@@ -72,7 +82,9 @@ class HessianFree(Frame):
     """
 
     OPTIONS = ("curvature", "blocks", "debias", "seed", "max_iterations", "progress", "backtrack", "line_search",
-               "adapt_damping", "warm_start", "preconditioner")  # fmt: skip
+               "adapt_damping", "warm_start", "preconditioner", "judge", "paper")  # fmt: skip
+    OLDER: Mapping[str, Any] = {**Frame.OLDER, "judge": False, "paper": False}
+    PAPER: Mapping[str, Any] = {"warm_start": 0.95, "preconditioner": "second_moment", "judge": False}
 
     def __init__(
         self,
@@ -92,6 +104,8 @@ class HessianFree(Frame):
         adapt_damping: bool = True,
         warm_start: float = 0.0,
         preconditioner: str | None = None,
+        judge: bool = True,
+        paper: bool = False,
         params: Iterable[Any] | None = None,
         seed: int = 0,
         output: Output | None = None,
@@ -99,6 +113,9 @@ class HessianFree(Frame):
         **options: Any,
     ):
         loss_fn = check_made(type(self).__name__, model, loss_fn, options)
+        given = {"warm_start": warm_start, "preconditioner": preconditioner, "judge": judge}
+        o = of_paper(HessianFree.__init__, self.PAPER, given) if paper else given
+        warm_start, preconditioner, self.judge, self.paper = o["warm_start"], o["preconditioner"], o["judge"], paper
         check_choice("curvature", curvature, list(CURVATURES))
         check_choice("preconditioner", preconditioner, (None, "second_moment"))
         defaults = {"lr": check_number("lr", lr, 0), "damping": check_number("damping", damping, 0),
@@ -116,6 +133,8 @@ class HessianFree(Frame):
             raise ValueError(f"the model is a DistributedDataParallel one over {ranks} ranks; expected a model on one: "
                              "HessianFree steps by its own rank's batch, and ranks would drift apart. Use KFAC, EKFAC "
                              "or KBFGS there.")  # fmt: skip
+        self.counters["taken_back"] = 0
+        self._left_at: float | None = None  # see `_mark`
         self.loss = Loss.from_torch(loss_fn)
         self._last: dict[str, Any] = {"iterations": 0, "reduction_ratio": None, "rate": None, "iterate": None}
 
@@ -166,6 +185,7 @@ class HessianFree(Frame):
         if other is None and self.debias:
             pair, other = halves(pair)
         seed = self.seed + self.counters["steps"]
+        self._judge_last(other or pair, seed)
         self._move_statistics(pair, seed)
         try:
             q = self._quadratic(pair, seed)
@@ -181,6 +201,23 @@ class HessianFree(Frame):
         self._take(q, measuring, pair, other or pair, seed)
         self.counters["steps"] += 1
         return measuring.value
+
+    def _judge_last(self, batch: Any, seed: int) -> None:
+        """Take the last step back, and raise the damping, where the loss of a batch that did not choose it rose."""
+        states = [(p, self.state[p]) for p in self.names]
+        now = self._vector()
+        if not self.judge or self._left_at != _mark(now) or not all("before" in state for _, state in states):
+            return  # somebody else changed the parameters
+        objective = self._objective(batch, self._by_group("weight_decay"), seed)
+        go_back(states)
+        if objective(self._vector()) < objective(now):
+            self.counters["taken_back"] += 1
+            for group in self.param_groups:
+                group["damping"] *= AGAIN
+            for _, state in states:
+                state["direction"].zero_()
+        else:
+            self._write(now)
 
     def _quadratic(self, batch: Any, seed: int) -> Quadratic:
         with torch.enable_grad():
@@ -204,6 +241,8 @@ class HessianFree(Frame):
         place, value = self._best(objective, theta, lr, xs)
         p = lr * xs[place]
         rate = self._rate(objective, theta, p, value, start, -float(c @ p)) if self.line_search else 1.0
+        if self.judge:
+            remember((each, self.state[each]) for each in self.names)
         self._write(theta + rate * p)
         predicted = predictions[place]
         actual = (objective(theta + p) if rate != 1 else value) - start
@@ -216,6 +255,7 @@ class HessianFree(Frame):
             self.counters["rejected"] += 1
         for parameter, direction in self._pieces(xs[-1] if rate else torch.zeros_like(p)):
             self.state[parameter]["direction"] = direction.clone()
+        self._left_at = _mark(self._vector())
         self._last = {"iterations": run.iterations, "reduction_ratio": ratio, "rate": rate, "iterate": run.steps[place]}
 
     def _system(self, q: Quadratic, mask: Tensor, decay: Tensor, theta: Tensor, damping: float):
@@ -296,10 +336,11 @@ class HessianFree(Frame):
     # --- state ---------------------------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Any]:
-        return {"last": dict(self._last)}
+        return {"last": dict(self._last), "left_at": self._left_at}
 
     def _load(self, state: dict[str, Any]) -> None:
-        self._last = dict(state["last"])
+        self._last, self._left_at = dict(state["last"]), state.get("left_at")
+        self.counters.setdefault("taken_back", 0)
 
     def diagnostics(self) -> dict[str, Any]:
         """Counters, the damping, and of the last step: iterations of CG, which iterate was taken, the rate of the line

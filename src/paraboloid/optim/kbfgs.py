@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from paraboloid.data import batches
 from paraboloid.data.batches import Output
 from paraboloid.distributed import collectives
-from paraboloid.linalg.operand import check_count
+from paraboloid.linalg.operand import check_choice, check_count
 from paraboloid.losses import Loss
 from paraboloid.optim import foreach
 from paraboloid.optim.acceptance import Trial
+from paraboloid.optim.adam_length import AdamLength
 from paraboloid.optim.base import Frame
 from paraboloid.optim.bfgs import DenseInverse, LimitedMemoryInverse
 from paraboloid.optim.closures import Closure, Evaluation
@@ -31,12 +32,13 @@ from paraboloid.passes.random_state import isolated_with_gradients
 from paraboloid.reductions.kronecker_factors import MAX_FACTOR, check_max_factor
 
 WARM_UP = 10  # batches whose plain mean A is without warm_start
+LR, ADAMS = 0.3, 0.01  # the default, and what it is of Adam's learning rate where steps are grafted: 3e-3
 
 
 class KBFGS(Frame):
     """W <- W - lr Hg M Ha for each layer, with BFGS inverses Hg of the outputs' curvature and Ha of A = E[abar abar^T].
 
-        opt = pb.optim.KBFGS(model, loss_fn, lr=0.3, damping=0.3)
+        opt = pb.optim.KBFGS(model, loss_fn)          # or the paper's step: lr=0.3, damping=0.3
         opt.warm_start(loader)
         for x, y in loader:
             def closure():
@@ -61,11 +63,14 @@ class KBFGS(Frame):
     params        parameters of the model, or torch's groups (options lr, damping, weight_decay); default: all
     all_reduce    "auto": over the ranks of a DistributedDataParallel model; or as in `pb.statistics`
 
-    Other parameters (norms, embeddings, grouped convolutions, weights used in several ways) take the step -lr M, with
-    the identity for both inverses; `diagnostics` says which.  Without `warm_start` the first 10 batches make A, with a
-    warning.  A step with NaN or infinite gradients is skipped, see `KFAC`; one whose second evaluation is not finite
-    leaves Hg as it was.
+    Other parameters (norms, embeddings, grouped convolutions, weights used in several ways) take the step -lr M (as
+    long as Adam's, where steps are grafted), with the identity for both inverses; `diagnostics` says which.  Without
+    `warm_start` the first 10 batches make A, with a warning.  A step with NaN or infinite gradients is skipped, see
+    `KFAC`; one whose second evaluation is not finite leaves Hg as it was.
 
+    lr, graft     without an lr of your own each parameter's step is as long as Adam's with lr / 100 (graft="adam"): the
+                  default .3 is Adam's 3e-3.  With one it is the paper's step (graft=None); either may be said
+    paper         True: the paper's step and lr .3, and nothing is watched (graft=None, rise_factor=None)
     rise_factor   a step after which its batch's loss is that many times as high is taken back, and the next ones are
                   shorter (see `Trust`); None: the paper's step, whatever comes of it
 
@@ -77,19 +82,22 @@ class KBFGS(Frame):
     arXiv:2102.06737.
     """
 
-    OPTIONS = ("rise_factor", "max_factor")
+    OPTIONS = ("rise_factor", "max_factor", "graft", "paper")
+    OLDER: Mapping[str, Any] = {**Frame.OLDER, "graft": None}
 
     def __init__(
         self,
         model: nn.Module,
         loss_fn: nn.Module | Loss | None = None,
         *,
-        lr: float = 0.3,
+        lr: float | None = None,
         damping: float = 0.3,
         momentum: float = 0.9,
         decay: float = 0.9,
         weight_decay: float = 1e-5,
+        graft: str | None = "auto",
         rise_factor: float | None = 2.0,
+        paper: bool = False,
         max_factor: int = MAX_FACTOR,
         params: Iterable[Any] | None = None,
         all_reduce: Any = "auto",
@@ -98,11 +106,16 @@ class KBFGS(Frame):
     ):
         loss_fn = check_made(type(self).__name__, model, loss_fn, options)
         check_module(model)
+        check_choice("graft", graft, ("auto", "adam", None))
+        automatic = "adam" if lr is None and not paper else None
+        self.graft = automatic if graft == "auto" else graft
+        lr = LR if lr is None else lr
         defaults = {"lr": check_number("lr", lr, 0), "damping": check_number("damping", damping, 0, above=True),
                     "momentum": check_share("momentum", momentum), "decay": check_share("decay", decay),
                     "weight_decay": check_number("weight_decay", weight_decay, 0)}  # fmt: skip
         super().__init__(model, defaults, params, 0, all_reduce)
-        self.loss_fn, self.rise_factor = loss_fn, check_rise(rise_factor)
+        self.loss_fn, self.paper = loss_fn, paper
+        self.rise_factor = None if paper else check_rise(rise_factor)
         self.max_factor, self._said, self._read_of = check_max_factor(max_factor), False, 0
         self._compose()
         self._layers_found: dict[str, LayerState] = {}
@@ -110,6 +123,10 @@ class KBFGS(Frame):
         self._together: dict[Any, tuple[list[str], Together]] = {}
         self._warm = 0  # batches that made A so far; -1 after warm_start
         self.counters["second_not_finite"] = 0
+
+    def _compose(self) -> None:
+        super()._compose()
+        self._length = AdamLength(ADAMS)
 
     def _inverse(self, p: int, like: Tensor) -> DenseInverse | LimitedMemoryInverse:
         return DenseInverse(p, like)
@@ -194,7 +211,11 @@ class KBFGS(Frame):
         for m in moves:
             coupled_decay(m)
             averaged(m)
+            if self.graft is not None:
+                self._length.measure(m)
             self._precondition(m, before)
+            if self.graft is not None:
+                self._length(m)
             descend(m)
         after = self._evaluate_again(first, readings, trial)
         self._update(before, after or {}, groups)

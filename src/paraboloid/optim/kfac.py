@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -20,7 +20,7 @@ from paraboloid.optim.closures import Closure, Evaluation
 from paraboloid.optim.curvature import FisherCurvature
 from paraboloid.optim.direction import AUTO, Move, Part
 from paraboloid.optim.measurement import Measurement
-from paraboloid.optim.options import check_made, check_number, check_samplable, group_defaults, rate
+from paraboloid.optim.options import check_made, check_number, check_samplable, group_defaults, of_paper, rate
 from paraboloid.optim.trust import check_rise
 from paraboloid.reductions.kronecker_factors import MAX_FACTOR
 
@@ -45,6 +45,10 @@ class KFAC(Frame):
     momentum          heavy ball on the preconditioned gradient, or nesterov=True
     weight_decay      coupled: (F + (damping + weight_decay) I)^-1 (g + weight_decay theta); or decoupled=True: theta
                       shrinks by lr weight_decay
+    paper             True: the paper's constants for all that is left at its default.  KFAC's: damping 150, adapted,
+                      steps by the quadratic model with lr 1, factors in every step, inverses every 20, no clip, nothing
+                      watched; it needs step(closure).  EKFAC's: eigenvalues in every step, no clip (its learning rate
+                      and damping came from a grid: give yours)
     fisher, samples   "mc" (labels sampled from the model), "exact" or "empirical"
     sharing           "expand" or "reduce", for weights used at several positions
     split             "pi": damping is split between the two factors, two inverses; None: exact, by eigendecomposition
@@ -77,9 +81,13 @@ class KFAC(Frame):
     """
 
     exact_values = False
+    PAPER: Mapping[str, Any] = {
+        "lr": 1.0, "damping": 150.0, "factor_interval": 1, "inverse_interval": 20, "adapt_damping": True,
+        "step_size": "quadratic", "kl_clip": None,
+    }  # fmt: skip
     OPTIONS = ("fisher", "samples", "sharing", "factor_decay", "factor_interval", "inverse_interval", "split",
                "max_factor", "adapt_damping", "damping_interval", "reject", "kl_clip", "max_step", "rise_factor",
-               "graft", "step_size", "half")  # fmt: skip
+               "graft", "step_size", "half", "paper")  # fmt: skip
 
     def __init__(
         self,
@@ -106,6 +114,7 @@ class KFAC(Frame):
         kl_clip: float | str | None = AUTO,
         max_step: float | None = None,
         rise_factor: float | None = 2.0,
+        paper: bool = False,
         graft: str | None = None,
         step_size: str = "fixed",
         measure_on: str | None = None,
@@ -118,12 +127,18 @@ class KFAC(Frame):
         **options: Any,
     ):
         loss_fn = check_made(type(self).__name__, model, loss_fn, options)
+        given = {"lr": lr, "damping": damping, "factor_interval": factor_interval, "inverse_interval": inverse_interval,
+                 "adapt_damping": adapt_damping, "step_size": step_size, "kl_clip": kl_clip}  # fmt: skip
+        o = of_paper(KFAC.__init__, self.PAPER, given) if paper else given
+        lr, damping, adapt_damping, step_size, kl_clip = (
+            o[name] for name in ("lr", "damping", "adapt_damping", "step_size", "kl_clip")
+        )
         check_number("damping", damping, 0, above=True)
         check_choice("split", split, (None, "pi"))
         check_choice("step_size", step_size, ("fixed", "quadratic"))
         check_choice("measure_on", measure_on, (None, "half"))
         self.fisher, self.samples, self.sharing, self.factor_decay = fisher, samples, sharing, factor_decay
-        self.factor_interval, self.inverse_interval = factor_interval, inverse_interval
+        self.factor_interval, self.inverse_interval, self.paper = o["factor_interval"], o["inverse_interval"], paper
         self.split, self.half = split == "pi" and measure_on is None and not self.exact_values, measure_on == "half"
         self.adapt_damping, self.damping_interval = adapt_damping, check_count("damping_interval", damping_interval)
         self.reject, self.kl_clip, self.max_step = reject, kl_clip, max_step
@@ -305,3 +320,4 @@ class EKFAC(KFAC):
     """
 
     exact_values = True
+    PAPER: Mapping[str, Any] = {"factor_interval": 1, "kl_clip": None}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,6 +36,12 @@ def check_made(name: str, model: Any, loss_fn: Any, options: Mapping[str, Any]) 
             instead = " Minimise its negative." if key == "maximize" else ""
             raise ValueError(f"{key} is {value!r}; expected False, for {TORCHS[key]}.{instead}")
     return loss_fn
+
+
+def of_paper(make: Callable[..., Any], constants: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments, with a paper's constants where they are as `make` has them by default."""
+    usual = inspect.signature(make).parameters
+    return {k: constants[k] if k in constants and v == usual[k].default else v for k, v in given.items()}
 
 
 def rate(group: Mapping[str, Any]) -> float:

@@ -14,10 +14,11 @@ from paraboloid.linalg.kronecker import Kron
 from paraboloid.linalg.operand import check_choice
 from paraboloid.losses import Loss
 from paraboloid.optim import direction
+from paraboloid.optim.adam_length import AdamLength
 from paraboloid.optim.base import Frame
 from paraboloid.optim.closures import Closure
 from paraboloid.optim.curvature import Curvature
-from paraboloid.optim.direction import AUTO
+from paraboloid.optim.direction import Part
 from paraboloid.optim.fisher_factors import FisherDiagonal, FisherFactors
 from paraboloid.optim.measurement import Measurement
 from paraboloid.optim.options import check_made, check_samplable, check_share, group_defaults
@@ -30,6 +31,7 @@ FISHER_OF = {name: fisher for fisher, name in FISHERS.items()}
 DIAGONALS = ("diag_ggn", "diag_ggn_mc", "diag_hessian", "second_moment", "variance")
 CURVATURES = (*DIAGONALS, *FISHER_OF, "kfra")
 LEAST = 0.1  # of the damping: what must be left of it where curvature is negative
+ADAMS = 0.015  # of Adam's step at lr 1: the default .1 is Adam's 1.5e-3
 
 
 class Preconditioned(Frame):
@@ -44,7 +46,13 @@ class Preconditioned(Frame):
                 several passes make up together
     decay       of a running average of C over steps; 0: no average
     momentum    heavy ball on the preconditioned gradient
-    output      as in `KFAC`
+    rise_factor, kl_clip, output: as in `KFAC`; no clip if none is given
+
+    Without `curvature` and `damping` it is a step that needs no tuning: a diagonal of the Fisher information with
+    sampled labels, averaged with decay .95, batch norm included; the damping .1 is in units of the diagonal's mean; the
+    gradient is averaged (momentum .9), then preconditioned; and each parameter's step is as long as Adam's with
+    .015 lr, 1.5e-3.  With either of them, or paper=True, it is BackPACK's (lr .1, damping .01, no momentum, no
+    averages); paper=True watches nothing.
 
     The inverse is exact: elementwise, or by eigendecompositions of the Kronecker factors.  Where a diagonal is negative
     (the Hessian's) and less than a tenth of damping + weight_decay would be left, its absolute value is taken.
@@ -54,9 +62,10 @@ class Preconditioned(Frame):
     Source: Dangel, Kunstner & Hennig 2020, arXiv:1912.10985, section 4 and eq. 26 (with exact inverses).
     """
 
-    OPTIONS = ("curvature", "decay", "max_factor", "kl_clip", "rise_factor")
-    PAPER: Mapping[str, Any] = {"lr": 0.1, "damping": 1e-2, "momentum": 0.0, "decay": 0.0, "kl_clip": None}
-    OURS: Mapping[str, Any] = {"lr": 0.1, "damping": 0.1, "momentum": 0.9, "decay": 0.95, "kl_clip": AUTO}
+    OPTIONS = ("curvature", "decay", "max_factor", "kl_clip", "rise_factor", "graft", "paper")
+    OLDER: Mapping[str, Any] = {**Frame.OLDER, "graft": None}
+    PAPER: Mapping[str, Any] = {"lr": 0.1, "damping": 1e-2, "momentum": 0.0, "decay": 0.0, "graft": None}
+    OURS: Mapping[str, Any] = {"lr": 0.1, "damping": 0.1, "momentum": 0.9, "decay": 0.95, "graft": "adam"}
 
     def __init__(
         self,
@@ -70,8 +79,9 @@ class Preconditioned(Frame):
         weight_decay: float = 0.0,
         momentum: float | None = None,
         decay: float | None = None,
-        kl_clip: float | str | None = AUTO,
+        kl_clip: float | None = None,
         rise_factor: float | None = 2.0,
+        paper: bool = False,
         max_factor: int = MAX_FACTOR,
         seed: int = 0,
         verify: str | bool = "auto",
@@ -82,14 +92,14 @@ class Preconditioned(Frame):
     ):
         loss_fn = check_made(type(self).__name__, model, loss_fn, options)
         check_choice("curvature", curvature, (None, *CURVATURES))
-        chosen = self.OURS if curvature is None and damping is None else self.PAPER
+        chosen = self.OURS if curvature is None and damping is None and not paper else self.PAPER
         curvature = "diag_ggn_mc" if chosen is self.PAPER and curvature is None else curvature
         given = {"lr": lr, "damping": damping, "momentum": momentum, "decay": decay}
         o = {**chosen, **{name: value for name, value in given.items() if value is not None}}
         defaults = group_defaults(o["lr"], o["momentum"], False, weight_decay, False, o["damping"])
         self.curvature, self.decay, self.max_factor = curvature, check_share("decay", o["decay"]), max_factor
-        self.kl_clip = o["kl_clip"] if kl_clip == AUTO else kl_clip
-        self.rise_factor = None if self.kl_clip is None else check_rise(rise_factor)
+        self.kl_clip, self.graft, self.paper = kl_clip, o["graft"], paper
+        self.rise_factor = None if paper else check_rise(rise_factor)
         super().__init__(model, defaults, params, seed, all_reduce)
         self._compose()
         check_samplable(Loss.from_torch(loss_fn), "mc" if curvature in (None, "kfac", "diag_ggn_mc") else "exact")
@@ -98,11 +108,16 @@ class Preconditioned(Frame):
 
     def _compose(self) -> None:
         super()._compose()
-        self._curvature = BatchCurvature(self.names.values(), self.curvature, self.decay, self.max_factor)
+        grafted = self.graft is not None
+        self._curvature = BatchCurvature(self.names.values(), self.curvature, self.decay, self.max_factor, grafted)
         self._blocks = self._curvature.blocks
-        clip = direction.TrustRegion(self.kl_clip)
-        self._parts = [direction.coupled_decay, self._curvature.precondition, clip, direction.momentum,
-                       direction.descend]  # fmt: skip
+        clip, length = direction.TrustRegion(self.kl_clip), AdamLength(ADAMS)
+        precondition = self._curvature.precondition
+        if grafted:
+            shape: list[Part] = [direction.averaged, length.measure, precondition, length, clip]
+        else:
+            shape = [precondition, clip, direction.momentum]
+        self._parts = [direction.coupled_decay, *shape, direction.descend]
 
     def _first_options(self) -> dict[str, Any]:
         return {"curvature": "diag_ggn_mc", "decay": 0.0} if self.curvature is None else {}
@@ -169,10 +184,14 @@ class MergedKFRA(KFRA):
 
 
 class BatchCurvature(Curvature):
-    """A quantity of `pb.statistics` for every parameter, inverted in every step."""
+    """A quantity of `pb.statistics` for every parameter, inverted in every step.
 
-    def __init__(self, names: Iterable[str], curvature: str | None, decay: float, max_factor: int):
+    relative  dampings are in units of a diagonal's mean
+    """
+
+    def __init__(self, names: Iterable[str], curvature: str | None, decay: float, max_factor: int, relative: bool):
         super().__init__(names, decay)
+        self.relative = relative
         if curvature is None:
             self.quantity: Any = FisherDiagonal()
         elif curvature in FISHER_OF:
@@ -192,9 +211,15 @@ class BatchCurvature(Curvature):
                 value = Kron(value.flatten().clone(), value.new_ones(1, 1))
             block.average(value, self.decay)
             if block.structure == "diagonal":
-                block.inverse, block.damping = diagonal_inverse(block.kron, dampings[name], name), dampings[name]
+                block.damping = dampings[name] * (_mean(block.kron) if self.relative else 1.0)
+                block.inverse = diagonal_inverse(block.kron, block.damping, name)
             elif block.decompose(carried=False):
                 block.invert(dampings[name], split=False)
+
+
+def _mean(kron: Any) -> float:
+    """Of a diagonal's entries; 1 where all are 0, as behind a layer that nothing reaches."""
+    return float(kron.left.mean() * kron.right.reshape(())) or 1.0
 
 
 def diagonal_inverse(kron: Any, damping: float, name: str) -> Any:

@@ -32,6 +32,7 @@ foreach_add, foreach_add_ = _torch._foreach_add, _torch._foreach_add_
 foreach_mul, foreach_mul_ = _torch._foreach_mul, _torch._foreach_mul_
 foreach_norm = _torch._foreach_norm
 foreach_lerp_ = _torch._foreach_lerp_
+foreach_addcmul_, foreach_div, foreach_sqrt = _torch._foreach_addcmul_, _torch._foreach_div, _torch._foreach_sqrt
 packet_of = attrgetter("_overloadpacket")  # of an operation that a dispatch mode sees: the key of `flop_registry`
 
 
