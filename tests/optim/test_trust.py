@@ -257,7 +257,7 @@ def test_preconditioned_as_it_comes_takes_batch_norm_and_the_papers_is_one_argum
     model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3)).double()
     opt = pb.optim.Preconditioned(model, LOSS)
     losses = [take_step(model, opt, t, closure=False) for t in range(30)]
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     opt.remove()
     for options in ({"curvature": "diag_ggn_mc"}, {"damping": 1e-2}):
         paper = pb.optim.Preconditioned(mlp(), LOSS, **options)

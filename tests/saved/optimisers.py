@@ -71,11 +71,11 @@ CASES: dict[str, tuple[str, Callable[[settings.Setting, Options], Any]]] = {
     "KBFGS of images": ("images", with_options("KBFGS", lr=0.1, damping=1.0)),
     "KBFGSL": ("classes", with_options("KBFGSL", memory=2)),
     "KBFGSL, memory left": ("classes", with_options("KBFGSL", lr=0.1)),
-    "HessianFree": ("classes", with_options("HessianFree", max_iterations=5)),
-    "HessianFree, Hessian": ("classes", with_options("HessianFree", curvature="hessian", max_iterations=5,
+    "HessianFree": ("classes", with_options("HessianFree", judge=False, max_iterations=5)),
+    "HessianFree, Hessian": ("classes", with_options("HessianFree", judge=False, curvature="hessian", max_iterations=5,
                                                      preconditioner="second_moment", warm_start=0.9)),
-    "HessianFree, debiased": ("classes", with_options("HessianFree", debias=True, max_iterations=5)),
-    "HessianFree, Fisher": ("dropout", with_options("HessianFree", curvature="fisher", max_iterations=5, seed=3)),
+    "HessianFree, debiased": ("classes", with_options("HessianFree", judge=False, debias=True, max_iterations=5)),
+    "HessianFree, Fisher": ("dropout", with_options("HessianFree", judge=False, curvature="fisher", max_iterations=5, seed=3)),
 }  # fmt: skip
 
 
