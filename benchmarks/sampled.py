@@ -2,7 +2,9 @@
 
 What a step of descent takes for several samples, in gradients of the same batch with respect to all weights (processor
 time, so that other work on the machine counts less); and the peak memory of whole runs, each in a process of its own,
-from which the copies of the weights for each sample are the slope.  `--steps 50` makes the runs as long as a first fit.
+from which the copies of the weights for each sample are the slope.  `--long 8` is one run instead, of 50 steps for the
+samples and 50 for the linearised optimum, which goes on from `--checkpoint` where it was stopped; the time of each part
+is noted beside it as it ends, and the minutes are those of all parts, whichever process made them.
 """
 
 from __future__ import annotations
@@ -82,21 +84,44 @@ def step_costs(net: str, samples: int, rounds: int) -> dict[str, float]:
     return {kind: statistics.median(values[1:]) for kind, values in found.items()}
 
 
-def whole_run(net: str, samples: int, steps: int) -> dict[str, float]:
+def whole_run(net: str, samples: int, steps: int, checkpoint: Path | None = None) -> dict[str, Any]:
     """A fit with one EM step, streamed, in this process: seconds, peak GiB, and what it found."""
     model, data = problem(net, steps)
-    start = time.process_time()
+    noted: list[dict[str, Any]] = []
+    clocks = time.time(), time.process_time()
+
+    def note(progress: Any) -> None:
+        """The seconds that ended with the samples, with the optimum (and the precision), and with the samples again."""
+        nonlocal clocks
+        now = time.time(), time.process_time()
+        noted.append({
+            "ended": f"{progress.doing} {progress.em_step}", "seconds": now[0] - clocks[0],
+            "cpu_seconds": now[1] - clocks[1], "GiB": peak(), "residual": progress.residual,
+        })  # fmt: skip
+        clocks = now
+        if checkpoint is not None:
+            with checkpoint.with_suffix(".jsonl").open("a") as file:
+                file.write(json.dumps(noted[-1]) + "\n")
+
     posterior = pb.sampled_laplace(
         model, nn.CrossEntropyLoss(), data, samples, em_steps=1, prior_precision=1000.0, solver="sgd", epochs=1,
-        max_memory=1, match=None,
+        max_memory=1, match=None, checkpoint=checkpoint, callback=note,
     )  # fmt: skip
     last = posterior.history[-1]
+    if checkpoint is not None:
+        noted = [json.loads(line) for line in checkpoint.with_suffix(".jsonl").read_text().splitlines()]
     return {
-        "cpu_seconds": time.process_time() - start,
-        "GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "seconds": sum(row["seconds"] for row in noted), "cpu_seconds": sum(row["cpu_seconds"] for row in noted),
+        "GiB": max(peak(), *(row["GiB"] for row in noted)), "parts": noted,
         "weights": sum(w.numel() for w in posterior.weights.values()),
-        "precision": last.precision[0], "effective_dimension": last.effective_dimension[0], "residual": last.residual,
+        "precision": last.precision[0], "effective_dimension": last.effective_dimension[0],
+        "residuals": [step.residual for step in posterior.history],
     }  # fmt: skip
+
+
+def peak() -> float:
+    """GiB that this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def slope(curve: dict[int, dict[str, float]]) -> float:
@@ -115,10 +140,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--one", type=int, help="one whole run with so many samples, in this process")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--long", type=int, metavar="SAMPLES", help="one run of 50 steps with so many samples, instead")
+    parser.add_argument("--checkpoint", type=Path, default=Path("sampled-run"), help="of --long")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.one:
         print(json.dumps(whole_run(args.net, args.one, args.steps)))
+        return
+    if args.long:
+        record = {"machine": machine(), **whole_run(args.net, args.long, 50, args.checkpoint)}
+        (args.out / "sampled-long.json").write_text(json.dumps(record, indent=1) + "\n")
+        print(json.dumps(record, indent=1))
         return
     curve: dict[int, dict[str, float]] = {}
     for samples in args.samples:
@@ -139,7 +171,7 @@ def main() -> None:
         "",
         "| samples | peak GiB | processor seconds | residual |",
         "|---|---|---|---|",
-        *(f"| {k} | {r['GiB']:.2f} | {r['cpu_seconds']:.0f} | {r['residual']:.2g} |" for k, r in curve.items()),
+        *(f"| {k} | {r['GiB']:.2f} | {r['cpu_seconds']:.0f} | {r['residuals'][-1]:.2g} |" for k, r in curve.items()),
     ]
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "sampled.md").write_text("\n".join(lines) + "\n")

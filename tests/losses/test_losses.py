@@ -327,3 +327,15 @@ def test_algebra_errors():
         -1 * MSE()
     with pytest.raises(TypeError):
         MSE() + 1
+
+
+def test_curvature_keeps_its_digits_where_a_prediction_is_sure():
+    """float32 against float64: 1 - p has none left where p rounds to 1."""
+    f = torch.tensor([[30.0, 0.0, -3.0, 2.0], [-1.0, 0.0, 25.0, 1.0], [0.5, 0.0, 0.3, 1.0]], dtype=torch.float64)
+    u = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = torch.tensor([0, 2, 1])
+    for loss, target in ((CrossEntropy(), y), (BCEWithLogits(), (f > 0).to(f))):
+        want = loss.curvature_product(f, target, u)
+        single = target if target.dtype == torch.int64 else target.float()
+        found = loss.curvature_product(f.float(), single, u.float())
+        torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=0)

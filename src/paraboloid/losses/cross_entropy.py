@@ -112,6 +112,9 @@ class CrossEntropy(Loss):
         axis = 1 - f.dim()
         f = full(f)
         p = f.softmax(axis)
+        # H 1 = 0: less its value at the surest class, whose p rounds to 1, u leaves the others' p their digits.
+        surest = f.argmax(axis, keepdim=True).expand(*u.shape[: u.dim() - f.dim()], *f.shape[:1], 1, *f.shape[2:])
+        u = u - u.gather(axis, surest)
         pu = p * u
         return self._mass(f, y) * (pu - p * pu.sum(axis, keepdim=True))
 

@@ -132,8 +132,7 @@ class BCEWithLogits(Elementwise):
         return gradient if o["weight"] is None else gradient * o["weight"]
 
     def _curvature(self, f, y):
-        p = f.sigmoid()
-        return self._mass(f, y.to(f)) * p * (1 - p)
+        return self._mass(f, y.to(f)) * f.sigmoid() * (-f).sigmoid()  # 1 - p has no digits where p rounds to 1
 
     def sampled_gradients(self, f, y, samples, generator):
         f = full(f)

@@ -23,6 +23,7 @@ from paraboloid.posteriors.sampled.fitting import Fitting, normalisation_layers
 from paraboloid.posteriors.sampled.sampled_posterior import SampledPosterior
 from paraboloid.posteriors.weights import Weights, choose
 
+ABOUT = 1e-2  # residual to which samples are solved for that only order inputs by their variance
 SOLVERS, OBJECTIVES = ("auto", "dual", "cg", "sgd"), ("low-variance", "noisy-targets")
 
 
@@ -132,6 +133,7 @@ def sampled_laplace(
         else:
             beside = None if path is None else path.with_name(path.name + ".unweighted")
             unweighted = replace(likelihood, curvature="jacobian")
+            fitting = replace(fitting, tol=max(tol, ABOUT))
             posterior.unweighted = fitting.drawn(unweighted, g_prior, 1.0, per, 1, beside, callback)
         posterior.confidence = fitting.confidence(posterior.unweighted)
     return posterior

@@ -64,6 +64,7 @@ class Passes(Generic[T]):
         self.single = batch_data.as_batch(data) is not None
         self.order: list[float] | None = [] if ordered else None  # of each batch, a number that follows its order
         self.passes, self.samples, self.normalizer, self.total = 0, 0, 0.0, 0.0
+        self.batches = 0  # of a pass
         self.latest = 0.0  # total of the batch at hand
         self.counted: list[float] = []  # what the loss's terms divide by on it, in the first pass
         settle = len(loss.terms) > 1 and not self.single
@@ -147,6 +148,7 @@ class Passes(Generic[T]):
                              "several batches; expected one batch, a callable with .reduction == 'sum', a torch loss "
                              "module that paraboloid knows, or a subclass of pb.Loss.")  # fmt: skip
         self.samples += len(f) if f.dim() else 1
+        self.batches += 1
         self.counted = normalizers(self.loss, f, y)
         m = self.loss.normalizer(f.detach(), y) if len(self.counted) > 1 else self.counted[0]
         self.normalizer = m if self.loss.reduction in ("sum", "whole") else self.normalizer + m

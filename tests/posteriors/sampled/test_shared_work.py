@@ -19,6 +19,7 @@ def ranks(tmp_path_factory):
     return run(sampled_rank.__file__, tmp_path_factory.mktemp("ranks"))
 
 
+@pytest.mark.filterwarnings("ignore:the relative")  # few epochs
 @pytest.mark.parametrize("name", sampled_rank.OPTIONS)
 def test_shared_work_finds_what_one_process_finds(ranks, name):
     model, x, y = sampled_rank.problem()

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paraboloid.distributed import collectives
+from paraboloid.distributed.collectives import Group
 from paraboloid.posteriors.sampled.expectation_maximisation import EMStep, State
 from paraboloid.posteriors.sampled.solvers import Position
 
-VERSION = 1
+VERSION = 2
 
 
 def fingerprint(weights: dict[str, Tensor], replay: Any, settings: dict[str, Any]) -> dict[str, Any]:
@@ -26,8 +28,18 @@ def fingerprint(weights: dict[str, Tensor], replay: Any, settings: dict[str, Any
     return {"model": sums, "data": [replay.samples, replay.total], "settings": settings}
 
 
-def save(path: Path, state: State, belongs: dict[str, Any]) -> None:
-    """Beside the old file first, then in its place: a kill leaves one or the other."""
+def of_process(path: Path, group: Group) -> Path:
+    """Each process has a file of its own."""
+    size = collectives.size_of(group)
+    return path if size == 1 else path.with_name(f"{path.name}.{collectives.rank_of(group)}-of-{size}")
+
+
+def save(path: Path, state: State, belongs: dict[str, Any], keep: bool = False) -> None:
+    """Beside the old file first, then in its place: a kill leaves one or the other.
+
+    keep: the old one too, which other processes may be at yet.
+    """
+    state.saves += 1
     packed = {**vars(state), "history": [asdict(step) for step in state.history]}
     packed["position"] = None if state.position is None else vars(state.position)
     beside = path.with_name(path.name + ".part")
@@ -35,7 +47,31 @@ def save(path: Path, state: State, belongs: dict[str, Any]) -> None:
         torch.save({"version": VERSION, "belongs": belongs, "state": packed}, file)
         file.flush()
         os.fsync(file.fileno())
+    if keep and path.exists():
+        os.replace(path, _before(path))
     os.replace(beside, path)
+
+
+def resumed(path: Path, belongs: dict[str, Any], device: torch.device, group: Group) -> State | None:
+    """The last state that every process has; None where they have none yet.
+
+    Raises ValueError as `load` does, and for files of processes that do not belong together.
+    """
+    if collectives.size_of(group) == 1:
+        return load(path, belongs, device) if path.exists() else None
+    found = {s.saves: s for s in (load(p, belongs, device) for p in (_before(path), path) if p.exists())}
+    every = collectives.gathered(list(found), group)
+    common = set(every[0]).intersection(*every[1:])
+    if common:
+        return found[max(common)]
+    if all(not saves or min(saves) == 1 for saves in every):  # one process had not saved its first state
+        return None
+    raise ValueError(f"the processes' checkpoints at {path} are {every} parts of the work along; expected files of one "
+                     "run, which are at most one part apart. Take another path to begin anew.")  # fmt: skip
+
+
+def _before(path: Path) -> Path:
+    return path.with_name(path.name + ".before")
 
 
 def load(path: Path, belongs: dict[str, Any], device: torch.device) -> State:
@@ -51,8 +87,7 @@ def load(path: Path, belongs: dict[str, Any], device: torch.device) -> State:
                              "begun with. Take another path to begin anew.")  # fmt: skip
     state = found["state"]
     history = [
-        EMStep(h["step"], tuple(h["precision"]), tuple(h["effective_dimension"]), h["residual"])
-        for h in state["history"]
+        EMStep(**{**h, **{k: tuple(h[k]) for k in ("precision", "effective_dimension")}}) for h in state["history"]
     ]
     position = None if state["position"] is None else Position(**state["position"])
     return State(**{**state, "history": history, "position": position})

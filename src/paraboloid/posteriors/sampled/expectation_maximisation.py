@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,13 +13,16 @@ from torch import Tensor
 
 from paraboloid.distributed import collectives
 from paraboloid.distributed.collectives import Group
+from paraboloid.linalg.operand import LinAlgError
 from paraboloid.linalg.stochastic_descent import Diverged
 from paraboloid.operators.vectors import split
 from paraboloid.posteriors.prior_tuning.evidence import HIGHEST, LOWEST
 from paraboloid.posteriors.prior_tuning.linearised import optimum
 from paraboloid.posteriors.sampled.scaled_model import ScaledModel
+from paraboloid.posteriors.sampled.sketch import Sketch, rank_of
 from paraboloid.posteriors.sampled.solvers import (
     HALVINGS,
+    MOST_ITERATIONS,
     Descent,
     Position,
     by_conjugate_gradients,
@@ -33,6 +37,9 @@ from paraboloid.posteriors.sampled.tangent_kernel import TangentKernel
 from paraboloid.posteriors.sampled.tangent_system import TangentSystem
 
 OPTIMUM = 1e-3  # of the gradient's norm, to which the linearised optimum is found
+PROBED = 4  # passes over the data by which descent and conjugate gradients are compared
+NEWTON_STEPS = 3  # of the linearised optimum, where passes are counted
+FEW = 10  # iterations that are worth more than a sketch
 SETTLED = 1e-3  # relative change of every precision that ends the updates
 
 
@@ -43,12 +50,15 @@ class EMStep:
     precision            one for each group of weights (in the g-prior's units, where there is one)
     effective_dimension  gamma of each group, the mean over the samples
     residual             ||b - A w|| / ||b|| of the worst sample
+    optimum              the norm of the gradient at the w* that gave this precision, over that of its larger part, the
+                         data's or the prior's; None at first
     """
 
     step: int
     precision: tuple[float, ...]
     effective_dimension: tuple[float, ...]
     residual: float
+    optimum: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,15 +86,20 @@ class State:
     """All that a run consists of: what is saved, and gone on from."""
 
     precision: list[float]  # of each group
+    diagonal: Tensor | None = None  # [D], of strength G
     b: Tensor | None = None  # [K, D], right-hand sides under `precision`
     w: Tensor | None = None  # [K, D], the samples in units of the g-prior
     delta: Tensor | None = None  # [D], the linearised model's optimum less the weights, in the same units
     gammas: list[float] = field(default_factory=list)
+    slope: float | None = None  # what is left of the gradient at w*
     steps: int = 0  # updates of the precision that were made
     sampled: bool = False  # whether `w` and `gammas` are those of `precision`
     settled: bool = False
+    chosen: str | None = None  # "sgd" or "cg", where that was probed
+    sketched: list[float] | None = None  # the precision that the curvature was sketched at; None: it was not
     position: Position | None = None  # of the descent that is going on
     history: list[EMStep] = field(default_factory=list)
+    saves: int = 0
 
 
 @dataclass(eq=False)
@@ -108,7 +123,9 @@ class Run:
     descent: Descent | None = None  # None: conjugate gradients, or with `dual` exactly
     dual: TangentKernel | None = None
     across: Group = None  # the processes that hold other samples
+    probes: bool = False  # whether conjugate gradients are taken in the place of the descent where they are better
     loss: Any = None  # of the linearised optimum; None: that of the system
+    made: list[Sketch] | None = None  # empty where there is none to be had
 
     def expanded(self, precision: Sequence[float]) -> Tensor:
         """One precision for each weight, [D]."""
@@ -156,16 +173,75 @@ class Run:
         if state.b is None or state.w is None:
             state.b = self.system.right_hand_sides(precision)
             state.w = self.system.prior_draws(precision)
+            after(state)
+        if self.probes and state.chosen is None:
+            self._probe(state, precision)
+            after(state)
         if self.dual is not None:
             state.w = self.dual.apply(precision, state.b)
-        elif self.descent is None:
-            state.w = by_conjugate_gradients(self.system, precision, state.b, state.w, self.tol, self.diagonal)
+        elif not self._descends(state):
+            state.w = self._conjugate(state, precision)
         else:
             self._descend_samples(state, precision, after)
         forms, wholes, residual = self._measured(state.b, state.w, precision)
         state.gammas = [n * form / whole for form, whole, n in zip(forms, wholes, self.counts, strict=True)]
-        state.history.append(EMStep(state.steps, tuple(state.precision), tuple(state.gammas), residual))
+        state.history.append(EMStep(state.steps, tuple(state.precision), tuple(state.gammas), residual, state.slope))
         state.sampled = True
+
+    def _descends(self, state: State) -> bool:
+        return self.descent is not None and state.chosen != "cg"
+
+    def _probe(self, state: State, precision: Tensor) -> None:
+        """Some passes over the data by either, for one sample: the one that brings w . A w / 2 - b . w lower."""
+        assert state.b is not None and state.w is not None and self.descent is not None
+        passes, b, start, M = (
+            min(PROBED, self.descent.epochs),
+            state.b[:1],
+            state.w[:1],
+            self._preconditioner(precision),
+        )
+
+        def energy(x: Tensor) -> float:
+            return float((x * (self.system.product(x) + precision * x - 2 * b)).sum()) / 2
+
+        conjugate = by_conjugate_gradients(self.system, precision, b, start, self.tol, M, passes)[0]
+        settings, x = replace(self.descent, epochs=passes), start.clone()
+        position, outputs = first_position(self.system, settings, precision, M), sample_targets(self.system, settings)
+        try:
+            for descent in descended(x, position, self.system, settings, precision, M, b, outputs):
+                x = descent.result()
+            better = "sgd" if energy(x) < energy(conjugate) else "cg"
+        except Diverged:
+            better = "cg"
+        state.chosen = better if self.across is None else collectives.gathered(better, self.across)[0]
+
+    def _conjugate(self, state: State, precision: Tensor) -> Tensor:
+        """By the diagonal, for as many products as a sketch takes; where that was not enough, by a sketch."""
+        assert state.b is not None and state.w is not None
+        w, M, most = state.w, self._preconditioner(precision), MOST_ITERATIONS
+        if self.descent is not None:  # as many passes as it would make
+            return by_conjugate_gradients(self.system, precision, state.b, w, self.tol, M, self.descent.epochs)[0]
+        if self.rank and state.sketched is None:
+            most = max(FEW, self.rank // len(w))
+            w, residual = by_conjugate_gradients(self.system, precision, state.b, w, self.tol, M, most)
+            if residual <= self.tol:
+                return w
+            state.sketched, most = list(state.precision), MOST_ITERATIONS
+        sketch = self._sketch(state)
+        M = M if sketch is None else sketch.at(precision)
+        return by_conjugate_gradients(self.system, precision, state.b, w, self.tol, M, most)[0]
+
+    @cached_property
+    def rank(self) -> int:
+        return rank_of(self.system)
+
+    def _sketch(self, state: State) -> Sketch | None:
+        """That of the state, made again where a run goes on."""
+        if state.sketched is not None and self.made is None:
+            with suppress(LinAlgError):  # rounding made it indefinite
+                self.made = [Sketch(self.system, self.expanded(state.sketched), self.rank)]
+            self.made = self.made or []
+        return self.made[0] if self.made else None
 
     @torch.no_grad()
     def _measured(self, b: Tensor, w: Tensor, precision: Tensor) -> tuple[list[float], list[float], float]:
@@ -199,11 +275,14 @@ class Run:
 
         state.w = self._descend(state, state.w, precision, P, b, outputs, again, after)
 
-    def _covariance(self, precision: Tensor) -> Callable[[Tensor], Tensor]:
+    def _covariance(self, state: State, precision: Tensor) -> Callable[[Tensor], Tensor]:
         """About A^-1, for rows [K, D]."""
         if self.dual is not None:
             dual = self.dual
             return lambda rows: dual.apply(precision, rows)
+        if (sketch := self._sketch(state)) is not None:
+            M = sketch.at(precision)
+            return lambda rows: (M @ rows.T).T
         P = self._preconditioner(precision)
         return lambda rows: rows * P
 
@@ -237,13 +316,13 @@ class Run:
     def update(self, state: State, after: Callable[[State], None]) -> None:
         """The M step, in place: the linearised optimum, the precisions, and the right-hand sides that follow."""
         before, linear = self.expanded(state.precision), ScaledModel(self.system, self.loss)
-        if self.descent is None:
-            found = optimum(
-                linear, before, self.system.strength, state.delta, self._covariance(before), min(self.tol, OPTIMUM)
-            )
+        if not self._descends(state):
+            most = None if self.descent is None else (NEWTON_STEPS, max(1, self.descent.epochs // NEWTON_STEPS))
+            M, tol = self._covariance(state, before), min(self.tol, OPTIMUM)
+            found = optimum(linear, before, self.system.strength, state.delta, M, tol, most)
         else:
             found = self._descended_optimum(state, linear, before, after)
-        state.delta = found
+        state.delta, state.slope = found, self._slope(linear, found, before)
         squares = self.totals((linear.theta + found).square())
         tiny = torch.finfo(self.theta.dtype).tiny
         # The samples' noise may take the gamma of a group below zero: one weight is the least that EM goes on from.
@@ -251,9 +330,16 @@ class Run:
         updated = [min(max(g / max(s, tiny), LOWEST), HIGHEST) for g, s in zip(gammas, squares, strict=True)]
         pairs = zip(updated, state.precision, strict=True)
         state.settled = all(abs(new / old - 1) < SETTLED for new, old in pairs)
-        assert state.b is not None
-        self.system.reweighted(state.b, before, self.expanded(updated))
+        assert state.b is not None and state.w is not None
+        # Directions that the data does not determine, D - gamma of them, keep the prior's draw.
+        shares = self.expanded([1 - min(g / n, 1.0) for g, n in zip(gammas, self.counts, strict=True)])
+        self.system.reweighted(state.b, state.w, before, self.expanded(updated), shares)
         state.precision, state.steps, state.sampled = updated, state.steps + 1, False
+
+    def _slope(self, linear: ScaledModel, delta: Tensor, precision: Tensor) -> float:
+        data, prior = self.system.strength * linear.gradient(delta), precision * (linear.theta + delta)
+        scale = torch.maximum(data.norm(), prior.norm()).clamp(min=torch.finfo(data.dtype).tiny)
+        return float((data + prior).norm() / scale)
 
     def _descended_optimum(self, state: State, linear: ScaledModel, precision: Tensor, after: Any) -> Tensor:
         """delta moves from where it was: gradient S J^T l' + Lambda (S^-1 theta + delta)."""

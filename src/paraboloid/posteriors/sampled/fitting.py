@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,12 +24,13 @@ from paraboloid.passes.parameter_layers import layer_of
 from paraboloid.passes.wrappers import unwrapped
 from paraboloid.posteriors.fit import parameters_of
 from paraboloid.posteriors.likelihood import Likelihood
-from paraboloid.posteriors.prediction.confidence import RARE_LEFT_OUT, SAMPLES, Confidence, shared
+from paraboloid.posteriors.prediction.confidence import SAMPLES, Confidence, shared
 from paraboloid.posteriors.prior_tuning.evidence import groups_of
 from paraboloid.posteriors.sampled import checkpoint as checkpoints
 from paraboloid.posteriors.sampled import noise
 from paraboloid.posteriors.sampled.expectation_maximisation import Progress, Run, State, as_prior
 from paraboloid.posteriors.sampled.sampled_posterior import SampledPosterior, by_name
+from paraboloid.posteriors.sampled.shortfall import tell
 from paraboloid.posteriors.sampled.solvers import Descent
 from paraboloid.posteriors.sampled.tangent_curvature import TangentCurvature
 from paraboloid.posteriors.sampled.tangent_kernel import MOST_ROWS, TangentKernel, rows_of
@@ -37,6 +38,7 @@ from paraboloid.posteriors.sampled.tangent_system import TangentSystem, feature_
 from paraboloid.posteriors.weights import only
 
 LARGE = 1_000_000  # weights from which the graphs of all data at once would not fit
+RARE = 0.98  # quantile of the variances on the data that others leave, beyond which confidence is lowered
 ITERATIONS = 100  # of conjugate gradients that a solution counts as, in the choice of a solver
 NORMALISATION = (
     nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.RMSNorm,
@@ -83,39 +85,50 @@ class Fitting:
             check_memory(theta, len(self.mine), 5 if self.solver == "sgd" else 4)
             system = self._system(likelihood, theta)
             solver = cheapest(system, self.max_memory) if self.solver == "auto" else self.solver
+            probes = self.solver == "auto" and solver == "sgd"
             dual = dual_of(system) if solver == "dual" else None
             descent = Descent(self.epochs, self.lr, noisy=self.noisy) if solver == "sgd" else None
-            self.first, diagonal = system.first, system.diagonal()
-            if g_prior:
-                system.scale = feature_scales(diagonal, system.parameters)
-                diagonal = diagonal.mul_(system.scale).mul_(system.scale)
+            self.first = system.first
             unit = likelihood.curvature == "jacobian" and em_steps > 0
             groups, places = groups_of(theta, "parameter" if unit else per), {name: i for i, name in enumerate(theta)}
             at = [[places[k] for k in members] for members in groups]
             across = self.group if self.shard == "samples" else None
-            run = Run(
-                system, at, join(list(theta.values())), diagonal, self.tol, descent, dual, across,
-                likelihood.loss,
-            )  # fmt: skip
             settings = {
                 "samples": self.samples, "here": [self.mine.start, self.mine.step], "seed": self.seed,
-                "g_prior": g_prior, "per": per, "curvature": likelihood.curvature, "solver": solver, "tol": self.tol,
+                "g_prior": g_prior, "per": per, "curvature": likelihood.curvature,
+                "solver": "either" if probes else solver, "tol": self.tol,
                 "noise_variance": self.noise_variance, "prior_precision": "unit" if unit else prior_precision,
                 **({} if descent is None else {"epochs": self.epochs, "lr": self.lr, "noisy": self.noisy}),
             }  # fmt: skip
             belongs = checkpoints.fingerprint(theta, system.replay, settings)
-            state = State(unit_information(run) if unit else [prior_precision] * len(groups))
-            if path is not None and path.exists():
-                state = checkpoints.load(path, belongs, system.like.device)
+            path = None if path is None else checkpoints.of_process(path, self.group)
+            state = None if path is None else checkpoints.resumed(path, belongs, system.like.device, self.group)
+            state = State([prior_precision] * len(groups)) if state is None else state
+            fresh = state.diagonal is None
+            diagonal = state.diagonal = system.diagonal() if state.diagonal is None else state.diagonal
+            if g_prior:
+                parameters = system.parameters
+                system.scale = input_scales(parameters) if unit else feature_scales(diagonal, parameters)
+                diagonal = (diagonal * system.scale).mul_(system.scale)
+            run = Run(
+                system, at, join(list(theta.values())), diagonal, self.tol, descent, dual, across, probes,
+                likelihood.loss,
+            )  # fmt: skip
+            if unit and state.b is None:
+                state.precision = unit_information(run)
 
             def after(state: State) -> None:
-                if path is not None:
-                    checkpoints.save(path, state, belongs)
+                # Descents for samples apart are not at one place; that of processes with data apart is.
+                if path is not None and (across is None or state.position is None):
+                    checkpoints.save(path, state, belongs, keep=self.group is not None)
                 if callback is not None:
                     callback(run.progress(state))
 
+            if fresh:
+                after(state)
             state = run.go(state, 0 if unit else em_steps, after)
             assert state.w is not None
+            tell(state, "passes" if state.chosen == "cg" else solver, self.tol, self.epochs, system.like.dtype)
             deviations = system.deviations(state.w)
             if across is not None:
                 deviations = _interleaved(deviations, self.samples, self.mine, across)
@@ -162,7 +175,25 @@ class Fitting:
         variances = torch.cat(found)
         if self.group is not None and self.shard == "data":
             variances = torch.cat([torch.tensor(part) for part in collectives.gathered(variances.tolist(), self.group)])
-        return Confidence.of(variances, RARE_LEFT_OUT)
+        return Confidence.of(variances, RARE)
+
+
+def input_scales(parameters: Sequence[Tensor]) -> Tensor:
+    """The root of the mean square of the weights behind each input, [D]: the network's own unit for it.
+
+    Rescaling an input rescales its weights alike.  What the data seldom sees has no larger a unit for it, as it would
+    have by the g-prior, under which the few inputs that are seen by one sample alone rule all variances.
+    Inputs are axis 1; weights with fewer axes are in units of 1, and inputs whose weights are all zero have the mean.
+    """
+    found = []
+    for p in parameters:
+        w = p.detach()
+        if w.dim() < 2 or not w.any():
+            found.append(torch.ones_like(w).reshape(-1))
+            continue
+        rms = w.square().mean([axis for axis in range(w.dim()) if axis != 1], keepdim=True).sqrt()
+        found.append(torch.where(rms > 0, rms, rms.mean()).expand_as(w).reshape(-1))
+    return torch.cat(found)
 
 
 def unit_information(run: Run) -> list[float]:
@@ -177,7 +208,8 @@ def unit_information(run: Run) -> list[float]:
 
 
 def cheapest(system: TangentSystem, max_memory: int | None) -> str:
-    """ "sgd" where graphs are not kept; else "dual" or "cg", by the multiplications of forming and of products.
+    """The solver: "sgd" where graphs are not kept, which is probed against "cg"; else "dual" or "cg", by the
+    multiplications of forming and of products.
 
     A product takes about four forward passes for each sample; `ITERATIONS` of them stand for a solution.
     """

@@ -54,6 +54,11 @@ class SampledPosterior:
         """How many samples there are."""
         return len(next(iter(self.samples.values())))
 
+    @property
+    def residual(self) -> float:
+        """How far the samples are from solving their systems: ||b - A w|| / ||b|| of the worst one."""
+        return self.history[-1].residual
+
     def sample(self, samples: int, seed: int = 0) -> dict[str, Tensor]:
         """The first `samples` draws of the weights, theta + deviation: name -> [samples, *shape].
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paraboloid import linalg
+from paraboloid.linalg.conjugate_gradients import cg_solution
 from paraboloid.linalg.operand import LinAlgError
+from paraboloid.linalg.solution import Solution
 from paraboloid.linalg.stochastic_descent import Diverged, NesterovDescent, largest_eigenvalue
 from paraboloid.posteriors.sampled import noise
 from paraboloid.posteriors.sampled.scaled_model import ScaledModel
@@ -23,6 +25,8 @@ BOLD = (
     4.0  # times (1 - momentum) over the largest curvature of a batch: averaging pays for the noise of so large a rate
 )
 HALVINGS = 12
+RARELY = 20.0  # times as long as saving it takes, at least
+APART = 60.0  # seconds after which a descent is given out within an epoch too, to be saved
 
 
 class _Columns:
@@ -38,20 +42,23 @@ class _Columns:
 
 
 def by_conjugate_gradients(
-    system: TangentSystem, precision: Tensor, b: Tensor, w: Tensor, tol: float, diagonal: Tensor
-) -> Tensor:
-    """Rows that solve the system to ||r|| <= tol ||b|| each, from the rows `w`; diagonal [D]: of S (strength G) S."""
-    M = 1 / (diagonal + precision)
+    system: TangentSystem, precision: Tensor, b: Tensor, w: Tensor, tol: float, M: Any, most: int = MOST_ITERATIONS
+) -> tuple[Tensor, float]:
+    """Rows that solve the system to ||r|| <= tol ||b|| each, from the rows `w`, preconditioned by M; and the largest
+    residual over ||b||.
 
-    def solved(A: _Columns) -> Tensor:
-        return linalg.cg(A, b.T, tol, max_iterations=MOST_ITERATIONS, preconditioner=M, x0=w.T)
+    It is measured at the end, and the iteration begun anew where rounding has parted it from its own.
+    """
+
+    def solved(A: _Columns) -> Solution:
+        return cg_solution(A, b.T, tol, most, M, x0=w.T)
 
     try:
         found = solved(_Columns(system, precision))
     except LinAlgError:
-        # A sure network's H_n is all rounding in float32, and the g-prior enlarges what few samples saw.
+        # A curvature that is all rounding, where the g-prior enlarges what few samples saw.
         found = solved(_Columns(system, precision, by_root=True))
-    return found.T.contiguous()
+    return found.x.T.contiguous(), found.residual
 
 
 @dataclass(frozen=True)
@@ -71,10 +78,11 @@ class Descent:
 
 @dataclass(eq=False)
 class Position:
-    """Where a descent is, between two passes; what is saved of one."""
+    """Where a descent is, between two steps; what is saved of one."""
 
     lr: float
     epoch: int = 0
+    step: int = 0  # of the epoch
     v: Tensor | None = None
     average: Tensor | None = None
     averaged: int = 0
@@ -82,7 +90,18 @@ class Position:
 
 
 def batches(system: TangentSystem, epoch: int) -> Iterator[tuple[int, Any]]:
-    """(number of its first data point, graph) of each batch: shuffled where the graphs are kept, else as they come."""
+    """(number of its first data point, graph) of each batch of an epoch: shuffled where the graphs are kept, else as
+    they come.  As many as the process with the most of them has; the others begin anew."""
+    left = system.steps
+    while left:
+        for each in _pass(system, epoch):
+            yield each
+            left -= 1
+            if not left:
+                return
+
+
+def _pass(system: TangentSystem, epoch: int) -> Iterator[tuple[int, Any]]:
     starts = system.curvature.starts
     with system.replay.graphs() as graphs:
         if system.replay.kept is not None:
@@ -102,49 +121,51 @@ def steepest(system: TangentSystem, precision: Tensor, preconditioner: Tensor) -
     for probe, (_, graph) in enumerate(batches(system, 0)):
         if probe == PROBES:
             break
-        coefficient = system.strength * system.count / _size(system, graph)
 
-        def product(v: Tensor, graph: Any = graph, coefficient: float = coefficient) -> Tensor:
+        def product(v: Tensor, graph: Any = graph) -> Tensor:
             ((_, parts),) = system.pulled(graph, graph.hessian(system.pushed(graph, v.unsqueeze(0))))
-            flat = system.summed(torch.cat([t.reshape(-1) for t in parts])).mul_(coefficient)
+            parts, coefficient = system.of_all(graph, parts)
+            flat = torch.cat([t.reshape(-1) for t in parts]).mul_(coefficient)
             return preconditioner * (system.deviations(flat) + precision * v)
 
         found.append(largest_eigenvalue(product, start, POWERS))
     return max(found)
 
 
-def _size(system: TangentSystem, graph: Any) -> int:
-    """Data points in a step: those of all processes' batches."""
-    size = torch.tensor(len(graph.f))
-    return int(system.summed(size)) if system.group is not None else int(size)
-
-
 def descended(
     x: Tensor, position: Position, system: TangentSystem, settings: Descent, precision: Tensor, preconditioner: Tensor,
     b: Tensor | None, outputs: Callable[[Any, int, Tensor], Tensor],
 ) -> Iterator[NesterovDescent]:  # fmt: skip
-    """Descent of the rows x, in place, from its position; after each epoch it is given out.
+    """Descent of the rows x, in place, from its position; after each epoch, and in long ones, it is given out.
 
     outputs(graph, start, J S x) are the vectors in output space whose pull-back is the batch's part of the gradient.
+    The points of the second half of all steps are averaged.
     """
     descent = NesterovDescent(x, position.lr, settings.momentum, preconditioner)
     if position.v is not None:
         descent.v, descent.average, descent.averaged = position.v, position.average, position.averaged
         descent.first = list(position.first)
+    half, last, apart = settings.epochs * system.steps // 2, time.monotonic(), APART
     for epoch in range(position.epoch, settings.epochs):
-        if epoch == settings.epochs // 2:
-            descent.start_average()
-        for start, graph in batches(system, epoch):
-            coefficient = system.strength * system.count / _size(system, graph)
+        for step, (start, graph) in enumerate(batches(system, epoch)):
+            if step < position.step:  # of an epoch that was interrupted
+                continue
+            if epoch * system.steps + step == half:
+                descent.start_average()
             u = outputs(graph, start, system.pushed(graph, x))
             for k, parts in system.pulled(graph, u):
-                if system.group is not None:
-                    parts = [system.summed(t) for t in parts]
+                parts, coefficient = system.of_all(graph, parts)
                 descent.step(k, parts, coefficient, precision, None if b is None else b[k], system.scale)
             descent.advance()
-        position.epoch, position.v, position.first = epoch + 1, descent.v, descent.first
-        position.average, position.averaged = descent.average, descent.averaged
-        yield descent
+            ended = step + 1 == system.steps
+            if ended or (system.group is None and time.monotonic() - last >= apart):
+                position.epoch, position.step = (epoch + 1, 0) if ended else (epoch, step + 1)
+                position.v, position.first = descent.v, descent.first
+                position.average, position.averaged = descent.average, descent.averaged
+                given = time.monotonic()
+                yield descent
+                last = time.monotonic()
+                apart = max(APART, RARELY * (last - given))
 
 
 def first_position(system: TangentSystem, settings: Descent, precision: Tensor, preconditioner: Tensor) -> Position:

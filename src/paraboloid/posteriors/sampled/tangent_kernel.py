@@ -18,7 +18,8 @@ from paraboloid.posteriors.sampled.tangent_system import TangentSystem
 from paraboloid.quantities.curvature import SqrtGGN
 from paraboloid.quantities.recording import record
 
-MOST_ROWS = 6000  # of a tangent kernel: 144 MB of float32, and a Cholesky factor of a few seconds
+PIECE = 4096  # weights whose rows are taken together in float64
+MOST_ROWS = 6000  # of a tangent kernel: 288 MB, and a Cholesky factor of a few seconds
 
 
 class TangentKernel:
@@ -45,8 +46,8 @@ class TangentKernel:
     def apply(self, precision: Tensor, rows: Tensor) -> Tensor:
         """Sigma times the rows of a [K, D] tensor under Lambda = diag(precision)."""
         scaled = rows / precision
-        u = torch.cholesky_solve(self.forward(scaled).T, self._factor(precision)).T
-        return scaled - self.backward(u) / precision
+        u = torch.cholesky_solve(self.forward(scaled).double().T, self._factor(precision)).T
+        return scaled - self.backward(u.to(rows)) / precision
 
     def forward(self, rows: Tensor) -> Tensor:
         """B w_k, [K, R]."""
@@ -74,11 +75,15 @@ class TangentKernel:
         return self.system.deviations(found).mul_(self.system.strength**0.5)
 
     def kernel(self, precision: Tensor) -> Tensor:
-        """B Lambda^-1 B^T, [R, R]."""
-        if self.B is not None:
-            return (self.B / precision) @ self.B.T
-        blocks = [self.forward(rows / precision) for rows in self._rows()]
-        return torch.cat(blocks)
+        """B Lambda^-1 B^T, [R, R], in float64: in float32 the identity beside it would drown in its largest values."""
+        if self.B is None:
+            return torch.cat([self.forward(rows / precision) for rows in self._rows()]).double()
+        root = precision.rsqrt()
+        found = torch.zeros(self.size, self.size, dtype=torch.float64, device=root.device)
+        for piece, scale in zip(self.B.split(PIECE, 1), root.split(PIECE), strict=True):
+            part = (piece * scale).double()
+            found.addmm_(part, part.T)
+        return found
 
     def _factor(self, precision: Tensor) -> Tensor:
         if self.made is None or not torch.equal(self.made[0], precision):
@@ -88,8 +93,8 @@ class TangentKernel:
             L, failed = torch.linalg.cholesky_ex(kernel)
             if failed:
                 raise LinAlgError(
-                    f"the tangent kernel of {self.size} rows has no Cholesky factor in {kernel.dtype}; expected the "
-                    "identity plus a positive semi-definite matrix. Take solver='cg', or float64."
+                    f"the tangent kernel of {self.size} rows has no Cholesky factor; expected the identity plus a "
+                    "positive semi-definite matrix. Take solver='cg', or float64."
                 )
             self.made = precision, L
         return self.made[1]

@@ -51,9 +51,12 @@ class TangentSystem:
         self.replay = self.curvature.replay
         self.parameters: list[Tensor] = list(self.replay.parameters.values())
         self.size = sum(p.numel() for p in self.parameters)
-        counts = [self.replay.samples] if self.group is None else collectives.gathered(self.replay.samples, self.group)
+        own = self.replay.samples, self.replay.batches
+        every = [own] if self.group is None else collectives.gathered(own, self.group)
+        counts = [samples for samples, _ in every]
         self.count = sum(counts)  # data points, everywhere
         self.first = sum(counts[: collectives.rank_of(self.group)])
+        self.steps = max(batches for _, batches in every)  # of a pass that takes a batch of each process at a time
 
     @property
     def everyone(self) -> range:
@@ -71,6 +74,16 @@ class TangentSystem:
     def summed(self, total: Tensor) -> Tensor:
         """Over the processes that hold other data."""
         return total if self.group is None else collectives.summed(total, self.group, total.device)
+
+    def of_all(self, graph: OutputGraph, parts: list[Tensor]) -> tuple[list[Tensor], float]:
+        """An estimate of strength times a sum over all data points from a batch's own part of it: (sums, coefficient).
+
+        Over several processes each one's batch stands for its part of the data, so that unequal ones are without bias.
+        """
+        share = self.replay.samples / len(graph.f)
+        if self.group is None:
+            return parts, self.strength * share
+        return [self.summed(t * share) for t in parts], self.strength
 
     # --- products -----------------------------------------------------------------------------------------------------
 
@@ -134,11 +147,17 @@ class TangentSystem:
         return b
 
     @torch.no_grad()
-    def reweighted(self, b: Tensor, before: Tensor, after: Tensor) -> None:
-        """The right-hand sides under another prior, in place: theta_0 alone moves with it."""
-        moved = after.sqrt() - before.sqrt()
-        for row, sample in zip(b, self.samples, strict=True):
-            row.addcmul_(moved, self.prior_noise(sample))
+    def reweighted(self, b: Tensor, w: Tensor, before: Tensor, after: Tensor, shares: Tensor) -> None:
+        """The right-hand sides under another prior, and solutions to begin at, in place.
+
+        theta_0 alone moves with the prior: b by what it adds, w by as much of what solves for it without data as
+        `shares` [D] says.
+        """
+        moved, drawn = after.sqrt() - before.sqrt(), (after.rsqrt() - before.rsqrt()) * shares
+        for k, sample in enumerate(self.samples):
+            theta = self.prior_noise(sample)
+            b[k].addcmul_(moved, theta)
+            w[k].addcmul_(drawn, theta)
 
     @torch.no_grad()
     def prior_draws(self, precision: Tensor) -> Tensor:

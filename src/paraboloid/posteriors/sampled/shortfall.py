@@ -1,0 +1,37 @@
+"""Telling of samples that do not solve their systems as they should: never in silence."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from paraboloid.posteriors.sampled.expectation_maximisation import State
+from paraboloid.posteriors.sampled.solvers import MOST_ITERATIONS
+
+ROUGH, EXACT = 0.1, 1e-2  # residuals above which descent, and a Cholesky factor, have not solved a system
+
+
+def tell(state: State, solver: str, tol: float, epochs: int, dtype: torch.dtype) -> None:
+    """Warn of samples, or of a linearised optimum, that fall short.
+
+    solver  that of the run; "passes" for conjugate gradients that made no more than `epochs` of them
+    """
+    last = state.history[-1]
+    larger = "Take a larger prior_precision" + ", or the model in float64" * (dtype != torch.float64)
+    cause, instead = {
+        "sgd": (f"{epochs} epochs of descent", "Take more epochs, or solver='cg'"),
+        "passes": (f"{epochs} passes of conjugate gradients", "Take more epochs, or solver='cg' for all that it takes"),
+        "cg": (f"{MOST_ITERATIONS} iterations of conjugate gradients in {dtype}", larger),
+        "dual": (f"a Cholesky factor in {dtype}", larger),
+    }[solver]
+    least = {"cg": 0.0, "dual": EXACT}.get(solver, ROUGH)
+    for found, most, what, off in (
+        (last.residual, max(2 * tol, least), "residual of a sample", "its variances and the effective dimension are"),
+        (last.optimum, ROUGH, "gradient at the linearised optimum", "the prior's precision is"),
+    ):
+        if found is not None and not found <= most:
+            warnings.warn(
+                f"the relative {what} is {found:.2g}; expected at most {most:.2g}: {off} off. {cause} did not do. "
+                f"{instead}.", RuntimeWarning, stacklevel=5,
+            )  # fmt: skip
