@@ -69,6 +69,24 @@ def sample_diag_ggn(traces: Tensor, norms: Tensor, wrong: Tensor) -> Figure:
     return figure
 
 
+def sample_diag_hessian(hessians: Tensor, ggns: Tensor, wrong: Tensor) -> Figure:
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for mine, colour, label in ((~wrong, BLUE, "right"), (wrong, RED, "taken for another digit")):
+        axes.plot(
+            ggns[mine], hessians[mine], "o", markersize=3.5, alpha=0.7, color=colour, markeredgewidth=0, rasterized=True
+        )
+        axes.plot([], [], "o", color=colour, label=label)
+    ends = [ggns.min().item(), ggns.max().item()]
+    axes.plot(ends, ends, color=GREY, linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_yscale("symlog", linthresh=0.1)
+    axes.set_xlabel("trace of the digit's GGN, loss / weight²")
+    axes.set_ylabel("trace of the digit's Hessian, loss / weight²")
+    axes.legend(loc="upper left")
+    return figure
+
+
 def sqrt_ggn(eigenvalues: Tensor, lanczos: Tensor) -> Figure:
     figure = Figure(figsize=(5, 3), layout="constrained")
     axes = figure.subplots()

@@ -9,7 +9,7 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import close
+from oracle import close, dense_diagonal, trainable
 from torch import nn
 
 import paraboloid as pb
@@ -21,28 +21,6 @@ from paraboloid.graph.single_use import Recorded, single_uses
 from paraboloid.layers import RULES, rule, spread
 
 SLOW = r"used several times, through other tensors or by an operation without a rule"
-
-
-def trainable(model):
-    return {k: p for k, p in model.named_parameters() if p.requires_grad}
-
-
-def dense_diagonal(value, params):
-    """d^2 value / d p_i^2, one double backward pass for each element (torch.func.hessian is wrong through LayerNorm)."""
-    grads = torch.autograd.grad(value, list(params.values()), create_graph=True, allow_unused=True)
-    found = {}
-    for (k, p), g in zip(params.items(), grads, strict=True):
-        found[k] = torch.zeros_like(p)
-        if g is not None and g.requires_grad:
-            rows = [torch.autograd.grad(e, p, retain_graph=True, allow_unused=True)[0] for e in g.flatten()]
-            found[k] = torch.stack(
-                [
-                    e.new_zeros(()) if r is None else r.flatten()[i]
-                    for i, (e, r) in enumerate(zip(g.flatten(), rows, strict=True))
-                ]
-            ).view_as(p)
-        found[k] = found[k].detach()
-    return found
 
 
 def check(model, inputs, loss_fn, y, **options):

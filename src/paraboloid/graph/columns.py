@@ -21,13 +21,14 @@ from paraboloid.losses import Loss
 
 
 class Gradients:
-    """The gradient of sum_n l_n in each of `inputs` (parameters, or graph edges), with its graph."""
+    """The gradient of sum_n l_n, or of one l_n, in each of `inputs` (parameters, or graph edges), with its graph."""
 
-    def __init__(self, loss: Loss, f: Tensor, y: Tensor, inputs: Sequence[Any], batched: bool):
+    def __init__(self, loss: Loss, f: Tensor, y: Tensor, inputs: Sequence[Any], batched: bool, n: int | None = None):
         self.inputs, self.batched = inputs, batched
         with torch.enable_grad():
             wide = f.float() if f.dtype in (torch.float16, torch.bfloat16) else f
-            total = loss.sample_losses(wide, y).sum()
+            losses = loss.sample_losses(wide, y)
+            total = losses.sum() if n is None else losses[n]
             self.g = torch.autograd.grad(total, inputs, create_graph=True, allow_unused=True)
 
     def products(self, i: int, v: Tensor) -> Tensor:
@@ -69,12 +70,19 @@ def add_columns(
             layout = recorded.plan.layouts[i]
             assert isinstance(layout, Layout)  # see `single_uses`
             d = output_diagonal(products, shape, coordinates(shape, layout, f.device), count, like)
-            found |= {name: from_diagonal(parts[i][name], d) for name in ways[i]}
+            found |= {name: from_diagonal(parts[i][name], d, recorded.each) for name in ways[i]}
         for name, kind in ways[i].items():
             if kind == "positions":
-                found[name] = from_products(parts[i][name], products, shape, count, like)
-    for j, name in enumerate(names, len(by_output)):
-        found[name] = hessian.diagonal(j, count)
+                found[name] = from_products(parts[i][name], products, shape, count, like, recorded.each)
+    if not recorded.each:
+        found |= {name: hessian.diagonal(j, count) for j, name in enumerate(names, len(by_output))}
+        return
+    own = {name: [] for name in names}
+    for n in range(len(f)) if names else ():
+        hessian = Gradients(recorded.loss, f, recorded.y, inputs[len(by_output) :], hessian.batched, n)
+        for j, name in enumerate(names):
+            own[name].append(hessian.diagonal(j, count))
+    found |= {name: torch.stack(diagonals) for name, diagonals in own.items()}
 
 
 def products_needed(recorded: Recorded, parts: Parts, i: int) -> int:
@@ -97,5 +105,7 @@ def _ways(recorded: Recorded, parts: Parts, i: int) -> dict[str, str]:
     for name, part in parts[i].items():
         if part.use is not None and part.use.right is not None and part.elements is not None:
             columns = part.elements()[0].numel() // N
-            ways[name] = "positions" if columns < parameters[name].numel() else "parameter"
+            many = parameters[name].numel() * (N if recorded.each else 1)
+            able = not (recorded.each and part.use.lookup)
+            ways[name] = "positions" if able and columns < many else "parameter"
     return ways

@@ -43,16 +43,17 @@ gives_back(_calls.clear)
 
 
 def diag_hessian(
-    tape: Tape, loss: Loss, f: Tensor, y: Tensor, memory: int | None
+    tape: Tape, loss: Loss, f: Tensor, y: Tensor, memory: int | None, each: bool = False
 ) -> tuple[bool, Callable[[Squares], dict[str, Tensor]]]:
     """Whether the squares of the loss's pulled-back root are needed, and what makes the diagonal from them.
 
-    The diagonal is that of the unreduced loss, by parameter name.
+    The diagonal is that of the unreduced loss, by parameter name; or `each` sample's own, [N, *shape], of as many
+    squares.
     """
     seed = _due(tape, f)
     try:
         graph = _checked_graph(Graph(f, [c.edge for c in tape.plan(f).calls]))
-        recorded = Recorded(tape, tape.plan(f), loss, f, y, memory)
+        recorded = Recorded(tape, tape.plan(f), loss, f, y, memory, each)
         parts, entangled = single_uses(recorded)
         signed, spreads = choose(recorded, graph, parts, probe_all=seed == 1 or tape.verify == "always")
     except RuntimeError as e:
@@ -63,7 +64,7 @@ def diag_hessian(
         found = {}
         for name in (name for i in signed for name in parts[i]):
             start = squares[name] if loss.exact_root else None
-            found[name] = torch.zeros_like(tape.parameters[name]) if start is None else start
+            found[name] = recorded.zeros(tape.parameters[name]) if start is None else start
         if signed and not loss.exact_root:
             add_signed_root(recorded, parts, signed, found)
         add_bends(recorded, parts, signed, spreads, found)
@@ -72,10 +73,11 @@ def diag_hessian(
         try:
             add_columns(recorded, parts, [i for i in parts if i not in signed], entangled, found)
             if seed:
-                certify(recorded, [name for i in sorted(signed) for name in parts[i]], found, seed)
+                summed = {name: d.sum(0) for name, d in found.items()} if each else found
+                certify(recorded, [name for i in sorted(signed) for name in parts[i]], summed, seed)
         except RuntimeError as e:
             raise _explained(e) from e
-        return {name: found[name] if name in found else torch.zeros_like(p) for name, p in tape.parameters.items()}
+        return {name: found[name] if name in found else recorded.zeros(p) for name, p in tape.parameters.items()}
 
     return bool(signed) and loss.exact_root, finish
 
@@ -150,10 +152,11 @@ def _checked_graph(graph: Graph) -> Graph:
 
 def _warn(recorded: Recorded, names: list[str]) -> None:
     count = sum(recorded.tape.parameters[name].numel() for name in names)
+    elements = f"{count} elements" + (f" and {len(recorded.f)} samples" if recorded.each else "")
     warnings.warn(
         f"diag_hessian: the parameters {names} are used several times, through other tensors or by an operation "
         "without a rule, so that their second derivatives do not come from one call; falling back on one product "
-        f"with the Hessian for each of their {count} elements: exact but slow.", stacklevel=6,
+        f"with the Hessian for each of their {elements}: exact but slow.", stacklevel=6,
     )  # fmt: skip
 
 

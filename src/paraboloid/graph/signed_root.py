@@ -28,7 +28,6 @@ from paraboloid.graph.single_use import Parts, Recorded
 from paraboloid.graph.weight_diagonal import coordinates, from_diagonal, meets_once, separable, units
 from paraboloid.losses.loss import full
 from paraboloid.passes.modes import autocast
-from paraboloid.reductions.contractions import weighted_squares
 
 
 @dataclass
@@ -89,7 +88,7 @@ def add_signed_root(recorded: Recorded, parts: Parts, signed: Set[int], found: d
         outers = recorded.tape.pull(recorded.f, v)
         for name in (name for i in signed for name in parts[i]):
             (o,) = outers[name]
-            found[name] += weighted_squares(o, w, recorded.max_memory)
+            found[name] += recorded.squares(o, w)
 
 
 def _signed_root(recorded: Recorded) -> tuple[Tensor, Tensor]:
@@ -112,7 +111,7 @@ def add_bends(
         diagonals[i] = diagonals[i] + d if i in diagonals else d
     for i, d in diagonals.items():
         for name, part in parts[i].items():
-            found[name] += from_diagonal(part, d)
+            found[name] += from_diagonal(part, d, recorded.each)
     bits = sum(1 << i for i in signed)
     far = [s for s in spreads if s.far & bits]
     if not far:
@@ -141,4 +140,4 @@ def _pull(recorded: Recorded, parts: Parts, bend: Bend, at: Tensor, calls: list[
             if g is None:
                 continue
             for name, part in parts[i].items():
-                found[name] += weighted_squares(part.outer(g), d[rows].sign(), recorded.max_memory)
+                found[name] += recorded.squares(part.outer(g), d[rows].sign())

@@ -16,6 +16,8 @@ from paraboloid.layers import Use
 from paraboloid.losses import Loss
 from paraboloid.passes.memory import SECOND_DERIVATIVES
 from paraboloid.passes.modes import autocast
+from paraboloid.reductions.contractions import sample_weighted_squares, weighted_squares
+from paraboloid.reductions.outer import Outer
 
 Parts = dict[int, dict[str, Part]]  # call -> name -> part
 
@@ -30,6 +32,16 @@ class Recorded:
     f: Tensor
     y: Tensor
     max_memory: int | None
+    each: bool = False  # whether diagonals are those of each sample, [N, *shape], or summed, [*shape]
+
+    def zeros(self, p: Tensor) -> Tensor:
+        """A diagonal of nothing."""
+        return p.new_zeros(len(self.f), *p.shape) if self.each else torch.zeros_like(p)
+
+    def squares(self, o: Outer, weights: Tensor) -> Tensor:
+        """sum_v weights[v, n] (J_n^T v)^2."""
+        take = sample_weighted_squares if self.each else weighted_squares
+        return take(o, weights, self.max_memory)
 
     @property
     def calls(self) -> list[Call]:

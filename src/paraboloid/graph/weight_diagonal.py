@@ -34,12 +34,14 @@ def units(at: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
     return values.new_zeros(len(at), shape.numel()).scatter_add_(1, at.clamp(min=0), values).view(-1, *shape)
 
 
-def from_diagonal(part: Part, d: Tensor) -> Tensor:
-    """sum_n sum_i (dz_i / dweight)^2 d_i for a diagonal d of z's shape: the weight's Hessian diagonal, [*shape].
+def from_diagonal(part: Part, d: Tensor, each: bool = False) -> Tensor:
+    """sum_n sum_i (dz_i / dweight)^2 d_i for a diagonal d of z's shape: the weight's Hessian diagonal, [*shape]; or
+    `each` sample's, [N, *shape].
 
     Each element of z is to be met at most once by each element of the weight, see `meets_once`.
     """
-    return part.outer(d[None], 2).total()[0]
+    o = part.outer(d[None], 2)
+    return torch.cat([J[:, 0] for J in o.rows(None)]).view(-1, *o.shape) if each else o.total()[0]
 
 
 def separable(part: Part) -> bool:
@@ -74,14 +76,17 @@ def output_diagonal(products: Multiply, shape: torch.Size, at: Tensor, count: in
     return d.view(shape)
 
 
-def from_products(part: Part, products: Multiply, shape: torch.Size, count: int, like: Tensor) -> Tensor:
-    """The diagonal for a weight matrix or table with T positions, [*shape]: G p T products, `count` at a time."""
+def from_products(
+    part: Part, products: Multiply, shape: torch.Size, count: int, like: Tensor, each: bool = False
+) -> Tensor:  # fmt: skip
+    """The diagonal for a weight matrix or table with T positions, [*shape]: G p T products, `count` at a time; for a
+    matrix also `each` sample's, [N, *shape]."""
     assert part.elements is not None
     at, scale = part.elements()
     o = part.outer(like.new_zeros(()).expand(1, *shape))
     assert isinstance(o, Products)
     N, G, T, p = at.shape
-    J = like.new_zeros(G, p, o.q)
+    J = like.new_zeros(N if each else 1, G, p, o.q)
     right = o.right()
     for g in range(G):
         used = scale[:, g].abs().sum((0, 1)).nonzero().flatten()
@@ -91,5 +96,8 @@ def from_products(part: Part, products: Multiply, shape: torch.Size, count: int,
             h = products(columns).flatten(1).view(len(rows), T, -1)
             M = h.gather(2, where.flatten(1).clamp(min=0).unsqueeze(1).expand(-1, T, -1)).view(len(rows), T, N, T)
             M = (M * factor.unsqueeze(1)).permute(2, 0, 1, 3)  # [N K T T]
-            J[g, rows] = o.between(M, right[:, g])
-    return o.finish(J, ())
+            if each:
+                J[:, g, rows] = torch.einsum("nkts,ntq,nsq->nkq", M, right[:, g], right[:, g])
+            else:
+                J[0, g, rows] = o.between(M, right[:, g])
+    return o.finish(J, (N,)) if each else o.finish(J[0], ())

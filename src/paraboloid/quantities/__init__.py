@@ -2,7 +2,7 @@
 imports from `graph`, `reductions` and below."""
 
 from paraboloid.linalg.kronecker import Kron
-from paraboloid.quantities.curvature import DiagGGN, DiagHessian, SampleDiagGGN, SqrtGGN
+from paraboloid.quantities.curvature import DiagGGN, DiagHessian, SampleDiagGGN, SampleDiagHessian, SqrtGGN
 from paraboloid.quantities.gradients import Grad, Gram, SampleGrads, SecondMoment, SquareNorms, Variance
 from paraboloid.quantities.kronecker import FISHERS, KFAC, KFRA, EigenScale
 from paraboloid.quantities.named import QUANTITIES, resolve
@@ -10,6 +10,6 @@ from paraboloid.quantities.quantity import GRADIENT, NOTHING, ROOT, Group, PerSa
 
 __all__ = [
     "FISHERS", "GRADIENT", "KFAC", "KFRA", "NOTHING", "QUANTITIES", "ROOT", "DiagGGN", "DiagHessian", "EigenScale",
-    "Grad", "Gram", "Group", "Kron", "PerSample", "Quantity", "SampleDiagGGN", "SampleGrads", "Scale", "SecondMoment",
-    "Source", "SqrtGGN", "SquareNorms", "Variance", "resolve",
+    "Grad", "Gram", "Group", "Kron", "PerSample", "Quantity", "SampleDiagGGN", "SampleDiagHessian", "SampleGrads",
+    "Scale", "SecondMoment", "Source", "SqrtGGN", "SquareNorms", "Variance", "resolve",
 ]  # fmt: skip

@@ -80,6 +80,29 @@ class SqrtGGN(PerSample):
         return joined
 
 
+class SampleDiagHessian(PerSample):
+    """Diagonal of the Hessian of every sample's own unreduced loss, [N, *shape]; exact.
+
+    What is computed, and what it costs, is as for `DiagHessian`; parameters that are used several times, or through
+    other tensors, take one product for each of their elements and for each sample.
+    """
+
+    name, source, needs, twice = "sample_diag_hessian", NOTHING, frozenset({"samples"}), True
+    _finish: Callable[[dict[str, Any]], dict[str, Tensor]]
+
+    def bound(self, tape, loss, f, y, memory):
+        quantity = SampleDiagHessian()
+        takes_root, quantity._finish = diag_hessian(tape, loss, f, y, memory, each=True)
+        quantity.source = ROOT if takes_root else NOTHING
+        return quantity
+
+    def add(self, value, group):
+        return plus(value, over_vectors(group.parts["samples"].square()))
+
+    def complete(self, values):
+        return self._finish(values)
+
+
 class DiagHessian(Quantity):
     """Diagonal of the Hessian of the loss as reduced, [*shape]; exact, for smooth activations, normalisation and
     attention too, and for losses that are not convex.

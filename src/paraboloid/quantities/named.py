@@ -6,7 +6,7 @@
 | exact root of Hessian | SqrtGGN      | DiagGGN             |                     | KFAC("exact")     |
 | sampled labels        |              | DiagGGN(samples=1)  |                     | KFAC("mc")        |
 | any, in an eigenbasis |              | EigenScale          |                     |                   |
-| second derivatives    |              | DiagHessian         |                     |                   |
+| second derivatives    | SampleDiagHessian | DiagHessian    |                     |                   |
 | recursion over layers |              |                     |                     | KFRA              |
 
 g_n is the gradient of the *unreduced* loss of sample n, a = 1 / normalizer the reduction's factor (1/N for a mean),
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from paraboloid.quantities.curvature import DiagGGN, DiagHessian, SampleDiagGGN, SqrtGGN
+from paraboloid.quantities.curvature import DiagGGN, DiagHessian, SampleDiagGGN, SampleDiagHessian, SqrtGGN
 from paraboloid.quantities.gradients import Grad, Gram, SampleGrads, SecondMoment, SquareNorms, Variance
 from paraboloid.quantities.kronecker import KFAC, KFRA
 from paraboloid.quantities.quantity import Quantity, check_tolerance
@@ -36,6 +36,7 @@ QUANTITIES = {
     "diag_ggn_mc": lambda: DiagGGN(samples=1),
     "diag_hessian": DiagHessian,
     "sample_diag_ggn": SampleDiagGGN,
+    "sample_diag_hessian": SampleDiagHessian,
     "sqrt_ggn": SqrtGGN,
     "kfac": KFAC,
     "kflr": lambda **options: KFAC("exact", **options),

@@ -94,6 +94,16 @@ def weighted_squares(o: Outer, weights: Tensor, memory: int | None) -> Tensor:
     return total.view(o.shape)
 
 
+def sample_weighted_squares(o: Outer, weights: Tensor, memory: int | None) -> Tensor:
+    """sum_v weights[v, n] (J_n^T v)^2 elementwise, [N, *shape]."""
+    parts, start = [], 0
+    for J in o.rows(memory):  # [n V D]
+        w = weights[:, start : start + len(J)].T.to(J)
+        parts.append((w.unsqueeze(1) @ J.square()).squeeze(1))
+        start += len(J)
+    return torch.cat(parts).view(-1, *o.shape)
+
+
 def gram(left: Tensor, weights: Tensor | float, diagonal: bool) -> Tensor:
     """sum_d left[n, v, d] weights[n, d] left[n, u, d], [n V V], for left [n V d] and weights [n or 1, 1, d]; or its
     diagonal [n V]."""
