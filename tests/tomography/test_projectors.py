@@ -192,6 +192,10 @@ ERRORS = [
     (lambda: ParallelBeam(8, 3, detectors=2.5), "detectors is 2.5"),
     (lambda: ParallelBeam(8, 3, spacing=-1.0), "spacing is -1.0"),
     (lambda: ParallelBeam(8, 3, dtype=torch.int32), "dtype is torch.int32"),
+    (lambda: ParallelBeam(8, 3, dtype="float32"), "dtype is 'float32'"),
+    *((lambda c=c, beam=beam: beam(8, 3, centre=c), f"centre is {c!r}; expected a finite number of detectors")
+      for beam in (ParallelBeam, FanBeam) for c in (math.nan, math.inf, "a")),
+    (lambda: ParallelBeam(8, torch.tensor([1j])), "expected a number of angles, or the angles"),
     (lambda: ParallelBeam(4096, 720), "would take about .* GiB; expected at most 8"),
     (lambda: FanBeam(8, 3, source_distance=2.0), "the source is 2 and the detector 8 from the axis"),
     (lambda: ParallelBeam(8, 3) @ torch.zeros(8, 9), r"the image has shape \(8, 9\); expected \[..., 8, 8\]"),

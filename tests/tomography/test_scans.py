@@ -115,6 +115,7 @@ ERRORS = [
     ({"log": None}, "does not say whether it holds intensities"),
     ({"centre": None}, "does not say the detector of the axis of rotation"),
     ({"centre": 9}, r"centre is 9; expected a detector in 0..4, or 'middle'"),
+    ({"centre": "left"}, "centre is 'left'; expected a detector"),
     ({"angles": None}, "does not say the 4 angles; expected angles="),
     ({"unit": None}, "does not say the unit of the angles"),
     ({"unit": "turns"}, "unit is 'turns'"),
@@ -138,6 +139,13 @@ def test_nothing_is_guessed(tmp_path, changes, message):
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file"):
         read_scan(tmp_path / "none.npy")
+    (tmp_path / "half.npy").write_bytes(b"")
+    (tmp_path / "half.npz").write_bytes(b"PK")
+    for name in ("half.npy", "half.npz"):
+        with pytest.raises(ValueError, match="cannot be read"):
+            read_scan(tmp_path / name, axes="angles detectors", **GIVEN)
+    with pytest.raises(ValueError, match="path is a NoneType"):
+        read_scan(None)
     (tmp_path / "a.txt").write_text("1 2")
     with pytest.raises(ValueError, match=r"ends in '.txt'; expected one of"):
         read_scan(tmp_path / "a.txt")

@@ -47,7 +47,7 @@ class ParallelBeam(Projector):
         size = _count("size", size, "images are square; pad others with zeros")
         self.angles = _angles(angles, unit, math.pi)
         self.detectors = _detectors(detectors, size, spacing)
-        self.spacing, self.centre, self.size = _length("spacing", spacing), float(centre), size
+        self.spacing, self.centre, self.size = _length("spacing", spacing), _finite("centre", centre), size
         _check_memory(size, len(self.angles) * self.detectors)
         direction, foot = _views(self)
         far = (size / math.sqrt(2) + 1) * direction[:, None]  # outside the image
@@ -91,7 +91,7 @@ class FanBeam(Projector):
         self.spacing = _length("spacing", whole / self.source_distance if spacing is None else spacing)
         shadow = 2 * whole * radius / math.sqrt(self.source_distance**2 - radius**2)
         self.detectors = _detectors(detectors, size, self.spacing, shadow)
-        self.centre, self.size = float(centre), size
+        self.centre, self.size = _finite("centre", centre), size
         _check_memory(size, len(self.angles) * self.detectors)
         direction, foot = _views(self)
         source = np.broadcast_to(-self.source_distance * direction[:, None], foot.shape)
@@ -119,8 +119,8 @@ def _built(size: int, rays: Any, angles: int, detectors: int, dtype: torch.dtype
     narrow = starts.astype(np.int32) if starts[-1] < 2**31 else starts
     rows = scipy.sparse.csr_array((lengths, at.astype(narrow.dtype), narrow), shape=(angles * detectors, size**2))
     dtype = torch.get_default_dtype() if dtype is None else dtype
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}; expected a real floating-point type.")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype!r}; expected a real floating-point type.")
     return Matrix(rows), (size, size), (angles, detectors), ("image", "sinogram"), dtype
 
 
@@ -136,6 +136,12 @@ def _length(name: str, value: Any) -> float:
     return float(value)
 
 
+def _finite(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(float(value)):
+        raise ValueError(f"{name} is {value!r}; expected a finite number of detectors.")
+    return float(value)
+
+
 def _angles(angles: Any, unit: str, whole: float) -> Tensor:
     """[angles], radians, float64."""
     if unit not in UNITS:
@@ -144,7 +150,10 @@ def _angles(angles: Any, unit: str, whole: float) -> Tensor:
         count = _count("angles", angles)
         return torch.arange(count, dtype=torch.float64) * (whole / count)
     try:
-        found = torch.as_tensor(angles, dtype=torch.float64).detach().cpu().clone()
+        found = torch.as_tensor(angles).detach().cpu()
+        if found.is_complex():
+            raise TypeError
+        found = found.double().clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"angles is {angles!r}; expected a number of angles, or the angles.") from error
     if found.dim() != 1 or not len(found):

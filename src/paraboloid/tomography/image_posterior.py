@@ -124,8 +124,9 @@ class ImagePosterior:
         pixels has d / (samples + d) of its correlations taken off, so that it can be inverted.
         """
         image = torch.as_tensor(image).to(self.mean)
-        if image.shape != self.mean.shape:
-            raise ValueError(f"the image has shape {list(image.shape)}; expected {list(self.mean.shape)}.")
+        if image.shape != self.mean.shape or not bool(image.isfinite().all()):
+            raise ValueError(f"the image has shape {list(image.shape)}; expected finite numbers of shape "
+                             f"{list(self.mean.shape)}.")  # fmt: skip
         side = min(self.mean.shape[-2:])
         check_count("patch", patch, most=side)
         error = (image - self.mean).double()
@@ -199,6 +200,13 @@ def linearised(
     check_choice("weights", weights, WEIGHTS)
     check_choice("evidence", evidence, ("auto", "exact", "sampled"))
     check_count("samples", samples)
+    check_count("probes", probes)
+    if not isinstance(fit, Reconstruction):
+        raise ValueError(f"fit is a {type(fit).__name__}; expected what deep_image_prior returns.")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed is {seed!r}; expected an integer.")
+    if max_memory is not None and not (isinstance(max_memory, int | float) and max_memory >= 0):
+        raise ValueError(f"max_memory is {max_memory!r}; expected a number of bytes, or None.")
     first = KernelPrior.of(fit.model, prior)
     J = ImageJacobian(fit, first.names, max_memory)
     if evidence == "auto":

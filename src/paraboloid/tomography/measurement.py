@@ -42,6 +42,8 @@ def as_projector(A: Any, sinogram: Tensor, image_shape: Shape | None = None) -> 
     if isinstance(A, Projector):
         _check_sinogram(A.gives, sinogram)
         return A
+    if "complex" in str(getattr(A, "dtype", "")):
+        raise ValueError(f"A has dtype {A.dtype}; expected real numbers.")
     is_array = isinstance(A, np.ndarray | Tensor) or scipy.sparse.issparse(A)
     if not hasattr(type(A), "__matmul__") or not hasattr(A, "T"):
         raise TypeError(f"A is a {type(A).__name__}; expected an operator, that is an object with @ and .T.")
@@ -87,6 +89,7 @@ def _of_matrix(A: Any, shape: Shape, sinogram: Tensor, image_shape: Shape | None
         return Projector(
             Matrix(scipy.sparse.csr_array(A, dtype=np.float64)), takes, tuple(sinogram.shape), names, sinogram.dtype
         )
+    A = A.to(sinogram) if isinstance(A, Tensor) else A
     on_torch = isinstance(getattr(A, "dtype", None), torch.dtype)
     linear = Foreign(A, (n,), (m,), on_torch)
     return Projector(linear, takes, tuple(sinogram.shape), names, sinogram.dtype)

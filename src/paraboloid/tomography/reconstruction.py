@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from paraboloid.losses import MSE, Loss, Observed
 from paraboloid.passes.random_state import seeded
 from paraboloid.tomography.measurement import as_projector
 from paraboloid.tomography.projector import Projector
-from paraboloid.tomography.sinograms import as_sinogram, noise_variance_of
+from paraboloid.tomography.sinograms import as_sinogram, check_noise_variance, noise_variance_of
 from paraboloid.tomography.u_net import UNet
 from paraboloid.tomography.variation import SHARE, scale_of, total_variation, variation
 
@@ -93,13 +93,20 @@ def deep_image_prior(
     A = as_projector(A, y)
     _check_options(noise_variance, bounds, tv, lr, stop)
     check_count("iterations", iterations)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed is {seed!r}; expected an integer.")
+    if not bool((A.T @ y > 0).any()):
+        raise ValueError(f"the sinogram lies between {float(y.min()):.3g} and {float(y.max()):.3g}, and no pixel is "
+                         "seen by rays with a positive sum; expected line integrals of an image that is not 0: look at "
+                         "their sign, and whether -log was taken.")  # fmt: skip
     s2 = noise_variance_of(y) if noise_variance is None else float(noise_variance)
     scale = scale_of(A, y)
     lead = tuple(y.shape[: y.dim() - len(A.gives)])
     z = _input(A, y, input, SHARE * s2 / scale)
     if model is None:
         with seeded(seed):
-            limits = bounds or (0.0, HEADROOM * float(z.max()))
+            seen = z if input is None else total_variation(A, y, SHARE * s2 / scale)
+            limits = bounds or (0.0, HEADROOM * float(seen.max()))
             model = UNet(z.shape[1], lead, limits, scale, float(z.mean())).to(z)
     _check_output(model, z, (*lead, *A.takes))
     training = _Training(A, y, s2, tv / scale, iterations, lr, model, z)
@@ -114,7 +121,10 @@ def deep_image_prior(
 def _input(A: Projector, y: Tensor, given: Any, weight: float) -> Tensor:
     """[1, channels, H, W]."""
     if given is not None:
-        return torch.as_tensor(given).to(y)
+        z = torch.as_tensor(given).to(y)
+        if z.dim() != 4 or len(z) != 1 or not bool(z.isfinite().all()):
+            raise ValueError(f"input has shape {list(z.shape)}; expected finite numbers [1, channels, H, W].")
+        return z
     return total_variation(A, y, weight).reshape(1, -1, *A.takes)
 
 
@@ -183,9 +193,17 @@ class _Training:
 
     def resume(self, path: Path) -> None:
         if not path.exists():
+            if not path.parent.is_dir():
+                raise ValueError(
+                    f"the checkpoint's folder {str(path.parent)!r} is missing; expected one to write into."
+                )
             return
-        state = torch.load(path, weights_only=True)
-        if state.get("problem") != self.problem:
+        try:
+            state = torch.load(path, weights_only=True)
+        except Exception as e:  # whatever torch says to a file that is none of its own
+            raise ValueError(f"{str(path)!r} is no checkpoint of a reconstruction ({type(e).__name__}); expected one, "
+                             "or no file there.") from e  # fmt: skip
+        if not isinstance(state, dict) or state.get("problem") != self.problem:
             raise ValueError(f"the checkpoint {str(path)!r} is that of another sinogram, operator or options; expected "
                              "the call that wrote it. Remove the file to start anew.")  # fmt: skip
         self.model.load_state_dict(state["model"])
@@ -194,21 +212,27 @@ class _Training:
 
 
 def _check_options(noise_variance: Any, bounds: Any, tv: float, lr: float, stop: str | None) -> None:
-    if noise_variance is not None and not 0 < float(noise_variance) < math.inf:
-        raise ValueError(f"noise_variance is {noise_variance}; expected a positive number, or None to estimate it.")
-    if bounds is not None and not (len(bounds) == 2 and bounds[0] < bounds[1]):
+    check_noise_variance(noise_variance)
+    if bounds is not None and not (isinstance(bounds, Sequence) and len(bounds) == 2 and bounds[0] < bounds[1]):
         raise ValueError(f"bounds is {bounds!r}; expected (low, high) with low < high.")
-    if not 0 <= tv < math.inf:
-        raise ValueError(f"tv is {tv}; expected a number of at least 0.")
-    if not 0 < lr < math.inf:
-        raise ValueError(f"lr is {lr}; expected a positive number.")
+    if not isinstance(tv, int | float) or not 0 <= tv < math.inf:
+        raise ValueError(f"tv is {tv!r}; expected a number of at least 0.")
+    if not isinstance(lr, int | float) or not 0 < lr < math.inf:
+        raise ValueError(f"lr is {lr!r}; expected a positive number.")
     if stop not in ("discrepancy", None):
         raise ValueError(f"stop is {stop!r}; expected 'discrepancy' or None.")
 
 
 def _check_output(model: nn.Module, z: Tensor, shape: tuple[int, ...]) -> None:
+    weights = [p for p in model.parameters() if p.requires_grad]
+    if any(p.dtype != z.dtype for p in weights):
+        raise ValueError(f"the model has weights of {', '.join(sorted({str(p.dtype) for p in weights}))}; expected the "
+                         f"sinogram's {z.dtype}.")  # fmt: skip
     with torch.no_grad():
         found = tuple(model(z).shape)
     if found != (1, *shape):
         raise ValueError(f"the model gives {list(found)} for an input {list(z.shape)}; expected {[1, *shape]}: one "
                          "image of A's shape (for each sinogram).")  # fmt: skip
+    if not weights:
+        raise ValueError(f"the model {type(model).__name__} has no parameters that require gradients; expected some, "
+                         "to be trained.")  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,10 @@ class Arrays:
     def get(self, name: str) -> NDArray[Any]:
         if name not in self.read:
             raise ValueError(f"{str(self.path)!r} has no array {name!r}; expected one of {sorted(self.read)}.")
-        return np.asarray(self.read[name]())
+        try:
+            return np.asarray(self.read[name]())
+        except (EOFError, OSError, BadZipFile) as e:
+            raise _damaged(self.path, e) from e
 
     def data(self, key: str | None) -> NDArray[Any]:
         """The array `key`, that of the format, or the only one."""
@@ -51,16 +55,29 @@ def arrays(path: str | Path) -> Arrays:
     Raises FileNotFoundError; ValueError for a kind of file that is not known; ImportError where the package that reads
     it is missing.
     """
+    if not isinstance(path, str | Path):
+        raise ValueError(f"path is a {type(path).__name__}; expected the name of a file or a folder.")
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no file {str(path)!r}.")
-    kind = path.suffix.lower()
+    try:
+        return _opened(path, path.suffix.lower())
+    except (EOFError, OSError, BadZipFile) as e:
+        raise _damaged(path, e) from e
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{str(path)!r} cannot be read ({type(error).__name__}: {str(error)[:100]}); expected a whole "
+                      f"file of the kind that its ending {path.suffix!r} says.")  # fmt: skip
+
+
+def _opened(path: Path, kind: str) -> Arrays:
     if path.is_dir():
         return _tiff_folder(path)
     if kind == ".npy":
-        return Arrays(path, {"data": lambda: np.load(path, allow_pickle=False)}, {})
+        return Arrays(path, {"data": lambda: _numpy(path)}, {})
     if kind == ".npz":
-        file = np.load(path, allow_pickle=False)
+        file = _numpy(path)
         return Arrays(path, {name: (lambda n=name: file[n]) for name in file.files}, {})
     if kind in TIFF:
         return Arrays(path, {"data": lambda: _tifffile().imread(path)}, {})
@@ -70,6 +87,13 @@ def arrays(path: str | Path) -> Arrays:
         return _hdf5(path)
     known = [".npy", ".npz", ".mat", *TIFF, *HDF5]
     raise ValueError(f"{str(path)!r} ends in {kind!r}; expected one of {known}, or a folder of TIFF images.")
+
+
+def _numpy(path: Path) -> Any:
+    try:
+        return np.load(path, allow_pickle=False)
+    except ValueError as e:  # a damaged file is taken for a pickle
+        raise _damaged(path, e) from e
 
 
 def _tiff_folder(path: Path) -> Arrays:

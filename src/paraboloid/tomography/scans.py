@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,9 @@ def read_scan(
     middle = (values.shape[-1] - 1) / 2
     if centre is None:
         raise _missing(file, "centre", "the detector of the axis of rotation (a number from 0, or centre='middle')")
-    off = 0.0 if centre == "middle" else float(centre) - middle
+    if centre != "middle" and (isinstance(centre, bool) or not isinstance(centre, Real)):
+        raise ValueError(f"centre is {centre!r}; expected a detector in 0..{values.shape[-1] - 1}, or 'middle'.")
+    off = 0.0 if isinstance(centre, str) else float(centre) - middle
     if not abs(off) <= middle + 0.5:
         raise ValueError(f"centre is {centre!r}; expected a detector in 0..{values.shape[-1] - 1}, or 'middle'.")
     return Scan(torch.from_numpy(np.ascontiguousarray(values)).to(dtype), found, off)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,12 @@ NORMAL_MEDIAN = 0.6744897501960817  # of the absolute value of a standard normal
 
 def as_sinogram(y: Any) -> Tensor:
     """y as a floating-point tensor; raises ValueError for an empty one, NaN, infinity and complex numbers."""
-    found = torch.as_tensor(np.asarray(y) if not isinstance(y, Tensor) else y).detach()
+    try:
+        found = torch.as_tensor(np.asarray(y) if not isinstance(y, Tensor) else y).detach()
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"the sinogram is a {type(y).__name__} that is no array of numbers "
+                         f"({str(e).splitlines()[0]}); expected real numbers, [angles, "
+                         "detectors].") from None  # fmt: skip
     if found.is_complex() or found.numel() == 0:
         raise ValueError(f"the sinogram has shape {tuple(found.shape)} and dtype {found.dtype}; expected real numbers, "
                          "[angles, detectors].")  # fmt: skip
@@ -24,7 +31,21 @@ def as_sinogram(y: Any) -> Tensor:
         at = tuple((~found.isfinite()).nonzero()[0].tolist())
         raise ValueError(f"the sinogram holds {bad} numbers that are not finite, the first, {found[at].item()}, at "
                          f"{list(at)}; expected line integrals. Mask or interpolate dead detectors first.")  # fmt: skip
+    if found.dtype.itemsize >= 4 and not math.isfinite(float(found.square().sum())):
+        raise ValueError(f"the sinogram reaches {float(found.abs().max()):.3g}, whose squares overflow in "
+                         f"{found.dtype}; expected numbers of moderate size: divide them by their scale.")  # fmt: skip
     return found
+
+
+def check_noise_variance(noise_variance: Any) -> None:
+    """ValueError unless it is a positive number, or None for an estimate."""
+    if noise_variance is None:
+        return
+    number = (
+        noise_variance.item() if isinstance(noise_variance, Tensor) and noise_variance.numel() == 1 else noise_variance
+    )
+    if isinstance(number, bool) or not isinstance(number, Real) or not 0 < float(number) < math.inf:
+        raise ValueError(f"noise_variance is {noise_variance!r}; expected a positive number, or None to estimate it.")
 
 
 def noise_variance_of(y: Tensor) -> float:

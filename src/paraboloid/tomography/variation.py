@@ -11,7 +11,7 @@ from torch import Tensor
 from paraboloid.linalg.operand import check_count
 from paraboloid.tomography.measurement import as_projector
 from paraboloid.tomography.projector import Projector
-from paraboloid.tomography.sinograms import as_sinogram, noise_variance_of
+from paraboloid.tomography.sinograms import as_sinogram, check_noise_variance, noise_variance_of
 
 SHARE = 3.0  # weight over noise variance, for images between 0 and 1
 POWER_STEPS = 30
@@ -38,10 +38,11 @@ def total_variation(
     y = as_sinogram(y)
     A = as_projector(A, y)
     iterations = check_count("iterations", iterations)
+    check_noise_variance(noise_variance)
     if weight is None:
         weight = SHARE * (noise_variance_of(y) if noise_variance is None else noise_variance) / scale_of(A, y)
-    if not weight >= 0:
-        raise ValueError(f"weight is {weight}; expected a number of at least 0.")
+    if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        raise ValueError(f"weight is {weight!r}; expected a number of at least 0.")
     step = 0.99 / math.sqrt(squared_norm(A, y) + 8)  # 8: of the differences
     lead = y.shape[: y.dim() - len(A.gives)]
     x = y.new_zeros(*lead, *A.takes)
@@ -67,6 +68,8 @@ def squared_norm(A: Projector, y: Tensor) -> float:
     for _ in range(POWER_STEPS):
         v = A.T @ (A @ v)
         value = float(v.norm())
+        if not value > 0:
+            raise ValueError("A maps images to 0; expected a projector whose rays meet the image.")
         v = v / value
     return value
 
