@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help report test lint types format docs figures bench-statistics bench-floors bench-operators bench-resnet \
-	bench-gp bench-noise bench-optimisers bench-defaults bench-posteriors bench-quality bench-sampled bench-bias bench-cuda peers install clean
+	bench-gp bench-tomography bench-noise bench-optimisers bench-defaults bench-posteriors bench-quality bench-sampled bench-bias bench-cuda peers install clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -61,6 +61,9 @@ bench-gp: $(STAMP) ## time Gaussian processes against GPyTorch's (after: make pe
 	$(BIN)/python -m benchmarks.gp
 	$(BIN)/python -m benchmarks.gp --scale 20000
 
+bench-tomography: $(STAMP) ## time products with a projector against MIRTorch's (after: make peers)
+	$(BIN)/python -m benchmarks.tomography
+
 bench-bias: $(STAMP) ## time pb.bias on digits-cnn, and two-batch curvature in gradients
 	$(BIN)/python -m benchmarks.bias
 
@@ -88,7 +91,8 @@ peers: $(STAMP) ## install the packages that the benchmarks compare with
 	$(BIN)/python -m pip install --quiet -c constraints.txt einconv einops linear_operator opt_einsum tqdm unfoldNd scipy \
 		torchmetrics
 	$(BIN)/python -m pip install --quiet --no-deps backpack-for-pytorch==1.7.1 curvlinops-for-pytorch==3.0.1 opacus==1.6.0 \
-		PyHessian==0.1 laplace-torch==0.3 asdfghjkl asdl gpytorch==1.15.2 jaxtyping wadler_lindig mpmath
+		PyHessian==0.1 laplace-torch==0.3 asdfghjkl asdl gpytorch==1.15.2 jaxtyping wadler_lindig mpmath \
+		mirtorch==0.4.0 torchkbnufft PyWavelets
 
 install: $(STAMP) ## only set up the environment in .venv
 
