@@ -201,7 +201,13 @@ def test_joint_blocks_of_several_kinds(kind):
     order = [*(i * q + j for i in range(p) for j in range(q - 1)), *(i * q + q - 1 for i in range(p))]
     close(A.to_dense()[: p * q, : p * q], block[order][:, order])
     close(A.eigsh(3)[0], torch.linalg.eigvalsh(A.to_dense()).flip(0)[:3])
-    close(torch.as_tensor(A.trace(), dtype=F64), A.to_dense().trace())
+    dense, v = A.to_dense(), torch.randn(A.shape[0], 2, dtype=F64)
+    close(torch.as_tensor(A.trace(), dtype=F64), dense.trace())
+    close(torch.as_tensor(A.traces()["a.weight + a.bias"], dtype=F64), dense[: p * q, : p * q].trace())
+    close(A.frobenius_norm(), dense.norm())
+    close(A.sqrt_matmul(A.sqrt_matmul(v)), dense @ v)
+    with pytest.raises(NotImplementedError, match=r"a JointKronecker has no eigh\(\): its eigenvectors run through"):
+        A.eigh()
 
 
 class Kinds(nn.Module):

@@ -148,6 +148,27 @@ class JointKronecker(LinearOperator):
         pairs = zip(self.joint, blocks, strict=True)
         return JointKronecker(self.parameters, [JointBlock(b.names, block, b.q) for b, block in pairs])
 
+    def sqrt_matmul(self, v: Any) -> Any:
+        """A^(1/2) v with the symmetric root; v in any form that `@` takes."""
+        pairs = zip(self.joint, self._forms(), strict=True)
+        return JointKronecker(self.parameters, [JointBlock(b.names, f.sqrt(), b.q) for b, f in pairs]) @ v
+
+    def traces(self) -> dict[str, float]:
+        """The trace of each block, by its parameters' names joined by " + "."""
+        return {" + ".join(b.names): b.block.trace().item() for b in self.joint}
+
+    def trace(self, samples=None, seed=0):
+        return super().trace(samples, seed) if samples is not None else sum(self.traces().values())
+
+    def frobenius_norm(self) -> Tensor:
+        return torch.stack([b.block.frobenius_norm() for b in self.joint]).norm()
+
+    def _structured(self, what: str) -> Any:
+        raise NotImplementedError(
+            f"a JointKronecker has no {what}: its eigenvectors run through a weight and its bias together; expected "
+            "inverse, solve, logdet, sqrt_matmul, traces or eigsh(k). pb.KFAC keeps them apart."
+        )
+
     def logdet(self, damping: float = 0.0) -> Tensor:
         """log det(A + damping I)."""
         return torch.stack([form.logdet(damping) for form in self._forms()]).sum()
