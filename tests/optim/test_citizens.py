@@ -282,6 +282,43 @@ def test_a_changed_model_and_an_empty_layer(make):
         make(empty)
 
 
+@pytest.mark.parametrize("name", ["KFAC", "EKFAC", "Preconditioned", "KBFGS", "KBFGSL", "HessianFree"])
+def test_a_model_that_is_cast_after_a_step(name):
+    """Its parameters are the same objects, whose numbers are of another type."""
+    model, (x, y) = mlp().double(), batch()
+    opt = getattr(pb.optim, name)(model, LOSS)
+
+    def step(opt, x):
+        def closure():
+            opt.zero_grad()
+            loss = LOSS(model(x), y)
+            loss.backward()
+            return loss
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*was not warmed up")
+            return opt.step((x, y)) if name == "HessianFree" else opt.step(closure)
+
+    step(opt, x.double())
+    model.float()
+    if name == "HessianFree":  # it keeps nothing of a parameter's type
+        step(opt, x)
+        return
+    message = (
+        r"parameter '0.weight' is torch.float32 on cpu, but what this \w+ keeps of it is torch.float64 on cpu: the"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        step(opt, x)
+    state = opt.state_dict()
+    other = getattr(pb.optim, name)(model, LOSS)
+    other.load_state_dict(state)
+    before = flat(model)
+    for _ in range(3):
+        step(other, x)
+    assert flat(model).isfinite().all()
+    assert not torch.equal(flat(model), before)
+
+
 @ALL
 def test_compiled_models(make):
     model, twin, (x, y) = mlp(), mlp(), batch()

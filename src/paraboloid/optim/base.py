@@ -143,6 +143,9 @@ class Frame(torch.optim.Optimizer):
                         raise ValueError(f"parameter {self.names[p]!r} has a sparse gradient; expected a dense one. "
                                          "Build the embedding with sparse=False.")  # fmt: skip
                     m.add(self.names[p], p, self.state[p], g)
+                    kept = m.states[-1].get("momentum_buffer", p)
+                    if kept.dtype != p.dtype or kept.device != p.device:
+                        raise self._moved(p, kept)
             if m.params:
                 moves.append(m)
                 gradients += m.gradient
@@ -150,6 +153,14 @@ class Frame(torch.optim.Optimizer):
             bad = [name for m in moves for name, g in zip(m.names, m.gradient, strict=True) if not g.isfinite().all()]
             return self._skip(f"the gradient of {_some(bad)} has NaN or infinite entries")
         return moves
+
+    def _moved(self, p: Tensor, kept: Tensor) -> RuntimeError:
+        name = type(self).__name__
+        return RuntimeError(
+            f"parameter {self.names[p]!r} is {p.dtype} on {p.device}, but what this {name} keeps of it is {kept.dtype} "
+            f"on {kept.device}: the model was moved or cast after a step. Make a new {name} of it, and give that "
+            "load_state_dict(state_dict()) to go on."
+        )
 
     # --- trust in steps: see `Trust` -------------------------------------------------------------------------------
 
@@ -314,7 +325,13 @@ class Frame(torch.optim.Optimizer):
         self.counters = dict(own["counters"])
         self.generator.set_state(own["generator"].cpu())
         rest = {k: v for k, v in own.items() if k not in FRAME}
-        self._load(trees.mapped(lambda t: t.detach().to(self.device, copy=True), rest))
+        kinds = {torch.promote_types(p.dtype, torch.float32) for p in self.names}  # of a cast model, in its type
+
+        def own_copy(t: Tensor) -> Tensor:
+            dtype = next(iter(kinds)) if len(kinds) == 1 and t.is_floating_point() else t.dtype
+            return t.detach().to(self.device, dtype, copy=True)
+
+        self._load(trees.mapped(own_copy, rest))
 
     def _first_options(self) -> dict[str, Any]:
         """What the builds computed whose states say no options, where nobody chose otherwise."""
