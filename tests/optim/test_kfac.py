@@ -286,7 +286,7 @@ def test_a_step_that_raises_the_loss_is_taken_back():
 def test_a_failing_decomposition_is_retried_and_never_loses_the_run(monkeypatch):
     from paraboloid.linalg import eigenform
 
-    (x, y), original = batch(), eigenform.eigh
+    (x, y), original = batch(120), eigenform.eigh
     model = cnn().float()
     opt = pb.optim.EKFAC(model, LOSS, lr=0.01, inverse_interval=1, factor_interval=1)
     train_step(model, opt, x.float(), y)
@@ -446,3 +446,33 @@ def test_factors_of_few_rows_make_the_steps_of_whole_ones(name):
         train_step(other, resumed, *batch(4, seed=step))
     assert torch.equal(flat(model), flat(other))
     assert {layer["structure"] for layer in rows.diagnostics()["layers"].values()} == {"kronecker", "dense"}
+
+
+def test_eigenvectors_of_few_rows_are_complete():
+    """EKFAC measures along whatever is left out too; in the span of the rows its basis is that of the whole factors."""
+    options = {"factor_interval": 1, "inverse_interval": 3, "kl_clip": None, "lr": 1e-2, "fisher": "exact"}
+    models = [cnn(), cnn()]
+    rows, whole = (pb.optim.EKFAC(model, LOSS, **options) for model in models)
+    whole._curvature._factors.kept = replace(whole._curvature._factors.kept, thin=False)
+    for step in range(4):
+        for model, opt in zip(models, (rows, whole), strict=True):
+            train_step(model, opt, *batch(4, seed=step))
+        for name, block in rows._blocks.items():
+            form, other = block.form, whole._blocks[name].form
+            assert form.full
+            if (U := form.left.vectors) is not None:
+                torch.testing.assert_close(U.mT @ U, torch.eye(U.shape[1]).double().expand_as(U), rtol=0, atol=1e-12)
+            torch.testing.assert_close(form.trace(), other.trace(), rtol=0.1, atol=1e-12)
+        if step == 0:  # all that was measured lies in the span
+            torch.testing.assert_close(flat(models[0]), flat(models[1]), rtol=1e-9, atol=1e-11)
+    assert {side.kind for side in rows._blocks["3.weight"].kron.sides} == {"rows", "matrix"}
+    before, state = [flat(model) for model in models], rows.state_dict()
+    again = cnn()
+    again.load_state_dict(models[0].state_dict())
+    resumed = pb.optim.EKFAC(again, LOSS)
+    resumed.load_state_dict(copy.deepcopy(state))
+    for step in range(4, 8):
+        train_step(models[0], rows, *batch(4, seed=step))
+        train_step(again, resumed, *batch(4, seed=step))
+    assert torch.equal(flat(models[0]), flat(again))
+    assert (before[0] - before[1]).norm() < 0.1 * (before[1] - flat(cnn())).norm()

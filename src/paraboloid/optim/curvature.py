@@ -75,8 +75,8 @@ class FisherCurvature(Curvature):
         self.new = self.stale = False  # parameters came; steps went wrong: to be measured in the next pass
         self._sampling: dict[str, Any] = {"fisher": fisher, "samples": samples}
         kept: dict[str, Any] = {**self._sampling, "sharing": sharing, "max_factor": max_factor}
-        # where inverses alone are asked for, a factor of few rows is these: exact, and the cheaper the fewer they are
-        self._factors = FisherFactors(self.blocks.keys(), **kept, halves=half, thin=split and alone)
+        # a factor of few rows is these: exact, and its inverse and eigenvectors are the cheaper the fewer they are
+        self._factors = FisherFactors(self.blocks.keys(), **kept, halves=half, thin=alone)
         self._whole = FisherFactors(self.blocks.keys(), **kept)
 
     def add(self, names: Iterable[str]) -> None:

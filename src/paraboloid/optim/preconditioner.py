@@ -45,8 +45,8 @@ class Block:
     def average(self, found: Kron, decay: float, other: bool = False) -> None:
         """One more measurement of the factors."""
         what = "other" if other else "kron"
-        found = found.to(torch.promote_types(found.dtype, torch.float32))
         before: Kron | None = getattr(self, what)
+        found = found.to(torch.promote_types(found.dtype, torch.float32) if before is None else before.dtype)
         w = self.weight(what, decay)
         if before is None or w == 1:
             setattr(self, what, found)
@@ -71,6 +71,7 @@ class Block:
             form = _in_double(lambda kron: kron.eigenform(f"parameter {self.name!r}"), self.kron)
         except LinAlgError as failure:
             return self._failed(failure)
+        form = form.completed()  # what few rows leave out is measured too, along any complement
         self.null = form.null_spaces()
         if carried and self.form is not None:
             form = self.form.carried(form)
@@ -90,8 +91,8 @@ class Block:
                 return
         elif self.form is not None:
             values = self.form.values.clamp(min=0)
-            least = torch.finfo(values.dtype).eps * values.max()  # as much as rounding leaves of the largest
-            self.inverse = replace(self.form, values=1 / (values + damping).clamp(min=least.item()))
+            least = torch.finfo(values.dtype).eps * float(values.max())  # as much as rounding leaves of the largest
+            self.inverse = replace(self.form, values=1 / (values + damping).clamp(min=least))
         self.damping = damping
 
     def _failed(self, failure: Exception) -> bool:
