@@ -228,7 +228,7 @@ def main() -> None:
             if not any((row["part"], row["seed"]) == (part, seed) for row in rows):
                 rows += [{"part": part, "seed": seed, **row} for row in PARTS[part](seed)]
                 record.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (options.out / "posterior-use.md").write_text("\n".join(tables(rows)))
+                (options.out / "posterior-use.md").write_text("\n".join(tables(rows)))
 
 
 if __name__ == "__main__":

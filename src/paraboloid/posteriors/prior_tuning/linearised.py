@@ -31,6 +31,7 @@ class LinearisedModel:
         self.replay, self.loss = replay, replay.loss
         self.theta = join([p.detach() for p in replay.parameters.values()])
         self.passes = 0  # over the data, so far
+        self._last: tuple[Tensor, list[Tensor]] | None = None  # delta, and the linearised outputs there, by batch
 
     @staticmethod
     def of(model: Any, loss: Any, data: Data, output: Output | None, max_memory: int | None) -> LinearisedModel:
@@ -44,10 +45,15 @@ class LinearisedModel:
         total: Any = 0.0
         self.passes += 1
         parameters = list(self.replay.parameters.values())
+        known = self._last[1] if self._last is not None and self._last[0] is delta else None
+        outputs: list[Tensor] = []
         with self.replay.graphs() as graphs:
-            for graph in graphs:
+            for i, graph in enumerate(graphs):
                 self.replay.certify(graph)
-                total = total + visit(graph, graph.f.detach() + graph.push(split(delta, parameters)).detach())
+                f = known[i] if known else graph.f.detach() + graph.push(split(delta, parameters)).detach()
+                outputs.append(f)
+                total = total + visit(graph, f)
+        self._last = delta, outputs
         return total.detach()
 
     def value(self, delta: Tensor) -> Tensor:
@@ -158,11 +164,12 @@ def optimum(
             step = -g / precision if M is None else M @ -g
         scale = 1.0
         for _ in range(HALVINGS):
-            lower = objective(delta + scale * step)
+            moved = delta + scale * step
+            lower = objective(moved)
             if lower <= value:
                 break
             scale /= 2
         else:
             return delta  # no descent left in this precision
-        delta, value = delta + scale * step, lower
+        delta, value = moved, lower
     return delta
