@@ -59,7 +59,9 @@ def rows(name: str, model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], 
     found = []
     for tol in TOLERANCES:
         stats = run[tol]()
-        count = columns.leading_root(stats.output, batch[1], tol).count
+        root = columns.leading_root(stats.output, batch[1], tol)
+        assert root.own is not None
+        count = f"{root.count} / {root.own.counts.double().mean():.0f}"
         left = {k: 1 - _trace(v) / _trace(exact[k]) for k, v in stats[quantity].items()}
         whole = 1 - sum(map(_trace, stats[quantity].values())) / sum(map(_trace, exact.values()))
         found.append(f"| {name} | {quantity} | {tol:g} | {count} | {stats.left_out[quantity]:.2e} | {whole:.2e} | "
@@ -78,7 +80,8 @@ def main(out: Path) -> None:
         "",
         f"torch {torch.__version__}, {torch.get_num_threads()} threads; the exact quantity and the tolerances",
         f"interleaved in one process, medians of {ROUNDS}. `left_out` is certified in output space; beside it what",
-        "was left out of the trace, over all parameters and in the parameter where it is most.",
+        "was left out of the trace, over all parameters and in the parameter where it is most. Vectors: where each",
+        "sample takes as many as the others / its own number, on average.",
         "",
         "| network | quantity | tol | vectors | left_out | of the trace | worst parameter | times faster |",
         "|---|---|---|---|---|---|---|---|",
