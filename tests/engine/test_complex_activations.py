@@ -178,3 +178,44 @@ def test_optimisers_and_posteriors(name, make_optimiser):
         predicted = pb.laplace(model, CE, (x, y), "kron").predict(x)
     assert losses[-1] < losses[0]
     assert torch.isfinite(predicted).all()
+
+
+class RealWeights(nn.Module):
+    """Real weights in complex calls, one operation each."""
+
+    def __init__(self, operation):
+        super().__init__()
+        self.first, self.last, self.operation = nn.Linear(5, 6), nn.Linear(4, 3), operation
+        self.w, self.W, self.b = (nn.Parameter(torch.randn(*shape)) for shape in ((6,), (4, 6), (4,)))
+        self.K = nn.Parameter(torch.randn(4, 1, 3))
+
+    def forward(self, x):
+        z = torch.fft.fft(self.first(x))
+        W, b, K = (t.to(z.dtype) for t in (self.W, self.b, self.K))
+        found = {
+            "product": lambda: (z * self.w) @ W.T,
+            "quotient": lambda: (z / (2 + self.w.cos())) @ W.T,
+            "sum": lambda: (z + self.w - 2 * self.w) @ W.T,
+            "linear": lambda: nn.functional.linear(z, W, b),
+            "convolution": lambda: nn.functional.conv1d(z.unsqueeze(1), K, b).abs().mean(2),
+        }
+        return self.last(found[self.operation]().abs())
+
+
+@pytest.mark.parametrize("operation", ["product", "quotient", "sum", "linear", "convolution"])
+def test_real_weights_take_their_rules(operation):
+    torch.manual_seed(0)
+    model, x, y = RealWeights(operation).double(), torch.randn(7, 5).double(), torch.randint(3, (7,))
+    parameters = dict(model.named_parameters())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*falling back")
+        warnings.filterwarnings("ignore", ".*no Kronecker factors")
+        stats = pb.statistics(model, CE, (x, y), ["sample_grads", "square_norms", "variance", "diag_ggn", "kflr"])
+    g, d = (f(CE, model(x), y, parameters) for f in (oracle.sample_grads, oracle.sample_diag_ggn))
+    for k in parameters:
+        close(stats["sample_grads"][k], g[k], k)
+        close(stats["square_norms"][k], g[k].flatten(1).square().sum(1), k)
+        close(stats["variance"][k], g[k].var(0, unbiased=False), k)
+        close(stats["diag_ggn"][k], d[k].mean(0), k)
+    if operation == "linear":  # real and imaginary parts are positions of the weight that was cast
+        assert stats["kflr"]["W"].left.shape == (4, 4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from paraboloid.engine.many_vectors import gradients
 from paraboloid.engine.reindexed_weights import Alias, Piece, itself
 from paraboloid.engine.sample_independence import Layout, Owned
 from paraboloid.layers import Use
+from paraboloid.layers.registry import value_of
 from paraboloid.passes.modes import autocast
 from paraboloid.reductions.outer import Outer, known
 from paraboloid.reductions.products import Lookup, Vector, product
@@ -38,21 +39,65 @@ class Part:
 
 
 def rule_parts(call: Any, layout: Layout | Owned, aliases: Mapping[int, Alias]) -> list[Part] | None:
-    """The parts of every weight of the call by its rule, or None where no rule applies to these arguments: all rules
-    are for real numbers, and a complex gradient goes with the conjugate of what it is multiplied by."""
-    if call.is_complex:
-        return None
+    """The parts of every weight of the call by its rule, or None where no rule applies to these arguments."""
     wanted = {id(w) for w in call.weights}
     uses = [u for u in call.uses() if id(u.weight) in wanted]
     if {id(u.weight) for u in uses} != wanted:
         return None
     parts: list[Part] = []
     for use in uses:
-        found = _parts(call.shape, layout, use, aliases.get(id(use.weight)))
+        alias = aliases.get(id(use.weight))
+        found = (_complex_parts if call.is_complex else _parts)(call.shape, layout, use, alias)
         if found is None:
             return None
         parts += found
     return parts
+
+
+def _complex_parts(
+    shape: torch.Size, layout: Layout | Owned, use: Use, alias: Alias | None
+) -> list[Part] | None:  # fmt: skip
+    """A real weight in a complex call: its gradient Re(conj(c) g) is that of two real uses, Re c Re g + Im c Im g.
+
+    None for complex weights, which rules do not know.
+    """
+    roots = [use.weight] if alias is None else [piece.root for piece in alias.pieces]
+    if use.left is not None or use.lookup or any(root.is_complex() for root in roots):
+        return None
+    found: list[Part] = []
+    for part_of in (_real, _imaginary):
+        if part_of is _imaginary and use.is_constant and use.right is None:
+            continue  # the weight is added
+        factor, right = use.factor, use.right
+        if not use.is_constant:
+            factor = partial(_part_of_factor, part_of, factor)
+        if right is not None:
+            right = partial(_part_of_rows, part_of, right)
+        parts = _parts(shape, layout, replace(use, factor=factor, right=right), alias)
+        if parts is None:
+            return None
+        found += [Part(p.root, partial(_of_part, part_of, p.outer)) for p in parts]
+    return found
+
+
+def _real(t: Tensor) -> Tensor:
+    return t.real if t.is_complex() else t
+
+
+def _imaginary(t: Tensor) -> Tensor:
+    return t.imag if t.is_complex() else torch.zeros_like(t)
+
+
+def _part_of_factor(part_of: Callable[[Tensor], Tensor], factor: Any) -> Tensor:
+    return part_of(value_of(factor))
+
+
+def _part_of_rows(part_of: Callable[[Tensor], Tensor], right: Callable[[slice], Tensor], n: slice) -> Tensor:
+    return part_of(right(n))
+
+
+def _of_part(part_of: Callable[[Tensor], Tensor], outer: Callable[..., Outer], g: Tensor, power: int = 1) -> Outer:
+    return outer(part_of(g), power)
 
 
 def blocked(call: Any, layout: Layout | Owned, aliases: Mapping[int, Alias]) -> list[Tensor]:
