@@ -272,3 +272,19 @@ def test_options_out_of_range():
             make(mlp(), LOSS, rise_factor=1.0)
     with pytest.raises(ValueError, match="kl_clip is 'wide'; expected one of"):
         pb.optim.KFAC(mlp(), LOSS, kl_clip="wide")
+
+
+def test_steps_that_keep_all_they_promise_grow_beyond_one_where_they_may():
+    free, held = Trust(2.0, short=0.8), Trust(2.0)
+    for trust in (free, held):
+        for _ in range(40):
+            trust.slope = -1.0
+            trust.overshoots(-0.9)
+            trust.grow()
+    assert free.rate == 4.0
+    assert held.rate == 1.0
+    for _ in range(60):  # at the minimum along the step half of the promise is kept
+        free.slope = -1.0
+        free.overshoots(-0.5)
+        free.grow()
+    assert free.rate == 1.0

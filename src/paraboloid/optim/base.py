@@ -66,8 +66,13 @@ class Frame(torch.optim.Optimizer):
     def _compose(self) -> None:
         """Make the parts that follow from the options and the names of the parameters."""
         rate = START if getattr(self, "kl_clip", None) == AUTO else 1.0
-        self._composed, self.trust = True, None if self.rise_factor is None else Trust(self.rise_factor, rate)
+        self._composed = True
+        self.trust = None if self.rise_factor is None else Trust(self.rise_factor, rate, self._short())
         self._left: dict[Tensor, int] = {}  # versions of the parameters after the last step
+
+    def _short(self) -> float | None:
+        """See `Trust`."""
+        return None
 
     # --- parameters ----------------------------------------------------------------------------------------------
 

@@ -24,6 +24,8 @@ FAR = 2.0  # the same of one step, over the average: beyond it the step is given
 START = 0.1  # the rate of the first step, where nothing is known yet
 CUT, GROW, EARN = 0.5, 1.05, 1.3  # of the rate: after a step that went wrong, one that did not, and before any did
 LEAST = 1e-3  # of the rate
+MOST = 4.0  # of it, where it may go beyond 1: steps of Adam's length know nothing of how far they should go
+SHORT, SEEN = 1.1, 5  # it grows by that much, once so many slopes kept their promise
 LOST = 3  # losses or gradients in a row that are not finite, after which the last step is taken back
 APART = 0.05  # of what the loss fell in all: its scale is at least this
 SIGMAS = 3.0  # of the last losses, above which a loss is a rise
@@ -38,10 +40,11 @@ class Trust:
     """A rate in (0, 1] that multiplies the steps, cut where they overshoot or the loss rises, and growing back.
 
     rise_factor  a loss above it times the mean size of the last losses is a rise
+    short        a share of what slopes promised, above which steps are far too short: the rate grows beyond 1, up to 4
     """
 
-    def __init__(self, rise_factor: float, rate: float = 1.0):
-        self.rise_factor, self.rate = rise_factor, rate
+    def __init__(self, rise_factor: float, rate: float = 1.0, short: float | None = None):
+        self.rise_factor, self.rate, self.short = rise_factor, rate, short
         self.size = self.mean = self.square = 0.0  # running means of |loss|, the loss, and its squared deviation
         self.promised = self.turned = 0.0  # and of |g . delta| and (g + g') . delta
         self.slopes = 0  # that the means are of
@@ -105,7 +108,11 @@ class Trust:
         self.slopes, self.slope = 0, None
 
     def grow(self) -> None:
-        self.rate = min(1.0, (GROW if any(self.events.values()) else EARN) * self.rate)
+        if self.rate < 1:
+            self.rate = min(1.0, (GROW if any(self.events.values()) else EARN) * self.rate)
+        elif self.short is not None and self.slopes >= SEEN:
+            kept = self.kept_promise or 0.0
+            self.rate = min(MOST, SHORT * self.rate) if kept > self.short else max(1.0, self.rate / GROW)
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -117,8 +124,13 @@ class Trust:
 
     def diagnostics(self) -> dict[str, Any]:
         """The rate, what it was cut for, how often, and the loss's change over what the slopes promised."""
-        ratio = -self.turned / (2 * self.promised) if self.promised else None
-        return {"rate": self.rate, **self.events, "why": self.why or "no step was shortened", "kept_promise": ratio}
+        return {"rate": self.rate, **self.events, "why": self.why or "no step was shortened",
+                "kept_promise": self.kept_promise}  # fmt: skip
+
+    @property
+    def kept_promise(self) -> float | None:
+        """The loss's change over what the slopes promised, of the last steps."""
+        return -self.turned / (2 * self.promised) if self.promised else None
 
 
 States = Iterable[tuple[Tensor, dict[str, Any]]]
