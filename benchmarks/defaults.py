@@ -187,7 +187,8 @@ def table(rows: dict[Key, dict[str, Any]]) -> str:
         start = _mean([r["start"] for (p, *_), r in rows.items() if p == problem])
         cells = []
         for n in names:
-            bad = mean[n] is not None and n != "AdamW" and mean["AdamW"] is not None and not mean[n] <= mean["AdamW"]
+            adam = mean.get("AdamW")
+            bad = mean[n] is not None and n != "AdamW" and adam is not None and not mean[n] <= adam
             pairs += mean[n] is not None and n != "AdamW"
             worse += [f"{n} on {problem}"] if bad else []
             cells.append("" if mean[n] is None else f"{mean[n]:.3g}" + (" *" if bad else ""))

@@ -464,3 +464,23 @@ def test_resumed_runs_are_the_uninterrupted_ones_in_the_last_digit(optimiser):
         for each in ((model, opt), (other, resumed)):
             steps(*each, saved, saved + 2)
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_step_into_nan_is_told_where_nothing_takes_it_back():
+    torch.manual_seed(0)
+    x, y = batches()[0]
+    for rise_factor in (None, 2.0):
+        model = autoencoder()
+        opt = pb.optim.KBFGS(model, nn.MSELoss(), lr=1e300, rise_factor=rise_factor)
+        opt.warm_start([(x, y)])
+        before = [p.detach().clone() for p in model.parameters()]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            opt.step(closure_of(model, opt, LOSSES["mse"], x, y))
+        assert opt.diagnostics()["second_not_finite"] == 1
+        assert len(caught) == (rise_factor is None)
+        if rise_factor is None:
+            assert "rise_factor is None. Give a rise_factor, or a smaller lr" in str(caught[0].message)
+        else:  # taken back, and told by the diagnostics
+            assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+            assert opt.diagnostics()["trust"]["taken_back"] == 1

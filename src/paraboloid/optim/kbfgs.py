@@ -70,7 +70,8 @@ class KBFGS(Frame):
     `KFAC`; one whose second evaluation is not finite leaves Hg as it was.
 
     lr, graft     without an lr of your own each parameter's step is as long as Adam's with lr / 100 (graft="adam"): the
-                  default .3 is Adam's 3e-3, up to four times as long while steps keep what they promise.  With one it is the paper's step (graft=None); either may be said
+                  default .3 is Adam's 3e-3, and up to four times that while steps keep what they promise.  With one
+                  it is the paper's step (graft=None); either may be said
     paper         True: the paper's step and lr .3, and nothing is watched (graft=None, rise_factor=None)
     rise_factor   a step after which its batch's loss is that many times as high is taken back, and the next ones are
                   shorter (see `Trust`); None: the paper's step, whatever comes of it
@@ -298,6 +299,10 @@ class KBFGS(Frame):
         finite = math.isfinite(loss) and foreach.finite([t for m in after.values() for t in (m.outputs, m.gradients)])
         if self._group is not None:
             finite = collectives.everywhere(torch.tensor(finite, device=self.device), self._group)
+        if not finite and self.trust is None and not self.counters["second_not_finite"]:
+            warnings.warn(f"step {self.counters['steps'] + 1} led to a loss of {loss:.3g} or to values that are NaN or "
+                          "infinite, and stays: rise_factor is None. Give a rise_factor, or a smaller lr; further such "
+                          "steps are only counted, see diagnostics()['second_not_finite'].", stacklevel=4)  # fmt: skip
         self.counters["second_not_finite"] += not finite
         if trial is not None and self.trust is not None:
             self.trust.slope = trial.slope()

@@ -51,9 +51,9 @@ class Preconditioned(Frame):
 
     Without `curvature` and `damping` it is a step that needs no tuning: a diagonal of the Fisher information with
     sampled labels, averaged with decay .95, batch norm included; the damping .1 is in units of the diagonal's mean; the
-    gradient is averaged (momentum .9), then preconditioned; and each parameter's step is as long as Adam's with
-    .015 lr, 1.5e-3, up to four times as long while steps keep what they promise.  With either of them, or paper=True, it is BackPACK's (lr .1, damping .01, no momentum, no
-    averages); paper=True watches nothing.
+    gradient is averaged (momentum .9), then preconditioned; each parameter's step is as long as Adam's with .015 lr,
+    1.5e-3, up to four times that while steps keep what they promise.  With either of them, or paper=True, it is
+    BackPACK's (lr .1, damping .01, no momentum, no averages); paper=True watches nothing.
 
     The inverse is exact: elementwise, or by eigendecompositions of the Kronecker factors.  Where a diagonal is negative
     (the Hessian's) and less than a tenth of damping + weight_decay would be left, its absolute value is taken.
