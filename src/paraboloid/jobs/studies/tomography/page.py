@@ -97,7 +97,7 @@ def _cells(results: dict[str, Any]) -> list[Panel]:
     sure = columns(("50", "90"), percent)
     for line, c in zip(sure, table, strict=True):
         line += [fixed(c["correlation"], None), fixed(c["noise ratio"], None)]
-    caption = f"{title}; means over {images} images. Values of dropout below the axis are drawn at its foot."
+    caption = f"{title}; means over {_many(images, 'image')}. Values of dropout below the axis are drawn at its foot."
     return [Panel(inline_svg("cells", title, (10.0, 5.6), draw), caption, [
         Table("PSNR in dB", ["angles, noise", "posterior mean", "network", "total variation"], rows),
         Table("Log density of the true image, nats per pixel", ["angles, noise", "posterior", "in 4 x 4 patches",
@@ -120,7 +120,11 @@ def _choices(rows: list[dict[str, Any]]) -> Panel:
     table = Table("PSNR in dB", ["angles", *RULES], [
         [str(n), *(fixed(by_rule[rule][i], None, 1) for rule in RULES)] for i, n in enumerate(at)])  # fmt: skip
     caption = (
-        f"{title}; means over {len(rows)} characters. Chosen by the posterior: one after another, each the angle of "
-        "largest expected gain in information given those before."
+        f"{title}; means over {_many(len(rows), 'character')}. Chosen by the posterior: one after another, each the "
+        "angle of largest expected gain in information given those before."
     )
     return Panel(inline_svg("choices", title, (7.0, 3.6), draw), caption, [table])
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
