@@ -42,6 +42,26 @@ def test_modes_do_not_see_what_runs_under_DisableTorchFunction():
     assert not seen.ops, "DisableTorchFunction: the recorder would take our own arithmetic for the model's calls"
 
 
+def test_modes_see_again_what_runs_under_EnableTorchFunction():
+    with internals.DisableTorchFunction(), internals.EnableTorchFunction(), Seen() as seen:
+        torch.ones(2).exp()
+    assert seen.ops, "EnableTorchFunction: a model that runs again, on copies of samples, would not be recorded"
+
+
+def test_gradients_at_are_those_of_autograd():
+    x, unused = torch.randn(3, 2, requires_grad=True), torch.randn(2, requires_grad=True)
+    z = x.sin()
+    f, v = z.square(), torch.randn(3, 2)
+    inputs = (get_gradient_edge(z), x, unused)
+    expected = torch.autograd.grad(f, inputs, v, retain_graph=True, allow_unused=True)
+    for _ in range(2):  # the graph is kept
+        found = internals.gradients_at(f, inputs, v)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1]) and found[2] is None, (
+            "gradients_at: pulls would take other gradients than autograd's"
+        )
+    assert x.grad is None, "gradients_at: a pull would add to .grad"
+
+
 def test_a_subclass_with_PLAIN_RESULTS_gives_plain_tensors():
     class Mine(torch.Tensor):
         __torch_function__ = internals.PLAIN_RESULTS

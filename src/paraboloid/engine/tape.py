@@ -35,7 +35,7 @@ from paraboloid.passes.memory import gives_back, pooled
 from paraboloid.passes.modes import eager_code, largest_entry, own_arithmetic, rounding
 from paraboloid.passes.random_state import copied_buffers
 from paraboloid.passes.tensor_hooks import unhooked
-from paraboloid.passes.torch_internals import LEAF, REENTRANT_CHECKPOINT, DisableTorchFunction
+from paraboloid.passes.torch_internals import LEAF, REENTRANT_CHECKPOINT, DisableTorchFunction, gradients_at
 from paraboloid.reductions.outer import Derived, Outer, zero
 
 SIGNATURES = 512  # recorded sequences of calls and shapes that are remembered per model
@@ -355,9 +355,9 @@ class Tape:
             return []
         if len(v) > 1 and not leaves and (together := many_vectors.pull(self.model, f, edges, v)) is not None:
             return together
-        found, inputs = list[Tensor | None](), [*edges, *leaves]
+        found, inputs = list[Tensor | None](), (*edges, *leaves)
         for i in range(v.shape[0]):
-            grads = torch.autograd.grad(f, inputs, v[i], retain_graph=True, allow_unused=True)
+            grads = gradients_at(f, inputs, v[i])
             if (V := v.shape[0]) == 1:
                 found = [None if g is None else g[None] for g in grads[: len(edges)]]
             elif i == 0:
