@@ -39,7 +39,7 @@ def sampled_laplace(
     weights: Weights = "all",
     normalisation: str = "held",
     prior_precision: float = 1.0,
-    noise_variance: float = 1.0,
+    noise_variance: float | None = 1.0,
     per: str = "all",
     curvature: str = "ggn",
     match: str | None = "auto",
@@ -69,6 +69,8 @@ def sampled_laplace(
                      fewer where it no longer moves; 0 keeps `prior_precision`
     g_prior          Lambda = lambda diag(H): each weight counts in the unit in which the data sees it, so predictions
                      do not depend on the units of features; `prior_precision` is lambda.  False: Lambda = lambda I
+    noise_variance   of a squared error's Gaussian; None: found by EM beside the precision, from that of the model's own
+                     residuals on
     normalisation    "held": scales and shifts of normalisation layers stay what they are, in every draw, unless
                      `weights` names them; "free": they are weights as others
     per              one precision for "all" weights, for each "layer" (module) or for each "parameter"
@@ -107,7 +109,7 @@ def sampled_laplace(
     ):  # fmt: skip
         check_choice(name, value, choices)
     for name, value in (("prior_precision", prior_precision), ("noise_variance", noise_variance), ("tol", tol)):
-        if not value > 0:
+        if value is not None and not value > 0:
             raise ValueError(f"{name} is {value}; expected a positive number.")
     if lr is not None and not lr > 0:
         raise ValueError(f"lr is {lr}; expected a positive number, or None to have it measured.")
@@ -115,12 +117,18 @@ def sampled_laplace(
         raise ValueError(f"objective='noisy-targets' with solver={solver!r}; expected 'sgd', which alone sees it.")
     check_count("em_steps", em_steps, least=0)
     likelihood, group = Likelihood.of(loss_fn, curvature), collectives.group_of(all_reduce)
+    if noise_variance is None and not (likelihood.takes_noise and em_steps and curvature == "ggn"):
+        raise ValueError(
+            f"noise_variance is None with a {likelihood.kind} likelihood, em_steps={em_steps} and "
+            f"curvature={curvature!r}; expected nn.MSELoss, em_steps of at least 1 and 'ggn', under which EM finds it."
+        )
     names = chosen(model, weights, normalisation, data, output)
     for name, p in trees.parameters(model).items():
         if not torch.isfinite(p).all():
             raise ValueError(f"parameter {name!r} holds NaN or infinity; expected a trained model.")
+    noise = None if noise_variance is None else float(noise_variance)
     fitting = Fitting(
-        model, names, data, samples, seed, float(noise_variance), solver, tol, epochs, lr, batch_size,
+        model, names, data, samples, seed, noise, solver, tol, epochs, lr, batch_size,
         objective == "noisy-targets", output, max_memory, group, shard,
     )  # fmt: skip
     path = None if checkpoint is None else Path(checkpoint)

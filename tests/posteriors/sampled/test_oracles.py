@@ -109,6 +109,35 @@ def test_fixed_point_of_em_is_the_maximum_of_the_evidence():
     assert posterior.history[-1].step < 30  # it noticed that it had arrived
 
 
+@pytest.mark.parametrize("solver", ["cg", "dual"])
+@pytest.mark.parametrize("g_prior", [False, True])
+def test_noise_and_precision_by_em_are_the_maximum_of_the_evidence(g_prior, solver, tmp_path):
+    """Of a conjugate model; under the g-prior, whose unit is the noise, of the features over their lengths."""
+    model, x, y = regression(n=120)
+    options = {"g_prior": g_prior, "solver": solver, "noise_variance": None, "tol": 1e-6, "match": None}
+    posterior = pb.sampled_laplace(model, nn.MSELoss(), (x, y), 512, em_steps=60, prior_precision=5.0, **options)
+    X = x / x.norm(dim=0) if g_prior else x
+    eigenvalues, U = torch.linalg.eigh(X.T @ X)
+    c, rest = (U.T @ (X.T @ y)).square().sum(1), y.square().sum()
+    e = eigenvalues.clamp(min=1e-12)
+    noise, ratio = torch.linspace(-2.5, 0, 501, dtype=F64).exp(), torch.linspace(-6, 4, 1001, dtype=F64).exp()
+    s, r = noise[:, None], ratio[None]  # ratio: the prior's precision times the noise
+    determinants = 2 * (r.log()[..., None] - (e + r[..., None]).log()).sum(-1)
+    fit = (rest - (c / (e + r[..., None])).sum(-1)) / s
+    best = (determinants - y.numel() * s.log() - fit).argmax()
+    want_noise, want = noise[best // len(ratio)].item(), ratio[best % len(ratio)].item()
+    assert abs(posterior.noise_variance / want_noise - 1) < 0.03
+    precision = posterior.prior_precision * (1 if g_prior else posterior.noise_variance)
+    assert abs(precision / want - 1) < 0.05
+    assert posterior.history[-1].noise_variance == posterior.noise_variance
+    assert posterior.predict(x).variance.min() > posterior.noise_variance
+    short = {**options, "checkpoint": tmp_path / "run", "prior_precision": 5.0}
+    pb.sampled_laplace(model, nn.MSELoss(), (x, y), 4, em_steps=3, **short)
+    more = pb.sampled_laplace(model, nn.MSELoss(), (x, y), 4, em_steps=4, **short)
+    whole = pb.sampled_laplace(model, nn.MSELoss(), (x, y), 4, em_steps=4, **{**short, "checkpoint": None})
+    assert more.history == whole.history and torch.equal(more.samples["weight"], whole.samples["weight"])
+
+
 def test_predictions_do_not_change_when_features_are_rescaled():
     model, x, y = classifier(2)
     c = torch.logspace(-2, 2, x.shape[1], dtype=F64)

@@ -52,6 +52,7 @@ class EMStep:
     residual             ||b - A w|| / ||b|| of the worst sample
     optimum              the norm of the gradient at the w* that gave this precision, over that of its larger part, the
                          data's or the prior's; None at first
+    noise_variance       where EM finds it, else None
     """
 
     step: int
@@ -59,6 +60,7 @@ class EMStep:
     effective_dimension: tuple[float, ...]
     residual: float
     optimum: float | None = None
+    noise_variance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class State:
     steps: int = 0  # updates of the precision that were made
     sampled: bool = False  # whether `w` and `gammas` are those of `precision`
     settled: bool = False
+    noise: float | None = None  # the noise variance, where EM finds it
     chosen: str | None = None  # "sgd" or "cg", where that was probed
     sketched: list[float] | None = None  # the precision that the curvature was sketched at; None: it was not
     position: Position | None = None  # of the descent that is going on
@@ -108,9 +111,11 @@ class Run:
 
         gamma_g = D_g sum_k (w_k . S G S w_k)_g / sum_k (w_k . A w_k)_g,      lambda_g <- gamma_g / ||w*||_g^2
 
-    with A = S G S + Lambda.  The denominator's mean is D_g for each sample, and its noise that of the numerator: their
-    ratio is without bias where there is one group, and has the variance 2 sum_i (a_i - mean a)^2 / K over A's
-    eigendirections, a_i = g_i / (g_i + lambda), where the numerator alone has 2 sum_i a_i^2 / K.  w* = S^-1 (theta +
+    with A = S G S + Lambda; and where the noise variance is not given, 2 loss(w*) / (elements - gamma) for that.
+
+    The denominator's mean is D_g for each sample, and its noise that of the numerator: their ratio is without bias
+    where there is one group, and has the variance 2 sum_i (a_i - mean a)^2 / K over A's eigendirections, a_i = g_i /
+    (g_i + lambda), where the numerator alone has 2 sum_i a_i^2 / K.  w* = S^-1 (theta +
     delta) is the optimum of the linearised model under the current prior.  A fixed point is a stationary point of the
     evidence of the linearised model.  Source: Antoran et al. 2023, arXiv:2210.04994, section 4; MacKay 1992.
     """
@@ -124,8 +129,13 @@ class Run:
     dual: TangentKernel | None = None
     across: Group = None  # the processes that hold other samples
     probes: bool = False  # whether conjugate gradients are taken in the place of the descent where they are better
+    elements: float = 0.0  # of all targets, and the noise variance that the system was made with, where EM finds it
+    first: float = 1.0
     loss: Any = None  # of the linearised optimum; None: that of the system
     made: list[Sketch] | None = None  # empty where there is none to be had
+
+    def __post_init__(self) -> None:
+        self.under_first = self.system.scale, self.diagonal
 
     def expanded(self, precision: Sequence[float]) -> Tensor:
         """One precision for each weight, [D]."""
@@ -185,7 +195,9 @@ class Run:
             self._descend_samples(state, precision, after)
         forms, wholes, residual = self._measured(state.b, state.w, precision)
         state.gammas = [n * form / whole for form, whole, n in zip(forms, wholes, self.counts, strict=True)]
-        state.history.append(EMStep(state.steps, tuple(state.precision), tuple(state.gammas), residual, state.slope))
+        state.history.append(
+            EMStep(state.steps, tuple(state.precision), tuple(state.gammas), residual, state.slope, state.noise)
+        )
         state.sampled = True
 
     def _descends(self, state: State) -> bool:
@@ -325,16 +337,45 @@ class Run:
         state.delta, state.slope = found, self._slope(linear, found, before)
         squares = self.totals((linear.theta + found).square())
         tiny = torch.finfo(self.theta.dtype).tiny
+        quieter = 1.0 if state.noise is None else self._noise(state, linear, before)
+        squares = [s / quieter for s in squares] if self.system.scale is not None else squares  # in its units
         # The samples' noise may take the gamma of a group below zero: one weight is the least that EM goes on from.
         gammas = [max(g, min(1.0, n / 2)) for g, n in zip(state.gammas, self.counts, strict=True)]
         updated = [min(max(g / max(s, tiny), LOWEST), HIGHEST) for g, s in zip(gammas, squares, strict=True)]
         pairs = zip(updated, state.precision, strict=True)
-        state.settled = all(abs(new / old - 1) < SETTLED for new, old in pairs)
+        state.settled = all(abs(new / old - 1) < SETTLED for new, old in [*pairs, (quieter, 1.0)])
         assert state.b is not None and state.w is not None
         # Directions that the data does not determine, D - gamma of them, keep the prior's draw.
         shares = self.expanded([1 - min(g / n, 1.0) for g, n in zip(gammas, self.counts, strict=True)])
         self.system.reweighted(state.b, state.w, before, self.expanded(updated), shares)
         state.precision, state.steps, state.sampled = updated, state.steps + 1, False
+
+    def _noise(self, state: State, linear: ScaledModel, precision: Tensor) -> float:
+        """The noise variance that the optimum's squared errors say, over the one before; what follows from it in place.
+
+        In units of the g-prior the system stays, for they move with the noise, and only the optimum's units change.
+        """
+        assert state.delta is not None and state.b is not None and state.noise is not None
+        free = max(self.elements - sum(state.gammas), 1e-3 * self.elements)
+        found = max(2 * float(linear.value(state.delta)) / free, torch.finfo(torch.float32).tiny)
+        ratio, state.noise, state.sketched = found / state.noise, found, None
+        if self.system.scale is None:
+            self.system.louder(state.b, ratio**-0.5, precision)
+        else:
+            state.delta = state.delta * ratio**-0.5
+        self.place(found)
+        return ratio
+
+    def place(self, noise: float) -> None:
+        """The system under a noise variance."""
+        ratio, (scale, diagonal) = noise / self.first, self.under_first
+        self.system.strength, self.made = 1 / noise, None
+        if scale is None:
+            self.diagonal = diagonal / ratio
+        else:
+            self.system.scale = scale * ratio**0.5
+        if self.dual is not None:
+            self.dual = TangentKernel(self.system)
 
     def _slope(self, linear: ScaledModel, delta: Tensor, precision: Tensor) -> float:
         data, prior = self.system.strength * linear.gradient(delta), precision * (linear.theta + delta)

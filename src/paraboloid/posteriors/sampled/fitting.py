@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,7 +55,7 @@ class Fitting:
     data: Data
     samples: int
     seed: int
-    noise_variance: float
+    noise_variance: float | None  # None: EM finds it
     solver: str
     tol: float
     epochs: int
@@ -104,6 +105,13 @@ class Fitting:
             path = None if path is None else checkpoints.of_process(path, self.group)
             state = None if path is None else checkpoints.resumed(path, belongs, system.like.device, self.group)
             state = State([prior_precision] * len(groups)) if state is None else state
+            elements, first = 0.0, 1.0
+            if self.noise_variance is None:
+                elements = float(system.count * math.prod(system.curvature.target))
+                squares = 2 * system.summed(torch.tensor(system.replay.total, dtype=torch.float64)).item()
+                first = max(squares / elements, torch.finfo(torch.float32).tiny)
+                system.strength = 1 / first
+                state.noise = first if state.noise is None else state.noise
             fresh = state.diagonal is None
             diagonal = state.diagonal = system.diagonal() if state.diagonal is None else state.diagonal
             if g_prior:
@@ -111,9 +119,11 @@ class Fitting:
                 system.scale = input_scales(parameters) if unit else feature_scales(diagonal, parameters)
                 diagonal = (diagonal * system.scale).mul_(system.scale)
             run = Run(
-                system, at, join(list(theta.values())), diagonal, self.tol, descent, dual, across, probes,
-                likelihood.loss,
+                system, at, join(list(theta.values())), diagonal, self.tol, descent, dual, across, probes, elements,
+                first, likelihood.loss,
             )  # fmt: skip
+            if state.noise is not None:
+                run.place(state.noise)
             if unit and state.b is None:
                 state.precision = unit_information(run)
 
@@ -137,7 +147,8 @@ class Fitting:
             samples[name] = p.new_zeros(self.samples, *p.shape)
         return SampledPosterior(
             self.model, likelihood, theta, samples, as_prior(groups, state.precision, list(theta)), sum(state.gammas),
-            state.history, self.noise_variance, system.curvature.target, self.output, self.max_memory, self.data,
+            state.history, self.noise_variance or state.noise or 1.0, system.curvature.target, self.output,
+            self.max_memory, self.data,
         )  # fmt: skip
 
     def _system(self, likelihood: Likelihood, theta: dict[str, Tensor]) -> TangentSystem:
@@ -149,7 +160,7 @@ class Fitting:
         curvature = TangentCurvature(
             self.model, likelihood.curved, pieces, output=self.output, max_memory=self.max_memory, ordered=self.noisy
         )
-        strength = float(likelihood.strength(self.noise_variance))
+        strength = float(likelihood.strength(self.noise_variance or 1.0))
         group = self.group if self.shard == "data" else None
         return TangentSystem(curvature, strength, self.seed, self.mine, group=group)
 
@@ -162,7 +173,7 @@ class Fitting:
         moment S_n, and eps_n - f_n, with the noise that the draw was made of, has 1 - S_n: their ratio is taken, each
         on the mean over the samples (and over classes that share one variance).  See `prediction.confidence`.
         """
-        found, seen, root = [], 0, float(unweighted.likelihood.strength(self.noise_variance)) ** 0.5
+        found, seen, root = [], 0, float(unweighted.likelihood.strength(unweighted.noise_variance)) ** 0.5
         for inputs, _ in batch_data.batches(self.data):
             f = root * torch.cat([d for _, d in unweighted.outputs(inputs)], 1)  # [S, n, *shape]
             eps = noise.of_data(self.seed, self.first + seen, f.shape[1], range(self.samples), f[0, 0].numel(), f)

@@ -160,6 +160,12 @@ class TangentSystem:
             w[k].addcmul_(drawn, theta)
 
     @torch.no_grad()
+    def louder(self, b: Tensor, factor: float, precision: Tensor) -> None:
+        """The data's part of the right-hand sides times a number, in place."""
+        for row, sample in zip(b, self.samples, strict=True):
+            row.mul_(factor).addcmul_(precision.sqrt(), self.prior_noise(sample), value=1 - factor)
+
+    @torch.no_grad()
     def prior_draws(self, precision: Tensor) -> Tensor:
         """Lambda^-1/2 theta_0 [K, D], which solve the system where the data says nothing."""
         found = self.like.new_empty(len(self.samples), self.size)
