@@ -44,6 +44,11 @@ def main(rank, world, folder):
             posterior.effective_dimension,
             posterior.confidence,
         )
+    mine, path = slice(CUTS[rank], CUTS[rank + 1]), folder / "run"
+    options = {"solver": "sgd", "epochs": 2, "batch_size": 8, "all_reduce": True, "checkpoint": path, "match": None}
+    for em_steps in (1, 2):  # two batches here, four there; and gone on from
+        posterior = pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x[mine], y[mine]), 2, em_steps, **options)
+    found["unequal"] = posterior.samples, posterior.history
     leave(found, rank, world, folder)
 
 

@@ -18,9 +18,9 @@ from paraboloid.losses import LossFunction
 from paraboloid.passes import trees
 from paraboloid.passes.parameter_layers import layer_of
 from paraboloid.posteriors.likelihood import Likelihood
-from paraboloid.posteriors.sampled.expectation_maximisation import Progress
 from paraboloid.posteriors.sampled.fitting import Fitting, normalisation_layers
 from paraboloid.posteriors.sampled.sampled_posterior import SampledPosterior
+from paraboloid.posteriors.sampled.state import Progress
 from paraboloid.posteriors.weights import Weights, choose
 
 ABOUT = 1e-2  # residual to which samples are solved for that only order inputs by their variance

@@ -33,3 +33,11 @@ def test_shared_work_finds_what_one_process_finds(ranks, name):
             assert confidence.usual == pytest.approx(expected.confidence.usual, rel=1e-4)
         assert dimension == pytest.approx(expected.effective_dimension, rel=1e-5)
         assert precision == pytest.approx(expected.prior_precision, rel=1e-5)
+
+
+def test_processes_with_different_numbers_of_batches(ranks):
+    """They end, agree, and go on from checkpoints of their own."""
+    (samples, history), (others, other_history) = (found["unequal"] for found in ranks)
+    assert history == other_history and [step.step for step in history] == [0, 1, 2]
+    for k, d in samples.items():
+        assert d.isfinite().all() and torch.equal(d, others[k])

@@ -187,6 +187,7 @@ def test_bad_input(monkeypatch):
         ({"em_steps": -1}, "em_steps is -1; expected an integer of at least 0"),
         ({"prior_precision": 0.0}, "prior_precision is 0.0; expected a positive number"),
         ({"noise_variance": -1.0}, "noise_variance is -1.0; expected a positive number"),
+        ({"noise_variance": None}, "noise_variance is None with a categorical likelihood"),
         ({"lr": 0.0}, "lr is 0.0; expected a positive number"),
         ({"solver": "adam"}, "solver is 'adam'; expected one of"),
         ({"curvature": "hessian"}, "curvature is 'hessian'; expected one of"),

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from paraboloid.distributed import collectives
 from paraboloid.distributed.collectives import Group
-from paraboloid.posteriors.sampled.expectation_maximisation import EMStep, State
 from paraboloid.posteriors.sampled.solvers import Position
+from paraboloid.posteriors.sampled.state import EMStep, State
 
 VERSION = 2
 

@@ -29,10 +29,11 @@ from paraboloid.posteriors.prediction.confidence import SAMPLES, Confidence, sha
 from paraboloid.posteriors.prior_tuning.evidence import groups_of
 from paraboloid.posteriors.sampled import checkpoint as checkpoints
 from paraboloid.posteriors.sampled import noise
-from paraboloid.posteriors.sampled.expectation_maximisation import Progress, Run, State, as_prior
+from paraboloid.posteriors.sampled.expectation_maximisation import Run, as_prior
 from paraboloid.posteriors.sampled.sampled_posterior import SampledPosterior, by_name
 from paraboloid.posteriors.sampled.shortfall import tell
 from paraboloid.posteriors.sampled.solvers import Descent
+from paraboloid.posteriors.sampled.state import Progress, State
 from paraboloid.posteriors.sampled.tangent_curvature import TangentCurvature
 from paraboloid.posteriors.sampled.tangent_kernel import MOST_ROWS, TangentKernel, rows_of
 from paraboloid.posteriors.sampled.tangent_system import TangentSystem, feature_scales

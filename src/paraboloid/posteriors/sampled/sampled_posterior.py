@@ -17,7 +17,7 @@ from paraboloid.posteriors.likelihood import Likelihood
 from paraboloid.posteriors.prediction import predictive, sharpness
 from paraboloid.posteriors.prediction.confidence import Confidence
 from paraboloid.posteriors.prediction.tangent_outputs import tangent_outputs
-from paraboloid.posteriors.sampled.expectation_maximisation import EMStep
+from paraboloid.posteriors.sampled.state import EMStep
 
 
 @dataclass(eq=False, repr=False)

@@ -6,8 +6,8 @@ import warnings
 
 import torch
 
-from paraboloid.posteriors.sampled.expectation_maximisation import State
 from paraboloid.posteriors.sampled.solvers import MOST_ITERATIONS
+from paraboloid.posteriors.sampled.state import State
 
 ROUGH, EXACT = 0.1, 1e-2  # residuals above which descent, and a Cholesky factor, have not solved a system
 
