@@ -102,7 +102,8 @@ class Watched(nn.Module):
         return f if self.change is None or len(self.passes) % 2 else self.change(f)
 
 
-@pytest.mark.parametrize("change", [lambda f: f + 1e-3, lambda f: f.roll(1, 0), lambda f: f[:-1]], ids=str)
+@pytest.mark.parametrize("change", [lambda f: f + 1e-3, lambda f: f.roll(1, 0), lambda f: f[:-1]],
+                         ids=["other values", "other places", "fewer"])  # fmt: skip
 def test_where_copies_are_other_samples_all_take_the_same_columns(change, plans):
     model, x, y = case()
     watched = Watched(model, change)
