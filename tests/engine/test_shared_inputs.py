@@ -164,7 +164,7 @@ def test_batch_statistics_are_refused():
 
 def test_as_many_rows_as_samples_say_what_to_do():
     model, _, inputs, y, _ = make(("net", ("product", 5)))
-    with pytest.raises(ValueError, match="samples share although it has 5 rows"):
+    with pytest.raises(ValueError, match="shared input that is no buffer"):
         pb.statistics(model, SQUARES, (inputs, y), ["variance"])
     assert not model._forward_hooks and not model._forward_pre_hooks
 
@@ -231,9 +231,7 @@ class Graph(nn.Module):
 def test_all_nodes_of_one_graph_and_the_advice_of_the_refusal():
     torch.manual_seed(0)
     model, x, y = Graph(9).to(F64), torch.randn(9, 4, dtype=F64), torch.randint(3, (9,))
-    with pytest.raises(
-        ValueError, match=r"all nodes of a graph do, take the outputs of some of them \(output\[indices"
-    ):
+    with pytest.raises(ValueError, match=r"nodes of a graph\), take some outputs \(output\[indices"):
         pb.statistics(model, CE, (x, y), ["variance"])
     parameters, f = dict(model.named_parameters()), model(x)
     all_of_them = oracle.sample_grads(CE, f, y, parameters)

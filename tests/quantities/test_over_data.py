@@ -56,7 +56,7 @@ def test_uneven_batches_are_one_big_batch(loss_name, sizes):
 @pytest.mark.parametrize("model_name", ["residual cnn", "gpt", "class token", "sequence first", "shared"])
 def test_layers_of_all_kinds(model_name):
     """Positions, lookups, several uses, derived weights, and layouts with the samples on another axis."""
-    wanted = [q for q in SAME if q not in ("diag_hessian", "gram", "kflr", "kfac_empirical")]
+    wanted = [q for q in SAME if q not in ("diag_hessian", "sample_diag_hessian", "gram", "kflr", "kfac_empirical")]
     model, x = models.make(model_name, 8)
     loss, y = make_loss("ce", call(model, x))
     kron = ["kflr", "kfac_empirical"] if model_name in ("residual cnn", "gpt") else []

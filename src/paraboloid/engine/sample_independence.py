@@ -69,9 +69,11 @@ def layouts_of(shape: Sequence[int], N: int) -> Iterator[Layout]:
 def _random_like(f: Tensor, generator: torch.Generator) -> Tensor:
     """Normal numbers in float32 in the shape and the memory order of f, so that the pull copies nothing; of a large f
     the same `DRAWN` again and again, a prime number, so that no axis repeats."""
-    drawn = torch.randn(min(f.numel(), DRAWN), generator=generator, dtype=torch.float32, device="cpu")
-    if f.numel() > DRAWN:
-        drawn = drawn.repeat(-(-f.numel() // DRAWN))[: f.numel()]
+    drawn = torch.empty(f.numel(), dtype=torch.float32, device="cpu")
+    first, *others = drawn.split(DRAWN) if len(drawn) else (drawn,)
+    first.normal_(generator=generator)
+    for part in others:
+        part.copy_(first[: len(part)])
     order = sorted(range(f.dim()), key=f.stride, reverse=True)
     return drawn.view([f.shape[axis] for axis in order]).permute([order.index(axis) for axis in range(f.dim())])
 
@@ -157,9 +159,9 @@ def mixes(where: str, shape: Sequence[int], N: int, short: bool = False) -> Mixi
     return Mixing(
         f"{where}: its output {tuple(shape)} does not separate into the {N} samples along any axis, so there are no "
         "per-sample gradients here. Something between it and the output mixes or reorders the samples: BatchNorm in "
-        "training mode (call model.eval()), a mean over the batch, a constant that is no buffer, an input that all "
-        f"samples share although it has {N} rows (register it as a buffer). Where samples see each other, as all nodes "
-        "of a graph do, take the outputs of some of them (output[indices]), or pb.GGN." + (hint if short else "")
+        "training mode (call model.eval()), a mean over the batch, a constant or shared input that is no buffer. Where "
+        "samples see each other (nodes of a graph), take some outputs (output[indices]), or pb.GGN."
+        + (hint if short else "")
     )
 
 

@@ -54,7 +54,7 @@ def targets_of(y: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 def noise_of(noise_variance: Any, x: Tensor) -> Tensor:
     """A number, or one for each input [N]; ValueError unless finite and not negative."""
     if not isinstance(noise_variance, Tensor):  # a float32 0.1 would be another number
-        noise_variance = numbers("noise_variance", np.asarray(noise_variance))
+        noise_variance = numbers("noise_variance", np.asarray(noise_variance), x.device)
     if noise_variance.is_complex():
         raise ValueError(f"noise_variance is {noise_variance.tolist()}; expected variances of at least 0.")
     noise = noise_variance.detach().to(x)
@@ -69,12 +69,15 @@ def noise_of(noise_variance: Any, x: Tensor) -> Tensor:
     return noise
 
 
-def numbers(name: str, value: Any) -> Tensor:
-    """As a tensor without a graph; ValueError for what holds no numbers, or rows of different lengths."""
+def numbers(name: str, value: Any, device: torch.device | None = None) -> Tensor:
+    """As a tensor without a graph, on the default device or on another one.
+
+    Raises ValueError for what holds no numbers, or rows of different lengths.
+    """
     if isinstance(value, Tensor):
         return value.detach()
     try:
-        return torch.as_tensor(value).detach()  # as_tensor moves to a default device
+        return torch.as_tensor(value, device=device).detach()
     except (TypeError, ValueError, RuntimeError) as e:
         raise ValueError(f"{name} is a {type(value).__name__} that is no array of numbers ({str(e).splitlines()[0]}); "
                          "expected a tensor or an array, rows of one length.") from None  # fmt: skip
