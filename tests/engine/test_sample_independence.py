@@ -112,5 +112,5 @@ def test_nodes_that_see_each_other_are_told_what_to_do():
     node.register_buffer("A", A)
     node.forward = lambda x: node.A @ torch.tanh(node["layer"](x))
     batch = torch.randn(6, 5).double(), torch.randint(0, 3, (6,))
-    with pytest.raises(ValueError, match="all nodes of a graph do, take the outputs of some of them"):
+    with pytest.raises(ValueError, match=r"nodes of a graph\), take some outputs"):
         pb.statistics(node, nn.CrossEntropyLoss(), batch, ["variance"])
