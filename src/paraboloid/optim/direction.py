@@ -16,7 +16,7 @@ from paraboloid.optim import foreach
 from paraboloid.optim.options import check_number, rate
 
 GRAFTS = ("sgd", "adam")
-AUTO, SHARE = "auto", 3e-4  # kl_clip as a share of the loss
+AUTO, SHARE = "auto", 3e-4  # kl_clip as a share of the loss, where nothing else is said
 
 
 class Move:
@@ -118,25 +118,25 @@ def _adam(state: dict[str, Any], g: Tensor) -> Tensor:
 class TrustRegion:
     """Shortens a group's direction so that the step -lr d stays inside.
 
-    kl_clip   lr^2 d . g <= kl_clip; "auto": 3e-4 times the scale of the loss (`Trust.scale`; 1 where it is not known).
+    kl_clip   lr^2 d . g <= kl_clip; "auto": `share` times the scale of the loss (`Trust.scale`; 1 where not known).
               With d = (F + damping I)^-1 g the left side is about twice the Kullback-Leibler divergence between the
               model's predictions before and after (Ba et al. 2017, section 5)
     max_step  lr ||d|| <= max_step
     """
 
-    def __init__(self, kl_clip: float | str | None = None, max_step: float | None = None):
+    def __init__(self, kl_clip: float | str | None = None, max_step: float | None = None, share: float = SHARE):
         for name, value in (("kl_clip", kl_clip), ("max_step", max_step)):
             if isinstance(value, str):
                 check_choice(name, value, (AUTO,) if name == "kl_clip" else ())
             elif value is not None:
                 check_number(name, value, 0, above=True)
-        self.kl_clip, self.max_step = kl_clip, max_step
+        self.kl_clip, self.max_step, self.share = kl_clip, max_step, share
 
     def __call__(self, m: Move) -> None:
         factor, lr = 1.0, rate(m.group)
         if self.kl_clip is not None:
             size, clip = lr**2 * float(foreach.dot(m.gradient, m.direction)), self.kl_clip
-            clip = SHARE * (1.0 if m.loss_scale is None else m.loss_scale) if isinstance(clip, str) else clip
+            clip = self.share * (1.0 if m.loss_scale is None else m.loss_scale) if isinstance(clip, str) else clip
             factor = min(factor, (clip / size) ** 0.5 if size > 0 else 1.0)
         if self.max_step is not None:
             size = lr * float(foreach.norm(m.direction))

@@ -18,7 +18,7 @@ from paraboloid.optim.acceptance import Trial, adapted, quadratic_step, reductio
 from paraboloid.optim.base import Frame
 from paraboloid.optim.closures import Closure, Evaluation
 from paraboloid.optim.curvature import FisherCurvature
-from paraboloid.optim.direction import AUTO, Move, Part
+from paraboloid.optim.direction import AUTO, SHARE, Move, Part
 from paraboloid.optim.measurement import Measurement
 from paraboloid.optim.options import check_made, check_number, check_samplable, group_defaults, of_paper, rate
 from paraboloid.optim.trust import check_rise
@@ -55,7 +55,8 @@ class KFAC(Frame):
     adapt_damping     Levenberg-Marquardt: every `damping_interval` steps, by the ratio of the loss's change to the
                       model's prediction.  Needs step(closure)
     reject            a step that raises the loss is taken back.  Needs step(closure), which is called twice
-    kl_clip, max_step trust regions: lr^2 d . g <= kl_clip, and lr ||d|| <= max_step
+    kl_clip, max_step trust regions: lr^2 d . g <= kl_clip, and lr ||d|| <= max_step.  kl_clip="auto": 3e-4 times the
+                      size of the loss, 1.5e-4 for EKFAC
     graft             each parameter's step gets the length of "sgd" or "adam"
     step_size         "fixed", or "quadratic": step length and momentum minimise the quadratic model with the exact
                       GGN of the batch, at about four more gradients; lr=1 takes that step as it is
@@ -81,6 +82,7 @@ class KFAC(Frame):
     """
 
     exact_values = False
+    clip_share = SHARE
     PAPER: Mapping[str, Any] = {
         "lr": 1.0, "damping": 150.0, "factor_interval": 1, "inverse_interval": 20, "adapt_damping": True,
         "step_size": "quadratic", "kl_clip": None,
@@ -161,7 +163,7 @@ class KFAC(Frame):
         )  # fmt: skip
         self._blocks = self._curvature.blocks
         shape: list[Part] = [direction.coupled_decay, self._curvature.precondition, direction.Graft(self.graft)]
-        clip = direction.TrustRegion(self.kl_clip, self.max_step)
+        clip = direction.TrustRegion(self.kl_clip, self.max_step, self.clip_share)
         move: list[Part] = [clip, direction.decoupled_decay, direction.momentum, direction.descend]
         self._parts = shape if self.step_size == "quadratic" else shape + move
 
@@ -320,4 +322,5 @@ class EKFAC(KFAC):
     """
 
     exact_values = True
+    clip_share = SHARE / 2  # exact damping takes longer steps than the split one where the batch saw no curvature
     PAPER: Mapping[str, Any] = {"factor_interval": 1, "kl_clip": None}
