@@ -63,6 +63,22 @@ def test_products_use_each_tile_for_both_of_its_places(max_memory):
         assert gram.evaluated == once
 
 
+@pytest.mark.parametrize("max_memory", [0, 6_000_000])
+def test_threads_with_tiles_of_their_own_make_the_same_products(max_memory, monkeypatch):
+    monkeypatch.setattr("paraboloid.gp.gram.workers", lambda entries, device: 3)
+    x = torch.randn(1300, 2, generator=G, dtype=torch.float64)
+    v = torch.randn(1300, 3, generator=G, dtype=torch.float64)
+    kernel, rows = pb.gp.Matern(2.5) + pb.gp.RBF(0.5), torch.randperm(1300, generator=G)[:600]
+    gram, expected = Gram(kernel, x, torch.tensor(0.3).double(), max_memory), kernel(x) + 0.3 * torch.eye(1300)
+    for _ in range(2):  # the second time from rows that were kept
+        torch.testing.assert_close(gram @ v, expected @ v)
+    torch.testing.assert_close(gram.rows(rows, v), expected[rows] @ v)
+    torch.testing.assert_close(gram.rows(rows[:7], v[:, :1]), expected[rows[:7]] @ v[:, :1])
+    torch.testing.assert_close(gram.block(rows), expected[rows])
+    torch.testing.assert_close(gram.dense(), expected)
+    torch.testing.assert_close(gram.cross(x[:700] + 1, v), kernel(x[:700] + 1, x) @ v)
+
+
 @pytest.mark.parametrize("kernel", [*OURS, pb.gp.Matern(0.5, 2.0, dims=[1]) + pb.gp.RBF(0.5)], ids=str)
 def test_random_features_have_the_kernel_as_their_mean(kernel):
     x, total = X[:12], 0

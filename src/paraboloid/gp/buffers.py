@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Buffers:
-    """Uninitialised matrices of at most `size` elements; `give` one back to have it handed out again."""
+    """Uninitialised matrices of at most `size` elements; `give` one back to have it handed out again, to any thread."""
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device):
         self.size, self.dtype, self.device = size, dtype, device
@@ -15,7 +15,10 @@ class Buffers:
 
     def take(self, rows: int, columns: int) -> Tensor:
         """[rows, columns], contiguous."""
-        flat = self.free.pop() if self.free else torch.empty(self.size, dtype=self.dtype, device=self.device)
+        try:
+            flat = self.free.pop()
+        except IndexError:  # asking first would leave time for another thread
+            flat = torch.empty(self.size, dtype=self.dtype, device=self.device)
         if rows * columns > len(flat):
             flat = flat.new_empty(rows * columns)
         return flat[: rows * columns].view(rows, columns)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from paraboloid.gp.buffers import Buffers
 from paraboloid.gp.kernel import Kernel
+from paraboloid.linalg.threads import side_by_side, workers
 from paraboloid.passes.memory import KERNEL_TILES, pooled
 
 ROWS, COLUMNS = 512, 512  # of a tile: 1 MiB in float32, which stays in the cache of one core
+Use = Callable[[int, slice, slice, Tensor], None]  # of a tile: worker, rows, columns, values
 
 
 class Gram:
@@ -19,7 +21,7 @@ class Gram:
 
     Memory is that of x, of the vectors and of a few tiles; tiles of the lower triangle are kept from product to product
     as far as `max_memory` bytes hold them.  A product with all of it forms each tile once and uses it for both of its
-    places.  noise is a number or a vector [N].
+    places.  Threads take tiles of their own, each with a result of its own.  noise is a number or a vector [N].
     """
 
     def __init__(
@@ -52,13 +54,18 @@ class Gram:
     def __matmul__(self, v: Tensor) -> Tensor:
         N, rows = self.shape[0], _rows(v)
         out = (rows * self.noise).contiguous()
-        for i in range(0, N, ROWS):
-            here = slice(i, min(i + ROWS, N))
-            for there, tile in self._lower(here):
-                _add_product(out[:, here], rows[:, there], tile.T)
-                below = min(there.stop, i)  # what lies left of the diagonal stands for its transpose too
-                if below > there.start:
-                    _add_product(out[:, there.start : below], rows[:, here], tile[:, : below - there.start])
+        parts = [out, *(torch.zeros_like(out) for _ in range(1, self._workers(N * N // 2)))]
+
+        def add(worker: int, here: slice, there: slice, tile: Tensor) -> None:
+            _add_product(parts[worker][:, here], rows[:, there], tile.T)
+            below = min(there.stop, here.start)  # what lies left of the diagonal stands for its transpose too
+            if below > there.start:
+                left = tile[:, : below - there.start]
+                _add_product(parts[worker][:, there.start : below], rows[:, here], left)
+
+        self._lower(add, len(parts))
+        for part in parts[1:]:
+            out += part
         return out.T if v.dim() == 2 else out[0]
 
     def rows(self, indices: Tensor, v: Tensor) -> Tensor:
@@ -92,69 +99,103 @@ class Gram:
         """[N, N], for those who factorise it."""
         N = self.shape[0]
         out = pooled((N, N), self.points[0])
-        for i in range(0, N, ROWS):
-            here = slice(i, min(i + ROWS, N))
-            for there, tile in self._lower(here):
-                out[here, there] = tile
-                out[there, here] = tile.T
+
+        def put(_: int, here: slice, there: slice, tile: Tensor) -> None:
+            out[here, there] = tile
+            out[there, here] = tile.T
+
+        self._lower(put, self._workers(N * N // 2))
         out.diagonal().add_(self.noise)
         return out
 
+    def _workers(self, entries: int) -> int:
+        return workers(entries, self.device) if self.kernel.threads else 1
+
     def _filled(self, left: list[Tensor], right: list[Tensor]) -> Tensor:
         B, C = len(left[0]), len(right[0])
-        out, width = left[0].new_empty(B, C), _width(B)
-        for i in range(0, B, ROWS):
-            for j in range(0, C, width):
-                tile = self._formed([t[i : i + ROWS] for t in left], [t[j : j + width] for t in right])
-                out[i : i + ROWS, j : j + width] = tile
-                self.buffers.give(tile)
+        out = left[0].new_empty(B, C)
+
+        def put(_: int, here: slice, there: slice, tile: Tensor) -> None:
+            out[here, there] = tile
+
+        self._rectangle(left, right, put, self._workers(B * C))
         return out
 
     def _product(self, left: list[Tensor], rows: Tensor) -> Tensor:
         """[S, B]: each column does not depend on the other inputs in `left`."""
-        N, B = self.shape[0], len(left[0])
-        out, width = rows.new_zeros(len(rows), B), _width(B)
-        for i in range(0, B, ROWS):
-            here = slice(i, min(i + ROWS, B))
-            mine = [t[here] for t in left]
-            for j in range(0, N, width):
-                there = slice(j, min(j + width, N))
-                tile = self._formed(mine, [t[there] for t in self.points])
-                _add_product(out[:, here], rows[:, there], tile.T)
-                self.buffers.give(tile)
-        return out
+        B = len(left[0])
+        parts = [rows.new_zeros(len(rows), B) for _ in range(self._workers(self.shape[0] * B))]
 
-    def _lower(self, here: slice) -> Iterator[tuple[slice, Tensor]]:
-        """The rows `here` of K up to the diagonal, in pieces: columns and values; one piece where they are kept."""
-        panel = self.kept.get(here.start)
-        if panel is not None:
-            yield slice(0, here.stop), panel
-            return
-        size = (here.stop - here.start) * here.stop * self.dtype.itemsize
-        if size <= self.budget:
-            self.budget -= size
-            panel = pooled((here.stop - here.start, here.stop), self.points[0])
+        def add(worker: int, here: slice, there: slice, tile: Tensor) -> None:
+            _add_product(parts[worker][:, here], rows[:, there], tile.T)
+
+        self._rectangle(left, self.points, add, len(parts))
+        for part in parts[1:]:
+            parts[0] += part
+        return parts[0]
+
+    def _rectangle(self, left: list[Tensor], right: list[Tensor], use: Use, count: int) -> None:
+        """use(worker, rows, columns, tile) for tiles that cover left x right; each of `count` workers has columns of
+        its own."""
+        B, C = len(left[0]), len(right[0])
+        width = COLUMNS * max(1, ROWS // max(1, B))
+        share = -(-C // (width * count)) * width
+
+        def work(worker: int) -> None:
+            for i in range(0, B, ROWS):
+                here = slice(i, min(i + ROWS, B))
+                mine = [t[here] for t in left]
+                for j in range(worker * share, min((worker + 1) * share, C), width):
+                    there = slice(j, min(j + width, C))
+                    tile = self.kernel.tile(mine, [t[there] for t in right], self.buffers)
+                    use(worker, here, there, tile)
+                    self.buffers.give(tile)
+
+        self.evaluated += B * C
+        side_by_side(work, count)
+
+    def _lower(self, use: Use, count: int) -> None:
+        """use(worker, rows, columns, tile) for tiles that cover the lower triangle of K; rows that are kept are one."""
+        N = self.shape[0]
+        panels = [slice(i, min(i + ROWS, N)) for i in range(0, N, ROWS)]
+        new = self._new_panels(panels)
+
+        def work(worker: int) -> None:
+            for here in panels[worker::count]:
+                panel = self.kept.get(here.start)
+                if panel is None:
+                    self._formed(here, new.get(here.start), worker, use)
+                else:
+                    use(worker, here, slice(0, here.stop), panel)
+
+        side_by_side(work, count)
+        self.kept.update(new)
+
+    def _new_panels(self, panels: list[slice]) -> dict[int, Tensor]:
+        """Room for the rows that are to be kept from now on, by first row."""
+        new = {}
+        for here in panels:
+            if here.start in self.kept:
+                continue
+            shape = here.stop - here.start, here.stop
+            self.evaluated += shape[0] * shape[1]
+            size = shape[0] * shape[1] * self.dtype.itemsize
+            if size <= self.budget:
+                self.budget -= size
+                new[here.start] = pooled(shape, self.points[0])
+        return new
+
+    def _formed(self, here: slice, panel: Tensor | None, worker: int, use: Use) -> None:
         left = [t[here] for t in self.points]
         for j in range(0, here.stop, COLUMNS):
             there = slice(j, min(j + COLUMNS, here.stop))
-            tile = self._formed(left, [t[there] for t in self.points])
+            tile = self.kernel.tile(left, [t[there] for t in self.points], self.buffers)
             if j == here.start:  # distances of 0 may have been rounded
                 tile.diagonal().copy_(self.diagonal[here])
             if panel is not None:
                 panel[:, there] = tile
-            yield there, tile
+            use(worker, here, there, tile)
             self.buffers.give(tile)
-        if panel is not None:
-            self.kept[here.start] = panel
-
-    def _formed(self, left: list[Tensor], right: list[Tensor]) -> Tensor:
-        self.evaluated += len(left[0]) * len(right[0])
-        return self.kernel.tile(left, right, self.buffers)
-
-
-def _width(rows: int) -> int:
-    """Of a tile of so many rows."""
-    return COLUMNS * max(1, ROWS // max(1, rows))
 
 
 def _add_product(out: Tensor, rows: Tensor, tile: Tensor) -> None:

@@ -21,7 +21,10 @@ class Kernel(ABC):
     `kernel(x, z)` is [N, M] and can be differentiated with respect to inputs and hyperparameters; `a + b`, `a * b`,
     `a + 1.0` and `2.0 * a` are kernels.  What a kernel of one's own must give: `__call__`, `diagonal`, `points`,
     `tile`; `features` where samples are wanted, and `hyperparameters` with `replaced` where these are to be learned.
+    `threads` says whether several threads may form tiles at the same time.
     """
+
+    threads = True
 
     @abstractmethod
     def __call__(self, x: Tensor, z: Tensor | None = None) -> Tensor:
@@ -106,6 +109,7 @@ class _Pair(Kernel):
 
     def __init__(self, first: Kernel, second: Kernel):
         self.first, self.second = first, second
+        self.threads = first.threads and second.threads
 
     def points(self, x: Tensor, shift: Tensor) -> list[Tensor]:
         mine = self.first.points(x, shift)

@@ -98,6 +98,8 @@ def _linear(variance: float, offset: float, count: int, d: int, generator: torch
 class Foreign(Kernel):
     """A kernel known by its values, values(x, z) [N, M], and by its features where it has them."""
 
+    threads = False  # what another library keeps between calls is not known
+
     def __init__(self, values: Any, features: Any = None):
         self.values, self.own_features = values, features
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from paraboloid.linalg.krylov import normalise_, orthogonalise, random_unit, reorthogonalise_
 from paraboloid.linalg.operand import LinAlgError, Operand, check_count
 from paraboloid.linalg.probes import Seed, block_size, generator_of
+from paraboloid.linalg.threads import one_thread
 
 ONE_THREAD = 1000  # up to this size LAPACK on several threads can be hundreds of times slower than on one, waiting
 PROBE_STEPS = 10  # products spent on looking for an eigenvalue that was missed
@@ -21,7 +21,8 @@ DENSE_SIZE = 2000  # up to this size a dense matrix, or a stubborn spectrum, is 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues [.. D], descending, and eigenvectors [.. D, D] of symmetric matrices; float64 where float32 fails."""
     try:
-        with _threads(1 if matrix.device.type == "cpu" and matrix.shape[-1] <= ONE_THREAD else torch.get_num_threads()):
+        small = matrix.device.type == "cpu" and matrix.shape[-1] <= ONE_THREAD
+        with one_thread() if small else nullcontext():
             values, vectors = torch.linalg.eigh(matrix)
         if not torch.isfinite(vectors).all():  # LAPACK may say nothing of it
             raise LinAlgError("the eigenvectors are NaN.")
@@ -32,16 +33,6 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
             ) from None
         values, vectors = (t.to(matrix.dtype) for t in torch.linalg.eigh(matrix.double()))
     return values.flip(-1), vectors.flip(-1)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def dense(A: Any) -> Tensor:
