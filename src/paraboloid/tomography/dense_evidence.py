@@ -3,69 +3,129 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from paraboloid.linalg.operand import LinAlgError
-from paraboloid.tomography.image_jacobian import ImageJacobian
+from paraboloid.tomography.image_jacobian import ImageJacobian, linear_residual
+from paraboloid.tomography.kernel_grams import packed_grams, unpacked
 from paraboloid.tomography.kernel_prior import KernelPrior
-from paraboloid.tomography.projector import Projector
+from paraboloid.tomography.reconstruction import Reconstruction
 
 SHARES = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)  # of the mean diagonal that are added where rounding made a matrix indefinite
 
 
 class DenseEvidence:
-    """log N(r; 0, A K A^T + s2 I) for K = J Sigma J^T = sum_br c_br G_br, G_br formed once, in float64.
+    """log N(r; 0, S) for S = A K A^T + s2 I, K = J Sigma J^T, with A K A^T = sum_br c_br G_br and G_br formed once.
 
     r = y - A x + A J w are the measurements of the linear model whose weights w have the prior N(0, Sigma): with w_0
-    their posterior mean, -2 log N = ||y - A x(w_0)||^2 / s2 + w_0 . Sigma^-1 w_0 + log det(A K A^T + s2 I) and
-    constants.
+    their posterior mean, -2 log N = ||y - A x(w_0)||^2 / s2 + w_0 . Sigma^-1 w_0 + log det S and constants.
+
+    Where there are more measurements m than pixels n, A = Q R, and the matrices are those of R [n, n]: S is s2 on what
+    Q leaves out.  J and G have the fit's precision, which is enough to find the prior; everything else is of float64:
+    S is much less on what A sees least than A K A^T's rounding in float32.
     """
 
-    def __init__(self, J: ImageJacobian, prior: KernelPrior, A: Projector, residual: Tensor):
-        self.A, self.residual = A, residual.flatten().double()
-        self.image = (*residual.shape[: residual.dim() - len(A.gives)], *A.takes)
-        self.grams = J.grams(prior.blocks).double()
-        small = len(self.residual) < len(self.grams[0])
-        self.measured = torch.stack([self.seen(G) for G in self.grams]) if small else None
+    @torch.no_grad()
+    def __init__(self, fit: Reconstruction, J: ImageJacobian, prior: KernelPrior):
+        self.rows = J.rows()
+        self.residual = linear_residual(fit, self.push([w.unsqueeze(0) for w in J.weights])[0]).flatten()
+        eye = torch.eye(J.pixels, dtype=torch.float64, device=self.residual.device)
+        seen = (fit.A @ eye.view(-1, *fit.image.shape)).reshape(J.pixels, -1).T
+        self.Q, self.R = torch.linalg.qr(seen) if len(seen) > J.pixels else (None, seen)
+        measured = [torch.tensordot(self.R.to(rows), rows, 1) for rows in self.rows]
+        self.grams = packed_grams(measured, prior.blocks)
+        self.inside = self.within(self.residual)
+        self.outside = max(0.0, float(self.residual.square().sum() - self.inside.square().sum()))
 
-    def measured_images(self, K: Tensor) -> Tensor:
-        """A K, [m, n], for K [n, n]."""
-        return (self.A @ K.T.reshape(-1, *self.image)).reshape(len(K), -1).T
+    def push(self, v: Sequence[Tensor]) -> Tensor:
+        """J v for v [K, *shape] of each weight, [K, n] of float64."""
+        pairs = zip(v, self.rows, strict=True)
+        return torch.stack([t.flatten(1).double() @ rows.flatten(1).double().T for t, rows in pairs]).sum(0)
 
-    def seen(self, K: Tensor) -> Tensor:
-        """A K A^T for K [n, n]."""
-        half = self.measured_images(K)
-        return (self.A @ half.reshape(-1, *self.image)).reshape(len(half), -1).T
-
-    def images(self, prior: KernelPrior) -> Tensor:
-        """K, the prior covariance of the image, [n, n]."""
-        return torch.tensordot(prior.coefficients(), self.grams, 1)
-
-    def measurements(self, prior: KernelPrior, noise_variance: Tensor) -> Tensor:
-        """A K A^T + s2 I, [m, m]."""
-        if self.measured is None:
-            K = self.seen(self.images(prior))
-        else:
-            K = torch.tensordot(prior.coefficients(), self.measured, 1)
-        return (K + K.T) / 2 + noise_variance * torch.eye(len(K), dtype=K.dtype, device=K.device)
-
-    def value(self, prior: KernelPrior, noise_variance: Tensor) -> Tensor:
-        """The log evidence, 0-dimensional; differentiable in the prior's tensors and the noise variance."""
-        L = self.factor(prior, noise_variance)
-        half = torch.linalg.solve_triangular(L, self.residual.unsqueeze(1), upper=False)
-        m = len(self.residual)
-        return -(half.square().sum() + 2 * L.diagonal().log().sum() + m * math.log(2 * math.pi)) / 2
+    def within(self, r: Tensor) -> Tensor:
+        """Q^T r for rows [..., m]."""
+        return r if self.Q is None else r @ self.Q
 
     def factor(self, prior: KernelPrior, noise_variance: Tensor) -> Tensor:
-        """The Cholesky factor of A K A^T + s2 I, with as little more on the diagonal as rounding asks for."""
-        S = self.measurements(prior, noise_variance)
-        scale, eye = S.detach().diagonal().mean(), torch.eye(len(S), dtype=S.dtype, device=S.device)
-        for share in SHARES:
-            L, info = torch.linalg.cholesky_ex(S + share * scale * eye if share else S)
-            if not info.item():
-                return L
-        raise LinAlgError(f"A K A^T + s2 I has no Cholesky factor at s2 = {noise_variance.item():.4g}, where its mean "
-                          f"diagonal is {scale.item():.4g}; expected a positive definite matrix. Give a larger "
-                          "noise_variance, or sinograms in float64.")  # fmt: skip
+        """The Cholesky factor of S inside Q's range."""
+        return _factor(unpacked(prior.coefficients().detach() @ self.grams), float(noise_variance))
+
+    def value(self, prior: KernelPrior, noise_variance: Tensor) -> Tensor:
+        """The log evidence, 0-dimensional; differentiable once in the prior's tensors and the noise variance."""
+        return -(self.terms(prior, noise_variance) + len(self.residual) * math.log(2 * math.pi)) / 2
+
+    def terms(self, prior: KernelPrior, noise_variance: Tensor, fit: bool = True) -> Tensor:
+        """r . S^-1 r + log det S, or log det S alone, 0-dimensional; differentiable once.
+
+        d/dc (r . S^-1 r + log det S) = <S^-1 - a a^T, dS/dc> for a = S^-1 r.
+        """
+        with torch.no_grad():
+            s2, left = noise_variance.detach(), len(self.residual) - len(self.R)
+            L = self.factor(prior, s2)
+            found = 2 * L.diagonal().log().sum() + left * s2.log()
+            a = torch.cholesky_solve(self.inside.unsqueeze(1), L)
+            if fit:
+                found = found + self.inside @ a[:, 0] + self.outside / s2
+            slope = torch.cholesky_inverse(L)
+            if fit:
+                slope = slope - a @ a.T
+            noise = slope.trace() + left / s2 - (self.outside / s2.square() if fit else 0.0)
+            i, j = torch.tril_indices(len(slope), len(slope), device=slope.device)
+            by_c = self.grams @ (slope[i, j] * torch.where(i == j, 1.0, 2.0))
+        c = prior.coefficients()
+        return found + ((c - c.detach()) * by_c).sum() + (noise_variance - s2) * noise
+
+    def at(self, prior: KernelPrior, noise_variance: float) -> DenseSolution:
+        return DenseSolution(self, prior, noise_variance)
+
+
+class DenseSolution:
+    """The linear model's posterior under one prior and one noise variance, in float64 from J's rows on.
+
+    K [n, n] is the prior covariance of the image, L the Cholesky factor of R K R^T + s2 I.
+    """
+
+    @torch.no_grad()
+    def __init__(self, evidence: DenseEvidence, prior: KernelPrior, noise_variance: float):
+        self.evidence, self.noise_variance = evidence, noise_variance
+        roots = [torch.linalg.cholesky(C) for C in prior.covariances()]
+        halves = [(rows.double() @ L.to(rows.device)).flatten(1) for rows, L in zip(evidence.rows, roots, strict=True)]
+        self.K = torch.stack([half @ half.T for half in halves]).sum(0)
+        self.seen = evidence.R @ self.K
+        self.L = _factor(self.seen @ evidence.R.T, noise_variance)
+
+    def push(self, v: Sequence[Tensor]) -> Tensor:
+        """J v, as `DenseEvidence.push`."""
+        return self.evidence.push(v)
+
+    def gain(self, b: Tensor) -> Tensor:
+        """K A^T S^-1 b for rows [K, m]: [K, n]."""
+        return torch.cholesky_solve(self.evidence.within(b.double()).T, self.L).T @ self.seen
+
+    def covariance(self) -> Tensor:
+        """K - K A^T S^-1 A K, [n, n]."""
+        half = torch.linalg.solve_triangular(self.L, self.seen, upper=False)
+        found = self.K - half.T @ half
+        return (found + found.T) / 2
+
+    def log_evidence(self) -> float:
+        m, k, s2 = len(self.evidence.residual), len(self.L), self.noise_variance
+        half = torch.linalg.solve_triangular(self.L, self.evidence.inside.unsqueeze(1), upper=False)
+        volume = 2 * float(self.L.diagonal().log().sum()) + (m - k) * math.log(s2)
+        return -(float(half.square().sum()) + self.evidence.outside / s2 + volume + m * math.log(2 * math.pi)) / 2
+
+
+def _factor(S: Tensor, s2: float) -> Tensor:
+    """The Cholesky factor of S + s2 I, with as little more on the diagonal as rounding asks for."""
+    scale, eye = S.diagonal().mean() + s2, torch.eye(len(S), dtype=S.dtype, device=S.device)
+    S = (S + S.T) / 2 + s2 * eye
+    for share in SHARES:
+        L, info = torch.linalg.cholesky_ex(S + share * scale * eye if share else S)
+        if not info.item():
+            return L
+    raise LinAlgError(f"A K A^T + s2 I has no Cholesky factor at s2 = {s2:.4g}, where its mean diagonal is "
+                      f"{scale.item():.4g}; expected a positive definite matrix. Give a larger noise_variance, or "
+                      "sinograms in float64.")  # fmt: skip

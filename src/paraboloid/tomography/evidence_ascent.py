@@ -52,7 +52,7 @@ class Objective:
         """The objective, 0-dimensional."""
         if self.at_optimum:
             return evidence.value(prior, s2) - self.square(prior).sum() / 2
-        volume = 2 * evidence.factor(prior, s2).diagonal().log().sum()
+        volume = evidence.terms(prior, s2, fit=False)
         return -(self.misfit / s2 + self.square(prior).sum() + volume) / 2
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from paraboloid.operators.matrix_free.output_graph import OutputGraph
 from paraboloid.operators.matrix_free.replay import Replay
 from paraboloid.posteriors.prediction.jacobian import pull_outputs, recorded
-from paraboloid.tomography.kernel_prior import Block
 from paraboloid.tomography.reconstruction import Reconstruction
 
 
@@ -57,52 +56,19 @@ class ImageJacobian:
                 found = [torch.stack(rows) for rows in zip(*(graph.pull(one) for one in U), strict=True)]
             return [found[i] for i in self.order]
 
-    def grams(self, blocks: Sequence[Block]) -> Tensor:
-        """J S_br J^T for every block and distance, [R in all, n, n]: J Sigma J^T = sum_br c_br J S_br J^T.
-
-        Each kernel's coordinates are rotated to those that are even or odd under the reflections of its axes, which all
-        S_br leave apart: half of the products vanish.
-        """
-        found = []
+    def rows(self) -> list[Tensor]:
+        """All of J, [n, kernels, k^2] of each weight."""
         with recorded(self.model, self.names, self.input, None) as (tape, f):
             J = pull_outputs(tape, f)
+        found = []
         with torch.no_grad():
-            for block in blocks:
-                _, pairs = block.classes()
-                q = _reflections(block.size)
-                basis = torch.kron(q, q)
-                rotated = basis.T @ pairs @ basis  # [R, k^2, k^2]
-                total = f.new_zeros(len(pairs), self.pixels, self.pixels)
-                for name in block.parameters:
-                    (rows,) = J.uses[name].rows(None)
-                    turned = rows.reshape(self.pixels, -1, block.size**2) @ basis.to(rows)
-                    _add_grams(total, turned.permute(2, 0, 1).contiguous(), rotated.to(rows))
-                found.append(total)
-        return torch.cat(found)
+            for name, w in zip(self.names, self.weights, strict=True):
+                (rows,) = J.uses[name].rows(None)
+                found.append(rows.reshape(self.pixels, -1, w[0, 0].numel()))
+        return found
 
 
-def _add_grams(total: Tensor, rows: Tensor, weights: Tensor) -> None:
-    """total[r] += sum_ab weights[r, a, b] rows[a] rows[b]^T, for symmetric weights that are mostly zero."""
-    for a in range(len(rows)):
-        for b in range(a, len(rows)):
-            among = (weights[:, a, b].abs() > 1e-6).nonzero()[:, 0].tolist()
-            if not among:
-                continue
-            product = rows[a] @ rows[b].T
-            for r in among:
-                total[r].add_(product, alpha=float(weights[r, a, b]))
-                if a != b:
-                    total[r].add_(product.T, alpha=float(weights[r, a, b]))
-
-
-def _reflections(size: int) -> Tensor:
-    """An orthogonal basis [k, k] of vectors that are even or odd when reversed, in columns."""
-    eye = torch.eye(size, dtype=torch.float64)
-    columns = []
-    for i in range((size + 1) // 2):
-        j = size - 1 - i
-        if i == j:
-            columns.append(eye[i])
-        else:
-            columns += [(eye[i] + eye[j]) / 2**0.5, (eye[i] - eye[j]) / 2**0.5]
-    return torch.stack(columns, 1)
+def linear_residual(fit: Reconstruction, at_weights: Tensor) -> Tensor:
+    """r = y - A x + A J w, of the sinogram's shape and J w's precision, from J w at the trained weights, [n]."""
+    gone = (at_weights - fit.image.to(at_weights).flatten()).view_as(fit.image)
+    return fit.sinogram.to(gone) + fit.A @ gone

@@ -14,13 +14,12 @@ from paraboloid.linalg.probes import Seed, generator_of, normal
 from paraboloid.passes.memory import DENSE
 from paraboloid.tomography.dense_evidence import DenseEvidence
 from paraboloid.tomography.evidence_ascent import STEPS, WEIGHTS, Objective, ascend
-from paraboloid.tomography.image_jacobian import ImageJacobian
+from paraboloid.tomography.image_jacobian import ImageJacobian, linear_residual
 from paraboloid.tomography.kernel_prior import KernelPrior
 from paraboloid.tomography.reconstruction import Reconstruction
-from paraboloid.tomography.sampled_evidence import Measurements, SampledEvidence
+from paraboloid.tomography.sampled_evidence import SampledEvidence
 
 LARGEST = 8  # a dense evidence takes this part of what a dense matrix may
-TOL = 1e-3  # of the solutions that samples are made of
 FLOOR = 1e-3  # standard deviation that a density adds, over the image's largest value
 
 
@@ -38,8 +37,7 @@ class ImagePosterior:
                  seed: int, mean: str):  # fmt: skip
         self.fit, self.J, self.evidence, self.prior, self.noise_variance = fit, J, evidence, prior, s2
         self.count, self.seed = count, seed
-        residual = evidence.residual.to(J.weights[0]).view_as(fit.sinogram)
-        self._system = Measurements(J, prior, fit.A, s2, residual)
+        self._solution = evidence.at(prior, s2)
         self.optimum = self._optimum()
         self.mean = self.optimum if mean == "linearised" else fit.image
 
@@ -48,28 +46,11 @@ class ImagePosterior:
         """Whether every matrix is formed; else solutions are by conjugate gradients."""
         return isinstance(self.evidence, DenseEvidence)
 
-    # --- solutions --------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def _factor(self) -> Tensor:
-        noise = torch.tensor(self.noise_variance, dtype=torch.float64)
-        return self.evidence.factor(self.prior, noise)
-
-    @cached_property
-    def _preconditioner(self) -> Any:
-        return self._system.preconditioner(self.seed)
-
-    def _solve(self, b: Tensor) -> Tensor:
-        """(A K A^T + s2 I)^-1 b for rows [K, m]."""
-        if self.exact:
-            return torch.cholesky_solve(b.double().T, self._factor).T.to(b)
-        return self._system.solve(b.T, TOL, preconditioner=self._preconditioner).T
-
     def _optimum(self) -> Tensor:
         """x(w*) - J w* + K A^T (A K A^T + s2 I)^-1 r: the image at the posterior mean of the weights."""
-        at_zero = self.fit.image.flatten() - self.J.push([w.unsqueeze(0) for w in self.J.weights])[0]
-        residual = self.evidence.residual.to(self.J.weights[0]).reshape(1, -1)
-        return (at_zero + self._system.images(self._solve(residual))[0]).view_as(self.fit.image).to(self.fit.image)
+        found = self._solution.gain(self.evidence.residual.reshape(1, -1))[0]
+        found = found - self._solution.push([w.unsqueeze(0) for w in self.J.weights])[0]
+        return self.fit.image + found.view_as(self.fit.image).to(self.fit.image)
 
     # --- what is asked for ------------------------------------------------------------------------------------------
 
@@ -79,10 +60,7 @@ class ImagePosterior:
         if not self.exact:
             deviations = (self.samples - self.mean).flatten(1)
             return deviations.T @ deviations / len(deviations)
-        K = self.evidence.images(self.prior)
-        half = torch.linalg.solve_triangular(self._factor, self.evidence.measured_images(K), upper=False)
-        found = K - half.T @ half
-        return ((found + found.T) / 2).to(self.fit.image)
+        return self._solution.covariance().to(self.fit.image)
 
     def root(self) -> Tensor:
         """F [R, n] with F^T F the covariance: R = n, or the number of samples."""
@@ -111,10 +89,11 @@ class ImagePosterior:
         check_count("k", k)
         like = self.fit.image
         generator = generator_of(seed, like.device)
-        drawn = self.J.push(self.prior.draws(self.J.weights, k, generator))
+        drawn = self._solution.push(self.prior.draws(self.J.weights, k, generator))
         seen = (self.fit.A @ drawn.view(k, *like.shape)).reshape(k, -1)
         noisy = seen + math.sqrt(self.noise_variance) * normal(tuple(seen.shape), seen, generator)
-        return (self.mean.flatten() + drawn - self._system.images(self._solve(noisy))).view(k, *like.shape).to(like)
+        deviations = drawn - self._solution.gain(noisy)
+        return self.mean + deviations.view(k, *like.shape).to(like)
 
     def log_likelihood(self, image: Any, patch: int = 1) -> float:
         """log p(image | y) of another image, such as the truth, per pixel: mean over `patch` x `patch` patches.
@@ -153,9 +132,7 @@ class ImagePosterior:
 
     def log_evidence(self) -> Any:
         """log p(y) of the linear model: a float, or an `Estimate` with its standard error where it is sampled."""
-        if self.exact:
-            return float(self.evidence.value(self.prior, torch.tensor(self.noise_variance, dtype=torch.float64)))
-        return self.evidence.value(self.prior, self.noise_variance)
+        return self._solution.log_evidence()
 
 
 def linearised(
@@ -213,13 +190,12 @@ def linearised(
         evidence = "exact" if _dense_bytes(J, first) <= DENSE.of() / LARGEST else "sampled"
     if evidence == "sampled":  # conjugate gradients do not converge on a float32 Jacobian's products
         J = ImageJacobian(fit, first.names, max_memory, torch.float64)
-    seen = (fit.A @ J.push([w.unsqueeze(0) for w in J.weights]).view_as(fit.image)).detach()
-    residual = fit.sinogram - fit.A @ fit.image + seen
     if evidence == "exact":
         _check_memory(J, first)
-        found: Any = DenseEvidence(J, first, fit.A, residual)
+        found: Any = DenseEvidence(fit, J, first)
     else:
-        found = SampledEvidence(J, fit.A, residual, probes, seed)
+        at_weights = J.push([w.unsqueeze(0) for w in J.weights])[0]
+        found = SampledEvidence(J, fit.A, linear_residual(fit, at_weights), probes, seed)
     misfit = float((fit.sinogram - fit.A @ fit.image).double().square().sum())
     objective, steps = Objective(weights, J.weights, misfit), check_count("steps", steps, least=0)
     learned, s2 = ascend(found, objective, first, fit.noise_variance, learn_noise, steps)

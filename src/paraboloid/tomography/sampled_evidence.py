@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from paraboloid.tomography.projector import Projector
 
 RANK = 60  # of the preconditioner
 ITERATIONS = 200  # of conjugate gradients, at most
+TOL = 1e-3  # of the solutions that samples are made of
 
 
 class Measurements:
@@ -114,6 +117,33 @@ class SampledEvidence:
         volume = float((low.values.double() + s2).log().sum()) + (r.numel() - len(low.values)) * math.log(s2)
         value = -(float((r * a).sum()) + volume + float(rest) + r.numel() * math.log(2 * math.pi)) / 2
         return Estimate(value, rest.standard_error / 2)
+
+    def at(self, prior: KernelPrior, noise_variance: float) -> SampledSolution:
+        return SampledSolution(self, prior, noise_variance)
+
+
+class SampledSolution:
+    """The linear model's posterior under one prior and one noise variance, by conjugate gradients."""
+
+    def __init__(self, evidence: SampledEvidence, prior: KernelPrior, noise_variance: float):
+        self.evidence, self.prior, self.noise_variance = evidence, prior, noise_variance
+        self.system = evidence.operator(prior, noise_variance)
+
+    @cached_property
+    def preconditioner(self) -> Any:
+        return self.system.preconditioner(self.evidence.seed)
+
+    def push(self, v: Sequence[Tensor]) -> Tensor:
+        """J v for v [K, *shape] of each weight, [K, n]."""
+        return self.evidence.J.push(v)
+
+    def gain(self, b: Tensor) -> Tensor:
+        """K A^T S^-1 b for rows [K, m]: [K, n]."""
+        solved = self.system.solve(b.to(self.evidence.residual).T, TOL, preconditioner=self.preconditioner)
+        return self.system.images(solved.T)
+
+    def log_evidence(self) -> Estimate:
+        return self.evidence.value(self.prior, self.noise_variance)
 
 
 class _Sandwiched:

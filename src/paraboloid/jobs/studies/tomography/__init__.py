@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 
 from paraboloid.jobs.studies.parts import Progress, listed, run_parts
 from paraboloid.jobs.studies.tomography import choices, maps
-from paraboloid.jobs.studies.tomography.cells import cell
+from paraboloid.jobs.studies.tomography.cells import cells_of
 from paraboloid.jobs.studies.tomography.page import sections
 from paraboloid.jobs.studies.tomography.plan import Plan
 from paraboloid.jobs.studies.tomography.reading import findings
@@ -53,9 +53,8 @@ def _characters(plan: Plan, count: int, seed: int) -> torch.Tensor:
 
 def _cells(plan: Plan, seed: int) -> Iterator[dict[str, Any]]:
     for i, truth in enumerate(_characters(plan, plan.images, seed)):
-        for level in plan.noise:
-            for angles in plan.angles:
-                yield {"image": i, **cell(truth, angles, level, plan, 1000 * (seed + i) + angles)}
+        for row in cells_of(truth, plan, 1000 * (seed + i)):
+            yield {"image": i, **row}
 
 
 def _maps(plan: Plan, seed: int) -> Iterator[dict[str, Any]]:

@@ -1,8 +1,9 @@
-"""One image from one sinogram by every method: what each makes of it, and how sure it is."""
+"""One image from sinograms of many angles and noises by every method: what each makes of it, and how sure it is."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 from paraboloid import tomography
 from paraboloid.jobs.studies.tomography import scores
 from paraboloid.jobs.studies.tomography.plan import Plan
-from paraboloid.passes.random_state import seeded
-from paraboloid.tomography.u_net import UNet
+from paraboloid.tomography.reconstruction import Reconstruction
+from paraboloid.tomography.side_by_side import deep_image_priors
 
 FLOOR = 1e-3  # standard deviation that every density adds, over the true image's largest value
 DROPOUT = 0.05
@@ -26,35 +27,33 @@ def observed(A: tomography.Projector, image: Tensor, level: float, seed: int) ->
     return clean + sigma * torch.randn(clean.shape, generator=generator, dtype=clean.dtype), sigma**2
 
 
-def cell(truth: Tensor, angles: int, level: float, plan: Plan, seed: int) -> dict[str, Any]:
-    """Total variation, the network's image, the linearised posterior and Monte Carlo dropout on one sinogram."""
-    A = tomography.ParallelBeam(truth.shape[-1], angles)
-    y, s2 = observed(A, truth, level, seed)
-    floor, start = (FLOOR * float(truth.max())) ** 2, time.perf_counter()
-    fit = tomography.deep_image_prior(A, y, s2, seed, iterations=plan.iterations)
+def cells_of(truth: Tensor, plan: Plan, seed: int) -> Iterator[dict[str, Any]]:
+    """Total variation, the network's image, the linearised posterior and Monte Carlo dropout for each noise and number
+    of angles; the networks of all are trained side by side."""
+    conditions = [(angles, level) for level in plan.noise for angles in plan.angles]
+    A = [tomography.ParallelBeam(truth.shape[-1], angles) for angles, _ in conditions]
+    seeds = [seed + angles for angles, _ in conditions]
+    y, s2 = zip(*(observed(*of) for of in zip(A, [truth] * len(A), [c[1] for c in conditions], seeds, strict=True)),
+                strict=True)  # fmt: skip
+    start = time.perf_counter()
+    fits = deep_image_priors(A, y, s2, seeds, iterations=plan.iterations).fits
     fitted = time.perf_counter()
+    rival = deep_image_priors(A, y, s2, seeds, iterations=plan.iterations, stop=False, dropout=DROPOUT)
+    floor = (FLOOR * float(truth.max())) ** 2
+    dropped = [scores.of(x.mean(0), x.std(0), truth, floor) for x in rival.masked(plan.samples, seed)]
+    for (angles, level), one, fit, dropout in zip(conditions, seeds, fits, dropped, strict=True):
+        yield {"angles": angles, "noise": level, "seed": one, "network_seconds": (fitted - start) / len(fits),
+               **_posterior(fit, truth, plan, one, floor), "dropout": dropout}  # fmt: skip
+
+
+def _posterior(fit: Reconstruction, truth: Tensor, plan: Plan, seed: int, floor: float) -> dict[str, Any]:
+    start = time.perf_counter()
     posterior = tomography.linearised(fit, samples=plan.samples, seed=seed)
     found = scores.of(posterior.mean, posterior.std, truth, floor)
     for side in (2, 4):
         found[f"patches {side}"] = posterior.log_likelihood(truth, patch=side)
-    done = time.perf_counter()
     return {
-        "angles": angles, "noise": level, "seed": seed, "true_noise_variance": s2, "stopped": fit.stopped,
-        "noise_variance": posterior.noise_variance, "seconds": {"network": fitted - start, "posterior": done - fitted},
-        "tv": scores.psnr(tomography.total_variation(A, y, noise_variance=s2), truth),
-        "network": scores.psnr(fit.image, truth), "posterior": found,
-        "dropout": _dropout(A, y, s2, truth, floor, plan, seed), "exact": posterior.exact,
+        "true_noise_variance": fit.noise_variance, "noise_variance": posterior.noise_variance, "stopped": fit.stopped,
+        "tv": scores.psnr(fit.input[0, 0], truth), "network": scores.psnr(fit.image, truth), "posterior": found,
+        "exact": posterior.exact, "posterior_seconds": time.perf_counter() - start,
     }  # fmt: skip
-
-
-def _dropout(A: Any, y: Tensor, s2: float, truth: Tensor, floor: float, plan: Plan, seed: int) -> dict[str, Any]:
-    """The same network trained with dropout of channels, and its images under as many masks as there are samples."""
-    z = tomography.total_variation(A, y, noise_variance=s2).view(1, 1, *truth.shape)
-    with seeded(seed):
-        model = UNet(1, (), (0.0, 1.2 * float(z.max())), level=float(z.mean()), dropout=DROPOUT)
-        fit = tomography.deep_image_prior(
-            A, y, s2, iterations=plan.iterations, stop=None, model=model, input=z
-        )  # fmt: skip
-        with torch.no_grad():
-            images = torch.cat([fit.model(z) for _ in range(plan.samples)])
-    return scores.of(images.mean(0), images.std(0), truth, floor)
