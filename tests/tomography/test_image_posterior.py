@@ -99,7 +99,7 @@ def test_grams_and_products_are_those_of_the_dense_jacobian(fit):
 
 @pytest.mark.parametrize("evidence", ["exact", "sampled"])
 def test_evidence_mean_and_covariance_are_those_of_the_linear_model(fit, evidence):
-    found = linearised(fit, evidence=evidence, steps=0, samples=2000)
+    found = linearised(fit, evidence=evidence, steps=0, samples=2000, mean="linearised")
     s2 = fit.noise_variance
     J, Sigma, A, K, S, w = dense(fit, found.prior, s2)
     residual = (fit.sinogram - fit.A @ fit.image).flatten() + A @ J @ w
@@ -142,7 +142,7 @@ def test_evidence_mean_and_covariance_are_those_of_the_linear_model(fit, evidenc
         assert found.log_likelihood(fit.image.numpy(), patch=4) == pytest.approx(float(total) / SIZE**2)
     else:
         assert found.log_likelihood(fit.image, patch=2) == pytest.approx(
-            linearised(fit, steps=0).log_likelihood(fit.image, patch=2), rel=0.05
+            linearised(fit, steps=0, mean="linearised").log_likelihood(fit.image, patch=2), rel=0.05
         )
 
 
@@ -239,6 +239,17 @@ def test_of_a_character_products_alone_give_the_exact_evidence():
     found = sampled.value(exact.prior, exact.noise_variance, samples=4, steps=8, rank=100)
     assert abs(found - exact.log_evidence()) < 0.05 * abs(exact.log_evidence())
     assert abs(found - exact.log_evidence()) < 4 * found.standard_error + 1
+
+
+def test_the_mean_is_three_quarters_of_a_step_within_the_bounds():
+    A, x, y, s2 = scanned(angles=4)
+    fit = deep_image_prior(A, y, s2, iterations=40)
+    assert fit.bounds == fit.model.bounds and fit.bounds[0] == 0
+    whole, damped = (linearised(fit, steps=1, mean=mean) for mean in ("linearised", "damped"))
+    assert float(whole.optimum.min()) < 0
+    assert torch.equal(whole.mean, whole.optimum.clamp(*fit.bounds))
+    torch.testing.assert_close(damped.mean, 0.75 * whole.mean + 0.25 * fit.image)
+    assert (whole.mean - x).norm() < (whole.optimum - x).norm()
 
 
 def test_a_float32_fit_has_the_mean_and_samples_of_the_same_fit_in_float64():

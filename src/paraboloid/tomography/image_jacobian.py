@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,12 +31,16 @@ class ImageJacobian:
         self.model, self.names = copy.deepcopy(fit.model).to(dtype), list(names)
         for name, p in self.model.named_parameters():
             p.requires_grad_(name in self.names)
-        self.input, self.max_memory = fit.input.to(dtype), max_memory
-        batch = (self.input, fit.sinogram.to(dtype).unsqueeze(0))
-        self.replay = Replay(self.model, fit.loss, batch, OutputGraph, max_memory=max_memory)
-        self.order = [list(self.replay.parameters).index(name) for name in self.names]
-        self.weights = [self.replay.parameters[name].detach() for name in self.names]
+        self.fit, self.input, self.max_memory = fit, fit.input.to(dtype), max_memory
+        parameters = dict(self.model.named_parameters())
+        self.weights = [parameters[name].detach() for name in self.names]
         self.pixels = fit.image.numel()
+
+    @cached_property
+    def replay(self) -> Replay:
+        """Of the products; made when one is asked for."""
+        batch = (self.input, self.fit.sinogram.to(self.input.dtype).unsqueeze(0))
+        return Replay(self.model, self.fit.loss, batch, OutputGraph, max_memory=self.max_memory)
 
     def push(self, v: Sequence[Tensor]) -> Tensor:
         with self.replay.graphs() as graphs:
@@ -54,7 +59,8 @@ class ImageJacobian:
             found = self.replay.together(graph, [U], lambda u: graph.pull(u[0]))
             if not found:
                 found = [torch.stack(rows) for rows in zip(*(graph.pull(one) for one in U), strict=True)]
-            return [found[i] for i in self.order]
+            by_name = dict(zip(self.replay.parameters, found, strict=True))
+            return [by_name[name] for name in self.names]
 
     def rows(self) -> list[Tensor]:
         """All of J, [n, kernels, k^2] of each weight."""

@@ -20,13 +20,15 @@ from paraboloid.tomography.reconstruction import Reconstruction
 from paraboloid.tomography.sampled_evidence import SampledEvidence
 
 LARGEST = 8  # a dense evidence takes this part of what a dense matrix may
+STEP = {"damped": 0.75, "linearised": 1.0, "network": 0.0}  # from the network's image to the linear model's mean
 FLOOR = 1e-3  # standard deviation that a density adds, over the image's largest value
 
 
 class ImagePosterior:
     """The posterior of the image under the linear model x(w) = x(w*) + J (w - w*), w ~ N(0, Sigma), y ~ N(A x, s2 I).
 
-    mean            [H, W], [slices, H, W] for a stack: the posterior mean, or the network's own image; see `linearised`
+    mean            [H, W], [slices, H, W] for a stack; see `linearised`
+    optimum         the linear model's posterior mean as it is
     std             of each pixel: exact where the dense matrices fit, else that of `samples` draws
     samples         [samples, *mean.shape], draws made once
     noise_variance  s2, learned or given
@@ -39,7 +41,8 @@ class ImagePosterior:
         self.count, self.seed = count, seed
         self._solution = evidence.at(prior, s2)
         self.optimum = self._optimum()
-        self.mean = self.optimum if mean == "linearised" else fit.image
+        share = STEP[mean]
+        self.mean = share * self.optimum.clamp(*fit.bounds) + (1 - share) * fit.image if share else fit.image
 
     @property
     def exact(self) -> bool:
@@ -141,7 +144,7 @@ def linearised(
     samples: int = 64,
     seed: int = 0,
     *,
-    mean: str = "linearised",
+    mean: str = "damped",
     weights: str = "both",
     evidence: str = "auto",
     learn_noise: bool = True,
@@ -161,7 +164,9 @@ def linearised(
     prior        "per_block": a variance and a length for each block of convolutions; "shared": for all of one size
     samples      images drawn for `samples`, and for `std` where it is not exact
     mean         "linearised": the linear model's posterior mean, one Gauss-Newton step from the network's image with
-                 the prior found; "network": the network's own image
+                 the prior found, put between the fit's bounds; "damped": three quarters of that step, which also keeps
+                 some of the total variation that the network was trained with and the linear model knows nothing of;
+                 "network": none
     weights      where the first two terms are taken: "optimum" of the linear model, which makes it -2 times its log
                  evidence and constants; "trained"; "both": at the optimum, and w* . Sigma^-1 w* once more, a hyperprior
                  that keeps the prior as wide as the trained weights ask for.  From few angles the optimum alone is
@@ -173,7 +178,7 @@ def linearised(
 
     Raises ValueError for an unknown option, a network without convolutions, and evidence="exact" where it does not fit.
     """
-    check_choice("mean", mean, ("linearised", "network"))
+    check_choice("mean", mean, tuple(STEP))
     check_choice("weights", weights, WEIGHTS)
     check_choice("evidence", evidence, ("auto", "exact", "sampled"))
     check_count("samples", samples)

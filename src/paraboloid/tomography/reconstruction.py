@@ -33,6 +33,7 @@ class Reconstruction:
     noise_variance  of the sinogram's entries, given or estimated
     misfit          mean (A image - y)^2 before each iteration
     stopped         why the training ended: "discrepancy", "iterations"
+    bounds          what the image's values were kept between; infinite ones for a model of one's own, unless given
     """
 
     image: Tensor
@@ -43,6 +44,7 @@ class Reconstruction:
     noise_variance: float
     misfit: list[float]
     stopped: str
+    bounds: tuple[float, float] = (-math.inf, math.inf)
 
     @property
     def loss(self) -> Loss:
@@ -113,7 +115,8 @@ def deep_image_prior(
     stopped = training.run(s2 if stop == "discrepancy" else -math.inf, checkpoint, progress)
     with torch.no_grad():
         image = model(z)[0].detach()
-    return Reconstruction(image, model, z, A, y, s2, training.misfit, stopped)
+    kept = model.bounds if isinstance(model, UNet) else bounds or (-math.inf, math.inf)
+    return Reconstruction(image, model, z, A, y, s2, training.misfit, stopped, kept)
 
 
 def _input(A: Projector, y: Tensor, given: Any, weight: float) -> Tensor:

@@ -64,10 +64,7 @@ def deep_image_priors(
         stopped = _trained(network, z, alone, stop)
     network.eval()
     with torch.no_grad():
-        fits = [
-            Reconstruction(t.model(t.input)[0], t.model, t.input, t.A, t.y, t.noise_variance, t.misfit, why)
-            for t, why in zip(alone, stopped, strict=True)
-        ]
+        fits = [_finished(t, why) for t, why in zip(alone, stopped, strict=True)]
     return SideBySide(fits, network, z)
 
 
@@ -77,6 +74,11 @@ def _training(A: Any, y: Tensor, s2: float, seed: int, iterations: int, lr: floa
     with seeded(seed):
         model = UNet(1, (), (0.0, HEADROOM * float(z.max())), scale, float(z.mean())).to(z)
     return Training(A, y, s2, SHARE / scale, iterations, lr, model, z)
+
+
+def _finished(t: Training, why: str) -> Reconstruction:
+    bounds = (0.0, HEADROOM * float(t.input.max()))
+    return Reconstruction(t.model(t.input)[0], t.model, t.input, t.A, t.y, t.noise_variance, t.misfit, why, bounds)
 
 
 def _put(network: UNet, alone: Sequence[Training]) -> None:

@@ -47,7 +47,7 @@ def agreement(truth: Tensor, angles: int, level: float, plan: Plan, seed: int) -
     residual = exact.evidence.residual.view_as(y)
     sampled = tomography.ImagePosterior(
         fit, J, SampledEvidence(J, A, residual), exact.prior, exact.noise_variance, plan.samples,
-        seed, "linearised",
+        seed, "damped",
     )  # fmt: skip
     value = sampled.evidence.value(exact.prior, exact.noise_variance, plan.probes)
     return {
