@@ -84,39 +84,52 @@ def step_costs(net: str, samples: int, rounds: int) -> dict[str, float]:
     return {kind: statistics.median(values[1:]) for kind, values in found.items()}
 
 
+class Parts:
+    """Notes, as a callback, the time of each part of a run as it ends, beside the checkpoint where there is one."""
+
+    def __init__(self, checkpoint: Path | None):
+        self.beside = None if checkpoint is None else checkpoint.with_suffix(".jsonl")
+        self.rows: list[dict[str, Any]] = []
+        if self.beside is not None and self.beside.exists():  # of the processes before
+            self.rows = [json.loads(line) for line in self.beside.read_text().splitlines()]
+        self.clocks = time.time(), time.process_time()
+
+    def __call__(self, progress: Any) -> None:
+        now = time.time(), time.process_time()
+        row = {
+            "ended": f"{progress.doing} {progress.em_step}", "epoch": progress.epoch,
+            "seconds": now[0] - self.clocks[0], "cpu_seconds": now[1] - self.clocks[1],
+            "GiB": peak(), "residual": progress.residual,
+        }  # fmt: skip
+        self.rows.append(row)
+        self.clocks = now
+        if self.beside is not None:
+            with self.beside.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def summary(self, posterior: Any) -> dict[str, Any]:
+        """Seconds and peak of all processes that the run took, and what it found."""
+        last = posterior.history[-1]
+        return {
+            "seconds": sum(row["seconds"] for row in self.rows),
+            "cpu_seconds": sum(row["cpu_seconds"] for row in self.rows),
+            "GiB": max(peak(), *(row["GiB"] for row in self.rows)), "parts": self.rows,
+            "weights": sum(w.numel() for w in posterior.weights.values()),
+            "precision": last.precision[0], "effective_dimension": last.effective_dimension[0],
+            "residuals": [step.residual for step in posterior.history],
+            "optimum": [step.optimum for step in posterior.history],
+        }  # fmt: skip
+
+
 def whole_run(net: str, samples: int, steps: int, checkpoint: Path | None = None) -> dict[str, Any]:
     """A fit with one EM step, streamed, in this process: seconds, peak GiB, and what it found."""
     model, data = problem(net, steps)
-    noted: list[dict[str, Any]] = []
-    clocks = time.time(), time.process_time()
-
-    def note(progress: Any) -> None:
-        """The seconds that ended with the samples, with the optimum (and the precision), and with the samples again."""
-        nonlocal clocks
-        now = time.time(), time.process_time()
-        noted.append({
-            "ended": f"{progress.doing} {progress.em_step}", "seconds": now[0] - clocks[0],
-            "cpu_seconds": now[1] - clocks[1], "GiB": peak(), "residual": progress.residual,
-        })  # fmt: skip
-        clocks = now
-        if checkpoint is not None:
-            with checkpoint.with_suffix(".jsonl").open("a") as file:
-                file.write(json.dumps(noted[-1]) + "\n")
-
+    parts = Parts(checkpoint)
     posterior = pb.sampled_laplace(
         model, nn.CrossEntropyLoss(), data, samples, em_steps=1, prior_precision=1000.0, solver="sgd", epochs=1,
-        max_memory=1, match=None, checkpoint=checkpoint, callback=note,
+        max_memory=1, match=None, checkpoint=checkpoint, callback=parts,
     )  # fmt: skip
-    last = posterior.history[-1]
-    if checkpoint is not None:
-        noted = [json.loads(line) for line in checkpoint.with_suffix(".jsonl").read_text().splitlines()]
-    return {
-        "seconds": sum(row["seconds"] for row in noted), "cpu_seconds": sum(row["cpu_seconds"] for row in noted),
-        "GiB": max(peak(), *(row["GiB"] for row in noted)), "parts": noted,
-        "weights": sum(w.numel() for w in posterior.weights.values()),
-        "precision": last.precision[0], "effective_dimension": last.effective_dimension[0],
-        "residuals": [step.residual for step in posterior.history],
-    }  # fmt: skip
+    return parts.summary(posterior)
 
 
 def peak() -> float:

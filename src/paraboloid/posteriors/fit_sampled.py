@@ -24,7 +24,7 @@ from paraboloid.posteriors.sampled.state import Progress
 from paraboloid.posteriors.weights import Weights, choose
 
 ABOUT = 1e-2  # residual to which samples are solved for that only order inputs by their variance
-SOLVERS, OBJECTIVES = ("auto", "dual", "cg", "sgd"), ("low-variance", "noisy-targets")
+SOLVERS, OBJECTIVES = ("auto", "dual", "block", "cg", "sgd"), ("low-variance", "noisy-targets")
 
 
 def sampled_laplace(
@@ -80,11 +80,12 @@ def sampled_laplace(
                      network's own confidence, lowered where the outputs' variance under curvature="jacobian" is beyond
                      that on `data` (as many samples again); "exponent": `match_confidence()`; None: the plain Bayesian
                      predictive
-    solver           "dual" (exact, by the tangent kernel of all outputs and data points), "cg" (all data in each
-                     product, to the relative residual `tol`), "sgd" (`epochs` passes with Nesterov's momentum and
-                     averaging, in batches of `batch_size` where `data` is one batch, at the rate `lr` or one measured
-                     by the curvature), or "auto": the cheapest by the operations that each takes, "sgd" where the
-                     graphs of the data do not fit into `max_memory`
+    solver           "dual" (exact, by the tangent kernel of all outputs and data points), "block" (solves on blocks of
+                     that kernel, to the relative residual `tol`), "cg" (all data in each product, to `tol`), "sgd"
+                     (`epochs` passes with Nesterov's momentum and averaging, in batches of `batch_size` where `data` is
+                     one batch, at the rate `lr` or one measured by the curvature), or "auto": the cheapest of "dual"
+                     and "cg" by the operations that each takes; where the graphs of the data do not fit into
+                     `max_memory`, the better of "sgd" and "cg" after a few passes by each
     objective        of "sgd": "low-variance" has the noise of the targets in the right-hand side, by one pass before;
                      "noisy-targets" has it in each batch, with the same solution and noisier gradients
     checkpoint       a file that is renewed, atomically, after each part of the work; where it exists the run goes on

@@ -9,8 +9,11 @@ from torch import nn
 
 import paraboloid as pb
 from paraboloid.operators.matrix_free.output_graph import OutputGraph
+from paraboloid.posteriors.likelihood import Likelihood
 from paraboloid.posteriors.sampled import noise
 from paraboloid.posteriors.sampled.expectation_maximisation import Run
+from paraboloid.posteriors.sampled.tangent_curvature import TangentCurvature
+from paraboloid.posteriors.sampled.tangent_system import TangentSystem
 
 F64 = torch.float64
 SAMPLES = 256
@@ -72,6 +75,28 @@ def test_samples_solve_their_system(fitted):
     expected = torch.linalg.solve(H + 0.5 * torch.eye(len(H), dtype=F64), b.T).T
     flat = torch.cat([posterior.samples[k].flatten(1) for k in posterior.weights], 1)
     torch.testing.assert_close(flat, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_diagonal_of_many_weights_is_estimated_without_bias(monkeypatch):
+    """By as many draws as there is need of, whatever the batches; that of few weights is exact."""
+    model, x, y = classifier(n=600)
+    loss = Likelihood.of(nn.CrossEntropyLoss()).loss
+    exact = curvature(model, nn.CrossEntropyLoss(), x, y).diagonal()
+    found = []
+    for cuts in ([600], [150, 450]):
+        data = list(zip(x.split(cuts), y.split(cuts), strict=True))
+        system = TangentSystem(TangentCurvature(model, loss, data), 2.0, 0, range(64))
+        torch.testing.assert_close(system.diagonal(), 2 * exact)
+        with monkeypatch.context() as patched:
+            patched.setattr("paraboloid.posteriors.sampled.tangent_system.AT_ONCE", 10)
+            assert list(system.draws) == list(range(14))  # 8192 / 600
+            patched.setattr("paraboloid.posteriors.sampled.tangent_system.ENOUGH", 600)
+            assert list(system.draws) == [0]  # fewer than the two columns of the root
+            found.append(system.diagonal() / 2)
+    torch.testing.assert_close(found[1], found[0])
+    assert abs(found[0].sum() / exact.sum() - 1) < 0.1
+    assert (found[0] / exact - 1).abs().max() < 0.5
+    assert not torch.allclose(found[0], exact, rtol=1e-3)
 
 
 @pytest.mark.parametrize("precision", [0.05, 1.0])

@@ -33,6 +33,7 @@ from paraboloid.posteriors.sampled.solvers import (
     steepest,
 )  # fmt: skip
 from paraboloid.posteriors.sampled.state import EMStep, Progress, State
+from paraboloid.posteriors.sampled.tangent_blocks import by_blocks
 from paraboloid.posteriors.sampled.tangent_kernel import TangentKernel
 from paraboloid.posteriors.sampled.tangent_system import TangentSystem
 
@@ -63,8 +64,9 @@ class Run:
     theta: Tensor  # [D]
     diagonal: Tensor  # [D], of S (strength G) S
     tol: float
-    descent: Descent | None = None  # None: conjugate gradients, or with `dual` exactly
+    descent: Descent | None = None  # None: conjugate gradients, or with `dual` exactly or by `blocks`
     dual: TangentKernel | None = None
+    blocks: bool = False  # of that, solved one after the other
     across: Group = None  # the processes that hold other samples
     probes: bool = False  # whether conjugate gradients are taken in the place of the descent where they are better
     elements: float = 0.0  # of all targets, and the noise variance that the system was made with, where EM finds it
@@ -125,7 +127,9 @@ class Run:
         if self.probes and state.chosen is None:
             self._probe(state, precision)
             after(state)
-        if self.dual is not None:
+        if self.dual is not None and self.blocks:
+            state.w = by_blocks(self.dual, precision, state.b, state.w, self.tol)
+        elif self.dual is not None:
             state.w = self.dual.apply(precision, state.b)
         elif not self._descends(state):
             state.w = self._conjugate(state, precision)
@@ -227,7 +231,7 @@ class Run:
 
     def _covariance(self, state: State, precision: Tensor) -> Callable[[Tensor], Tensor]:
         """About A^-1, for rows [K, D]."""
-        if self.dual is not None:
+        if self.dual is not None and not self.blocks:
             dual = self.dual
             return lambda rows: dual.apply(precision, rows)
         if (sketch := self._sketch(state)) is not None:

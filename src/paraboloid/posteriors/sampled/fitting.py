@@ -88,7 +88,6 @@ class Fitting:
             system = self._system(likelihood, theta)
             solver = cheapest(system, self.max_memory) if self.solver == "auto" else self.solver
             probes = self.solver == "auto" and solver == "sgd"
-            dual = dual_of(system) if solver == "dual" else None
             descent = Descent(self.epochs, self.lr, noisy=self.noisy) if solver == "sgd" else None
             self.first = system.first
             unit = likelihood.curvature == "jacobian" and em_steps > 0
@@ -119,9 +118,10 @@ class Fitting:
                 parameters = system.parameters
                 system.scale = input_scales(parameters) if unit else feature_scales(diagonal, parameters)
                 diagonal = (diagonal * system.scale).mul_(system.scale)
+            dual = dual_of(system, solver) if solver in ("dual", "block") else None  # of rows in the units of the scale
             run = Run(
-                system, at, join(list(theta.values())), diagonal, self.tol, descent, dual, across, probes, elements,
-                first, likelihood.loss,
+                system, at, join(list(theta.values())), diagonal, self.tol, descent, dual, solver == "block", across,
+                probes, elements, first, likelihood.loss,
             )  # fmt: skip
             if state.noise is not None:
                 run.place(state.noise)
@@ -237,20 +237,27 @@ def cheapest(system: TangentSystem, max_memory: int | None) -> str:
     )
 
 
-def dual_of(system: TangentSystem) -> TangentKernel:
-    """Raises ValueError where the tangent kernel would be too large, or its graphs are not at hand."""
+def dual_of(system: TangentSystem, solver: str) -> TangentKernel:
+    """Raises ValueError where the tangent kernel would be too large, or its graphs or its rows are not at hand."""
     rows = rows_of(system)
     if rows is None:
         raise ValueError(
-            "solver='dual' needs the graphs of all data in this process, and they do not fit into max_memory or the "
-            "data is shared out; expected less data. Take solver='sgd' or 'cg'."
+            f"solver={solver!r} needs the graphs of all data in this process, and they do not fit into max_memory or "
+            "the data is shared out; expected less data. Take solver='sgd' or 'cg'."
         )
-    if rows > MOST_ROWS:
+    if solver == "dual" and rows > MOST_ROWS:
         raise ValueError(
             f"solver='dual' with {rows} outputs times data points; expected at most {MOST_ROWS}, whose tangent kernel "
             "has a Cholesky factor. Take solver='cg' or 'sgd'."
         )
-    return TangentKernel(system)
+    kernel = TangentKernel(system)
+    if solver == "block" and kernel.B is None:
+        raise ValueError(
+            f"solver='block' keeps the tangent kernel's {rows} rows of {system.size} numbers, "
+            f"{rows * system.size * system.like.element_size() / GIB:.2g} GiB; they do not fit into max_memory, or an "
+            "operation of the model has no rule for them. Take solver='cg' or 'sgd'."
+        )
+    return kernel
 
 
 def normalisation_layers(model: nn.Module) -> set[str]:

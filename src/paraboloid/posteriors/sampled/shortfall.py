@@ -8,6 +8,7 @@ import torch
 
 from paraboloid.posteriors.sampled.solvers import MOST_ITERATIONS
 from paraboloid.posteriors.sampled.state import State
+from paraboloid.posteriors.sampled.tangent_blocks import PASSES
 
 ROUGH, EXACT = 0.1, 1e-2  # residuals above which descent, and a Cholesky factor, have not solved a system
 
@@ -24,8 +25,9 @@ def tell(state: State, solver: str, tol: float, epochs: int, dtype: torch.dtype)
         "passes": (f"{epochs} passes of conjugate gradients", "Take more epochs, or solver='cg' for all that it takes"),
         "cg": (f"{MOST_ITERATIONS} iterations of conjugate gradients in {dtype}", larger),
         "dual": (f"a Cholesky factor in {dtype}", larger),
+        "block": (f"{PASSES} passes of block solves", f"{larger}, or solver='cg'"),
     }[solver]
-    least = {"cg": 0.0, "dual": EXACT}.get(solver, ROUGH)
+    least = {"cg": 0.0, "dual": EXACT, "block": 0.0}.get(solver, ROUGH)
     for found, most, what, off in (
         (last.residual, max(2 * tol, least), "residual of a sample", "its variances and the effective dimension are"),
         (last.optimum, ROUGH, "gradient at the linearised optimum", "the prior's precision is"),
