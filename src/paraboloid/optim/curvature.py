@@ -9,9 +9,11 @@ from torch import Tensor
 
 from paraboloid.distributed import collectives
 from paraboloid.engine.tape import doubling
+from paraboloid.linalg.kronecker import Kron
 from paraboloid.linalg.operand import check_count
 from paraboloid.optim.direction import Move
 from paraboloid.optim.fisher_factors import Eigenvalues, FisherFactors, Held
+from paraboloid.optim.kl_factors import KLFactors
 from paraboloid.optim.measurement import Measurement
 from paraboloid.optim.options import check_share
 from paraboloid.optim.preconditioner import Block
@@ -62,11 +64,13 @@ class FisherCurvature(Curvature):
     half    factors from the first half of a batch, eigenvalues from the second
     alone   measured on this rank only
     exact   eigenvalues of their own (EKFAC): averages of sum_{v,n} (u . (J_n^T v) w)^2 in the present eigenbasis
+    kl      factors nearest in Kullback-Leibler divergence, see `KLFactors`
     """
 
     def __init__(
         self, names: Iterable[str], *, fisher: str, samples: int, sharing: str, decay: float, factor_interval: int,
         inverse_interval: int, split: bool, half: bool, exact: bool, max_factor: int, alone: bool = True,
+        kl: bool = False,
     ):  # fmt: skip
         super().__init__(names, check_share("factor_decay", decay))
         self.factor_interval = check_count("factor_interval", factor_interval)
@@ -76,12 +80,18 @@ class FisherCurvature(Curvature):
         self._sampling: dict[str, Any] = {"fisher": fisher, "samples": samples}
         kept: dict[str, Any] = {**self._sampling, "sharing": sharing, "max_factor": max_factor}
         # a factor of few rows is these: exact, and its inverse and eigenvectors are the cheaper the fewer they are
-        self._factors = FisherFactors(self.blocks.keys(), **kept, halves=half, thin=alone)
+        self._kl = (
+            KLFactors(self.blocks.keys(), lambda name: self.blocks[name].metric, **kept, thin=alone) if kl else None
+        )
+        self._factors = self._kl or FisherFactors(self.blocks.keys(), **kept, halves=half, thin=alone)
         self._whole = FisherFactors(self.blocks.keys(), **kept)
 
     def add(self, names: Iterable[str]) -> None:
         super().add(names)
         self.new = True
+
+    def _metric(self, name: str) -> Kron | None:
+        return self.blocks[name].metric
 
     def factors_due(self, t: int) -> bool:
         return self.new or self.stale or due(t, self.factor_interval)
@@ -128,6 +138,9 @@ class FisherCurvature(Curvature):
                 self._average_values(found, measured, measure_on)
             if renew or not self.split:
                 self._invert(dampings)
+            for name in self._kl.sided if renew and self._kl is not None else ():
+                if self.blocks[name].kron is not None:
+                    self.blocks[name].weigh(dampings[name])
         # an eigendecomposition serves every damping; the split inverses wait for their interval
         if not self.split and any(b.damping not in (0.0, dampings[name]) for name, b in self.blocks.items()):
             self._invert(dampings)

@@ -5,6 +5,7 @@ A part takes a `Move` and changes its direction (or, last, the parameters).  An 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -96,23 +97,28 @@ class Graft:
         self.kind = kind
 
     def __call__(self, m: Move) -> None:
-        if self.kind is not None:
-            m.direction = [self._grafted(*each) for each in zip(m.states, m.gradient, m.direction, strict=True)]
+        if self.kind is None or not m.params:
+            return
+        lengths = foreach.norms(m.gradient if self.kind == "sgd" else _adam(m))
+        shares = [n / size if size > 0 else 1.0 for n, size in zip(lengths, foreach.norms(m.direction), strict=True)]
+        m.direction = foreach.scaled(m.direction, shares)
 
-    def _grafted(self, state: dict[str, Any], g: Tensor, d: Tensor) -> Tensor:
-        length, size = (g if self.kind == "sgd" else _adam(state, g)).norm(), d.norm()
-        return d * (length / size) if size > 0 else d
 
-
-def _adam(state: dict[str, Any], g: Tensor) -> Tensor:
-    if "graft_step" not in state:
-        state |= {"graft_step": 0, "graft_m": torch.zeros_like(g), "graft_v": torch.zeros_like(g)}
-    state["graft_step"] += 1
-    state["graft_m"].lerp_(g, 0.1)
-    state["graft_v"].mul_(0.999).addcmul_(g, g, value=1e-3)
-    t = state["graft_step"]
-    m, v = state["graft_m"] / (1 - 0.9**t), state["graft_v"] / (1 - 0.999**t)
-    return m / (v.sqrt() + 1e-8)
+def _adam(m: Move) -> list[Tensor]:
+    """Its steps for a learning rate of 1."""
+    for state, g in zip(m.states, m.gradient, strict=True):
+        if "graft_step" not in state:
+            state |= {"graft_step": 0, "graft_m": torch.zeros_like(g), "graft_v": torch.zeros_like(g)}
+        state["graft_step"] += 1
+    means, squares = ([state[key] for state in m.states] for key in ("graft_m", "graft_v"))
+    foreach.lerp_(means, m.gradient, 0.1)
+    foreach.scale_(squares, 0.999)
+    foreach.addcmul_(squares, m.gradient, m.gradient, 1e-3)
+    roots, counts = foreach.roots(squares), [state["graft_step"] for state in m.states]
+    whole = [math.sqrt(1 - 0.999**t) for t in counts]  # of the roots: averages start at zero
+    foreach.shift_(roots, [1e-8 * w for w in whole])
+    steps = foreach.quotients(means, roots)
+    return foreach.scaled(steps, [w / (1 - 0.9**t) for t, w in zip(counts, whole, strict=True)])
 
 
 class TrustRegion:

@@ -25,6 +25,8 @@ from paraboloid.optim.trust import check_rise
 from paraboloid.reductions.kronecker_factors import MAX_FACTOR
 
 OMEGA = 19 / 20  # of the damping, to the power of its interval
+NOT_BOTH = ("expected one of the two, for the other data's eigenvalues are measured with plain factors, which those of "
+            "the least divergence are not.")  # fmt: skip
 
 
 class KFAC(Frame):
@@ -51,6 +53,9 @@ class KFAC(Frame):
                       and damping came from a grid: give yours)
     fisher, samples   "mc" (labels sampled from the model), "exact" or "empirical"
     sharing           "expand" or "reduce", for weights used at several positions
+    factors           "kfac", or "kl": those nearest to the Fisher block in Kullback-Leibler divergence, by fixed-point
+                      steps: every vector weighs as much as the last damped inverse of the other factor says.  Not with
+                      measure_on, whose eigenvalues are those of plain factors
     split             "pi": damping is split between the two factors, two inverses; None: exact, by eigendecomposition
     adapt_damping     Levenberg-Marquardt: every `damping_interval` steps, by the ratio of the loss's change to the
                       model's prediction.  Needs step(closure)
@@ -83,13 +88,14 @@ class KFAC(Frame):
 
     exact_values = False
     clip_share = SHARE
+    OLDER: Mapping[str, Any] = {**Frame.OLDER, "factors": "kfac"}
     PAPER: Mapping[str, Any] = {
         "lr": 1.0, "damping": 150.0, "factor_interval": 1, "inverse_interval": 20, "adapt_damping": True,
         "step_size": "quadratic", "kl_clip": None,
     }  # fmt: skip
     OPTIONS = ("fisher", "samples", "sharing", "factor_decay", "factor_interval", "inverse_interval", "split",
-               "max_factor", "adapt_damping", "damping_interval", "reject", "kl_clip", "max_step", "rise_factor",
-               "graft", "step_size", "half", "paper")  # fmt: skip
+               "factors", "max_factor", "adapt_damping", "damping_interval", "reject", "kl_clip", "max_step",
+               "rise_factor", "graft", "step_size", "half", "paper")  # fmt: skip
 
     def __init__(
         self,
@@ -109,6 +115,7 @@ class KFAC(Frame):
         factor_decay: float = 0.95,
         factor_interval: int = 10,
         inverse_interval: int = 100,
+        factors: str = "kfac",
         split: str | None = "pi",
         adapt_damping: bool = False,
         damping_interval: int = 5,
@@ -139,8 +146,12 @@ class KFAC(Frame):
         check_choice("split", split, (None, "pi"))
         check_choice("step_size", step_size, ("fixed", "quadratic"))
         check_choice("measure_on", measure_on, (None, "half"))
+        check_choice("factors", factors, ("kfac", "kl"))
+        if factors == "kl" and measure_on is not None:
+            raise ValueError(f"measure_on is {measure_on!r} with factors='kl'; {NOT_BOTH}")
         self.fisher, self.samples, self.sharing, self.factor_decay = fisher, samples, sharing, factor_decay
         self.factor_interval, self.inverse_interval, self.paper = o["factor_interval"], o["inverse_interval"], paper
+        self.factors = factors
         self.split, self.half = split == "pi" and measure_on is None and not self.exact_values, measure_on == "half"
         self.adapt_damping, self.damping_interval = adapt_damping, check_count("damping_interval", damping_interval)
         self.reject, self.kl_clip, self.max_step = reject, kl_clip, max_step
@@ -159,7 +170,7 @@ class KFAC(Frame):
             self.names.values(), fisher=self.fisher, samples=self.samples, sharing=self.sharing,
             decay=self.factor_decay, factor_interval=self.factor_interval, inverse_interval=self.inverse_interval,
             split=self.split, half=self.half, exact=self.exact_values, max_factor=self.max_factor,
-            alone=self._group is None,
+            alone=self._group is None, kl=self.factors == "kl",
         )  # fmt: skip
         self._blocks = self._curvature.blocks
         shape: list[Part] = [direction.coupled_decay, self._curvature.precondition, direction.Graft(self.graft)]
@@ -214,6 +225,8 @@ class KFAC(Frame):
         if closure is None and (self.adapt_damping or self.reject):
             raise ValueError("adapt_damping and reject compare the loss before and after the step; expected "
                              "step(closure) with a closure that evaluates the loss and calls backward().")  # fmt: skip
+        if measure_on is not None and self.factors == "kl":
+            raise ValueError(f"step(measure_on=) of a {type(self).__name__} with factors='kl'; {NOT_BOTH}")
         if measure_on is not None and self.split:
             raise ValueError("measure_on= measures eigenvalues, which split='pi' does not use; expected a "
                              f"{type(self).__name__} made with split=None.")  # fmt: skip

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from paraboloid.linalg.eigenform import Eigenform, NullSpaces, evened
-from paraboloid.linalg.kronecker import Kron
+from paraboloid.linalg.kronecker import Kron, Side
 from paraboloid.linalg.operand import LinAlgError
 
-KEPT = ("kron", "other", "form", "inverse")  # of a block's state
+KEPT = ("kron", "other", "form", "inverse", "metric")  # of a block's state
 T = TypeVar("T", Kron, Eigenform)
 
 
@@ -32,6 +32,7 @@ class Block:
         self.form: Eigenform | None = None  # eigenbasis, with the eigenvalues in use; EKFAC's are averages of their own
         self.null: NullSpaces = None, None  # columns of the basis that the factors did not see
         self.inverse: Any = None  # a Kron (its two factors inverted) or an Eigenform
+        self.metric: Kron | None = None  # what the next measurements are weighted by, see `weigh`
         self.damping = 0.0  # that of the inverse
         self.failures = 0
 
@@ -95,6 +96,23 @@ class Block:
             self.inverse = replace(self.form, values=1 / (values + damping).clamp(min=least))
         self.damping = damping
 
+    def weigh(self, damping: float) -> None:
+        """The damped inverses of the two factors, each divided by the trace of its product with its factor: an average
+        vector of the present factor weighs one.  The last ones stay where that fails; none where a factor is zero."""
+        assert self.kron is not None
+        try:
+            inverse = self.inverse
+            if not isinstance(inverse, Kron):
+                inverse = _in_double(lambda kron: kron.split_inverse(damping, f"parameter {self.name!r}"), self.kron)
+        except (LinAlgError, ValueError) as failure:
+            self._failed(failure)
+            return
+        pairs = list(zip(inverse.sides, self.kron.sides, strict=True))
+        traces = [_trace_of_product(one, factor) for one, factor in pairs]
+        safe = all(bool((t.isfinite() & (t > 0)).all()) for t in traces)
+        left, right = (one.scaled(1 / t) for (one, _), t in zip(pairs, traces, strict=True))
+        self.metric = Kron(left, right) if safe else None
+
     def _failed(self, failure: Exception) -> bool:
         if self.failures == 0:
             kept = "The last good inverse is kept" if self.inverse is not None else "Its plain gradient is used"
@@ -141,7 +159,7 @@ class Block:
 
     def load(self, state: dict[str, Any]) -> None:
         for what in KEPT:
-            setattr(self, what, _restored(state[what]))
+            setattr(self, what, _restored(state.get(what)))  # an earlier version has fewer
         left, right = state.get("null", (None, None))  # of an earlier version
         self.null = left, right
         self.updates, self.damping, self.failures = dict(state["updates"]), state["damping"], state["failures"]
@@ -171,6 +189,13 @@ def _split(kron: Kron, damping: float, name: str) -> Kron:
             f"the block, {list(left.shape)}, plus the damping {damping:.3g} has no Cholesky factorisation."
         )
     return Kron(torch.cholesky_inverse(L), torch.ones_like(kron.right))
+
+
+def _trace_of_product(a: Side, b: Side) -> Tensor:
+    """[G]."""
+    if "diagonal" in (a.kind, b.kind):
+        return (a.diagonal() * b.diagonal()).sum(1)
+    return (a.dense() * b.dense()).sum((1, 2))
 
 
 def _restored(state: Any) -> Kron | Eigenform | None:
