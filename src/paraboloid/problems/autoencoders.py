@@ -44,11 +44,14 @@ def digits() -> Problem:
     )
 
 
-def curves(seed: int = 0, samples: int = 20_000) -> Problem:
-    """784-400-200-100-50-25-6 and back on drawn curves; binary cross-entropy. Tests on a quarter as many samples."""
+def curves(seed: int = 0, samples: int = 20_000, width: float = 1.0) -> Problem:
+    """784-400-200-100-50-25-6 and back on drawn curves; binary cross-entropy. Tests on a quarter as many samples.
+
+    `width` multiplies the hidden layers' unit counts.
+    """
     x = torch.from_numpy(draw_curves(samples + samples // 4, seed)).flatten(1)
     return Problem(
-        network(784, 400, 200, 100, 50, 25, 6),
+        network(784, *(max(1, round(width * n)) for n in (400, 200, 100, 50, 25)), 6),
         losses.BCEWithLogits(reduction="batchmean"),
         *halves(samples, x, x),
         title="Curves, deep autoencoder",

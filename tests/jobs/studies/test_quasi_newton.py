@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -131,3 +132,27 @@ def test_times_to_adams_last_loss_are_read_between_points():
 def test_data_of_the_users_own_is_the_papers_problem(tmp_path):
     (problem,) = with_data(Plan.full(), str(tmp_path)).problems
     assert problem[:3] == ("mnist-autoencoder", {"data": str(tmp_path)}, 1000)
+
+
+def test_finished_trainings_are_not_run_again(tmp_path):
+    file = tmp_path / "deep" / "trainings.jsonl"
+    plan = replace(Plan.tiny(), methods=("SGD-m",), problems=(("digits-autoencoder", {}, 700, 1),), keep=str(file))
+    first = studies.reproduce("quasi-newton", plan=plan)["results"]
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:40])  # torn
+    again = studies.reproduce("quasi-newton", plan=plan)["results"]
+    one, other = ([run for kind in ("grid", "winner") for run in r["problems"][0]["methods"][0][kind]] for r in
+                  (first, again))  # fmt: skip
+    assert [run["seconds"] for run in one[:-1]] == [run["seconds"] for run in other[:-1]]
+    assert one[-1]["final"] == other[-1]["final"]
+    assert one[-1]["seconds"] != other[-1]["seconds"]
+    assert not studies.keeps("gp")
+
+
+def test_the_authors_figures_are_judged_on_their_own_problem():
+    run = {**run_of(169.0, 169.0, 100.0, 90.0, 80.0, 68.0, 68.0), "setting": {}}
+    rows = [{"name": "K-BFGS", "family": "ours", "grid": [run], "winner": []}]
+    said = {claim: (seen, words) for claim, seen, words in claims({"name": "mnist-autoencoder", "methods": rows})}
+    assert said["K-BFGS's training loss is within 10% of the authors' after 1, 5 epochs"] == (
+        True, "169.00 (169.00), 68.00 (68.00)")  # fmt: skip
+    assert [seen for claim, seen, _ in claims({"name": "x", "methods": rows}) if "authors" in claim] == [None]

@@ -3,7 +3,8 @@
 A study is a module or package here, named in `STUDIES`, with
 
     TITLE                                      of the page
-    plan(full)                                 how much is run: any object
+    plan(full)                                 how much is run: any object; with `keep`, a file's name or None, where
+                                               finished pieces are kept in such a file
     with_data(plan, folder)                    the plan on image data of the user's; only where there is such a thing
     measure(plan, seed, progress)              the results, as plain data; progress(part, done, total)
     findings(results)                          sentences, the most important first, negative ones as plainly as positive
@@ -18,6 +19,7 @@ import importlib
 import inspect
 import platform
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,13 +50,20 @@ def load(name: str) -> Any:
     return importlib.import_module(STUDIES[name])
 
 
+def keeps(name: str) -> bool:
+    """Whether a study keeps what was finished, and goes on from it."""
+    return hasattr(load(name).plan(False), "keep")
+
+
 def reproduce(
-    name: str, full: bool = False, seed: int = 0, progress: Any = None, plan: Any = None, data: str | None = None
-) -> dict[str, Any]:
+    name: str, full: bool = False, seed: int = 0, progress: Any = None, plan: Any = None, data: str | None = None,
+    keep: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Run a study: a record of plain data, with its findings in words.
 
     data   folder with files of MNIST, CIFAR or ImageNet, for a study that has a `with_data(plan, folder)`; ValueError
            for others
+    keep   file of finished trainings, for a study whose plan has such a file: those in it are not run again
     """
     study, start = load(name), time.perf_counter()
     plan = study.plan(full) if plan is None else plan
@@ -62,6 +71,8 @@ def reproduce(
         if not hasattr(study, "with_data"):
             raise ValueError(f"the study {name!r} takes no data of your own (--data {data}).")
         plan = study.with_data(plan, data)
+    if keep is not None and keeps(name):
+        plan = replace(plan, keep=keep)
     results = study.measure(plan, seed, progress)
     return plain({
         "study": name,

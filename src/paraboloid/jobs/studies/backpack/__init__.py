@@ -22,8 +22,9 @@ from paraboloid.data.batches import call, take
 from paraboloid.jobs.studies.backpack.methods import CURVATURE, METHODS, QUANTITIES
 from paraboloid.jobs.studies.backpack.page import sections
 from paraboloid.jobs.studies.backpack.reading import findings
+from paraboloid.jobs.studies.comparing.kept import Kept
 from paraboloid.jobs.studies.comparing.method import Method
-from paraboloid.jobs.studies.comparing.runs import Task, compare
+from paraboloid.jobs.studies.comparing.runs import Task, compare, processor
 from paraboloid.passes import trees
 from paraboloid.problems import Problem
 from paraboloid.problems.problem import loss_of
@@ -44,6 +45,7 @@ class Plan:
     seeds     of the winners
     points    at which losses are measured, over a training
     rounds    of timing each quantity
+    keep      file of finished trainings, which are not run again
     most      gradients that a batch's curvature may cost: what costs more is timed, and not trained with
     """
 
@@ -57,6 +59,7 @@ class Plan:
     points: int = 10
     rounds: int = 9
     most: float = 30.0
+    keep: str | None = None
 
     @classmethod
     def full(cls) -> Plan:
@@ -88,6 +91,7 @@ def measure(plan: Plan, seed: int = 0, progress: Progress | None = None) -> dict
     """Costs, and the trainings of every method, by problem, as plain data."""
     report, totals = progress or (lambda part, done, total: None), pieces(plan)
     found: dict[str, Any] = {"problems": []}
+    kept = None if plan.keep is None else Kept(plan.keep)
     for name, options, batch_size, epochs in plan.problems:
         start, done = time.perf_counter(), iter(range(1, totals[name] + 1))
         report(name, 0, totals[name])
@@ -97,12 +101,13 @@ def measure(plan: Plan, seed: int = 0, progress: Progress | None = None) -> dict
         methods, left_out = _affordable(plan, costs)
         for _ in range(totals[name] - _trainings(plan, methods) - len(QUANTITIES)):
             note()
-        task = Task(problem, batch_size, epochs, plan.points)
-        rows = compare(task, methods, plan.settings, plan.seeds, seed, note)
+        task = Task(problem, batch_size, epochs, plan.points, name)
+        rows = compare(task, methods, plan.settings, plan.seeds, seed, note, kept)
         found["problems"].append({
             "name": name, "options": options, "batch_size": batch_size, "epochs": epochs, "costs": costs,
             "parameters": sum(p.numel() for p in problem.model.parameters()), "samples": len(problem.train),
             "methods": rows, "left_out": left_out, "seconds": time.perf_counter() - start,
+            "processor": processor(rows),
         })  # fmt: skip
     return found
 

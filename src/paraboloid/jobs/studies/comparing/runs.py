@@ -8,12 +8,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from paraboloid import problems
 from paraboloid.data.batches import call, sample_count, take
+from paraboloid.jobs.studies.comparing.kept import Kept
 from paraboloid.jobs.studies.comparing.method import Method, Setting
 from paraboloid.passes.random_state import seeded
 from paraboloid.problems import Problem
@@ -21,12 +23,16 @@ from paraboloid.problems import Problem
 
 @dataclass(frozen=True)
 class Task:
-    """A problem, the size of its batches, its epochs and the number of points at which losses are measured."""
+    """A problem, the size of its batches, its epochs, the number of points at which losses are measured; its name."""
 
     problem: Problem
     batch_size: int
     epochs: int
     points: int
+    name: str = ""
+
+
+Run = Callable[[Task, Method, Setting, int], dict[str, Any]]
 
 
 def again(problem: Problem, seed: int) -> Problem:
@@ -42,11 +48,12 @@ def again(problem: Problem, seed: int) -> Problem:
 def train(task: Task, method: Method, setting: Setting, seed: int) -> dict[str, Any]:
     """The curve of a training, and what its last point says; "failed" where the loss left the numbers.
 
-    Seconds are those that the process computed for its steps, warm start included and measurements left out.
+    Seconds are those that the process computed for its steps, warm start included and measurements left out; of the
+    processor's, all.
     """
     problem = again(task.problem, seed)
     size = task.batch_size * method.batches
-    device = next(problem.model.parameters()).device
+    device, began = next(problem.model.parameters()).device, time.process_time()
     N = sample_count(problem.train)
     per_epoch = math.ceil(N / size)
     total = task.epochs * per_epoch
@@ -79,7 +86,7 @@ def train(task: Task, method: Method, setting: Setting, seed: int) -> dict[str, 
     return {"setting": setting, "seed": seed, "curve": [_plain(p) for p in curve], "failed": failed,
             "final": None if failed else curve[-1]["train"], "test": None if failed else curve[-1]["test"],
             "accuracy": None if failed else curve[-1]["accuracy"],
-            "seconds": spent, "steps": step}  # fmt: skip
+            "seconds": spent, "steps": step, "processor": time.process_time() - began}  # fmt: skip
 
 
 def _step(method: Method, opt: Any, problem: Problem, batch: Any) -> None:
@@ -112,26 +119,40 @@ def _plain(point: dict[str, Any]) -> dict[str, Any]:
     return {k: v if v is not None and math.isfinite(v) else None for k, v in point.items()}
 
 
-def trainings(task: Task, method: Method, settings: int, seeds: int, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def trainings(
+    task: Task, method: Method, settings: int, seeds: int, seed: int, run: Run
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """("grid", run) of each setting, then ("winner", run) of the best one's from each other seed."""
     grid = []
     for setting in method.grid[:settings]:
-        grid.append(train(task, method, setting, seed))
+        grid.append(run(task, method, setting, seed))
         yield "grid", grid[-1]
     best = min(grid, key=lambda run: float("inf") if run["failed"] else run["final"])
     for other in range(1, seeds):
-        yield "winner", train(task, method, best["setting"], seed + other)
+        yield "winner", run(task, method, best["setting"], seed + other)
 
 
 def compare(
-    task: Task, methods: dict[str, Method], settings: int, seeds: int, seed: int, note: Callable[[], None]
-) -> list[dict[str, Any]]:
-    """Every method's trainings, as plain data; `note` is called after each."""
+    task: Task, methods: dict[str, Method], settings: int, seeds: int, seed: int, note: Callable[[], None],
+    kept: Kept | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Every method's trainings, as plain data; `note` is called after each, and those in `kept` are not run again."""
     rows = []
     for name, method in methods.items():
         row: dict[str, Any] = {"name": name, "family": method.family, "grid": [], "winner": []}
-        for kind, run in trainings(task, method, settings, seeds, seed):
-            row[kind].append(run)
+        run = train if kept is None else partial(_once, kept, name)
+        for kind, found in trainings(task, method, settings, seeds, seed, run):
+            row[kind].append(found)
             note()
         rows.append(row)
     return rows
+
+
+def _once(kept: Kept, name: str, task: Task, method: Method, setting: Setting, seed: int) -> dict[str, Any]:
+    what = [task.name, task.batch_size, task.epochs, task.points, name, setting, seed]
+    return kept.once(what, lambda: train(task, method, setting, seed))
+
+
+def processor(rows: list[dict[str, Any]]) -> float:
+    """Seconds of the processor that all trainings took, measuring their losses included."""
+    return sum(run["processor"] for row in rows for kind in ("grid", "winner") for run in row[kind])

@@ -1,8 +1,9 @@
 """Kronecker-factored quasi-Newton methods against the optimisers that count now (after arXiv:2006.08877).
 
 Deep autoencoders trained by SGD with momentum, Adam, AdamW, Muon, SOAP and Shampoo, and by K-BFGS, K-BFGS(L), KFAC,
-EKFAC (as they are, clipped, grafted to Adam) and Gauss-Newton steps (whole, and layer by layer).  Every method has a
-grid of the same number of settings; the one that ends lowest in training loss runs again from other initial parameters.
+EKFAC (as they are, clipped, grafted to Adam, with KL factors), by steps of Adam's length and by Gauss-Newton steps
+(whole, and layer by layer).  Every method has a grid of the same number of settings; the one that ends lowest in
+training loss runs again from other initial parameters.
 Training and test loss are shown against epochs and against the seconds that the process computed.  The findings of the
 paper and the goals of this package are listed with what was measured here, seen or not.
 """
@@ -16,8 +17,9 @@ from functools import partial
 from typing import Any
 
 from paraboloid import problems
+from paraboloid.jobs.studies.comparing.kept import Kept
 from paraboloid.jobs.studies.comparing.method import Method, missing
-from paraboloid.jobs.studies.comparing.runs import Task, compare
+from paraboloid.jobs.studies.comparing.runs import Task, compare, processor
 from paraboloid.jobs.studies.quasi_newton.methods import METHODS
 from paraboloid.jobs.studies.quasi_newton.page import sections
 from paraboloid.jobs.studies.quasi_newton.plan import Plan
@@ -57,17 +59,18 @@ def measure(plan: Plan, seed: int = 0, progress: Progress | None = None) -> dict
     report = progress or (lambda part, done, total: None)
     left_out = [why for name in plan.methods if (why := missing(name, METHODS[name]))]
     found: dict[str, Any] = {"problems": [], "left_out": left_out}
+    kept = None if plan.keep is None else Kept(plan.keep)
     for name, options, batch_size, epochs in plan.problems:
         start, problem = time.perf_counter(), problems.load(name, seed=seed, **options)
         methods = available(plan, problem)
         total = pieces(plan, methods)
         report(name, 0, total)
-        task = Task(problem, batch_size, epochs, plan.points)
+        task = Task(problem, batch_size, epochs, plan.points, name)
         note = partial(_note, report, name, iter(range(1, total + 1)), total)
-        rows = compare(task, methods, plan.settings, plan.seeds, seed, note)
+        rows = compare(task, methods, plan.settings, plan.seeds, seed, note, kept)
         found["problems"].append({
             "name": name, "batch_size": batch_size, "epochs": epochs, "samples": len(problem.train), "methods": rows,
-            "seconds": time.perf_counter() - start,
+            "seconds": time.perf_counter() - start, "processor": processor(rows),
         })  # fmt: skip
     return found
 

@@ -16,16 +16,18 @@ class Plan:
     seeds     of the winners: initial parameters and batches
     small     parameters up to which the Gauss-Newton steps are taken too: one costs as much as dozens of others
     points    at which the losses are measured, over a training
+    keep      file of finished trainings, which are not run again
     """
 
     problems: tuple[tuple[str, dict[str, Any], int, int], ...] = (
-        ("digits-autoencoder", {}, 100, 25), ("curves-autoencoder", {"samples": 1000}, 100, 8),
+        ("digits-autoencoder", {}, 100, 25), ("curves-autoencoder", {"samples": 1000, "width": 0.5}, 100, 12),
     )  # fmt: skip
     methods: tuple[str, ...] = tuple(METHODS)
     settings: int = 4
-    seeds: int = 3
+    seeds: int = 5
     small: int = 50_000
-    points: int = 12
+    points: int = 10
+    keep: str | None = None
 
     @classmethod
     def full(cls) -> Plan:
