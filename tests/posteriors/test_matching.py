@@ -283,6 +283,31 @@ def test_more_weights_than_samples(structure):
 
 
 @pytest.mark.parametrize("structure", ["diag", "kron"])
+def test_what_counts_as_rare_is_no_less_than_what_a_fold_left_out_has(structure):
+    """A feature that few samples have: their own variances, held down by themselves, say little of the next one's."""
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(60, 3, generator=g, dtype=F64)
+    x[:, 2] *= 0.01
+    x[:6:5, 2] = torch.tensor([20.0, -30.0], dtype=F64)
+    y = (x[:, 0] > 0).long()
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    posterior = laplace(model, nn.CrossEntropyLoss(), (x, y), structure).tune_prior()
+    left = torch.arange(60) % 5 == 0
+    prior = {name: torch.as_tensor(p) for name, p in posterior.unweighted.prior().items()}
+    rest = laplace(model, nn.CrossEntropyLoss(), (x[~left], y[~left]), structure, curvature="jacobian")
+    rest.prior_precision = {name: float(p.flatten()[0]) for name, p in prior.items()}
+    apart = rest.functional(x[left])[1].diagonal(dim1=1, dim2=2).mean(1)
+    within = posterior.unweighted.functional(x[left])[1].diagonal(dim1=1, dim2=2).mean(1)
+    seen = posterior.unweighted.functional(x)[1].diagonal(dim1=1, dim2=2).mean(1)
+    held = max(1.0, 0.8 * (apart.quantile(0.5) / within.quantile(0.5)).item())
+    usual, rare = (held * seen.quantile(q).item() for q in (0.5, 0.99))
+    tail = 0.8 * apart.quantile(0.95).item()
+    assert tail > rare  # or this tests nothing
+    assert posterior.confidence.usual == pytest.approx(usual) and posterior.confidence.rare == pytest.approx(tail)
+
+
+@pytest.mark.parametrize("structure", ["diag", "kron"])
 def test_novelty_is_counted_in_steps_beyond_the_training_data(structure):
     model, x, y = classes()
     posterior = laplace(model, nn.CrossEntropyLoss(), (x, y), structure).tune_prior()
