@@ -104,13 +104,3 @@ def test_rounding_of_denormal_gradients_is_no_wrong_rule():
     losses = F.cross_entropy(model(x), y, reduction="none")
     rows = torch.stack([torch.autograd.grad(each, weight, retain_graph=True)[0] for each in losses])
     torch.testing.assert_close(found["sample_grads"]["120.weight"], rows)
-
-
-def test_nodes_that_see_each_other_are_told_what_to_do():
-    model, A = nn.Linear(5, 3).double(), torch.rand(6, 6).double()
-    node = nn.ModuleDict({"layer": model})
-    node.register_buffer("A", A)
-    node.forward = lambda x: node.A @ torch.tanh(node["layer"](x))
-    batch = torch.randn(6, 5).double(), torch.randint(0, 3, (6,))
-    with pytest.raises(ValueError, match=r"nodes of a graph\), take some outputs"):
-        pb.statistics(node, nn.CrossEntropyLoss(), batch, ["variance"])

@@ -144,6 +144,11 @@ def sample_count(dataset: Any) -> int:
             raise ValueError(f"the inputs have shape {tuple(inputs.shape)} and the targets {tuple(targets.shape)}; "
                              "expected the same number of samples along axis 0.")  # fmt: skip
         return len(inputs)
+    if isinstance(dataset, tuple | list) and len(dataset) == 2 and isinstance(dataset[1], Tensor):
+        raise ValueError(f"the dataset is a batch with inputs of type {type(dataset[0]).__name__}; expected a "
+                         "map-style dataset of (input, target), of which batches are drawn. Wrap the tensors in a "
+                         "TensorDataset; samples that see each other (nodes of a graph) cannot be drawn apart: "
+                         "pb.statistics and pb.noise.measures take them as one batch.")  # fmt: skip
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")) or isinstance(dataset, Tensor | Mapping):
         raise ValueError(f"the dataset is a {type(dataset).__name__}; expected a map-style dataset (with len and "
                          "indexing) of (input, target), or a pair of tensors.")  # fmt: skip

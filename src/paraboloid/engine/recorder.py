@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from paraboloid.engine.handed_in import HandedIn
 from paraboloid.engine.reindexed_weights import STRETCHES, Alias, alias_of
 from paraboloid.layers import LOWERINGS, RULES, Use
 from paraboloid.layers.normalization import Hook, constant_statistics, uses_batch_statistics
@@ -148,6 +149,7 @@ class Recorder(TorchFunctionMode):
         self.noted: Callable[[Call, Tensor], None] | None = None  # told of every call with its output
         self.candidates: list[Call] = []  # operations on weights alone, of which some may turn out to be calls
         self.clean: dict[int, tuple[Tensor, int]] = {}
+        self.handed_in = HandedIn()
         self.alias: dict[int, Alias] = {}
         self.hooked = False  # whether a hook may change gradients on their way
         self.batch_norms: list[tuple[Any, Hook]] = []  # those that ran in training mode: graph node, and what holds it
@@ -182,7 +184,9 @@ class Recorder(TorchFunctionMode):
         inputs = tensors(*args, *kwargs.values())
         clean = list(map(self._is_clean, inputs))
         if inputs and True not in clean and op is not F.batch_norm:  # data alone
-            return op(*args, **kwargs)
+            z = op(*args, **kwargs)
+            self.handed_in.note(op, inputs, z)
+            return z
         before = versions(inputs)
         weights, below, mixes, all_clean = [], [], False, all(clean)
         if torch.is_grad_enabled():
@@ -197,6 +201,7 @@ class Recorder(TorchFunctionMode):
                     return z
         below = [get_gradient_edge(t).node for t in below] if mixes else []
         z = op(*args, **kwargs)
+        self.handed_in.note(op, inputs, z)
         # of a weight that is standardised by a batch norm no samples are mixed
         if op is F.batch_norm and not all_clean and uses_batch_statistics(args, kwargs) and z.requires_grad:
             self.batch_norms.append((z.grad_fn, constant_statistics(args, kwargs)))

@@ -148,8 +148,9 @@ KINDS: dict[str, Rule] = {
     **dict.fromkeys(("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze"), _reshaped),
     **dict.fromkeys(("T", "Transpose", "Permute"), _transposed),
     **dict.fromkeys((
-        "Cat", "Cummax", "Cummin", "Cumprod", "Cumsum", "Flip", "Gather", "Glu", "IndexSelect", "LogSoftmax",
-        "Logcumsumexp", "Roll", "SafeSoftmax", "Softmax", "Sort", "Topk",
+        "Cat", "Cummax", "Cummin", "Cumprod", "Cumsum", "Flip", "Gather", "Glu", "IndexAdd", "IndexCopy", "IndexReduce",
+        "IndexSelect", "LogSoftmax", "Logcumsumexp", "Roll", "SafeSoftmax", "ScatterAdd", "ScatterReduce", "Softmax",
+        "Sort", "Topk",
     ), _along),
     **dict.fromkeys((
         "Amax", "Amin", "Aminmax", "Kthvalue", "LinalgVectorNorm", "Logsumexp", "Max", "Mean", "Median", "Min", "Norm",
@@ -182,19 +183,27 @@ KINDS: dict[str, Rule] = {
 _rules: dict[type, Rule | None] = {}  # by the node's own type, which a user's autograd Function does not share
 
 
+def kind_of(node: Any) -> str:
+    """The name of a node of torch's own; nothing for that of a user's Function, whatever its name."""
+    kind = type(node)
+    return "" if issubclass(kind, BackwardCFunction) else kind.__name__.rstrip("0123456789").removesuffix("Backward")
+
+
 def _rule_of(node: Any) -> Rule | None:
     kind = type(node)
     if kind not in _rules:
-        of_torch = not issubclass(kind, BackwardCFunction)
-        _rules[kind] = KINDS.get(kind.__name__.rstrip("0123456789").removesuffix("Backward")) if of_torch else None
+        _rules[kind] = KINDS.get(kind_of(node))
     return _rules[kind]
 
 
-def sample_axes(f: Tensor, edges: Sequence[Any], batch_statistics: bool = False) -> Layouts | None:
+def sample_axes(
+    f: Tensor, edges: Sequence[Any], batch_statistics: bool = False, between: Rule | None = None
+) -> Layouts | None:
     """The layout of the samples at every edge (None where no path leads to it), or None where nothing is proved.
 
     f [N, ...] has them on axis 0; `edges` are the graph edges of the recorded calls' outputs.  With
-    `batch_statistics` batch norms in training mode count as if their statistics were constants.
+    `batch_statistics` batch norms in training mode count as if their statistics were constants.  `between` is asked
+    where a node has no rule or its rule finds no layout.
     """
     order = _ordered(f.grad_fn, {edge.node for edge in edges})
     found: dict[tuple[Any, int], Layout] = {(f.grad_fn, f.output_nr): Layout(0, (1, len(f), 1))}
@@ -207,11 +216,11 @@ def sample_axes(f: Tensor, edges: Sequence[Any], batch_statistics: bool = False)
         for i, (below, nr) in enumerate(node.next_functions):
             if below not in order:
                 continue  # nothing recorded lies there: a weight, an input
-            if rule is None:
-                return None
             shape = output_shape(below, nr)
             for place, layout in at:
-                there = rule(node, shapes[place], layout, i, shape)
+                there = None if rule is None else rule(node, shapes[place], layout, i, shape)
+                if there is None and between is not None:
+                    there = between(node, shapes[place], layout, i, shape)
                 if there is None or found.setdefault((below, nr), there) != there:
                     return None
     return [found.get((edge.node, edge.output_nr)) for edge in edges]

@@ -10,9 +10,8 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,19 +23,22 @@ from paraboloid.engine import many_vectors
 from paraboloid.engine.derived_weights import promote, replay
 from paraboloid.engine.one_by_one import pull_one_by_one
 from paraboloid.engine.per_sample import Part, fallback_parts, rule_parts, vjp
+from paraboloid.engine.plan import Plan, Reach, check_totals
 from paraboloid.engine.recorder import Call, Recorder, tensors
 from paraboloid.engine.sample_axes import sample_axes
-from paraboloid.engine.sample_independence import Layouts, Mixing, Owned, certify, check_agreement, mixes, vanishing
+from paraboloid.engine.sample_independence import Layouts, Mixing, Owned, certify, check_agreement, mixes
 from paraboloid.engine.shared_inputs import SharedInputs
+from paraboloid.engine.shared_rows import by_rows_parts, row_layouts, whole_parts
 from paraboloid.layers.normalization import uses_batch_statistics
 from paraboloid.passes import trees
 from paraboloid.passes.frozen_encoders import fused_as_usual
 from paraboloid.passes.memory import gives_back, pooled
-from paraboloid.passes.modes import eager_code, largest_entry, own_arithmetic, rounding
+from paraboloid.passes.modes import eager_code, own_arithmetic
 from paraboloid.passes.random_state import copied_buffers
 from paraboloid.passes.tensor_hooks import unhooked
 from paraboloid.passes.torch_internals import LEAF, REENTRANT_CHECKPOINT, DisableTorchFunction, gradients_at
-from paraboloid.reductions.outer import Derived, Outer, zero
+from paraboloid.reductions.alike import apart
+from paraboloid.reductions.outer import EVERYTHING, Derived, Outer, zero
 
 SIGNATURES = 512  # recorded sequences of calls and shapes that are remembered per model
 _certified: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[int, list[Layouts]]]] = weakref.WeakKeyDictionary()
@@ -46,24 +48,6 @@ gives_back(_certified.clear)
 def doubling(count: int) -> bool:
     """Whether call number `count`, from 1, is one of 1, 2, 4, 8, ...: often at first, while things still change."""
     return count & (count - 1) == 0
-
-
-class Reach(NamedTuple):
-    """What some path from the output reaches: recorded calls; parameters not through a call's weights; and at all."""
-
-    calls: list[Call]
-    missed: set[str]
-    found: set[str]
-
-
-@dataclass
-class Plan:
-    """What a pull from output f needs, worked out once per recorded graph."""
-
-    calls: list[Call]
-    layouts: Layouts
-    parts: list[list[Part] | None]  # per call; None: nothing flows back to it
-    missed: set[str]
 
 
 class Tape:
@@ -82,7 +66,7 @@ class Tape:
         self.names = {id(p): name for name, p in self.parameters.items()}
         self.recorder = Recorder(model, self.names)
         self.shared = SharedInputs(model, self.names, self.recorder.attributes)
-        self._plan: tuple[Tensor, bool, Plan] | None = None
+        self._plan: tuple[Tensor, tuple[bool, bool], Plan] | None = None
         self._said: set[str] = set()  # parameters whose slow way was said already
 
     @property
@@ -157,14 +141,14 @@ class Tape:
 
     # --- pulling back --------------------------------------------------------------------------------------------
 
-    def plan(self, f: Tensor, batch_statistics: bool = False) -> Plan:
+    def plan(self, f: Tensor, batch_statistics: bool = False, by_rows: bool = False) -> Plan:
         """Guards, sample layouts and rules for pulls from f; computed once for each recorded graph."""
         mixed = batch_statistics and bool(self.recorder.batch_norms)
-        if self._plan is None or self._plan[0] is not f or self._plan[1] != mixed:
-            self._plan = f, mixed, self._make_plan(f, mixed)
+        if self._plan is None or self._plan[0] is not f or self._plan[1] != (mixed, by_rows):
+            self._plan = f, (mixed, by_rows), self._make_plan(f, mixed, by_rows)
         return self._plan[2]
 
-    def _make_plan(self, f: Tensor, mixed: bool) -> Plan:
+    def _make_plan(self, f: Tensor, mixed: bool, by_rows: bool) -> Plan:
         if f.dim() == 0 or len(f) == 0:
             raise ValueError(f"the output has shape {tuple(f.shape)}; expected axis 0 to be the N >= 1 samples.")
         if not f.requires_grad:
@@ -176,8 +160,35 @@ class Tape:
             confirm = bool(self.verify) and not self.recorder.batch_norms
             other = None if self.recorder.batch_norms else self.shared.recorder(len(f), confirm)
             if other is None:
-                raise
+                if (plan := self._of_shared_rows(f, mixed, by_rows)) is None:
+                    raise
+                return plan
         return self._made_of(other, f, mixed)
+
+    def _of_shared_rows(self, f: Tensor, mixed: bool, by_rows: bool) -> Plan | None:
+        """Where samples see each other as nodes of a graph do, or no call has an axis of N samples (the output is a
+        part of the nodes): what each sample's own output gives is right all the same.  None where they do otherwise."""
+        recorder, N = self.recorder, len(f)
+        calls, missed, found = self.reached(f, recorder.calls)
+        edges = [c.edge for c in calls]
+        layouts = None if recorder.hooked else row_layouts(f, edges, recorder.handed_in, mixed)
+        if layouts is None and _has_axis(calls, N):
+            return None
+        parts = by_rows_parts(calls, layouts, recorder.alias) if by_rows and layouts is not None else None
+        plan = Plan(calls, layouts or [], parts or whole_parts(calls, recorder.alias), missed, apart=parts is None)
+        if self.verify:
+            u = torch.randn(f.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(f)
+            inputs: list[Any] = [*edges, *self.parameters.values()]
+            gs = torch.autograd.grad(f, inputs, u, retain_graph=True, allow_unused=True)
+            self._check_totals(f, plan, u, list(gs[: len(edges)]), list(gs[len(edges) :]))
+        if plan.apart:
+            warnings.warn(
+                f"the {N} samples see each other (they share rows of the layers' outputs, as nodes of a graph do): "
+                f"each is pulled back by itself, in {N} backward passes for every vector, which is exact.",
+                stacklevel=6,
+            )  # fmt: skip
+            self._said |= found
+        return plan
 
     def _made_of(self, recorder: Recorder, f: Tensor, mixed: bool) -> Plan:
         calls, missed, found = self.reached(f, recorder.calls)
@@ -206,10 +217,8 @@ class Tape:
                 with recorder.statistics_held(mixed):
                     try:
                         layouts, check = certify(f, further, list(self.parameters.values()), self.where)
-                    except ValueError as problem:
+                    except ValueError:
                         if not steps:
-                            if isinstance(problem, Mixing) and not _has_axis(calls, len(f)):
-                                return self._one_by_one(f, found)
                             raise
                         break  # the weights that were taken for data are none
                 calls, steps = further, [*steps, layouts]
@@ -249,25 +258,9 @@ class Tape:
     def _check_totals(
         self, f: Tensor, plan: Plan, u: Tensor, gs: list[Tensor | None], truth: list[Tensor | None]
     ) -> None:
-        """The recorded calls must add up to autograd's own gradient: catches a wrong rule and a random fallback."""
         outers = self._outers(plan, [None if g is None else g[None] for g in gs])
-        size = dict.fromkeys(self.parameters, 0.0)  # of what is summed: where it cancels, only rounding errors are left
-        for call, g in zip(plan.calls, gs, strict=True):
-            for name in {name for w in call.weights for name in self.leaves(w)} if g is not None else ():
-                size[name] += float(torch.linalg.vector_norm(g, 1))
-        for (name, p), g in zip(self.parameters.items(), truth, strict=True):
-            if name in plan.missed or g is None:
-                continue
-            total = sum((o.total()[0] for o in outers[name]), torch.zeros_like(p))
-            dtypes = {g.dtype, f.dtype, *(h.dtype for h in gs if h is not None)}
-            eps = max(rounding(dtype, f.device) for dtype in dtypes)
-            error, scale = float(largest_entry(total.sub_(g))), float(largest_entry(g))
-            if not error <= eps**0.6 * scale + eps**0.9 * size[name] + vanishing(g.dtype):
-                raise RuntimeError(
-                    f"parameter {name!r}: the recorded calls add up to a gradient that differs from autograd's by "
-                    f"{error:.3g} (largest entry {scale:.3g}): a layer's rule is wrong, or a call is random. Please "
-                    "report it; until then freeze this parameter with requires_grad_(False)."
-                )
+        names = [{name for w in call.weights for name in self.leaves(w)} for call in plan.calls]
+        check_totals(f, plan, self.parameters, outers, names, gs, truth)
 
     def _parts(self, calls: list[Call], layouts: Layouts, recorder: Recorder) -> list[list[Part] | None]:
         parts: list[list[Part] | None] = []
@@ -312,8 +305,9 @@ class Tape:
         return out
 
     def pull(
-        self, f: Tensor, v: Tensor, totals: dict[str, Tensor | None] | None = None, batch_statistics: bool = False
-    ) -> dict[str, list[Outer]]:
+        self, f: Tensor, v: Tensor, totals: dict[str, Tensor | None] | None = None, batch_statistics: bool = False,
+        by_rows: bool = False, some: slice = EVERYTHING,
+    ) -> dict[str, list[Outer]]:  # fmt: skip
         """Pull `v` [V *f.shape] back through the recorded graph, keeping the samples apart (axis 0 of f).
 
         Returns for every trainable parameter the list of its uses in outer-product form; a parameter without influence
@@ -324,6 +318,10 @@ class Tape:
         v . f at the layer's outputs for sample n, as optimisers with Kronecker factors use it: the rows add up to the
         gradient, but they are not the samples' own.  Independence is certified with the statistics held constant.
 
+        Samples that see each other because indices or a matrix among the inputs, buffers and attributes say so (nodes
+        of a graph) are pulled back one by one, `some` of them if asked.  `by_rows=True` takes the rows of the layers'
+        outputs for samples instead, as with batch norm, in one pull.
+
         Raises ValueError where the samples are not independent (batch statistics, softmax over the batch), and
         RuntimeError where a tensor of the forward pass was modified afterwards.
         """
@@ -331,18 +329,32 @@ class Tape:
         with DisableTorchFunction(), own_arithmetic(f.device), unchanged[0], unchanged[1]:
             if v.shape[1:] != f.shape or v.dim() == 0 or v.shape[0] == 0:
                 raise ValueError(f"v has shape {tuple(v.shape)}; expected [V, *output shape] = [V, {list(f.shape)}].")
-            before, plan = self._plan, self.plan(f, batch_statistics)
+            before, plan = self._plan, self.plan(f, batch_statistics, by_rows)
             if before is self._plan:  # not made now, which checks it
                 self._check_fresh(plan.calls)
             v = v.to(f.dtype)
-            out = self._outers(plan, self._gradients(f, plan.calls, v, totals))
+            out = self._apart(f, plan, v, totals, some) if plan.apart else self._outers(
+                plan, self._gradients(f, plan.calls, v, totals)
+            )  # fmt: skip
             if plan.missed:
                 missed = {name: self.parameters[name] for name in sorted(plan.missed)}
-                out |= pull_one_by_one(f, v, missed, self._said)
+                out |= pull_one_by_one(f, v, missed, self._said, some)
             for name, p in self.parameters.items():
                 if not out[name]:
-                    out[name] = [zero(p, len(v), len(f))]
+                    out[name] = [zero(p, len(v), len(range(len(f))[some]))]
             return out
+
+    def _apart(
+        self, f: Tensor, plan: Plan, v: Tensor, totals: dict[str, Tensor | None] | None, some: slice
+    ) -> dict[str, list[Outer]]:  # fmt: skip
+        """Each of some samples by itself, through all rows of every call."""
+        if totals is not None:
+            self._gradients(f, [], v, totals)
+        at = torch.arange(len(f), device=f.device)[some]
+        alone = v.new_zeros(len(v), len(at), *f.shape)
+        alone[:, torch.arange(len(at), device=f.device), at] = v[:, some]
+        outers = self._outers(plan, self._gradients(f, plan.calls, alone.flatten(0, 1), None))
+        return {name: [apart(o, len(v)) for o in uses] for name, uses in outers.items()}
 
     def _gradients(
         self, f: Tensor, calls: list[Call], v: Tensor, totals: dict[str, Tensor | None] | None
@@ -371,17 +383,6 @@ class Tape:
                     before = totals.get(name)
                     totals[name] = g if before is None or g is None else before + g
         return found
-
-    def _one_by_one(self, f: Tensor, found: set[str]) -> Plan:
-        """No call has an axis of N samples, and rows belong to several of them (the output is a part of the nodes of a
-        graph): what each sample's own output gives is right all the same."""
-        warnings.warn(
-            f"the {len(f)} samples are the axis of no layer's output and share its rows (nodes of a graph, say): each "
-            f"is pulled back by itself, in {len(f)} backward passes, which is exact and without Kronecker factors.",
-            stacklevel=6,
-        )  # fmt: skip
-        self._said |= found
-        return Plan([], [], [], set(found))
 
 
 def _has_axis(calls: Sequence[Call], N: int) -> bool:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paraboloid.engine.plan import Plan
 from paraboloid.engine.tape import SIGNATURES, Tape, doubling
 from paraboloid.graph.columns import Gradients, add_columns, products_needed
 from paraboloid.graph.custom_functions import check_twice
@@ -52,8 +53,11 @@ def diag_hessian(
     """
     seed = _due(tape, f)
     try:
-        graph = _checked_graph(Graph(f, [c.edge for c in tape.plan(f).calls]))
-        recorded = Recorded(tape, tape.plan(f), loss, f, y, memory, each)
+        plan = tape.plan(f)
+        if plan.apart:  # rows of its calls belong to several samples: by products with the Hessian alone
+            plan = Plan([], [], [], tape.reached(f, plan.calls).found)
+        graph = _checked_graph(Graph(f, [c.edge for c in plan.calls]))
+        recorded = Recorded(tape, plan, loss, f, y, memory, each)
         parts, entangled = single_uses(recorded)
         signed, spreads = choose(recorded, graph, parts, probe_all=seed == 1 or tape.verify == "always")
     except RuntimeError as e:

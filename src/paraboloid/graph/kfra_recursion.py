@@ -68,6 +68,9 @@ def kfra(
     calls use or that enter through other tensors.
     """
     recorded = Recorded(tape, tape.plan(f), loss, f, y, memory)
+    if recorded.plan.apart:
+        raise NotImplementedError("'kfra': the samples see each other (nodes of a graph); expected separate ones. Use "
+                                  "'kflr' or 'kfac'.")  # fmt: skip
     parts, others = single_uses(recorded)
     if any(isinstance(layout, Owned) for layout in recorded.plan.layouts):
         raise NotImplementedError("'kfra': the samples lie along no axis of some layers; expected axis 0. Use 'kflr'.")

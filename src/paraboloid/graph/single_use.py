@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from paraboloid.engine.per_sample import Part, swapped
+from paraboloid.engine.plan import Plan
 from paraboloid.engine.recorder import Call
 from paraboloid.engine.sample_independence import Owned
-from paraboloid.engine.tape import Plan, Tape
+from paraboloid.engine.tape import Tape
 from paraboloid.layers import Use
 from paraboloid.losses import Loss
 from paraboloid.passes.memory import SECOND_DERIVATIVES

@@ -28,6 +28,8 @@ class FisherFactors(KFAC):
     halves: each batch in two, samples [0, N/2) and [N/2, N), with factors of its own as if it were the batch.
     """
 
+    by_rows = True
+
     def __init__(
         self, names: Container[str], fisher: str, samples: int, sharing: str, halves: bool = False,
         max_factor: int = MAX_FACTOR, thin: bool = False,
@@ -93,7 +95,7 @@ class FisherDiagonal(Quantity):
     """The diagonal of the Fisher information with sampled labels, [*shape], of the loss as reduced: `diag_ggn_mc`, and
     for a batch that batch norm mixes what its rows give, as Kronecker factors do."""
 
-    name, per_sample = "fisher_diagonal", False
+    name, per_sample, by_rows = "fisher_diagonal", False, True
     over_ranks = "running"
 
     def __init__(self):
@@ -111,7 +113,7 @@ class Held(Quantity):
     """The pulled-back vectors of each parameter in `names` themselves, for eigenvalues in a basis that comes later; the
     sum of their squares where the basis will be that of single entries.  `half`: of the second half of each batch."""
 
-    name, per_sample = "held", False
+    name, per_sample, by_rows = "held", False, True
     over_ranks = "local"
 
     def __init__(self, names: Container[str], fisher: str, samples: int, half: bool = False):
@@ -144,7 +146,7 @@ class Eigenvalues(EigenScale):
     """EKFAC's eigenvalues of the parameters that have a basis; `half`: those of the second half of each batch, as if it
     were the batch."""
 
-    name, some = "eigenvalues", True
+    name, some, by_rows = "eigenvalues", True, True
 
     def __init__(self, forms: Mapping[str, Eigenform], fisher: str, samples: int, half: bool = False):
         super().__init__(forms, fisher, samples)

@@ -201,6 +201,25 @@ def indexed_dims(node: Any) -> list[int]:
     return [k for k, index in enumerate(node._saved_indices) if index is not None]
 
 
+def index_of(node: Any) -> Tensor | None:
+    """What a node's operation indexes one dimension by; None where that are several, or there was nothing to keep."""
+    index = getattr(node, "_saved_index", None)
+    if index is not None or not hasattr(node, "_saved_indices"):
+        return index
+    found = node._saved_indices
+    given = (found,) if isinstance(found, Tensor) else tuple(i for i in found if i is not None)
+    return given[0] if len(given) == 1 else None
+
+
+def factor_of(node: Any, other: int) -> Tensor | None:
+    """Of a product of two (behind a summand or not), the factor beside the one that is the node's input `other`."""
+    left, right = (
+        next((getattr(node, n) for n in names if getattr(node, n, None) is not None), None)
+        for names in (("_saved_mat1", "_saved_self"), ("_saved_mat2", "_saved_vec", "_saved_other"))
+    )
+    return left if other else right
+
+
 def normalised_dims(node: Any) -> int:
     """How many of the last dimensions a layer norm is taken over."""
     return len(node._saved_normalized_shape)

@@ -17,7 +17,7 @@ class Grad(Quantity):
 
     name, source, needs = "grad", GRADIENT, frozenset({"total"})
     over_ranks = "running"
-    per_sample = False
+    per_sample, by_rows = False, True
 
     def add(self, value, group):
         return plus(value, group.parts["total"])

@@ -82,6 +82,9 @@ class Quantity:
     """Whether the forward pass is differentiated twice."""
     per_sample = True
     """False: also defined where batch norm in training mode mixes the samples."""
+    by_rows = False
+    """Whether, where samples see each other as nodes of a graph do, it is made of the rows of the layers' outputs as if
+    these were samples (one pull), not of each sample pulled back by itself."""
     over_ranks: Literal["running", "local"] | None = None
     """What its running values are: sums over samples, which add up over batches and processes ("running"), or one for
     each sample, which stay those of a process under `all_reduce` ("local").  None: unknown, one batch only."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -29,10 +30,10 @@ from paraboloid.passes.wrappers import unwrapped
 from paraboloid.quantities import copies
 from paraboloid.quantities.copies import Again
 from paraboloid.quantities.named import check_samples, resolve
-from paraboloid.quantities.quantity import GRADIENT, Group, Quantity, Scale, Source
+from paraboloid.quantities.quantity import GRADIENT, NOTHING, Group, Quantity, Scale, Source
 from paraboloid.quantities.result import Statistics, concluded, finished, of_sums
 from paraboloid.quantities.sums import Gradient, LeftOut, Sums, Values, check_summable, normalizers
-from paraboloid.reductions.outer import Outer
+from paraboloid.reductions.outer import EVERYTHING, Outer
 from paraboloid.reductions.products import keep_inputs, merge
 from paraboloid.reductions.sums import Recent, reduce
 
@@ -47,6 +48,8 @@ class Recording(Tape):
         self.left_out: LeftOut = {}  # of the latest running values
         self.again: Again | None = None  # records the model on some of the samples
         self.together = GRADIENTS  # the limit of what is pulled at a time
+        self.by_rows = False  # whether rows of layers may take the place of samples that see each other
+        self.some = EVERYTHING  # samples that are pulled back now, where each is by itself
 
     def runs_again(
         self, model: nn.Module, inputs: Inputs, device: torch.device, seed: int, output: Output | None, f: Tensor
@@ -117,14 +120,16 @@ class Recording(Tape):
             return self._running(loss, f, y, quantities, generator, max_memory, accumulate)
 
     def _running(self, loss, f, y, quantities, generator, max_memory, accumulate) -> tuple[Values, Gradient]:
-        quantities = [q.bound(self, loss, f, y, max_memory) for q in quantities]
+        quantities = _bound(quantities, self, loss, f, y, max_memory)
         by_source: dict[Source, list[Quantity]] = {}
         for q in quantities:
             by_source.setdefault(q.source, []).append(q)
         if accumulate:
             by_source.setdefault(GRADIENT, [])
         mixed = not any(q.per_sample for q in quantities)
+        self.by_rows = all(q.by_rows for q in quantities)
         values: Values = {q.name: {} for q in quantities}
+        completed: Values = {}
         gradient: Gradient = {}
         self.left_out = {}
         for source, sharing in by_source.items():
@@ -136,14 +141,41 @@ class Recording(Tape):
                 self.left_out |= {q.name: (vectors.left, vectors.total) for q in sharing}
                 vectors = vectors.columns
             totals = gradient if accumulate and source == GRADIENT else None
-            values |= self._reduce(f, vectors, sharing, totals, max_memory, mixed, source)
-        return {q.name: q.complete(values[q.name]) for q in quantities}, gradient
+            if source != NOTHING and self.plan(f, mixed, self.by_rows).apart:
+                bound = partial(_bound, sharing, self, loss, f, y, max_memory)
+                completed |= self._in_pieces(f, vectors, bound, totals, max_memory, mixed)
+            else:
+                values |= self._reduce(f, vectors, sharing, totals, max_memory, mixed, source)
+        return {q.name: completed.get(q.name) or q.complete(values[q.name]) for q in quantities}, gradient
+
+    def _in_pieces(self, f, vectors, quantities, totals, max_memory, mixed) -> Values:
+        """The values of samples that are each pulled back by themselves, so many at a time as fit, merged as those of
+        batches are; `quantities()` are bound to this batch anew for each."""
+        vectors, some = list(vectors), quantities()
+        each = sum(c.shape.numel() for c in self.calls) * f.element_size() * max(1, len(vectors))
+        step = GRADIENTS.count(each, max_memory, f.device)
+        if any(q.over_batches() is not q or q.over_ranks is None for q in some):
+            step = len(f)  # it cannot be merged
+        found: Values = {}
+        for start in range(0, len(f), step):
+            self.some = slice(start, min(start + step, len(f)))
+            piece = self._reduce(f, iter(vectors), some, None if start else totals, max_memory, mixed, None)
+            for q in some:
+                values = q.complete(piece[q.name])
+                if start:
+                    values = {name: q.merge(found[q.name][name], value) for name, value in values.items()}
+                found[q.name] = values
+            some = quantities()
+        self.some = EVERYTHING
+        return found
 
     def _of_copies(self, f, root: LeadingRoot, quantities, max_memory, mixed) -> Values | None:
         """The running values from each sample's own number of columns; None where that does not pay, or cannot be."""
         own, again = root.own, self.again
         if own is None or again is None or self.recorder.batch_norms or not all(q.takes_copies for q in quantities):
             return None
+        if self.plan(f, mixed, self.by_rows).apart:
+            return None  # samples that see each other have other outputs among copies
         size = sum(c.shape.numel() for c in self.calls) * f.element_size() // len(f)
         plan = copies.planned(own.counts, root.count, max(len(f), COPIES.count(size, max_memory, f.device)))
         if plan is None:
@@ -164,6 +196,7 @@ class Recording(Tape):
     ) -> dict[str, Any]:
         """A quantity of given vectors in output space in the place of its own, by parameter name; with the factor 1."""
         with DisableTorchFunction(), own_arithmetic(output.device):
+            self.by_rows = quantity.by_rows
             found = self._reduce(output, iter(vectors), [quantity], None, max_memory, not quantity.per_sample, None)
             values = quantity.complete(found[quantity.name])
             return finished(quantity, values, self.parameters, Scale(len(output), 1.0))
@@ -195,10 +228,14 @@ class Recording(Tape):
         """The vectors pulled back, as many at a time as fit."""
         size = sum(c.shape.numel() for c in self.calls) * f.element_size()
         count = self.together.count(size, max_memory, f.device)
+        if self.plan(f, mixed, self.by_rows).apart:
+            count = max(1, count // len(range(len(f))[self.some]))
         vs, inputs, seen, room = list(islice(vectors, count)), [], [], self.room
         while vs:
             following = list(islice(vectors, count))
-            outers = self.pull(f, torch.stack(vs) if len(vs) > 1 else vs[0][None], totals, batch_statistics=mixed)
+            outers = self.pull(
+                f, torch.stack(vs) if len(vs) > 1 else vs[0][None], totals, mixed, self.by_rows, self.some
+            )  # fmt: skip
             if following and needs and not inputs:
                 every = (o for uses in outers.values() for o in uses)
                 inputs = keep_inputs(every, INPUTS.of(max_memory))
@@ -213,6 +250,10 @@ class Recording(Tape):
             right.forget()
         if seen:
             self.pulled[source] = seen
+
+
+def _bound(quantities, tape: Recording, loss: Loss, f: Tensor, y: Tensor, memory: int | None) -> list[Quantity]:
+    return [q.bound(tape, loss, f, y, memory) for q in quantities]
 
 
 def _owned(value: Any, held: set[int]) -> Any:

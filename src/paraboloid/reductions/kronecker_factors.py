@@ -58,6 +58,8 @@ def input_factor(o: Products, kept: Kept = DEFAULT, memory: int | None = None) -
     reduced = kept.sharing == "reduce"
     if isinstance(o, Lookup) and not reduced:
         return o.counts()[None]
+    if o.alike:
+        return _times(input_factor(o.first, kept, memory), o.left.shape[1])
     N, G, T = o.left.shape[1:4]
     if o.q > kept.max_factor:
         squares = o.left.new_zeros(G, o.q)

@@ -32,6 +32,7 @@ class Outer:
     flip       the parameter is stored as q x p
     lasting    whether it can be looked at when the graph of the pass has gone
     products   the products whose sum it is, if it is one
+    alike      whether all samples have the same inputs
     """
 
     left: Tensor
@@ -41,6 +42,7 @@ class Outer:
     flip: bool = False
     lasting: bool = True
     products: tuple[Any, ...] = ()
+    alike: ClassVar[bool] = False
 
     @property
     def block(self) -> tuple[int, int, int]:

@@ -63,6 +63,11 @@ class Products(Outer):
         return (self,)
 
     @property
+    def first(self) -> Products:
+        """The first sample."""
+        return self.of(slice(0, 1))
+
+    @property
     def block(self) -> tuple[int, int, int]:
         return self.left.shape[2], self.left.shape[4], self.q
 
@@ -287,6 +292,8 @@ def merge(uses: list[Outer]) -> Outer:
     products = [p for o in uses for p in o.products]
     if len(products) < len(uses):
         return Several(uses)
+    if all(o.alike for o in uses):
+        return products[0].joined(products)
     left, lookup = torch.cat([o.left for o in uses], 3), all(isinstance(o, Lookup) for o in uses)
 
     def rows(n: slice) -> Tensor:

@@ -15,7 +15,7 @@ from paraboloid.passes import trees
 from paraboloid.posteriors.weights import only
 from paraboloid.quantities.recording import forward
 from paraboloid.reductions.contractions import layers, times
-from paraboloid.reductions.outer import Outer
+from paraboloid.reductions.outer import EVERYTHING, Outer
 from paraboloid.reductions.products import merge
 
 
@@ -56,11 +56,12 @@ def recorded(
         yield tape_and_output
 
 
-def pull_outputs(tape: Tape, f: Tensor, elements: range | None = None) -> Jacobian:
-    """The Jacobian of the output elements in `elements` (default: all K)."""
+def pull_outputs(tape: Tape, f: Tensor, elements: range | None = None, some: slice = EVERYTHING) -> Jacobian:
+    """The Jacobian of the output elements in `elements` (default: all K); of some samples that see each other."""
     size = f[0].numel()
     chosen = torch.arange(size, device=f.device) if elements is None else torch.tensor(list(elements), device=f.device)
     v = f.new_zeros(len(chosen), 1, size)
     v[torch.arange(len(chosen), device=f.device), 0, chosen] = 1
     v = v.expand(-1, len(f), -1).reshape(-1, *f.shape)
-    return Jacobian(f.detach(), {k: merge(uses) for k, uses in tape.pull(f, v).items()}, tape.parameters)
+    pulled = tape.pull(f, v, some=some)
+    return Jacobian(f.detach()[some], {k: merge(uses) for k, uses in pulled.items()}, tape.parameters)

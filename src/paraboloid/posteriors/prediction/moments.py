@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from paraboloid.data.batches import Inputs, Output
 from paraboloid.data.cutting import Cut, Cuts, tensors
+from paraboloid.engine.tape import Tape
 from paraboloid.passes.memory import JACOBIANS
 from paraboloid.posteriors.prediction.jacobian import Jacobian, pull_outputs, recorded
 
@@ -40,6 +41,11 @@ def moments(
         step, columns = _chunks(known[like], limit, apart, cut) if planned else (_least(cut, PROBE), PULLED)
         piece = cut.take(inputs, slice(start, start + step)) if step < N else inputs
         with recorded(model, names, piece, output) as (tape, f):
+            if tape.plan(f).apart:  # nodes of a graph: what is pulled back by itself is cut, not the inputs
+                parts.append(_each_alone(tape, f, covariance, formed, limit))
+                means.append(f.detach())
+                start += len(f)
+                continue
             K = f[0].numel()
             columns = min(columns, K) if apart else K
             found, J = [], None
@@ -57,6 +63,18 @@ def moments(
         means.append(f.detach())
         start += step
     return torch.cat(means), torch.cat(parts)
+
+
+def _each_alone(tape: Tape, f: Tensor, covariance: Covariance, formed: int, limit: int) -> Tensor:
+    """What is made of the Jacobians of samples that see each other, so many at a time as fit."""
+    parts, start, step = [], 0, 1
+    while start < len(f):
+        J = pull_outputs(tape, f, some=slice(start, start + step))
+        with torch.no_grad():
+            parts.append(covariance(J))
+        start += len(J.outputs)
+        step = max(1, int(limit / (element_bytes(J, J.outputs.numel(), formed) * f[0].numel())))
+    return torch.cat(parts)
 
 
 def _least(cut: Cut, step: int = 1) -> int:
