@@ -256,3 +256,39 @@ def test_nodes_of_one_graph_and_the_advice_of_the_refusal(kind):
             close(g, all_of_them[k][some], k)
         precision = torch.einsum("nci,ncd,ndj->ij", J[some], H[some], J[some]) + torch.eye(J.shape[2], dtype=F64)
         close(covariance, torch.einsum("nci,ij,ndj->ncd", J[some], torch.linalg.inv(precision), J[some]))
+
+
+class Scores(nn.Module):
+    """Scores of every sample for every row of a table that all share."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key = nn.Linear(4, 5), nn.Linear(3, 5)
+
+    def forward(self, x, table):
+        return self.query(x) @ self.key(table.reshape(-1, 3)).T
+
+
+@pytest.mark.filterwarnings("ignore:.*no rule for these arguments")
+def test_a_table_with_as_many_rows_as_samples_and_the_advice_of_the_refusal():
+    torch.manual_seed(0)
+    model, x, table, y = Scores().to(F64), torch.randn(6, 4, dtype=F64), torch.randn(6, 3, dtype=F64), torch.arange(6)
+    with pytest.raises(
+        ValueError, match=r"shared input that is no buffer \(one of 6 rows may come as \[1, 6, \.\.\.\]"
+    ):
+        pb.statistics(model, CE, ((x, table), y), ["variance"])
+    found = pb.statistics(model, CE, ((x, table[None]), y), ["sample_grads"])["sample_grads"]
+    for k, g in oracle.sample_grads(CE, model(x, table), y, dict(model.named_parameters())).items():
+        close(found[k], g, k)
+
+
+def test_targets_that_are_no_tensor_are_told_what_to_do():
+    model, x, y = nn.Linear(4, 3).to(F64), torch.randn(6, 4, dtype=F64), torch.arange(6) % 3
+
+    def mixture(f, y):
+        return 0.3 * CE(f, y[0]) + 0.7 * CE(f, y[1])
+
+    with pytest.raises(TypeError, match="the loss mixture is not one that paraboloid knows"):
+        pb.statistics(model, mixture, (x, (y, y.flip(0))), ["variance"])
+    with pytest.raises(ValueError, match=r"the targets are a tuple; expected one tensor.*Stack them, \[N"):
+        pb.statistics(model, CE, (x, (y, y.flip(0))), ["variance"])

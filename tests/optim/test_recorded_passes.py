@@ -135,6 +135,28 @@ def test_a_second_loss_on_a_pass_is_refused_also_after_another_pass(make):
     assert opt._measured.passes == 1
 
 
+@ALL
+def test_the_advice_for_mixup_works(make):
+    """One call on the mixture's probabilities: value, gradient and step are those of the sum."""
+    model, (x, y) = mlp(), batch()
+    opt = make(model)
+    f = model(x)
+    LOSS(f, y)
+    with pytest.raises(RuntimeError, match=r"different targets \(mixup\).*probabilities lam \* one_hot\(a\)"):
+        LOSS(f, y.flip(0))
+    opt.zero_grad()
+    a, b = (nn.functional.one_hot(t, f.shape[1]).to(f.dtype) for t in (y, y.flip(0)))
+    f = model(x)
+    mixed = LOSS(f, 0.3 * a + 0.7 * b)
+    torch.testing.assert_close(
+        mixed, 0.3 * nn.functional.cross_entropy(f, y) + 0.7 * nn.functional.cross_entropy(f, y.flip(0))
+    )
+    mixed.backward()
+    before = flat(model)
+    opt.step()
+    assert not torch.equal(flat(model), before)
+
+
 def test_what_was_measured_is_freed_before_the_next_pass():
     """Accumulation over many passes takes the memory of one."""
     model, (x, y) = mlp(), batch()

@@ -43,6 +43,11 @@ def as_batch(data: Any) -> Batch | None:
     return None
 
 
+def device_of(target: Any) -> torch.device:
+    """That of a target, or of the first of several."""
+    return next((t.device for t in tree_leaves(target) if isinstance(t, Tensor)), torch.device("cpu"))
+
+
 def _ordinary(tree: Any) -> Any:
     """The same, with a copy of every tensor that was made under inference_mode."""
     if isinstance(tree, Tensor):

@@ -159,7 +159,8 @@ def mixes(where: str, shape: Sequence[int], N: int, short: bool = False) -> Mixi
     return Mixing(
         f"{where}: its output {tuple(shape)} does not separate into the {N} samples along any axis, so there are no "
         "per-sample gradients here. Something between it and the output mixes or reorders the samples: BatchNorm in "
-        "training mode (call model.eval()), a mean over the batch, a constant or shared input that is no buffer. "
+        "training mode (call model.eval()), a mean over the batch, a constant or shared input that is no buffer (one "
+        f"of {N} rows may come as [1, {N}, ...]). "
         "Samples may see each other by integer indices or an adjacency matrix among the inputs, buffers or attributes "
         "(nodes of a graph); where they do otherwise, take some outputs (output[indices]), or pb.GGN and pb.Hessian."
         + (hint if short else "")

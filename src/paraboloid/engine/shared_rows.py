@@ -94,3 +94,8 @@ def by_rows_parts(
             return None
         found.append(parts)
     return found
+
+
+def has_axis(calls: Sequence[Call], N: int) -> bool:
+    """Whether an axis, other than that of the features, has N elements at any call."""
+    return any(N in (call.shape[:-1] or call.shape) for call in calls)

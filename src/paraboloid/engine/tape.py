@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from paraboloid.engine.recorder import Call, Recorder, tensors
 from paraboloid.engine.sample_axes import sample_axes
 from paraboloid.engine.sample_independence import Layouts, Mixing, Owned, certify, check_agreement, mixes
 from paraboloid.engine.shared_inputs import SharedInputs
-from paraboloid.engine.shared_rows import by_rows_parts, row_layouts, whole_parts
+from paraboloid.engine.shared_rows import by_rows_parts, has_axis, row_layouts, whole_parts
 from paraboloid.layers.normalization import uses_batch_statistics
 from paraboloid.passes import trees
 from paraboloid.passes.frozen_encoders import fused_as_usual
@@ -172,7 +172,7 @@ class Tape:
         calls, missed, found = self.reached(f, recorder.calls)
         edges = [c.edge for c in calls]
         layouts = None if recorder.hooked else row_layouts(f, edges, recorder.handed_in, mixed)
-        if layouts is None and _has_axis(calls, N):
+        if layouts is None and has_axis(calls, N):
             return None
         parts = by_rows_parts(calls, layouts, recorder.alias) if by_rows and layouts is not None else None
         plan = Plan(calls, layouts or [], parts or whole_parts(calls, recorder.alias), missed, apart=parts is None)
@@ -304,6 +304,13 @@ class Tape:
                         out[name].append(Derived(inner, partial(vjp, part.root, p), p.shape))
         return out
 
+    @contextmanager
+    def undisturbed(self, f: Tensor) -> Iterator[None]:
+        """Inside, nothing that is on around it acts on what the tape does, which changes nothing of the model's."""
+        kept = copied_buffers(self.model), unhooked(self.parameters.values())
+        with DisableTorchFunction(), own_arithmetic(f.device), kept[0], kept[1]:
+            yield
+
     def pull(
         self, f: Tensor, v: Tensor, totals: dict[str, Tensor | None] | None = None, batch_statistics: bool = False,
         by_rows: bool = False, some: slice = EVERYTHING,
@@ -325,8 +332,7 @@ class Tape:
         Raises ValueError where the samples are not independent (batch statistics, softmax over the batch), and
         RuntimeError where a tensor of the forward pass was modified afterwards.
         """
-        unchanged = copied_buffers(self.model), unhooked(self.parameters.values())
-        with DisableTorchFunction(), own_arithmetic(f.device), unchanged[0], unchanged[1]:
+        with self.undisturbed(f):
             if v.shape[1:] != f.shape or v.dim() == 0 or v.shape[0] == 0:
                 raise ValueError(f"v has shape {tuple(v.shape)}; expected [V, *output shape] = [V, {list(f.shape)}].")
             before, plan = self._plan, self.plan(f, batch_statistics, by_rows)
@@ -383,11 +389,6 @@ class Tape:
                     before = totals.get(name)
                     totals[name] = g if before is None or g is None else before + g
         return found
-
-
-def _has_axis(calls: Sequence[Call], N: int) -> bool:
-    """Whether an axis, other than that of the features, has N elements at any call."""
-    return any(N in (call.shape[:-1] or call.shape) for call in calls)
 
 
 @contextmanager

@@ -355,6 +355,12 @@ def check_reduction(reduction: str) -> str:
 
 
 def check_lengths(f: Tensor, y: Tensor) -> None:
+    if not isinstance(y, Tensor):
+        raise ValueError(
+            f"the targets are a {type(y).__name__}; expected one tensor with the samples along axis 0, as losses with "
+            "quantities per sample take it. Stack them, [N, ...], to be taken apart in the sample_losses of a pb.Loss; "
+            "pb.GGN and pb.Hessian take callables of any targets."
+        )
     if f.dim() == 0 or len(f) == 0:
         raise ValueError(f"the model's output has shape {tuple(f.shape)}; expected axis 0 to be the N >= 1 samples.")
     if y.dim() == 0 or len(y) != len(f):

@@ -34,6 +34,14 @@ NOTHING_SEEN = (
 )
 
 
+_TWICE = (
+    "the loss was called twice on one forward pass with different targets (mixup): what each counts in their sum is "
+    "not known here. Call it once: for cross-entropy without class weights the probabilities lam * one_hot(a) + "
+    "(1 - lam) * one_hot(b) have the same value, for squared error lam * a + (1 - lam) * b has the same gradient; else "
+    "give the optimiser a pb.Loss that takes both targets in one tensor."
+)
+
+
 class Observed(NamedTuple):
     """One forward pass with its loss: what was recorded, the output and target that the loss saw, the inputs, and the
     loss as reduced."""
@@ -166,9 +174,10 @@ class Capture:
         if all(p.seen_with(f, y) for p in found):
             return  # once more, for a log say
         if any(p.is_seen for p in found):
-            raise RuntimeError("the loss was called twice on one forward pass with different outputs or targets, so "
-                               "the curvature of their sum is not known here. Give the optimiser one loss that "
-                               "contains both (pb.Loss objects add up), and call that.")  # fmt: skip
+            raise RuntimeError(_TWICE if all(p.seen_output is f for p in found) else "the loss was called twice on one "
+                               "forward pass with different outputs or targets, so the curvature of their sum is not "
+                               "known here. Give the optimiser one loss that contains both (pb.Loss objects add up), "
+                               "and call that.")  # fmt: skip
         first, tape, inputs = found[0], found[0].tape, found[0].inputs if len(found) == 1 else None
         assert tape is not None
         for p in found:

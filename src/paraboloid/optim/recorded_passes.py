@@ -39,6 +39,11 @@ class Pass:
         """Whether the loss was called on it."""
         return self._seen is not None
 
+    @property
+    def seen_output(self) -> Tensor | None:
+        """What the loss was called on."""
+        return None if self._seen is None else self._seen[0]()
+
     def seen_with(self, f: Tensor, y: Tensor) -> bool:
         return self._seen is not None and self._seen[0]() is f and self._seen[1]() is y
 

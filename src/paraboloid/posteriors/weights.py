@@ -51,7 +51,7 @@ def _last_layer(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], data: Data, output: Output | None
 ) -> list[str]:
     inputs, target = next(batch_data.batches(data))
-    with evaluating(model), forward(model, inputs, target.device, 0, output, verify=False) as (tape, f):
+    with evaluating(model), forward(model, inputs, batch_data.device_of(target), 0, output, verify=False) as (tape, f):
         calls = tape.reached(f, tape.calls).calls if f.requires_grad else []
     if not calls:
         raise ValueError("no layer with trainable parameters was found between the inputs and the output; expected one "

@@ -69,14 +69,14 @@ def statistics(
     are not independent; NotImplementedError for Kronecker factors of a parameter that has none.
     Sources: BackPACK, arXiv:1912.10985; for each quantity see its class.
     """
-    wanted = resolve(quantities, tol)
+    wanted, loss = resolve(quantities, tol), Loss.from_torch(loss_fn)
     twice = any(q.twice for q in wanted)
     if (pair := batch_data.as_batch(batch)) is not None:
         inputs, target = pair
         masks = collectives.rank_seed(seed, collectives.group_of(all_reduce))
-        with forward(model, inputs, target.device, masks, output, verify, twice) as (tape, f):
+        with forward(model, inputs, batch_data.device_of(target), masks, output, verify, twice) as (tape, f):
             return tape.statistics(
-                loss_fn, f, target, wanted, seed=seed, generator=generator, max_memory=max_memory,
+                loss, f, target, wanted, seed=seed, generator=generator, max_memory=max_memory,
                 accumulate_grad=accumulate_grad, all_reduce=all_reduce,
             )  # fmt: skip
     if (group := collectives.group_of(all_reduce)) is not None:

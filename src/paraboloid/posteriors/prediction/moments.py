@@ -41,7 +41,9 @@ def moments(
         step, columns = _chunks(known[like], limit, apart, cut) if planned else (_least(cut, PROBE), PULLED)
         piece = cut.take(inputs, slice(start, start + step)) if step < N else inputs
         with recorded(model, names, piece, output) as (tape, f):
-            if tape.plan(f).apart:  # nodes of a graph: what is pulled back by itself is cut, not the inputs
+            with tape.undisturbed(f):
+                alone = tape.plan(f).apart
+            if alone:  # nodes of a graph: what is pulled back by itself is cut, not the inputs
                 parts.append(_each_alone(tape, f, covariance, formed, limit))
                 means.append(f.detach())
                 start += len(f)
