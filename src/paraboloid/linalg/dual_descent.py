@@ -15,6 +15,7 @@ from paraboloid.linalg.solution import Solution
 
 PROBED, SAFETY, DIVERGED = 8, 0.7, 10.0
 AVERAGED = 8  # steps between two updates of the average: it is dense, a step is not
+PASSES, ENTRIES = 2000, 10**10  # it ends after so many passes over A, or this many of its entries: the later
 
 
 def sdd(
@@ -27,7 +28,7 @@ def sdd(
     batch_size: int = 64,
     momentum: float = 0.9,
     x0: Tensor | None = None,
-    max_passes: float = 2000,
+    max_passes: float | None = None,
     seed: Seed = 0,
 ) -> Solution:
     """Solve A x = b by stochastic dual descent, a minimisation of x.A x / 2 - b.x from rows of A alone:
@@ -41,8 +42,9 @@ def sdd(
     takes `safe_step`; a larger one of the caller's that diverges is noticed by the growing residual, halved, and told
     in `notes`.
 
-    `steps=None` stops when the average's residual is at most tol ||b|| in every column, or after `max_passes`; a number
-    makes so many.  Source: Lin et al. 2024, arXiv:2310.20581, algorithm 1.
+    `steps=None` stops when the average's residual is at most tol ||b|| in every column, or after `max_passes` (2000, or
+    10^10 entries of A where these are more: a small system may be as badly conditioned as a large one); a number makes
+    so many.  Source: Lin et al. 2024, arXiv:2310.20581, algorithm 1.
     """
     A, single = row_blocks(A), b.dim() == 1
     target = columns_like(b)
@@ -53,7 +55,8 @@ def sdd(
         raise ValueError(f"step_size is {step_size}; expected a positive number, or None for a safe one.")
     generator = generator_of(seed, A.device)
     step = safe_step(A, B, generator) if step_size is None else step_size
-    limit = math.ceil(max_passes * D / B) if steps is None else check_count("steps", steps, least=0)
+    most = max(PASSES, ENTRIES / D**2) if max_passes is None else max_passes
+    limit = math.ceil(most * D / B) if steps is None else check_count("steps", steps, least=0)
     run = _Descent(A, target, None if x0 is None else columns_like(x0), step, B, momentum, generator)
     run.make(limit, tol if steps is None else None)
     x = run.average[:, 0] if single else run.average

@@ -1,0 +1,66 @@
+"""What is promised of every solver's defaults, on kernels, noises and numbers of samples that are not each other's."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import paraboloid as pb
+
+N = 250
+PROBLEMS = {  # kernel, noise
+    "lengthscales of their own": (pb.gp.RBF(torch.tensor([0.7, 1.5, 2.0]), 2.0), 0.01),
+    "rough": (pb.gp.Matern(0.5, 1.4), 0.05),
+    "smooth, noisy": (pb.gp.Matern(2.5, 0.9, 0.6), 0.3),
+    "a sum": (pb.gp.RationalQuadratic(1.5, 1.2) + 0.5, 0.02),
+    "a product": (pb.gp.RBF(2.0) * pb.gp.Matern(1.5, 1.0), 0.1),
+}
+MET = {"cg": 1e-3, "block": 1e-3, "sdd": 1e-3, "sgd": 1e-2}
+
+
+def data(count, seed, noise):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 3, generator=g, dtype=torch.float64)
+    f = torch.sin(2 * x[:, 0]) + x[:, 1:].cos().sum(1)
+    return x, f + noise**0.5 * torch.randn(count, generator=g, dtype=torch.float64)
+
+
+def exact(kernel, noise, x, y, new):
+    """Mean and variance of f, by the textbook's formula."""
+    A, k = kernel(x) + noise * torch.eye(len(x), dtype=x.dtype), kernel(new, x)
+    return k @ torch.linalg.solve(A, y), kernel.diagonal(new) - (k * torch.linalg.solve(A, k.T).T).sum(1)
+
+
+@pytest.mark.parametrize("solver", MET)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_the_mean_meets_its_accuracy_and_no_warning_is_given(problem, solver):
+    kernel, noise = PROBLEMS[problem]
+    (x, y), (new, _) = data(N, 3, noise), data(80, 4, noise)
+    options = {"batch_size": 60} if solver == "block" else {}  # else one block would be everything
+    gp = pb.gp.condition(kernel, x, y, noise, solver, 0, seed=1, **options)
+    mean, _ = exact(kernel, noise, x, y, new)
+    assert (gp.mean(new) - mean).norm() < MET[solver] * mean.norm()
+    assert gp.notes == []
+
+
+@pytest.mark.parametrize("problem, solver", [("rough", "cg"), ("a product", "block"), ("smooth, noisy", "sdd"),
+                                             ("lengthscales of their own", "cg"), ("a sum", "block")])  # fmt: skip
+def test_the_variance_of_many_samples_and_the_likelihood_are_those_of_a_factor(problem, solver):
+    kernel, noise = PROBLEMS[problem]
+    (x, y), (new, target) = data(120, 3, noise), data(80, 4, noise)
+    gp = pb.gp.condition(kernel, x, y, noise, solver, 1024, seed=2, features=512)
+    mean, variance = exact(kernel, noise, x, y, new)
+    ratio = gp.sample(new).var(0) / variance
+    assert abs(float(ratio.mean()) - 1) < 0.05
+    assert float((ratio - 1).abs().quantile(0.9)) < 0.1  # their standard error is .044
+    assert_close(gp.variance(new), ((gp.sample(new) - gp.mean(new)) ** 2).mean(0))
+    expected = -torch.distributions.Normal(mean, (variance + noise).sqrt()).log_prob(target).mean()
+    assert abs(gp.nll(new, target) - float(expected)) < 0.01
+
+
+@pytest.mark.parametrize("solver", ["cg", "block", "sdd"])
+def test_float32_meets_it_too(solver):
+    kernel, noise = PROBLEMS["smooth, noisy"]
+    (x, y), (new, _) = data(N, 5, noise), data(50, 6, noise)
+    gp = pb.gp.condition(kernel, x.float(), y.float(), noise, solver, 0)
+    mean, _ = exact(kernel, noise, x, y, new)
+    assert (gp.mean(new).double() - mean).norm() < 1e-3 * mean.norm() and gp.notes == []
