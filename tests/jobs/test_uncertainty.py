@@ -10,6 +10,7 @@ from torch import nn
 
 from paraboloid.jobs import uncertainty as job
 from paraboloid.jobs.uncertainty import scores
+from paraboloid.jobs.uncertainty.reading import findings
 from paraboloid.jobs.uncertainty.unseen import unseen
 from paraboloid.problems import Problem, Training
 
@@ -112,3 +113,22 @@ def test_unseen_inputs():
     tokens = unseen(torch.randint(5, (4, 7)), 1)
     assert list(tokens) == ["random tokens", "shuffled"] and tokens["random tokens"].dtype == torch.int64
     assert unseen({"a": x}, 0) == {}
+
+
+@pytest.mark.parametrize(
+    ("half", "most", "targets", "said"),
+    [
+        (0.58, 0.89, 112, "hold what they promise"),
+        (0.58, 0.94, 100_000, "too wide"),
+        (0.44, 0.89, 100_000, "too narrow"),
+        (0.30, 0.89, 112, "too narrow"),
+        (0.50, 0.80, 112, "too narrow"),
+        (0.58, 0.85, 100_000, "another shape"),
+    ],
+)
+def test_the_headline_of_a_regression_knows_how_many_targets_it_rests_on(half, most, targets, said):
+    coverage = [{"level": 0.5, "covered": half}, {"level": 0.9, "covered": most}]
+    scores = {"coverage": coverage, "count": targets, "nll": 1.0}
+    results = {"matched": scores, "network": {"nll": 1.0}, "model_variance": 0.1, "test_noise_variance": 0.3}
+    results["posterior"] = {"effective_dimension": 3.0, "parameters": 7, "samples": 5, "layers": []}
+    assert said in findings({**results, "unseen": []})[0]

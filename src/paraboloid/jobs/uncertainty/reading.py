@@ -6,6 +6,7 @@ from typing import Any
 
 from paraboloid.report.numbers import count, fixed, number, percent
 
+INTERVALS = {0.5: 0.05, 0.9: 0.04}  # level: how far off its coverage may be, however many targets there are
 TOLERATED = 0.02  # of the likelihood, and of a calibration error, that count as none
 GOOD_AREA, POOR_AREA = 0.9, 0.7
 
@@ -70,17 +71,26 @@ def _unseen(told: dict[str, Any], worst: dict[str, Any]) -> list[str]:
     return sentences
 
 
+def _allowed(level: float, count: int) -> float:
+    """Two standard errors of a coverage that is right, at least what `INTERVALS` says."""
+    return max(INTERVALS[level], 2 * (level * (1 - level) / count) ** 0.5)
+
+
 def _numbers(results: dict[str, Any]) -> list[str]:
     ours, network = results["matched"], results["network"]
     covered = {row["level"]: row["covered"] for row in ours["coverage"]}
     half, most = covered[0.5], covered[0.9]
-    good = abs(half - 0.5) <= 0.05 and abs(most - 0.9) <= 0.04
-    if good:
+    off = {
+        covered[level] > level for level in INTERVALS if abs(covered[level] - level) > _allowed(level, ours["count"])
+    }
+    if not off:
         headline = "On inputs like its training data, these intervals hold what they promise."
-    elif most < 0.9:
+    elif off == {False}:
         headline = "These intervals are too narrow: the truth lies outside more often than they say."
-    else:
+    elif off == {True}:
         headline = "These intervals are too wide: the truth lies inside more often than they say."
+    else:
+        headline = "These intervals have another shape than the errors: some hold more than they say, others less."
     likely, alone = fixed(ours["nll"], None, 3), fixed(network["nll"], None, 3)
     sentences = [
         headline,

@@ -119,13 +119,19 @@ def _unseen(results: dict[str, Any], numeric: bool) -> Panel:
             axis.set(xlabel="AUROC", xlim=(0, 1))
             axis.invert_yaxis()
     else:
-        cells = [[r["name"], fixed(r["network_area"], None, 3), fixed(r["area"], None, 3),
-                  fixed(r["novelty_area"], None, 3), percent(r["network_confidence"]), percent(r["confidence"])]
-                 for r in rows]  # fmt: skip
+        columns: dict[str, list[str]] = {
+            "inputs": [r["name"] for r in rows],
+            "network, AUROC": [fixed(r["network_area"], None, 3) for r in rows],
+            "this posterior": [fixed(r["area"], None, 3) for r in rows],
+        }
+        novelty = any(r["novelty_area"] is not None for r in rows)
+        if novelty:
+            columns["its novelty"] = [fixed(r["novelty_area"], None, 3) for r in rows]
+        columns["network, mean confidence"] = [percent(r["network_confidence"]) for r in rows]
+        columns["this posterior's"] = [percent(r["confidence"]) for r in rows]
         table = Table(
-            "Unlike inputs, told from test inputs by low confidence, and by novelty (posterior.novelty)",
-            ["inputs", "network, AUROC", "this posterior", "its novelty", "network, mean confidence", "this posterior"],
-            cells,
+            "Unlike inputs, told from test inputs by low confidence" + ", and by novelty (posterior.novelty)" * novelty,
+            list(columns), [list(row) for row in zip(*columns.values(), strict=True)],
         )  # fmt: skip
 
         def draw(figure: Figure) -> None:
