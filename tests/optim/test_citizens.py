@@ -523,3 +523,22 @@ def test_memory_stays_flat_over_5000_steps(make):
     gc.collect()
     assert len(gc.get_objects()) < objects + 500
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < peak + 16 * 1024  # KiB
+
+
+@pytest.mark.parametrize("make", [pb.optim.KFAC, pb.optim.EKFAC, pb.optim.Preconditioned])
+def test_jagged_inputs_are_refused_in_a_sentence(make):
+    class Bags(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return torch.stack([rows.mean(0) for rows in self.layer(x).unbind()])
+
+    model = Bags()
+    opt = make(model, LOSS)
+    x = torch.nested.nested_tensor([torch.randn(k, 4) for k in (2, 3, 1)], layout=torch.jagged)
+    with pytest.raises(ValueError, match=r"nested \(jagged\) tensor.*expected padded inputs"):
+        model(x)
+    opt.remove()
+    model(x)

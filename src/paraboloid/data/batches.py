@@ -91,7 +91,7 @@ def batches(data: Any) -> Iterator[Batch]:
 
 def run(model: Any, inputs: Inputs) -> Any:
     """What the model returns on `inputs`, whatever it is; see `call`."""
-    _check_nested(inputs)
+    check_not_nested(inputs)
     inputs = _ordinary(inputs)
     if isinstance(inputs, Mapping):
         return model(**inputs)
@@ -125,7 +125,8 @@ def evaluate(model: Any, inputs: Inputs, output: Output | None = None) -> Tensor
         return call(model, inputs, output).detach()
 
 
-def _check_nested(inputs: Inputs) -> None:
+def check_not_nested(inputs: Inputs) -> None:
+    """Raise ValueError for a nested tensor among the inputs of a model."""
     parts = list(inputs.values()) if isinstance(inputs, Mapping) else inputs
     parts = parts if isinstance(parts, tuple | list) else [parts]
     if any(isinstance(t, Tensor) and t.is_nested for t in parts):
@@ -149,8 +150,9 @@ def sample_count(dataset: Any) -> int:
             raise ValueError(f"the inputs have shape {tuple(inputs.shape)} and the targets {tuple(targets.shape)}; "
                              "expected the same number of samples along axis 0.")  # fmt: skip
         return len(inputs)
-    if isinstance(dataset, tuple | list) and len(dataset) == 2 and isinstance(dataset[1], Tensor):
-        raise ValueError(f"the dataset is a batch with inputs of type {type(dataset[0]).__name__}; expected a "
+    if isinstance(dataset, tuple | list) and len(dataset) == 2 and any(isinstance(part, Tensor) for part in dataset):
+        kinds = " and ".join(type(part).__name__ for part in dataset)
+        raise ValueError(f"the dataset is a batch of inputs and targets, {kinds}; expected a "
                          "map-style dataset of (input, target), of which batches are drawn. Wrap the tensors in a "
                          "TensorDataset; samples that see each other (nodes of a graph) cannot be drawn apart: "
                          "pb.statistics and pb.noise.measures take them as one batch.")  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -159,11 +159,12 @@ class Tape:
         except Mixing:
             confirm = bool(self.verify) and not self.recorder.batch_norms
             other = None if self.recorder.batch_norms else self.shared.recorder(len(f), confirm)
-            if other is None:
-                if (plan := self._of_shared_rows(f, mixed, by_rows)) is None:
-                    raise
-                return plan
-        return self._made_of(other, f, mixed)
+            with suppress(Mixing):
+                if other is not None:
+                    return self._made_of(other, f, mixed)
+            if (plan := self._of_shared_rows(f, mixed, by_rows)) is None:
+                raise
+            return plan
 
     def _of_shared_rows(self, f: Tensor, mixed: bool, by_rows: bool) -> Plan | None:
         """Where samples see each other as nodes of a graph do, or no call has an axis of N samples (the output is a

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from paraboloid.data.batches import check_not_nested
 from paraboloid.distributed import collectives
 from paraboloid.engine.twice_differentiable import twice_differentiable
 from paraboloid.losses import CrossEntropy, Loss
@@ -128,6 +129,7 @@ class Capture:
             self._depth += 1
         elif not self._muted and torch.is_grad_enabled() and self.wanted():
             self._check_wrapper()
+            check_not_nested([*args, *kwargs.values()])
             stack, tape = ExitStack(), self._recorded.following() or Recording(self.model, self.verify)
             stack.enter_context(tape.recording((args, kwargs)))
             stack.enter_context(twice_differentiable() if self.twice else nullcontext())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paraboloid.data.batches import Inputs, Output
+from paraboloid.data.batches import Inputs, Output, device_of
 from paraboloid.data.cutting import Cut, Cuts, tensors
 from paraboloid.engine.tape import Tape
 from paraboloid.passes.memory import JACOBIANS
@@ -32,7 +32,7 @@ def moments(
     """
     cut = (Cuts() if cuts is None else cuts).of(model, inputs, output)
     N = cut.samples
-    limit = JACOBIANS.of(max_memory, tensors(inputs)[0].device)
+    limit = JACOBIANS.of(max_memory, device_of(inputs))
     known = {} if known is None else known
     like = (formed, apart, tuple((t.shape[1:], t.dtype) for t in tensors(inputs)))
     means, parts, start = [], [], 0

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from paraboloid.data.batches import device_of
 from paraboloid.data.cutting import Cut, tensors
 from paraboloid.engine.recorder import Call
 from paraboloid.engine.tape import Tape
@@ -39,7 +40,7 @@ def variances(
     weight, or has no fewer features than outputs, or where one sample's features do not fit into the memory."""
     if not isinstance(precision, InEigenbasis | Mixture):
         return None
-    limit = JACOBIANS.of(posterior.max_memory, tensors(inputs)[0].device)
+    limit = JACOBIANS.of(posterior.max_memory, device_of(inputs))
     like = ("head", tuple((t.shape[1:], t.dtype) for t in tensors(inputs)))
     means, found, start = [], [], 0
     least = 1 if cut.possible else cut.samples
