@@ -80,7 +80,8 @@ class DenseInverse:
 
 
 class LimitedMemoryInverse:
-    """H by its last `memory` pairs (s, y) in compact form: BFGS from gamma I with gamma = 1; never a matrix [p, p].
+    """H by its last `memory` pairs (s, y) in compact form: BFGS from gamma I with gamma = 1; never a matrix [p, p]
+    where p is more than `memory`.
 
     H = I + S (R^-T (D + Y^T Y) R^-1 S^T - R^-T Y^T) - Y R^-1 S^T with S, Y [p, k] the pairs, R the upper triangle of
     S^T Y and D its diagonal (Byrd, Nocedal & Schnabel 1994, theorem 2.2).  Pairs are scaled to s . y = 1, which changes
@@ -99,6 +100,7 @@ class LimitedMemoryInverse:
         elsewhere than the uninterrupted one: so every row begins a line, and [k, k] is copied before it is multiplied.
         """
         self.first, self.end, room = 0, len(S), 2 * self.memory
+        self._formed: Tensor | None = None
         size = S.shape[1]
         width = -(-size * S.element_size() // LINE) * LINE // S.element_size()
         self._S, self._Y = S.new_empty(room, width)[:, :size], Y.new_empty(room, width)[:, :size]
@@ -119,6 +121,8 @@ class LimitedMemoryInverse:
         """H v, for v [p] or [p, m]."""
         if self.pairs == 0:
             return v.clone()
+        if self._S.shape[1] <= self.memory:
+            return self._matrix() @ v
         S, Y, inverse, middle = self._window()
         inverse, middle = inverse.clone(), middle.clone()
         x = v.unsqueeze(1) if v.dim() == 1 else v
@@ -126,11 +130,21 @@ class LimitedMemoryInverse:
         b = inverse.T @ torch.addmm(Y @ x, middle, a, beta=-1)
         return torch.addmm(x, S.T, b).addmm_(Y.T, a, alpha=-1).view_as(v)
 
+    def _matrix(self) -> Tensor:
+        """H of few outputs, [p, p], formed once for all products between two updates."""
+        if self._formed is None:
+            S, Y, inverse, middle = self._window()
+            Q = inverse.clone() @ S
+            self._formed = Q.T @ torch.addmm(Y, middle.clone(), Q, beta=-1)
+            self._formed.addmm_(Y.T, Q, alpha=-1).diagonal().add_(1)
+        return self._formed
+
     def update(self, s: Tensor, y: Tensor) -> None:
         """One more pair, with s . y = 1; the oldest goes when the memory is full.
 
         R^-1 grows by a column, -R^-1 S^T y above 1; without the oldest pair it is its own lower part.
         """
+        self._formed = None
         if self.end == len(self._S):
             self._keep(*(t.clone() for t in self._window()))
         self.first = max(self.first, self.end + 1 - self.memory)

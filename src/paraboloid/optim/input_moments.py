@@ -38,7 +38,7 @@ def of_rows(x: Tensor) -> Tensor:
     """For rows [K, q]."""
     rows, q = x.shape
     if q < LARGE:
-        x = F.pad(x, (0, 1), value=1.0)
+        x = torch.constant_pad_nd(x, (0, 1), 1.0)
         return x.T @ x
     found = x.new_empty(1, q + 1, q + 1)  # a copy of the rows with their ones would cost more than a sum
     inner = found[:, :q, :q]

@@ -25,7 +25,7 @@ from paraboloid.optim.direction import Move, averaged, coupled_decay, descend
 from paraboloid.optim.hooks import check_module
 from paraboloid.optim.layer_means import Layer, Means, Readings
 from paraboloid.optim.options import check_made, check_number, check_share
-from paraboloid.optim.quasi_newton import LayerState, Together
+from paraboloid.optim.quasi_newton import LayerState, Together, learn
 from paraboloid.optim.trust import Trust, check_rise
 from paraboloid.passes import trees
 from paraboloid.passes.random_state import isolated_with_gradients
@@ -254,7 +254,7 @@ class KBFGS(Frame):
                 f"{type(self).__name__} was not warmed up; its first {WARM_UP} batches make A. Call "
                 "warm_start(loader) before the first step to use all of the data.", stacklevel=5,
             )  # fmt: skip
-        warming = 0 <= self._warm < WARM_UP
+        warming, learning = 0 <= self._warm < WARM_UP, list[tuple[LayerState, Means, float]]()
         for name, mean in means.items():
             state = self._state_of(readings.layers[name], mean, groups)
             if state is None:
@@ -265,7 +265,9 @@ class KBFGS(Frame):
                 A = mean.A if state.A is None else state.A.lerp(mean.A, share)
                 state.start(A, mean.positions, group["damping"])
             elif self.counters["steps"]:
-                state.learn(mean, 1 - group["decay"])
+                learning.append((state, mean, 1 - group["decay"]))
+        if learning:
+            learn(*zip(*learning, strict=True))
         if warming:
             self._warm += 1
 

@@ -193,7 +193,8 @@ class Readings:
         reading.uses += 1
         node: Any = z.grad_fn
         node.register_prehook(_Arrival(plain, reading))
-        reading.add(plain.sum(z), z.numel() // len(args[1]), self.passes, len(z))
+        shape = z.shape
+        reading.add(plain.sum(z), z.numel() // shape[plain.channels], self.passes, shape[0])
         if self.moments:
             with torch.no_grad():
                 reading.add_products(input_moments.of_layer(plain.op, args, z.dtype))

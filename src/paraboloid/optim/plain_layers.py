@@ -37,6 +37,7 @@ class PlainLayer:
         self.module, self.layer, self.op = module, layer, OPERATIONS[type(module)]
         self.parameters = own_tensors(module)[0]
         self.is_linear, self.axes = self.op is F.linear, module.weight.dim()  # of a convolution's input on a batch
+        self.channels = -1 if self.is_linear else 1  # the output's axis that is p
 
     def arguments(self, x: Tensor) -> tuple | None:
         """Of the operation on a batch x, in the precision of the weight and under gradients; else None."""

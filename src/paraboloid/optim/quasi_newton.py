@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paraboloid.optim import foreach
 from paraboloid.optim.bfgs import (
     DenseInverse,
     LimitedMemoryInverse,
@@ -43,9 +44,13 @@ class LayerState:
         """Hg M Ha."""
         return self.Hg.times(M) if self.Ha is None else self.Hg.times(M @ self.Ha)
 
-    def learn(self, means: Means, share: float) -> None:
-        """A <- (1 - share) A + share mean(abar abar^T)."""
-        self.A.mul_(1 - share).add_(means.A_sum, alpha=share / means.rows)
+
+def learn(states: Sequence[LayerState], means: Sequence[Means], shares: Sequence[float]) -> None:
+    """A <- (1 - share) A + share mean(abar abar^T) of each layer."""
+    sums = foreach.scaled([m.A_sum for m in means], [share / m.rows for share, m in zip(shares, means, strict=True)])
+    inputs = [state.A for state in states]
+    foreach.scale_(inputs, [1 - share for share in shares])
+    foreach.add_(inputs, sums)
 
 
 class Together:

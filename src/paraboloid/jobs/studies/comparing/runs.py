@@ -58,6 +58,7 @@ def train(task: Task, method: Method, setting: Setting, seed: int) -> dict[str, 
     per_epoch = math.ceil(N / size)
     total = task.epochs * per_epoch
     moments = {round(total * i / task.points) for i in range(task.points + 1)}
+    _warm_up(task, method, setting, device)
     order = torch.Generator().manual_seed(seed)
     curve: list[dict[str, Any]] = []
     spent, step, indices = 0.0, 0, []
@@ -87,6 +88,15 @@ def train(task: Task, method: Method, setting: Setting, seed: int) -> dict[str, 
             "final": None if failed else curve[-1]["train"], "test": None if failed else curve[-1]["test"],
             "accuracy": None if failed else curve[-1]["accuracy"],
             "seconds": spent, "steps": step, "processor": time.process_time() - began}  # fmt: skip
+
+
+def _warm_up(task: Task, method: Method, setting: Setting, device: torch.device) -> None:
+    """One step on a copy, so that nobody's seconds are those of what a process does once: imports, first calls."""
+    problem = again(task.problem, 0)
+    with warnings.catch_warnings(), seeded(0):
+        warnings.simplefilter("ignore")
+        opt = method.make(problem.model, problem.loss_fn, setting)
+        _step(method, opt, problem, take(problem.train, torch.arange(2), device))
 
 
 def _step(method: Method, opt: Any, problem: Problem, batch: Any) -> None:
