@@ -83,34 +83,35 @@ class LimitedMemoryInverse:
     """H by its last `memory` pairs (s, y) in compact form: BFGS from gamma I with gamma = 1; never a matrix [p, p]
     where p is more than `memory`.
 
-    H = I + S (R^-T (D + Y^T Y) R^-1 S^T - R^-T Y^T) - Y R^-1 S^T with S, Y [p, k] the pairs, R the upper triangle of
-    S^T Y and D its diagonal (Byrd, Nocedal & Schnabel 1994, theorem 2.2).  Pairs are scaled to s . y = 1, which changes
-    nothing but the range of the numbers.
+    H = I + Q (M Q^T - Y^T) - Y Q^T with Q = S R^-T and M = D + Y^T Y, for S, Y [p, k] the pairs, R the upper triangle
+    of S^T Y and D its diagonal (Byrd, Nocedal & Schnabel 1994, theorem 2.2).  Pairs are scaled to s . y = 1, which
+    changes nothing but the range of the numbers.  Q grows with each pair, by -Q^T y times s, and loses its first column
+    with the oldest one: neither S nor R is kept.
     """
 
     def __init__(self, size: int, memory: int, like: Tensor):
         self.memory = memory
-        self._keep(*(like.new_zeros(shape) for shape in ((0, size), (0, size), (0, 0), (0, 0))))
+        self._keep(*(like.new_zeros(shape) for shape in ((0, size), (0, size), (0, 0))))
 
-    def _keep(self, S: Tensor, Y: Tensor, inverse: Tensor, middle: Tensor) -> None:
-        """Pairs as rows [k, p], R^-1 and D + Y^T Y [k, k] at the head of twice the room that they need.
+    def _keep(self, Q: Tensor, Y: Tensor, middle: Tensor) -> None:
+        """Q^T and the pairs' y as rows [k, p], M [k, k] at the head of twice the room that they need.
 
         The pairs in use are a window, which moves on by one with each, and nothing is copied until it reaches the end.
         A product's last digit depends on where in a line of memory its operands begin, and a resumed run has its window
         elsewhere than the uninterrupted one: so every row begins a line, and [k, k] is copied before it is multiplied.
         """
-        self.first, self.end, room = 0, len(S), 2 * self.memory
+        self.first, self.end, room = 0, len(Q), 2 * self.memory
         self._formed: Tensor | None = None
-        size = S.shape[1]
-        width = -(-size * S.element_size() // LINE) * LINE // S.element_size()
-        self._S, self._Y = S.new_empty(room, width)[:, :size], Y.new_empty(room, width)[:, :size]
-        self._inverse, self._middle = inverse.new_zeros(room, room), middle.new_empty(room, room)
+        size = Q.shape[1]
+        width = -(-size * Q.element_size() // LINE) * LINE // Q.element_size()
+        self._Q, self._Y = Q.new_empty(room, width)[:, :size], Y.new_empty(room, width)[:, :size]
+        self._middle = middle.new_empty(room, room)
         k = slice(self.end)
-        self._S[k], self._Y[k], self._inverse[k, k], self._middle[k, k] = S, Y, inverse, middle
+        self._Q[k], self._Y[k], self._middle[k, k] = Q, Y, middle
 
-    def _window(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _window(self) -> tuple[Tensor, Tensor, Tensor]:
         k = slice(self.first, self.end)
-        return self._S[k], self._Y[k], self._inverse[k, k], self._middle[k, k]
+        return self._Q[k], self._Y[k], self._middle[k, k]
 
     @property
     def pairs(self) -> int:
@@ -121,49 +122,44 @@ class LimitedMemoryInverse:
         """H v, for v [p] or [p, m]."""
         if self.pairs == 0:
             return v.clone()
-        if self._S.shape[1] <= self.memory:
+        if self._Q.shape[1] <= self.memory:
             return self._matrix() @ v
-        S, Y, inverse, middle = self._window()
-        inverse, middle = inverse.clone(), middle.clone()
+        Q, Y, middle = self._window()
         x = v.unsqueeze(1) if v.dim() == 1 else v
-        a = inverse @ (S @ x)
-        b = inverse.T @ torch.addmm(Y @ x, middle, a, beta=-1)
-        return torch.addmm(x, S.T, b).addmm_(Y.T, a, alpha=-1).view_as(v)
+        a = Q @ x
+        b = torch.addmm(Y @ x, middle.clone(), a, beta=-1)
+        return torch.addmm(x, Q.T, b).addmm_(Y.T, a, alpha=-1).view_as(v)
 
     def _matrix(self) -> Tensor:
         """H of few outputs, [p, p], formed once for all products between two updates."""
         if self._formed is None:
-            S, Y, inverse, middle = self._window()
-            Q = inverse.clone() @ S
+            Q, Y, middle = self._window()
             self._formed = Q.T @ torch.addmm(Y, middle.clone(), Q, beta=-1)
             self._formed.addmm_(Y.T, Q, alpha=-1).diagonal().add_(1)
         return self._formed
 
     def update(self, s: Tensor, y: Tensor) -> None:
-        """One more pair, with s . y = 1; the oldest goes when the memory is full.
-
-        R^-1 grows by a column, -R^-1 S^T y above 1; without the oldest pair it is its own lower part.
-        """
+        """One more pair, with s . y = 1; the oldest goes when the memory is full."""
         self._formed = None
-        if self.end == len(self._S):
+        if self.end == len(self._Q):
             self._keep(*(t.clone() for t in self._window()))
         self.first = max(self.first, self.end + 1 - self.memory)
-        S, _, inverse, _ = self._window()
-        new, old = self.end, slice(self.first, self.end)
-        if self.pairs:
-            torch.mv(inverse.clone(), S @ y, out=self._inverse[old, new]).neg_()
-        self._inverse[new, new] = 1
-        self._S[new], self._Y[new] = s, y
+        new = self.end
+        Q = self._Q[self.first : new]
+        if new > self.first:
+            Q.addr_(Q @ y, s, alpha=-1)
+        self._Q[new], self._Y[new] = s, y
         self.end += 1
-        _, Y, _, middle = self._window()
+        _, Y, middle = self._window()
         middle[-1] = middle[:, -1] = Y @ y
         middle[-1, -1] += 1
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """The pairs as columns, [p, k]."""
-        S, Y, inverse, middle = (t.clone() for t in self._window())
-        return {"S": S.T, "Y": Y.T, "inverse": inverse, "middle": middle}
+        """Q and the pairs' y as columns, [p, k]."""
+        Q, Y, middle = (t.clone() for t in self._window())
+        return {"Q": Q.T, "Y": Y.T, "middle": middle}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        self._keep(state["S"].T, state["Y"].T, state["inverse"], state["middle"])
+        Q = state["Q"].T if "Q" in state else state["inverse"] @ state["S"].T  # of an earlier version
+        self._keep(Q, state["Y"].T, state["middle"])

@@ -19,8 +19,6 @@ from paraboloid.passes.torch_internals import foreach_mul_ as scale_
 from paraboloid.passes.torch_internals import foreach_norm
 from paraboloid.passes.torch_internals import foreach_sqrt as roots
 
-FEW = 2**16  # entries in all, to copy which takes less than a call for each tensor
-
 __all__ = ["add_", "addcmul_", "added", "dot", "finite", "lerp_", "norm", "norms", "quotients", "roots", "scale_",
            "scaled", "shift_"]  # fmt: skip
 
@@ -40,10 +38,7 @@ def norms(xs: Sequence[Tensor]) -> list[float]:
 
 def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     """The sum of all products, [], in float64."""
-    if sum(x.numel() for x in xs) > FEW or len({x.dtype for x in (*xs, *ys)}) > 1:
-        return torch.stack([(x * y).sum().double() for x, y in zip(xs, ys, strict=True)]).sum()
-    x, y = (torch.cat([t.reshape(-1) for t in ts]) for ts in (xs, ys))  # a few calls, whatever their number
-    return torch.dot(x.double(), y.double())
+    return torch.stack([(x * y).sum().double() for x, y in zip(xs, ys, strict=True)]).sum()
 
 
 def finite(xs: Sequence[Tensor]) -> bool:

@@ -40,10 +40,11 @@ class Reading:
                          recorded counts twice
     """
 
-    __slots__ = ("backward", "gradients", "outputs", "products", "rows", "samples", "uses")
+    __slots__ = ("backward", "biases", "gradients", "outputs", "products", "rows", "samples", "uses")
 
     def __init__(self):
         self.rows, self.uses, self.backward = 0, 0, 0
+        self.biases: list[Tensor] = []  # views that retain their gradients: sums of dL/dz
         self.outputs: Tensor | None = None
         self.gradients: Tensor | None = None
         self.products: Tensor | None = None
@@ -57,6 +58,16 @@ class Reading:
 
     def add_gradients(self, g: Tensor) -> None:
         self.gradients = g if self.gradients is None else self.gradients.add_(g)
+
+    def add_retained(self) -> bool:
+        """What came back through the uses whose biases retain it; once, after the evaluation.  False where nothing did:
+        whoever asks autograd for some gradients only may have left out the bias's."""
+        found = [b.grad for b in self.biases if b.grad is not None]
+        for g in found:
+            self.backward += 1 + g.requires_grad
+            self.add_gradients(g.detach())
+        complete, self.biases = len(found) == len(self.biases), []
+        return complete
 
     def add_products(self, products: Tensor) -> None:
         self.products = products if self.products is None else self.products.add_(products)
@@ -126,7 +137,7 @@ class Readings:
         self.watched = Watched(self.plain, self._read)
         self._names_of_plain = {n for each in self.plain for n in (each.layer.weight, each.layer.bias)}
         self.wrapped = self.root is not model  # a data-parallel wrapper waits for every gradient
-        self.steps, self.settled = 0, False
+        self.steps, self.settled, self.retains = 0, False, True
         self._open: list[Any] = []  # contexts that the model's forward pass runs in
         self.begin()
 
@@ -156,6 +167,8 @@ class Readings:
             yield
         finally:
             self._leave()  # after an interrupt
+            for reading in self.found.values():
+                self.retains = reading.add_retained() and self.retains
             for handle in handles:
                 handle.remove()
             if self.recorder is not None:
@@ -186,18 +199,30 @@ class Readings:
         reading = self.found.get(layer.weight)
         if reading is None:
             reading = self.found[layer.weight] = Reading()
-        if self.saving and plain_layers.is_large(args) and not plain_layers.saved_elsewhere():
-            z = plain_layers.without_weight_gradient(plain.op, args)
-        else:
-            z = plain.op(*args)
+        z = self._output(plain, args, reading)
         reading.uses += 1
-        node: Any = z.grad_fn
-        node.register_prehook(_Arrival(plain, reading))
         shape = z.shape
         reading.add(plain.sum(z), z.numel() // shape[plain.channels], self.passes, shape[0])
         if self.moments:
             with torch.no_grad():
                 reading.add_products(input_moments.of_layer(plain.op, args, z.dtype))
+        return z
+
+    def _output(self, plain: PlainLayer, args: tuple, reading: Reading) -> Tensor:
+        """Of the layer, with what comes back through it to be noted: by its bias, where that is cheap, or by a hook."""
+        large = plain_layers.is_large(args)
+        if self.retains and not large and plain_layers.has_full_bias(args):
+            x, weight, bias, *others = args
+            bias = bias.view_as(bias)  # autograd sums dL/dz for it, and keeps that without a call of Python
+            bias.retain_grad()
+            reading.biases.append(bias)
+            return plain.op(x, weight, bias, *others)
+        if self.saving and large and not plain_layers.saved_elsewhere():
+            z = plain_layers.without_weight_gradient(plain.op, args)
+        else:
+            z = plain.op(*args)
+        node: Any = z.grad_fn
+        node.register_prehook(_Arrival(plain, reading))
         return z
 
     # --- by their rules ------------------------------------------------------------------------------------------

@@ -112,6 +112,11 @@ def is_large(args: tuple) -> bool:
     return args[0].numel() // args[1].shape[1] * args[1].numel() >= LARGE
 
 
+def has_full_bias(args: tuple) -> bool:
+    """Whether there is one whose gradient is summed in at least float32."""
+    return args[2] is not None and args[2].dtype not in (torch.float16, torch.bfloat16)
+
+
 def saved_elsewhere() -> bool:
     """Whether what autograd saves is counted or moved: a checkpoint expects the same tensors in both passes."""
     return saved_tensor_hooks() is not None
