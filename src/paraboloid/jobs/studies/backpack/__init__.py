@@ -50,14 +50,14 @@ class Plan:
     """
 
     problems: tuple[tuple[str, dict[str, Any], int, int], ...] = (
-        ("digits-mlp", {}, 64, 10), ("digits-cnn", {}, 64, 10),
-        ("shapes-cnn", {"samples": 1000, "width": 0.25}, 32, 12),
+        ("digits-mlp", {}, 64, 10), ("digits-cnn", {}, 64, 8),
+        ("shapes-cnn", {"samples": 1000, "width": 0.25}, 32, 8),
     )  # fmt: skip
     methods: tuple[str, ...] = tuple(METHODS)
     settings: int = 4
     seeds: int = 3
     points: int = 10
-    rounds: int = 9
+    rounds: int = 7
     most: float = 30.0
     keep: str | None = None
 
@@ -97,7 +97,10 @@ def measure(plan: Plan, seed: int = 0, progress: Progress | None = None) -> dict
         report(name, 0, totals[name])
         problem = problems.load(name, seed=seed, **options)
         note = partial(_note, report, name, done, totals[name])
-        costs = _costs(problem, batch_size, plan.rounds, note)
+        timed = partial(_costs, problem, batch_size, plan.rounds)
+        costs = timed() if kept is None else kept.once([name, options, batch_size, plan.rounds, "costs"], timed)
+        for _ in QUANTITIES:
+            note()
         methods, left_out = _affordable(plan, costs)
         for _ in range(totals[name] - _trainings(plan, methods) - len(QUANTITIES)):
             note()
@@ -127,7 +130,7 @@ def _note(report: Progress, name: str, done: Any, total: int) -> None:
     report(name, next(done), total)
 
 
-def _costs(problem: Problem, batch_size: int, rounds: int, note: Callable[[], None]) -> list[dict[str, Any]]:
+def _costs(problem: Problem, batch_size: int, rounds: int) -> list[dict[str, Any]]:
     """Medians over rounds of each quantity's time over that of the gradient beside it; both with the forward pass."""
     model, loss_fn = problem.model, loss_of(problem.loss_fn)
     assert loss_fn is not None  # a classifier's
@@ -146,7 +149,6 @@ def _costs(problem: Problem, batch_size: int, rounds: int, note: Callable[[], No
         ratios = [_seconds(run) / _seconds(gradient) for _ in range(rounds)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         rows.append({"quantity": quantity, "gradients": middle, "low": low, "high": high})
-        note()
     return rows
 
 
