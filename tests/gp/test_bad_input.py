@@ -110,6 +110,8 @@ def test_duplicate_inputs_are_answered_with_noise_and_refused_without():
         assert (gp.mean(NEW) - mean).norm() < 1e-3 * mean.norm()
     with pytest.raises(torch.linalg.LinAlgError, match=r"expected a positive definite matrix\. Raise noise_variance"):
         pb.gp.condition(pb.gp.RBF(), x, y, 0.0)
+    with pytest.raises(torch.linalg.LinAlgError, match="take out duplicate"):  # its pivots are tiny, and positive
+        pb.gp.condition(pb.gp.Matern(0.5, 1.2, 0.7), torch.cat([X, X, X[:5]]), torch.cat([Y, Y + 0.1, Y[:5]]), 0.0)
 
 
 def test_without_noise_the_data_is_interpolated():
@@ -123,10 +125,26 @@ class Indefinite(pb.gp.RBF):
         return super().tile(left, right, buffers).neg_()
 
 
-@pytest.mark.parametrize("solver", ["cholesky", "cg", "block"])
+class Negative(pb.gp.RBF):
+    def diagonal(self, x):
+        return -super().diagonal(x)
+
+
+@pytest.mark.parametrize("solver", ["cholesky", "cg", "block", "sdd"])
 def test_a_kernel_that_is_not_positive_definite_is_refused(solver):
     with pytest.raises((ValueError, torch.linalg.LinAlgError), match="expected a positive"):
         pb.gp.condition(Indefinite(), X, Y, NOISE, solver=solver, samples=0)
+    with pytest.raises(ValueError, match="the kernel Negative is -1 at input 0 with itself; expected"):
+        pb.gp.condition(Negative(), X, Y, NOISE, solver=solver, samples=0)
+
+
+def test_numbers_of_a_kernel_may_have_a_graph_and_inputs_must_have_values():
+    lengthscale = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    gp = pb.gp.condition(pb.gp.Matern(1.5, lengthscale) + pb.gp.RBF(), X, Y, NOISE, samples=2)
+    plain = pb.gp.condition(pb.gp.Matern(1.5, lengthscale.detach()) + pb.gp.RBF(), X, Y, NOISE, samples=2)
+    assert torch.equal(gp.sample(NEW), plain.sample(NEW)) and not gp.mean(NEW).requires_grad
+    with pytest.raises(ValueError, match="x is on the device 'meta', which holds no numbers"):
+        pb.gp.condition(KERNEL, X.to("meta"), Y, NOISE)
 
 
 def test_one_point_constant_targets_integers_and_mixed_types():

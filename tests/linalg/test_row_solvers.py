@@ -100,6 +100,20 @@ def test_repeated_columns_are_taken_once():
         pivoted_columns(torch.zeros(3, 3), torch.zeros(3), 2)
 
 
+@pytest.mark.parametrize("solver", [sdd, block_solves, cg_solution])
+def test_of_many_rows_some_tell_the_residual(solver, monkeypatch):
+    monkeypatch.setattr("paraboloid.linalg.row_blocks.LARGE", 100)
+    monkeypatch.setattr("paraboloid.linalg.row_blocks.LOOKED_AT", 60)
+    found = solver(DenseRows(A), B, 1e-6, 4)
+    measured = float(((B - A @ found.x).norm(dim=0) / B.norm(dim=0)).max())
+    assert found.residual == pytest.approx(measured, rel=0.3) and found.residual != measured
+
+
+def test_a_matrix_that_no_step_suits_is_refused():
+    with pytest.raises(torch.linalg.LinAlgError, match="far below what is safe; expected a positive definite A"):
+        sdd(A - 5 * torch.eye(120, dtype=A.dtype), B)
+
+
 def test_errors():
     with pytest.raises(ValueError, match=r"A is a Tensor of shape \(3, 4\); expected a square tensor"):
         row_blocks(torch.zeros(3, 4))

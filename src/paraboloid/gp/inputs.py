@@ -84,15 +84,24 @@ def numbers(name: str, value: Any, device: torch.device | None = None) -> Tensor
 
 
 def check_kernel(kernel: Kernel, x: Tensor) -> None:
-    """ValueError where the kernel's dimensions are not the data's, or scaled inputs leave the range of their type."""
+    """ValueError where the kernel's dimensions are not the data's, scaled inputs leave the range of their type, or a
+    variance k(x, x) is negative or not finite."""
     for part in kernel.points(x, x.mean(0)):
         if not bool(part.isfinite().all()):
             raise ValueError(f"the inputs reach {float(x.abs().max()):.3g}, whose squares in lengthscales of "
                              f"{kernel!r} overflow in {x.dtype}; expected inputs of moderate size: rescale "
                              "them.")  # fmt: skip
+    variances = kernel.diagonal(x)
+    bad = ~(variances >= 0) | variances.isinf()
+    if bool(bad.any()):
+        first = int(bad.nonzero()[0])
+        raise ValueError(f"the kernel {type(kernel).__name__} is {float(variances[first]):.4g} at input {first} with "
+                         "itself; expected a positive semi-definite one, whose variances are at least 0.")  # fmt: skip
 
 
 def _check_finite(name: str, t: Tensor) -> None:
+    if t.is_meta:
+        raise ValueError(f"{name} is on the device 'meta', which holds no numbers; expected a tensor with values.")
     finite = torch.isfinite(t)
     if not bool(finite.all()):
         bad = ~finite if t.dim() == 1 else ~finite.all(1)

@@ -25,7 +25,9 @@ def kernel_of(kernel: Any) -> Kernel:
     belongs into `noise_variance`.
     """
     if isinstance(kernel, Kernel):
-        return kernel
+        values = kernel.hyperparameters()
+        graphs = any(v.requires_grad for v in values.values())  # tiles are formed in place
+        return kernel.replaced({name: v.detach() for name, v in values.items()}) if graphs else kernel
     origin = [c.__module__.split(".")[0] for c in type(kernel).__mro__]
     if "gpytorch" in origin:
         return _of_gpytorch(kernel)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from paraboloid.linalg.operand import LinAlgError, Operand, check_count
+from paraboloid.linalg.row_blocks import relative_residual
 from paraboloid.linalg.solution import Solution
 
 
@@ -73,14 +74,14 @@ def cg_solution(
     A, b, x0, M, limit = _checked(A, b, x0, preconditioner, tol, max_iterations)
     history: list[tuple[float, float]] = []
     norms = b.norm(dim=0) if b.dim() == 2 else b.norm().view(1)
-    columns, made, passes = b if b.dim() == 2 else b.unsqueeze(1), 0, 0
+    columns, made, passes = b if b.dim() == 2 else b.unsqueeze(1), 0, 0.0
     x, residual = x0, float("inf")
     for _ in range(3):
         run = _iterate(A, b, x, limit - made, M, _Told(tol, norms, history))
         _check_curvature(run)
-        made, passes = made + run.iterations, passes + run.iterations + (x is not None) + 1
-        left = (columns - A @ run.x).norm(dim=0)
-        x, before, residual = run.x.view(b.shape), residual, float((left / torch.where(norms > 0, norms, 1)).max())
+        before, (residual, seen) = residual, relative_residual(A.A if hasattr(A.A, "rows") else A, columns, run.x)
+        made, passes = made + run.iterations, passes + run.iterations + (x is not None) + seen
+        x = run.x.view(b.shape)
         if residual <= tol or made >= limit or residual > before / 2:
             break
     return Solution(cast(Tensor, x), residual, made, passes, None, history)

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paraboloid.linalg.operand import check_count
+from paraboloid.linalg.operand import LinAlgError, check_count
 from paraboloid.linalg.probes import Seed, generator_of
-from paraboloid.linalg.row_blocks import columns_like, row_blocks
+from paraboloid.linalg.row_blocks import columns_like, relative_residual, row_blocks
 from paraboloid.linalg.solution import Solution
 
 PROBED, SAFETY, DIVERGED = 8, 0.7, 10.0
 AVERAGED = 8  # steps between two updates of the average: it is dense, a step is not
+TINY = 64  # a step so many times smaller than the safe one that diverges too says that A is not positive definite
 PASSES, ENTRIES = 2000, 10**10  # it ends after so many passes over A, or this many of its entries: the later
 
 
@@ -40,7 +41,7 @@ def sdd(
     random permutation, B = batch_size.  The safe step hardly depends on B, and D / B of them make a pass over A: small
     blocks go further with the same work, until their overhead shows (the paper, on GPUs, takes 512).  `step_size=None`
     takes `safe_step`; a larger one of the caller's that diverges is noticed by the growing residual, halved, and told
-    in `notes`.
+    in `notes`; `torch.linalg.LinAlgError` where even small ones diverge: A is not positive definite.
 
     `steps=None` stops when the average's residual is at most tol ||b|| in every column, or after `max_passes` (2000, or
     10^10 entries of A where these are more: a small system may be as badly conditioned as a large one); a number makes
@@ -170,6 +171,11 @@ class _Descent:
 
     def _halve(self, estimate: float) -> None:
         self.step /= 2
+        if TINY * self.step < safe_step(self.A, self.B):
+            raise LinAlgError(
+                f"the residual grew to {estimate:.3g} times the right-hand side at a step size of "
+                f"{2 * self.step:.3g}, far below what is safe; expected a positive definite A."
+            )
         self.notes.append(
             f"the residual grew to {estimate:.3g} times the right-hand side at a step size of {2 * self.step:.3g}: "
             f"started again with {self.step:.3g}"
@@ -177,6 +183,7 @@ class _Descent:
         self._from_start()
 
     def measured(self) -> float:
-        """||b - A average|| / ||b||, the largest over the columns; a product with all of A."""
-        self.passes += 1
-        return float((self.b - self.A @ self.average).norm(dim=0).div(self.norms).max())
+        """||b - A average|| / ||b||, the largest over the columns."""
+        value, seen = relative_residual(self.A, self.b, self.average)
+        self.passes += seen
+        return value

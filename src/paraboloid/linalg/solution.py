@@ -10,7 +10,7 @@ from torch import Tensor
 @dataclass(frozen=True, eq=False)
 class Solution:
     """x           [D] or [D, K]: the approximate solution of A x = b
-    residual    the largest ||b - A x|| / ||b|| over the columns, measured with A (not estimated)
+    residual    the largest ||b - A x|| / ||b|| over the columns, measured with A; above 200,000 rows on 10,000 of them
     iterations  how many were made
     passes      how often the entries of A were gone through, measuring included
     step        the step size it ended with; None for methods without one
