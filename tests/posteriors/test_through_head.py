@@ -51,7 +51,8 @@ def pulled(run, monkeypatch):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("options", [
     {"structure": "kron"}, {"structure": "diag"}, {"structure": "ekfac"}, {"structure": "kron", "debias": True},
-    {"structure": "kron", "max_memory": 2**19},
+    {"structure": "kron", "max_memory": 2**19}, {"structure": "lowrank"}, {"structure": "lowrank", "max_memory": 2**19},
+    {"structure": "functional", "subset": 1},
 ])  # fmt: skip
 def test_variances_are_those_of_the_jacobian(options, bias, monkeypatch):
     posterior, ids = fitted(model=Words(bias=bias), **options)

@@ -6,10 +6,14 @@ Where the head's weights are independent of all others under the posterior, at e
 
 with J_h the Jacobian of the features in the weights before them: T q vectors are pulled back for a sample of T
 positions, not T C.  A language model has far more words than features.
+
+Under a low-rank precision Sigma is the prior's less C^T C: to the prior's variance, which is as above, come products
+with the R rows of C, J C^T = W (J_h C^T) + those of the head's own weights, [N, C, R].
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,12 +28,14 @@ from paraboloid.posteriors.precision import Precision
 from paraboloid.posteriors.prediction.jacobian import Jacobian, pull_outputs, recorded
 from paraboloid.posteriors.prediction.last_layer import Head, head_of
 from paraboloid.posteriors.prediction.moments import PROBE, element_bytes
-from paraboloid.posteriors.structures.eigenbasis import InEigenbasis, Mixture
+from paraboloid.posteriors.structures.eigenbasis import InEigenbasis, Mixture, diagonal_of
+from paraboloid.posteriors.structures.rows import Woodbury
 
 if TYPE_CHECKING:
     from paraboloid.data.batches import Inputs
     from paraboloid.posteriors.posterior import Posterior
 
+ROWS = 256  # of a low-rank curvature, up to which it is taken
 FEWER = 2  # times as many outputs as features, from which on it is taken
 
 
@@ -38,7 +44,8 @@ def variances(
 ) -> tuple[Tensor, Tensor] | None:
     """Mean and variance of the outputs, chunked over samples; None where the last layer is of another kind, shares a
     weight, or has no fewer features than outputs, or where one sample's features do not fit into the memory."""
-    if not isinstance(precision, InEigenbasis | Mixture):
+    few = isinstance(precision, Woodbury) and precision.formed <= ROWS
+    if not (few or isinstance(precision, InEigenbasis | Mixture)):
         return None
     limit = JACOBIANS.of(posterior.max_memory, device_of(inputs))
     like = ("head", tuple((t.shape[1:], t.dtype) for t in tensors(inputs)))
@@ -57,7 +64,9 @@ def variances(
                 return None
             if not planned:
                 J = pull_outputs(tape, features.h, range(features.size))
-                bytes_each = features.size * element_bytes(J, len(f) * features.size, features.size)
+                beside = precision.formed * len(tape.parameters[features.head.weight]) if few else 0
+                formed = features.size + beside // features.size
+                bytes_each = features.size * element_bytes(J, len(f) * features.size, formed)
                 known[like] = max(1, int(bytes_each)) if bytes_each * least <= limit else None
                 if known[like] is None or len(f) != min(cut.samples, max(least, limit // known[like])):
                     continue  # from the start: the chunks, and with them the rounding, are those of every later call
@@ -74,19 +83,41 @@ class Features:
         self.f, self.head, self.h = f, head, h
         self.size = h.shape[-1]
 
-    def variances(self, tape: Tape, precision: InEigenbasis | Mixture, memory: int | None) -> Tensor:
+    def variances(self, tape: Tape, precision: Any, memory: int | None) -> Tensor:
         N, own = len(self.h), {self.head.weight, self.head.bias}
         W = tape.parameters[self.head.weight].detach()
+        below = {k: p for k, p in tape.parameters.items() if k not in own}
+        taken = None
+        if isinstance(precision, Woodbury):  # the prior's variance, less what the rows take away
+            taken = dict(zip(tape.parameters, precision.determined.split(_sizes(tape.parameters), 1), strict=True))
+            nothing = {k: torch.zeros_like(p) for k, p in tape.parameters.items()}
+            precision = InEigenbasis(diagonal_of(tape.parameters, nothing), precision.prior, precision.strength)
         parts = []
         for first in range(0, self.h[0].numel(), self.size):
             J = pull_outputs(tape, self.h, range(first, first + self.size))
-            others = Jacobian(J.outputs, {k: o for k, o in J.uses.items() if k not in own}, tape.parameters)
+            others = Jacobian(J.outputs, {k: o for k, o in J.uses.items() if k in below}, below)
             with torch.no_grad():
                 covariance = precision.covariance(others, False, memory)  # [N, q, q]
-                parts.append(((W @ covariance) * W).sum(2))
+                found = ((W @ covariance) * W).sum(2)
+                if taken is not None:
+                    own_part = self._of_head(taken, first // self.size)
+                    rows = torch.cat([taken[k] for k in below], 1)
+                    found -= (W @ others.times(rows) + own_part).square().sum(2)
+                parts.append(found)
         with torch.no_grad():
             each = torch.stack(parts, 1).flatten(0, 1) + self.head.variances(precision)
             return self.head.put(self.f, each.view(N * len(parts), -1))
+
+    def _of_head(self, rows: dict[str, Tensor], position: int) -> Tensor:
+        """J r of the head's own weights for rows [R, ..] of each, [N, C, R]."""
+        phi = self.head.phi.unflatten(0, (len(self.h), -1))[:, position]  # [N, F]
+        W = rows[self.head.weight].unflatten(1, (-1, phi.shape[1]))  # [R, C, F]
+        found = torch.einsum("nf,rcf->ncr", phi, W)
+        return found if self.head.bias is None else found + rows[self.head.bias].T
+
+
+def _sizes(parameters: Mapping[str, Tensor]) -> list[int]:
+    return [p.numel() for p in parameters.values()]
 
 
 def _features(tape: Tape, f: Tensor, posterior: Posterior) -> Features | None:

@@ -153,6 +153,11 @@ class Woodbury(Precision):
             self._factor, root * self.curvature.A * s.square(), upper=False
         )
 
+    @property
+    def determined(self) -> Tensor:
+        """C [R, D] with Sigma = Lambda^-1 - C^T C: what the rows take away from the prior."""
+        return self._left_out[1]
+
     def apply(self, rows: Tensor) -> Tensor:
         if "_left_out" not in self.__dict__ and len(rows) * 4 < len(self.curvature.A):
             (s, root), A = self._root, self.curvature.A
