@@ -89,22 +89,34 @@ def batches(data: Any) -> Iterator[Batch]:
                          "once: pass a list or a DataLoader.)")  # fmt: skip
 
 
-def run(model: Any, inputs: Inputs) -> Any:
-    """What the model returns on `inputs`, whatever it is; see `call`."""
+def arguments(inputs: Inputs) -> tuple[tuple, dict]:
+    """What a model is called with: a dict is passed as keywords, a tuple or list as positional arguments.
+
+    Raises ValueError for nested tensors.
+    """
     check_not_nested(inputs)
     inputs = _ordinary(inputs)
     if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
+
+
+def run(model: Any, inputs: Inputs) -> Any:
+    """What the model returns on `inputs`, whatever it is; see `call`."""
+    args, kwargs = arguments(inputs)
+    return model(*args, **kwargs)
 
 
 def call(model: nn.Module, inputs: Inputs, output: Output | None = None) -> Tensor:
-    """The model's output tensor on `inputs`: a dict is passed as keywords, a tuple or list as positional arguments.
+    """The model's output tensor on `inputs`, see `arguments`.
 
-    `output` picks the tensor from a structured result, e.g. ``lambda o: o.logits``.  Raises ValueError for nested
-    tensors among the inputs.
+    `output` picks the tensor from a structured result, e.g. ``lambda o: o.logits``.
     """
-    result = run(model, inputs)
+    return picked(run(model, inputs), output)
+
+
+def picked(result: Any, output: Output | None) -> Tensor:
+    """The tensor in what a model returned; raises ValueError where it is none."""
     result = output(result) if output is not None else result
     if not isinstance(result, Tensor):
         raise ValueError(f"the model returned a {type(result).__name__}; expected a tensor. Pass output=, a function "
@@ -129,7 +141,7 @@ def check_not_nested(inputs: Inputs) -> None:
     """Raise ValueError for a nested tensor among the inputs of a model."""
     parts = list(inputs.values()) if isinstance(inputs, Mapping) else inputs
     parts = parts if isinstance(parts, tuple | list) else [parts]
-    if any(isinstance(t, Tensor) and t.is_nested for t in parts):
+    if True in [isinstance(t, Tensor) and t.is_nested for t in parts]:
         raise ValueError("an input is a nested (jagged) tensor, whose samples lie along no axis of one tensor; "
                          "expected padded inputs: torch.nested.to_padded_tensor(x, 0.0), with a mask as an input of "
                          "the model.")  # fmt: skip

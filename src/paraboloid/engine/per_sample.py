@@ -18,12 +18,12 @@ from paraboloid.engine.sample_independence import Layout, Owned
 from paraboloid.layers import Use
 from paraboloid.layers.registry import value_of
 from paraboloid.passes.modes import autocast
-from paraboloid.reductions.outer import Outer, known
+from paraboloid.reductions.outer import EVERYTHING, Outer, known
 from paraboloid.reductions.products import Lookup, Vector, product
 from paraboloid.reductions.right import Right
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Part:
     """One weight of one call, ready for gradients g [V *z]; `root` is a parameter or derived from some.
 
@@ -40,18 +40,18 @@ class Part:
 
 def rule_parts(call: Any, layout: Layout | Owned, aliases: Mapping[int, Alias]) -> list[Part] | None:
     """The parts of every weight of the call by its rule, or None where no rule applies to these arguments."""
-    wanted = {id(w) for w in call.weights}
-    uses = [u for u in call.uses() if id(u.weight) in wanted]
-    if {id(u.weight) for u in uses} != wanted:
-        return None
+    wanted, had = set(map(id, call.weights)), set[int]()
     parts: list[Part] = []
-    for use in uses:
-        alias = aliases.get(id(use.weight))
-        found = (_complex_parts if call.is_complex else _parts)(call.shape, layout, use, alias)
+    make = _complex_parts if call.is_complex else _parts
+    for use in call.uses():
+        if (at := id(use.weight)) not in wanted:
+            continue
+        had.add(at)
+        found = make(call.shape, layout, use, aliases.get(at))
         if found is None:
             return None
         parts += found
-    return parts
+    return parts if had == wanted else None
 
 
 def _complex_parts(
@@ -111,11 +111,10 @@ def blocked(call: Any, layout: Layout | Owned, aliases: Mapping[int, Alias]) -> 
 
 def _parts(shape: torch.Size, layout: Layout | Owned, use: Use, alias: Alias | None) -> list[Part] | None:
     """One part for each root of the weight; None where the samples lie along an axis of the weight itself."""
-    alias = itself(use.weight) if alias is None else alias
-    places = _places(use, alias)
-    if places is None:  # not rows of the roots: differentiated through instead
+    places = None if alias is None else _places(use, alias)
+    if alias is None or places is None:  # a parameter itself, or not rows of the roots: differentiated through instead
         alias = itself(use.weight)
-        places = [Place(alias.pieces[0], slice(None), 0, 0)]
+        places = [Place(alias.pieces[0], EVERYTHING, 0, 0)]
     shape_of_z = shape
     if use.shape is not None:
         if isinstance(layout, Owned) or use.shape[layout.axis] != shape[layout.axis]:
@@ -131,10 +130,15 @@ def _parts(shape: torch.Size, layout: Layout | Owned, use: Use, alias: Alias | N
         axis, (a, N, b) = layout
         if axis not in rows:
             return None
-        at, sizes = rows.index(axis), [shape[i] for i in rows]
-        split = (math.prod(sizes[:at]) * a, N, b * math.prod(sizes[at + 1 :]))
+        for i in rows:
+            if i < axis:
+                a *= shape[i]
+            elif i > axis:
+                b *= shape[i]
+        split = (a, N, b)
     made: dict[int, Right] = {}  # by place: every pull has the same input side, which may be kept unfolded
     ordered, single = rows == tuple(range(len(rows))), split[0] == split[2] == 1
+    plain = single and sorted_rows is None and (use.rows is not None or ordered)
 
     def rowed(left: Tensor) -> Tensor:
         """[V N G a b T p], the sample's rows a and b apart; [V N G T p] where both are one."""
@@ -148,19 +152,26 @@ def _parts(shape: torch.Size, layout: Layout | Owned, use: Use, alias: Alias | N
 
     def outer(place: Place, g: Tensor, power: int = 1) -> Outer:
         root, flip = place.piece.root, use.flip ^ alias.turned
-        precision = accumulation(root.dtype)
-        left = rowed(use.pull(g.to(precision), power)).to(precision)  # under autocast g is shorter than the weight
+        precision = accumulation(root.dtype)  # under autocast g is shorter than the weight
+        left = use.pull(g if g.dtype == precision else g.to(precision), power)
+        if not plain:
+            left = rowed(left)
+        elif use.rows is None:
+            left = left.reshape(left.shape[0], -1, 1, 1, alias.shape.numel())
+        left = left if left.dtype == precision else left.to(precision)
+        moves = place.moves
         if use.right is None:
             if left.shape[3:-1].numel() > 1:
                 left = left.sum(3 if single else (3, 4, 5)).unsqueeze(3)
-            left = place.put(left if single else left.flatten(3, -2), -1)
+            left = left if single else left.flatten(3, -2)
+            left = place.put(left, -1) if moves else left
             if place.piece.table is not None:
                 return _table_rows(left, *place.piece.table)
             return Vector(left, root.shape)
         left, q = left if single else left.flatten(3, 5), use.q
-        if flip and place.moves:
+        if flip and moves:
             q = root.numel() // left.shape[-1]
-        elif place.moves:
+        elif moves:
             left = place.put(left, -1)
         if id(place) not in made:
             dtype = None if use.lookup else precision
@@ -224,7 +235,7 @@ class SortedRows:
         return rows.masked_fill((index < 0).view(-1, *[1] * (rows.dim() - 1)), -1 if lookup else 0)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Place:
     """Where rows of a weight lie in a root: `rows` of the weight, behind `before` rows of the root, `after` follow."""
 
@@ -233,9 +244,8 @@ class Place:
     before: int
     after: int
 
-    @property
-    def moves(self) -> bool:
-        return self.rows != slice(None) or self.before + self.after > 0
+    def __post_init__(self):
+        self.moves = self.rows != EVERYTHING or self.before + self.after > 0
 
     def put(self, t: Tensor, axis: int) -> Tensor:
         """The weight's rows along an axis of t, among zeros for the root's other rows."""
@@ -295,12 +305,14 @@ def _table_rows(left: Tensor, table: Tensor, positions: Tensor) -> Outer:
 
 def accumulation(dtype: torch.dtype) -> torch.dtype:
     """The type that a weight's outer products and their sums are kept in: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
+    return dtype if dtype == torch.float32 else torch.promote_types(dtype, torch.float32)
 
 
 def broadcast_axes(shape: torch.Size, weight: torch.Size) -> tuple[int, ...]:
     """Axes of the output along which a weight of the given shape is broadcast (aligned from the right)."""
     lead = len(shape) - len(weight)
+    if 1 not in weight:
+        return tuple(range(lead))
     return tuple(i for i in range(len(shape)) if i < lead or weight[i - lead] == 1)
 
 

@@ -59,7 +59,8 @@ class Call:
     @property
     def is_fresh(self) -> bool:
         """Whether nothing that it used was modified since."""
-        return versions([t for t, _ in self.held]) == [had for _, had in self.held]
+        held = self.held
+        return not held or versions([t for t, _ in held]) == [had for _, had in held]
 
     def uses(self) -> list[Use]:
         """What the operation's rule says of these arguments; nothing where there is none that takes them."""
@@ -105,15 +106,17 @@ def tensors(*trees: Any) -> list[Tensor]:
 
 def _unmoved(ts: list[Tensor], before: list[int]) -> list[tuple[Tensor, int]]:
     """Those that still have the versions they had, with these."""
-    return [(t, b) for t, b, now in zip(ts, before, versions(ts), strict=True) if now == b]
+    if (now := versions(ts)) == before:
+        return list(zip(ts, now, strict=True))
+    return [(t, b) for t, b, v in zip(ts, before, now, strict=True) if v == b]
 
 
 def _unshared(z: Tensor, inputs: list[Tensor]) -> Tensor:
-    """z as a tensor of its own where the operation made it as a view of its inner result (F.linear on [N T D]).
+    """z, a view, as a tensor of its own where the operation made it of its inner result (F.linear on [N T D]).
 
     An in-place activation on such a view would be routed around the call's output in the graph.
     """
-    if not is_view(z) or any((base := base_of(z)) is t or base is base_of(t) for t in inputs):
+    if any((base := base_of(z)) is t or base is base_of(t) for t in inputs):
         return z
     return unsafe_view(z, z.shape)
 
@@ -131,7 +134,9 @@ def lowered(op: Callable) -> Callable | None:
 
 def _modules(model: Any) -> list[nn.Module]:
     """The modules of a model; of a plain callable those that it holds."""
-    held: list[Any] = [model] if isinstance(model, nn.Module) else list(getattr(model, "__dict__", {}).values())
+    if isinstance(model, nn.Module):
+        return modules_of(model)
+    held: list[Any] = list(getattr(model, "__dict__", {}).values())
     return [m for part in held if isinstance(part, nn.Module) for m in modules_of(part)]
 
 
@@ -142,7 +147,7 @@ def _own_parameters(model: Any) -> list[Tensor]:
 class Recorder(TorchFunctionMode):
     """Notes the calls of everything that runs while it is active; `names` maps the ids of the tracked parameters."""
 
-    def __init__(self, model: nn.Module, names: Mapping[int, str]):
+    def __init__(self, model: nn.Module, names: Mapping[int, str], modules: list[nn.Module] | None = None):
         super().__init__()
         self.names = names
         self.calls: list[Call] = []
@@ -154,41 +159,48 @@ class Recorder(TorchFunctionMode):
         self.hooked = False  # whether a hook may change gradients on their way
         self.batch_norms: list[tuple[Any, Hook]] = []  # those that ran in training mode: graph node, and what holds it
         self.attributes: list[Tensor] = []  # of modules, neither parameters nor buffers, that hold numbers
-        known: list[Tensor] = [] if isinstance(model, nn.Module) else _own_parameters(model)
-        for module in _modules(model):
-            known += tensors(*own_tensors(module))
+        known: list[Any] = [] if isinstance(model, nn.Module) else _own_parameters(model)
+        for module in modules or _modules(model):
+            for own in own_tensors(module):
+                known += own.values()
             # Plain attributes may be constants (positions, masks), or an input that the module kept: numbers are data.
-            for name, value in vars(module).items():
-                if name not in OF_EVERY_MODULE and isinstance(value, KEEPERS):
-                    found = tensors(value)
-                    known += [t for t in found if not t.is_floating_point()]
-                    self.attributes += [t for t in found if t.is_floating_point() and not t.requires_grad]
-        self.mark_clean(known)
+            attributes = vars(module)
+            for name in attributes.keys() - OF_EVERY_MODULE:
+                if isinstance(value := attributes[name], KEEPERS):
+                    self._attribute(tensors(value), known)
+        self.mark_clean([t for t in known if t is not None])
+
+    def _attribute(self, found: list[Tensor], known: list[Any]) -> None:
+        known += [t for t in found if not t.is_floating_point()]
+        self.attributes += [t for t in found if t.is_floating_point() and not t.requires_grad]
 
     def mark_clean(self, things: list[Tensor]) -> None:
         """Clean until its version moves."""
         for t, at in zip(things, versions(things), strict=True):
             self.clean[id(t)] = t, at
 
-    def _is_clean(self, t: Tensor) -> bool:
-        if id(t) in self.names:
-            return True  # an optimiser's step makes no data of a parameter
-        known = self.clean.get(id(t))
-        if known is not None and known[1] == version(t):
-            return True
-        return t.dim() == 0 and not t.requires_grad  # a number holds no samples, wherever it comes from
-
     def __torch_function__(self, op, types_, args=(), kwargs=None):
         kwargs = kwargs or {}
         self.hooked = self.hooked or op is Tensor.register_hook
-        inputs = tensors(*args, *kwargs.values())
-        clean = list(map(self._is_clean, inputs))
+        inputs, clean, names, held = [], [], self.names, self.clean
+        for part in (*args, *kwargs.values()) if kwargs else args:
+            if isinstance(part, Tensor):
+                inputs.append(part)
+            elif isinstance(part, CONTAINERS) and part:
+                inputs += tensors(part)
+        for t in inputs:
+            if (at := id(t)) in names:
+                clean.append(True)  # an optimiser's step makes no data of a parameter
+            elif at in held and held[at][1] == version(t):
+                clean.append(True)
+            else:  # a number holds no samples, wherever it comes from
+                clean.append(t.dim() == 0 and not t.requires_grad)
         if inputs and True not in clean and op is not F.batch_norm:  # data alone
             z = op(*args, **kwargs)
             self.handed_in.note(op, inputs, z)
             return z
         before = versions(inputs)
-        weights, below, mixes, all_clean = [], [], False, all(clean)
+        weights, below, mixes, all_clean = [], [], False, False not in clean
         if torch.is_grad_enabled():
             for t, c in zip(inputs, clean, strict=True):
                 if t.requires_grad:
@@ -199,7 +211,7 @@ class Recorder(TorchFunctionMode):
                     z = inner(*args, **kwargs)
                 if z is not NotImplemented:
                     return z
-        below = [get_gradient_edge(t).node for t in below] if mixes else []
+        below = [t.grad_fn or get_gradient_edge(t).node for t in below] if mixes else []
         z = op(*args, **kwargs)
         self.handed_in.note(op, inputs, z)
         # of a weight that is standardised by a batch norm no samples are mixed
@@ -208,7 +220,8 @@ class Recorder(TorchFunctionMode):
         if all_clean or (op in STRETCHES and clean[0]):
             self._note_clean(op, args, kwargs, inputs, clean, before, weights, z)
         elif mixes and isinstance(z, Tensor) and z.requires_grad:
-            z = _unshared(z, inputs)
+            if is_view(z):
+                z = _unshared(z, inputs)
             still = _unmoved(inputs, before)
             if len(still) == len(inputs) or op in HARMLESS:  # the completeness walk finds what other calls hide
                 self.calls.append(_call(op, args, kwargs, z, weights, below, still))

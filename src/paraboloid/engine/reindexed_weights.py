@@ -23,7 +23,7 @@ REPEATS = {Tensor.repeat, torch.tile, Tensor.tile}
 JOINS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Piece:
     """The elements start..stop of `root`, in row-major order; `root` is a parameter, or itself computed from some.
 
@@ -36,7 +36,7 @@ class Piece:
     table: tuple[Tensor, Tensor] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Alias:
     """A weight that holds the elements of its pieces, one after another, in `shape`; transposed afterwards if `turned`.
 

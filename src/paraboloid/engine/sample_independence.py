@@ -80,9 +80,9 @@ def _random_like(f: Tensor, generator: torch.Generator) -> Tensor:
 
 def certify(
     f: Tensor, calls: Sequence[Any], parameters: Sequence[Tensor], where: Callable[[Any], str], spread: int = WIDE
-) -> tuple[Layouts, tuple[Tensor, list[Tensor | None], list[Tensor | None]]]:
+) -> tuple[Layouts, tuple[list[Tensor | None], list[Tensor | None]]]:
     """The layout of the samples at every call (None where nothing flows back), and one pull to check the rules with:
-    the random vector, its gradients at the calls, and autograd's own gradients of the parameters.
+    of a random vector the gradients at the calls, and autograd's own gradients of the parameters.
 
     Costs two pulls and one parameter gradient.  Raises ValueError, naming the call, where the samples mix.
     """
@@ -146,7 +146,7 @@ def certify(
             f"entry is {size:.2g}, where {f.dtype} has few digits left. What such calls add is zero up to rounding.",
             stacklevel=2,
         )
-    return layouts, (u, gs, truth)
+    return layouts, (gs, truth)
 
 
 class Mixing(ValueError):

@@ -12,7 +12,7 @@ belongs to all of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from paraboloid.passes.wrappers import innermost
 
 MOST = 3  # different lengths, beyond which no input is taken for a shared one
 UNFIT = RuntimeError, ValueError, IndexError, TypeError, AssertionError, KeyError  # of shapes that do not fit
+_AS_IT_IS = nullcontext()
 CLOSE = 10.0  # square roots of eps that outputs may differ by
 
 
@@ -39,14 +40,13 @@ class SharedInputs:
         self.inputs: list[tuple[tuple, dict]] = []
         self._open: list[ExitStack] = []
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> AbstractContextManager[None]:
         """Passes of the model inside the block are recorded so; its hooks are as before afterwards."""
         root = innermost(self.model)
-        if not isinstance(root, nn.Module):
-            yield
-            return
+        return self._watching(root) if isinstance(root, nn.Module) else _AS_IT_IS
 
+    @contextmanager
+    def _watching(self, root: nn.Module) -> Iterator[None]:
         def before(module: Any, args: tuple, kwargs: dict) -> None:
             stack = ExitStack()
             stack.enter_context(self.seen(args, kwargs))
@@ -66,18 +66,22 @@ class SharedInputs:
             for handle in handles:
                 handle.remove()
 
-    @contextmanager
-    def seen(self, args: tuple, kwargs: dict) -> Iterator[None]:
+    def seen(self, args: tuple, kwargs: dict) -> AbstractContextManager[None]:
         """Record what runs inside, a pass of the model on these inputs."""
+        lengths = {t.shape[0] for t in tensors(*args, *kwargs.values()) if t.dim()}
+        if (len(lengths) > 1 or self.attributes) and len(lengths) <= MOST:
+            return self._seen(args, kwargs, sorted(lengths - {0, 1}))
+        return _AS_IT_IS
+
+    @contextmanager
+    def _seen(self, args: tuple, kwargs: dict, lengths: list[int]) -> Iterator[None]:
         ts = [t for t in tensors(*args, *kwargs.values()) if t.dim()]
-        lengths = {len(t) for t in ts}
+        self.inputs.append((args, kwargs))
         with ExitStack() as stack:
-            if (len(lengths) > 1 or self.attributes) and len(lengths) <= MOST:
-                self.inputs.append((args, kwargs))
-                for N in sorted(lengths - {0, 1}):
-                    recorder = self.recorders.setdefault(N, Recorder(self.model, self.names))
-                    recorder.mark_clean([*self.attributes, *(t for t in ts if len(t) != N and not t.requires_grad)])
-                    stack.enter_context(recorder)
+            for N in lengths:
+                recorder = self.recorders.setdefault(N, Recorder(self.model, self.names))
+                recorder.mark_clean([*self.attributes, *(t for t in ts if len(t) != N and not t.requires_grad)])
+                stack.enter_context(recorder)
             yield
 
     def recorder(self, N: int, confirm: bool) -> Recorder | None:

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import resolve_name
@@ -23,17 +22,17 @@ from paraboloid.engine import many_vectors
 from paraboloid.engine.derived_weights import promote, replay
 from paraboloid.engine.one_by_one import pull_one_by_one
 from paraboloid.engine.per_sample import Part, fallback_parts, rule_parts, vjp
-from paraboloid.engine.plan import Plan, Reach, check_totals
-from paraboloid.engine.recorder import Call, Recorder, tensors
+from paraboloid.engine.plan import Plan, Reach, check_totals, refuse_batch_statistics, signature_of
+from paraboloid.engine.recorder import Call, Recorder
 from paraboloid.engine.sample_axes import sample_axes
 from paraboloid.engine.sample_independence import Layouts, Mixing, Owned, certify, check_agreement, mixes
 from paraboloid.engine.shared_inputs import SharedInputs
 from paraboloid.engine.shared_rows import by_rows_parts, has_axis, row_layouts, whole_parts
-from paraboloid.layers.normalization import uses_batch_statistics
 from paraboloid.passes import trees
 from paraboloid.passes.frozen_encoders import fused_as_usual
 from paraboloid.passes.memory import gives_back, pooled
 from paraboloid.passes.modes import eager_code, own_arithmetic
+from paraboloid.passes.module_tree import modules_of
 from paraboloid.passes.random_state import copied_buffers
 from paraboloid.passes.tensor_hooks import unhooked
 from paraboloid.passes.torch_internals import LEAF, REENTRANT_CHECKPOINT, DisableTorchFunction, gradients_at
@@ -58,13 +57,14 @@ class Tape:
     ...), "always" (for every recorded graph) or False.
     """
 
-    def __init__(self, model: nn.Module, verify: str | bool = "auto"):
+    def __init__(self, model: nn.Module, verify: str | bool = "auto", modules: list[nn.Module] | None = None):
         if verify not in ("auto", "once", "always", False):
             raise ValueError(f"verify is {verify!r}; expected 'auto', 'once', 'always' or False.")
         self.model, self.verify = model, verify
+        self.modules = modules_of(model) if modules is None else modules
         self.parameters = trees.parameters(model)
         self.names = {id(p): name for name, p in self.parameters.items()}
-        self.recorder = Recorder(model, self.names)
+        self.recorder = Recorder(model, self.names, self.modules if isinstance(model, nn.Module) else None)
         self.shared = SharedInputs(model, self.names, self.recorder.attributes)
         self._plan: tuple[Tensor, tuple[bool, bool], Plan] | None = None
         self._said: set[str] = set()  # parameters whose slow way was said already
@@ -77,7 +77,7 @@ class Tape:
     def recording(self, inputs: tuple[tuple, dict] | None = None) -> Iterator[None]:
         """Note the calls made inside the block; what torch.compile compiled runs eagerly there, call by call.
 
-        inputs: those of a pass that the block is inside of; else the model is watched for them.
+        inputs: those of the one pass of the model in the block; else it is watched for them.
         """
         shared = self.shared.watching() if inputs is None else self.shared.seen(*inputs)
         with eager_code(), fused_as_usual(self.model), self.recorder, shared:
@@ -111,11 +111,7 @@ class Tape:
                 missed.add(self.names.get(id(leaf)))
             if (call := at.get(node)) is not None:
                 stack += call.below
-                for w in call.weights:
-                    if (name := self.names.get(id(w))) is not None:
-                        found.add(name)
-                    else:
-                        found |= self.leaves(w)
+                found |= self._behind(call)
             else:
                 for below, _ in node.next_functions:
                     stack.append(below)
@@ -134,6 +130,16 @@ class Tape:
                 stack += [n for n, _ in node.next_functions]
         leaves = {id(leaf) for n in seen if (leaf := getattr(n, LEAF, None)) is not None}
         return {self.names[i] for i in leaves & self.names.keys()}
+
+    def _behind(self, call: Call) -> set[str]:
+        """The parameters that a call's weights are, or are made of."""
+        found = set[str]()
+        for w in call.weights:
+            if (name := self.names.get(id(w))) is not None:
+                found.add(name)
+            else:
+                found |= self.leaves(w)
+        return found
 
     def where(self, call: Call) -> str:
         names = [self.names.get(id(w)) or f"a tensor derived from {sorted(self.leaves(w))}" for w in call.weights]
@@ -181,7 +187,7 @@ class Tape:
             u = torch.randn(f.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(f)
             inputs: list[Any] = [*edges, *self.parameters.values()]
             gs = torch.autograd.grad(f, inputs, u, retain_graph=True, allow_unused=True)
-            self._check_totals(f, plan, u, list(gs[: len(edges)]), list(gs[len(edges) :]))
+            self._check_totals(f, plan, list(gs[: len(edges)]), list(gs[len(edges) :]))
         if plan.apart:
             warnings.warn(
                 f"the {N} samples see each other (they share rows of the layers' outputs, as nodes of a graph do): "
@@ -200,7 +206,7 @@ class Tape:
         first = calls
         history = _certified.setdefault(self.model, {})
         self._check_fresh(calls)
-        signature = self._signature(f, calls, recorder.candidates, mixed)
+        signature = signature_of(f, calls, recorder.candidates, mixed)
         count, steps = history.get(signature, (0, []))
         due = self.verify == "always" or (self.verify == "auto" and (doubling(count + 1) or not steps))
         if any(isinstance(layout, Owned) for layouts in steps for layout in layouts):
@@ -228,7 +234,7 @@ class Tape:
             if proved is not None:  # where gradients have vanished, numbers fit any layout
                 layouts = [None if layout is None else p for layout, p in zip(layouts, proved, strict=True)]
         if not mixed:
-            self._refuse_batch_statistics(calls, layouts)
+            refuse_batch_statistics(calls, layouts, self.where)
         if calls is not first:
             missed = self.reached(f, calls).missed
         plan = Plan(calls, layouts, self._parts(calls, layouts, recorder), missed)
@@ -240,28 +246,9 @@ class Tape:
             history.pop(next(iter(history)))
         return plan
 
-    def _refuse_batch_statistics(self, calls: list[Call], layouts: Layouts) -> None:
-        for call, layout in zip(calls, layouts, strict=True):
-            if layout is not None and call.op is F.batch_norm and uses_batch_statistics(call.args, call.kwargs):
-                raise ValueError(
-                    f"{self.where(call)} ran in training mode on an input {tuple(call.args[0].shape)}: its batch "
-                    "statistics mix the samples, so there are no per-sample gradients. Call model.eval() first, or "
-                    "replace it by GroupNorm; the gradient and Kronecker factors alone are possible as it is."
-                )
-
-    def _signature(self, f: Tensor, calls: list[Call], candidates: list[Call], mixed: bool) -> int:
-        seen: list[Any] = [f.shape, f.dtype, mixed]
-        for call in (*calls, *candidates):
-            seen += [call.op, call.shape, *[t.shape for t in tensors(*call.args, *call.kwargs.values())]]
-        return hash(tuple(seen))
-
-    @torch.no_grad()
-    def _check_totals(
-        self, f: Tensor, plan: Plan, u: Tensor, gs: list[Tensor | None], truth: list[Tensor | None]
-    ) -> None:
+    def _check_totals(self, f: Tensor, plan: Plan, gs: list[Tensor | None], truth: list[Tensor | None]) -> None:
         outers = self._outers(plan, [None if g is None else g[None] for g in gs])
-        names = [{name for w in call.weights for name in self.leaves(w)} for call in plan.calls]
-        check_totals(f, plan, self.parameters, outers, names, gs, truth)
+        check_totals(f, plan, self.parameters, outers, list(map(self._behind, plan.calls)), gs, truth)
 
     def _parts(self, calls: list[Call], layouts: Layouts, recorder: Recorder) -> list[list[Part] | None]:
         parts: list[list[Part] | None] = []
@@ -308,7 +295,7 @@ class Tape:
     @contextmanager
     def undisturbed(self, f: Tensor) -> Iterator[None]:
         """Inside, nothing that is on around it acts on what the tape does, which changes nothing of the model's."""
-        kept = copied_buffers(self.model), unhooked(self.parameters.values())
+        kept = copied_buffers(self.model, self.modules), unhooked(self.parameters.values())
         with DisableTorchFunction(), own_arithmetic(f.device), kept[0], kept[1]:
             yield
 
@@ -334,22 +321,29 @@ class Tape:
         RuntimeError where a tensor of the forward pass was modified afterwards.
         """
         with self.undisturbed(f):
-            if v.shape[1:] != f.shape or v.dim() == 0 or v.shape[0] == 0:
-                raise ValueError(f"v has shape {tuple(v.shape)}; expected [V, *output shape] = [V, {list(f.shape)}].")
-            before, plan = self._plan, self.plan(f, batch_statistics, by_rows)
-            if before is self._plan:  # not made now, which checks it
-                self._check_fresh(plan.calls)
-            v = v.to(f.dtype)
-            out = self._apart(f, plan, v, totals, some) if plan.apart else self._outers(
-                plan, self._gradients(f, plan.calls, v, totals)
-            )  # fmt: skip
-            if plan.missed:
-                missed = {name: self.parameters[name] for name in sorted(plan.missed)}
-                out |= pull_one_by_one(f, v, missed, self._said, some)
-            for name, p in self.parameters.items():
-                if not out[name]:
-                    out[name] = [zero(p, len(v), len(range(len(f))[some]))]
-            return out
+            return self._pull(f, v, totals, batch_statistics, by_rows, some)
+
+    def _pull(
+        self, f: Tensor, v: Tensor, totals: dict[str, Tensor | None] | None, batch_statistics: bool, by_rows: bool,
+        some: slice = EVERYTHING,
+    ) -> dict[str, list[Outer]]:  # fmt: skip
+        if v.shape[1:] != f.shape or v.dim() == 0 or v.shape[0] == 0:
+            raise ValueError(f"v has shape {tuple(v.shape)}; expected [V, *output shape] = [V, {list(f.shape)}].")
+        before, plan = self._plan, self.plan(f, batch_statistics, by_rows)
+        if before is self._plan:  # not made now, which checks it
+            self._check_fresh(plan.calls)
+        v = v.to(f.dtype)
+        if plan.apart:
+            out = self._apart(f, plan, v, totals, some)
+        else:
+            out = self._outers(plan, self._gradients(f, plan.calls, v, totals))
+        if plan.missed:
+            missed = {name: self.parameters[name] for name in sorted(plan.missed)}
+            out |= pull_one_by_one(f, v, missed, self._said, some)
+        for name, uses in out.items():
+            if not uses:
+                out[name] = [zero(self.parameters[name], len(v), len(range(len(f))[some]))]
+        return out
 
     def _apart(
         self, f: Tensor, plan: Plan, v: Tensor, totals: dict[str, Tensor | None] | None, some: slice

@@ -16,7 +16,7 @@ from torch import Tensor
 Factor = float | Tensor | Callable[[], Tensor] | None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Use:
     """One weight in one call with output z: how the weight's gradient follows from the gradient g at z.
 
@@ -64,7 +64,8 @@ class Use:
         """factor^power * arrange(g): `left` itself, and with its factors squared."""
         if self.left is not None:
             return self.left(g) if power == 1 else self.left(g) * self.left(torch.ones_like(g))
-        g = self.arranged(g)
+        if self.arrange is not None:
+            g = self.arrange(g)
         if self.factor is None or self.is_plain:
             return g
         c = value_of(self.factor)

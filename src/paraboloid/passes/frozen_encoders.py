@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -19,15 +19,23 @@ KINDS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 _encoders: weakref.WeakKeyDictionary[Any, list[nn.Module]] = weakref.WeakKeyDictionary()  # of a model
 
 
-@contextmanager
-def fused_as_usual(model: Any) -> Iterator[None]:
+_AS_IT_IS = nullcontext()
+
+
+def fused_as_usual(model: Any) -> AbstractContextManager[None]:
     """Inside, frozen encoders take the path that they take without us."""
     if not isinstance(model, nn.Module):
-        yield
-        return
-    if model not in _encoders:
-        _encoders[model] = [m for m in model.modules() if isinstance(m, KINDS) and type(m).forward in _FORWARDS]
-    frozen = [m for m in _encoders[model] if not m.training and not any(p.requires_grad for p in m.parameters())]
+        return _AS_IT_IS
+    found: list[nn.Module] | None = _encoders.get(model)
+    if found is None:
+        found = [m for m in model.modules() if isinstance(m, KINDS) and type(m).forward in _FORWARDS]
+        _encoders[model] = found
+    return _shielding(found) if found else _AS_IT_IS
+
+
+@contextmanager
+def _shielding(found: list[nn.Module]) -> Iterator[None]:
+    frozen = [m for m in found if not m.training and not any(p.requires_grad for p in m.parameters())]
     shielded = [m for m in frozen if "forward" not in m.__dict__]
     for m in shielded:
         m.__dict__["forward"] = _shielded(m)

@@ -19,6 +19,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+KNOWN = ("cpu", "cuda")  # which autocast is there for
 TF32 = 2.0**-11  # of the products that devices offer in the place of float32 ones
 
 
@@ -40,7 +41,7 @@ def largest_entry(t: Tensor) -> Tensor:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast casts to on the device; None where it is off."""
     kind = device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if (kind not in KNOWN and not torch.amp.is_autocast_available(kind)) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 
@@ -82,14 +83,18 @@ def precisely(method: Callable[P, R]) -> Callable[P, R]:
     return inside
 
 
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> AbstractContextManager[None]:
     """The model in evaluation mode, and afterwards each of its modules in the mode it was in; a plain callable, or a
     model that is in evaluation mode, as it is."""
     modules = modules_of(model)
-    if not any(module.training for module in modules):
-        yield
-        return
+    for module in modules:
+        if module.training:
+            return _evaluating(model, modules)
+    return _AS_IT_IS
+
+
+@contextmanager
+def _evaluating(model: Any, modules: list[Any]) -> Iterator[None]:
     modes = {module: module.training for module in modules}
     model.eval()
     try:
@@ -110,7 +115,7 @@ class _Eager:
         self.lock, self.depth = threading.Lock(), 0
         self.stance: Any = None
 
-    def enter(self) -> None:
+    def __enter__(self) -> None:
         with self.lock:
             if self.stance is None and COMPILER in sys.modules:  # looking is cheap, importing it is not
                 try:
@@ -123,7 +128,7 @@ class _Eager:
                     ) from e
             self.depth += 1
 
-    def leave(self) -> None:
+    def __exit__(self, *_: object) -> None:
         with self.lock:
             self.depth -= 1
             if self.depth == 0 and self.stance is not None:
@@ -134,11 +139,6 @@ class _Eager:
 _eager = _Eager()
 
 
-@contextmanager
-def eager_code() -> Iterator[None]:
+def eager_code() -> AbstractContextManager[None]:
     """Inside, what torch.compile compiled runs eagerly, call by call; nothing is compiled anew because of it."""
-    _eager.enter()
-    try:
-        yield
-    finally:
-        _eager.leave()
+    return _eager

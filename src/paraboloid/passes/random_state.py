@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from paraboloid.passes.module_tree import modules_of
 from paraboloid.passes.torch_internals import own_buffers
+
+_AS_IT_IS = nullcontext()
 
 
 @contextmanager
@@ -38,37 +40,56 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def isolated(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
-    """Dropout masks follow `seed`; the global random state and buffers such as running statistics are restored."""
-    training = any(m.training for m in modules_of(model))
-    buffers = [(b, b.detach().clone()) for b in model.buffers()] if training else []
-    with seeded(seed, device):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for b, value in buffers:
-                    if not torch.equal(b, value):  # batch norm moves its running statistics without a new version
-                        b.copy_(value)
+class isolated:
+    """Dropout masks follow `seed`; the global random state and buffers such as running statistics are restored.
+
+    modules: all of the model's, where they are at hand.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, seed: int, modules: Iterable[nn.Module] | None = None):
+        self.stream = RandomStream(seed, device)
+        self.buffers: list[tuple[Tensor, Tensor]] = []
+        for m in modules_of(model) if modules is None else modules:
+            if m.training:
+                self.buffers = [(b, b.detach().clone()) for b in model.buffers()]
+                break
+
+    def __enter__(self) -> None:
+        self.stream.__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        self.stream.leave()
+        if self.buffers:
+            self._restore()
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for b, value in self.buffers:
+            if not torch.equal(b, value):  # batch norm moves its running statistics without a new version
+                b.copy_(value)
 
 
 @contextmanager
-def isolated_with_gradients(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
+def isolated_with_gradients(
+    model: nn.Module, device: torch.device, seed: int, modules: Iterable[nn.Module] | None = None
+) -> Iterator[None]:
     """`isolated`, with a graph, whatever mode is on around the block."""
-    with isolated(model, device, seed), torch.inference_mode(False), torch.enable_grad():
+    with isolated(model, device, seed, modules), torch.inference_mode(False), torch.enable_grad():
         yield
 
 
-@contextmanager
-def copied_buffers(model: Any, modules: Iterable[nn.Module] | None = None) -> Iterator[None]:
+def copied_buffers(model: Any, modules: Iterable[nn.Module] | None = None) -> AbstractContextManager[None]:
     """Modules in training mode work on copies of their buffers inside the block, their own stay untouched.
 
     For backward passes: a checkpoint runs its part of the forward pass again, which would move running statistics.
     `modules`: all of the model's, where they are at hand.
     """
-    found = modules_of(model) if modules is None else modules
-    training = [m for m in found if m.training and own_buffers(m)]
+    training = [m for m in (modules_of(model) if modules is None else modules) if m.training and own_buffers(m)]
+    return _copied(training) if training else _AS_IT_IS
+
+
+@contextmanager
+def _copied(training: list[nn.Module]) -> Iterator[None]:
     originals = [(m, dict(own_buffers(m))) for m in training]
     for m, buffers in originals:
         own_buffers(m).update({name: None if b is None else b.detach().clone() for name, b in buffers.items()})
@@ -106,6 +127,10 @@ class RandomStream:
 
     def __exit__(self, *exception) -> None:
         self.state = self._read()
+        self._write(self._outside)
+
+    def leave(self) -> None:
+        """What draws outside goes on where it was, and the stream is of no further use."""
         self._write(self._outside)
 
     def _read(self) -> list[Tensor]:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 from torch import Tensor
 
 from paraboloid.passes.torch_internals import gradient_hooks, post_gradient_hooks
 
+_AS_IT_IS = nullcontext()
+
+
+def unhooked(parameters: Iterable[Tensor]) -> AbstractContextManager[None]:
+    """Inside, derivatives of parameters are the model's own: hooks such as `p.register_hook(clip)` are off."""
+    held = [hooks for hooks in map(gradient_hooks, parameters) if hooks]
+    return _without(held) if held else _AS_IT_IS
+
 
 @contextmanager
-def unhooked(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Inside, derivatives of parameters are the model's own: hooks such as `p.register_hook(clip)` are off."""
-    held = [(hooks, dict(hooks)) for p in parameters if (hooks := gradient_hooks(p))]
+def _without(found: list[dict[Any, Any]]) -> Iterator[None]:
+    held = [(hooks, dict(hooks)) for hooks in found]
     for hooks, _ in held:
         hooks.clear()
     try:

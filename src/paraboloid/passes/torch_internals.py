@@ -92,8 +92,14 @@ COMPILER = "torch._dynamo"  # the module that is imported by the first torch.com
 
 def inside_compiled(model: Any) -> nn.Module | None:
     """The module that `torch.compile(module)` runs; None where the model is not of this kind."""
-    inside = getattr(model, "_orig_mod", None)
-    return inside if isinstance(inside, nn.Module) else None
+    if not isinstance(model, nn.Module):
+        return None
+    return model.__dict__.get("_orig_mod") or model._modules.get("_orig_mod")  # in one or the other
+
+
+def changes_inputs(model: Any) -> bool:
+    """Whether a model may compute with other arguments than it is called with: hooks, torch.compile, no module."""
+    return not isinstance(model, nn.Module) or bool(model._forward_pre_hooks) or inside_compiled(model) is not None
 
 
 def compiled_in_place(module: Any) -> bool:

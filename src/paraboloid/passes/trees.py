@@ -31,18 +31,22 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Raises ValueError for a model without any, for complex or integer ones, and for parameters on several devices.
     """
-    found = {name: p for name, p in plain_parameters(model).items() if p.requires_grad}
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True, so there is nothing to "
-                         "differentiate; expected at least one.")  # fmt: skip
-    for name, p in found.items():
+    found: dict[str, nn.Parameter] = {}
+    devices: set[torch.device] = set()
+    for name, p in plain_parameters(model).items():
+        if not p.requires_grad:
+            continue
         if not p.is_floating_point():
             pairs = " Keep it as pairs of real numbers, read by torch.view_as_complex." if p.is_complex() else ""
             raise ValueError(f"parameter {name!r} has dtype {p.dtype}; expected a real floating-point type.{pairs}")
-    devices = {str(p.device) for p in found.values()}
+        found[name] = p
+        devices.add(p.device)
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True, so there is nothing to "
+                         "differentiate; expected at least one.")  # fmt: skip
     if len(devices) > 1:
-        raise ValueError(f"parameters lie on several devices {sorted(devices)}; expected one. Move the model with "
-                         ".to(device).")  # fmt: skip
+        raise ValueError(f"parameters lie on several devices {sorted(map(str, devices))}; expected one. Move the model "
+                         "with .to(device).")  # fmt: skip
     return found
 
 

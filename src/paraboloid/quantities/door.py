@@ -70,16 +70,13 @@ def statistics(
     Sources: BackPACK, arXiv:1912.10985; for each quantity see its class.
     """
     wanted, loss = resolve(quantities, tol), Loss.from_torch(loss_fn)
-    twice = any(q.twice for q in wanted)
+    twice, group = True in [q.twice for q in wanted], collectives.group_of(all_reduce)
     if (pair := batch_data.as_batch(batch)) is not None:
         inputs, target = pair
-        masks = collectives.rank_seed(seed, collectives.group_of(all_reduce))
+        masks = collectives.rank_seed(seed, group)
         with forward(model, inputs, batch_data.device_of(target), masks, output, verify, twice) as (tape, f):
-            return tape.statistics(
-                loss, f, target, wanted, seed=seed, generator=generator, max_memory=max_memory,
-                accumulate_grad=accumulate_grad, all_reduce=all_reduce,
-            )  # fmt: skip
-    if (group := collectives.group_of(all_reduce)) is not None:
+            return tape.resolved(loss, f, target, wanted, seed, generator, max_memory, accumulate_grad, group)
+    if group is not None:
         check_summable(wanted)
     data = OverData(
         model, loss_fn, batch, output=output, seed=collectives.rank_seed(seed, group), max_memory=max_memory,

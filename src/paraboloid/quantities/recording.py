@@ -15,6 +15,7 @@ from paraboloid.data import batches as batch_data
 from paraboloid.data.batches import Inputs, Output
 from paraboloid.distributed import collectives
 from paraboloid.distributed.collectives import AllReduce
+from paraboloid.distributed.collectives import Group as Ranks
 from paraboloid.engine.tape import Tape
 from paraboloid.engine.twice_differentiable import twice_differentiable
 from paraboloid.losses import Loss
@@ -23,9 +24,10 @@ from paraboloid.losses.loss import full
 from paraboloid.passes import trees
 from paraboloid.passes.memory import COPIES, GRADIENTS, INPUTS
 from paraboloid.passes.modes import own_arithmetic
-from paraboloid.passes.random_state import isolated_with_gradients
+from paraboloid.passes.module_tree import modules_of
+from paraboloid.passes.random_state import copied_buffers, isolated_with_gradients
 from paraboloid.passes.tensor_hooks import unhooked
-from paraboloid.passes.torch_internals import DisableTorchFunction, EnableTorchFunction
+from paraboloid.passes.torch_internals import DisableTorchFunction, EnableTorchFunction, changes_inputs
 from paraboloid.passes.wrappers import unwrapped
 from paraboloid.quantities import copies
 from paraboloid.quantities.copies import Again
@@ -37,12 +39,14 @@ from paraboloid.reductions.outer import EVERYTHING, Outer
 from paraboloid.reductions.products import keep_inputs, merge
 from paraboloid.reductions.sums import Recent, reduce
 
+_AS_IT_IS = nullcontext()
+
 
 class Recording(Tape):
     """A tape with the statistics of what it recorded."""
 
-    def __init__(self, model: nn.Module, verify: str | bool = "auto"):
-        super().__init__(model, verify)
+    def __init__(self, model: nn.Module, verify: str | bool = "auto", modules: list[nn.Module] | None = None):
+        super().__init__(model, verify, modules)
         self.room = 0  # bytes of pulled-back vectors that are kept, for the same source to be asked for again
         self.pulled: dict[Source, list[dict[str, list[Outer]]]] = {}
         self.left_out: LeftOut = {}  # of the latest running values
@@ -80,24 +84,30 @@ class Recording(Tape):
 
         Before ``loss.backward()``, or after it with ``retain_graph=True``.
         """
-        loss, wanted = Loss.from_torch(loss_fn), resolve(quantities, tol)
-        if (group := collectives.group_of(all_reduce)) is not None:
-            check_summable(wanted)
-        with DisableTorchFunction(), own_arithmetic(output.device):
-            loss.check(output, target)
-            if group is None:
-                check_samples(wanted, len(output))
-                scale = Scale(len(output), 1 / loss.normalizer(output, target))
-                value = batch_data.check_finite(loss.value(full(output), target))
+        wanted, group = resolve(quantities, tol), collectives.group_of(all_reduce)
+        return self.resolved(loss_fn, output, target, wanted, seed, generator, max_memory, accumulate_grad, group)
+
+    def resolved(
+        self, loss_fn: nn.Module | Loss, f: Tensor, y: Tensor, wanted: list[Quantity], seed: int,
+        generator: torch.Generator | None, max_memory: int | None, accumulate: bool, group: Ranks,
+    ) -> Statistics:  # fmt: skip
+        """The same for quantities as objects."""
+        loss = Loss.from_torch(loss_fn)
+        with DisableTorchFunction(), own_arithmetic(f.device):
+            loss.check(f, y)
             if generator is None:
-                generator = torch.Generator(device=output.device).manual_seed(collectives.rank_seed(seed, group))
+                generator = torch.Generator(f.device).manual_seed(collectives.rank_seed(seed, group))
             if group is not None:
-                sums = self.sums(loss, output, target, wanted, generator, max_memory, accumulate_grad)
-                return of_sums(self.model, self.parameters, wanted, loss, sums, [output], accumulate_grad, group)
-            values, gradient = self.running(loss, output, target, wanted, generator, max_memory, accumulate_grad)
-            totals = gradient if accumulate_grad else None
+                check_summable(wanted)
+                sums = self.sums(loss, f, y, wanted, generator, max_memory, accumulate)
+                return of_sums(self.model, self.parameters, wanted, loss, sums, [f], accumulate, group)
+            check_samples(wanted, len(f))
+            scale = Scale(len(f), 1 / loss.normalizer(f, y))
+            value = batch_data.check_finite(loss.value(full(f), y))
+            values, gradient = self.running(loss, f, y, wanted, generator, max_memory, accumulate)
+            totals = gradient if accumulate else None
             return concluded(
-                self.model, self.parameters, wanted, values, totals, scale, value, output.detach(), self.left_out
+                self.model, self.parameters, wanted, values, totals, scale, value, f.detach(), self.left_out
             )  # fmt: skip
 
     def sums(
@@ -116,21 +126,23 @@ class Recording(Tape):
         max_memory: int | None = None, accumulate: bool = False,
     ) -> tuple[Values, Gradient]:  # fmt: skip
         """The running values of this batch, and with `accumulate` the gradient of the unreduced loss."""
-        with unhooked(self.parameters.values()):
+        with copied_buffers(self.model, self.modules), unhooked(self.parameters.values()):
             return self._running(loss, f, y, quantities, generator, max_memory, accumulate)
 
     def _running(self, loss, f, y, quantities, generator, max_memory, accumulate) -> tuple[Values, Gradient]:
-        quantities = _bound(quantities, self, loss, f, y, max_memory)
         by_source: dict[Source, list[Quantity]] = {}
+        mixed, values, gradient = True, Values(), Gradient()
+        quantities = _bound(quantities, self, loss, f, y, max_memory)
         for q in quantities:
             by_source.setdefault(q.source, []).append(q)
+            mixed = mixed and not q.per_sample
+            values[q.name] = {}
         if accumulate:
             by_source.setdefault(GRADIENT, [])
-        mixed = not any(q.per_sample for q in quantities)
-        self.by_rows = all(q.by_rows for q in quantities)
-        values: Values = {q.name: {} for q in quantities}
-        completed: Values = {}
-        gradient: Gradient = {}
+        self.by_rows = True
+        for q in quantities:
+            self.by_rows = self.by_rows and q.by_rows
+        completed = Values()
         self.left_out = {}
         for source, sharing in by_source.items():
             vectors = output_vectors(loss, f, y, source, generator)
@@ -146,7 +158,9 @@ class Recording(Tape):
                 completed |= self._in_pieces(f, vectors, bound, totals, max_memory, mixed)
             else:
                 values |= self._reduce(f, vectors, sharing, totals, max_memory, mixed, source)
-        return {q.name: completed.get(q.name) or q.complete(values[q.name]) for q in quantities}, gradient
+        for q in quantities:
+            values[q.name] = completed.get(q.name) or q.complete(values[q.name])
+        return values, gradient
 
     def _in_pieces(self, f, vectors, quantities, totals, max_memory, mixed) -> Values:
         """The values of samples that are each pulled back by themselves, so many at a time as fit, merged as those of
@@ -195,7 +209,8 @@ class Recording(Tape):
         self, output: Tensor, vectors: Iterable[Tensor], quantity: Quantity, max_memory: int | None = None
     ) -> dict[str, Any]:
         """A quantity of given vectors in output space in the place of its own, by parameter name; with the factor 1."""
-        with DisableTorchFunction(), own_arithmetic(output.device):
+        unchanged = copied_buffers(self.model, self.modules), unhooked(self.parameters.values())
+        with DisableTorchFunction(), own_arithmetic(output.device), unchanged[0], unchanged[1]:
             self.by_rows = quantity.by_rows
             found = self._reduce(output, iter(vectors), [quantity], None, max_memory, not quantity.per_sample, None)
             values = quantity.complete(found[quantity.name])
@@ -205,15 +220,18 @@ class Recording(Tape):
         self, f, vectors, quantities, totals, max_memory, mixed, source, running: Values | None = None
     ) -> Values:
         """The running values after all vectors, from those before; autograd's own gradient is added to `totals`."""
-        running = {q.name: dict.fromkeys(self.parameters) for q in quantities} if running is None else running
-        needs = frozenset[str]().union(*(q.needs for q in quantities))
+        if running is None:
+            running = {q.name: dict.fromkeys(self.parameters) for q in quantities}
+        needs = frozenset[str]().union(*[q.needs for q in quantities])
         for outers in self.pulled.get(source) or self._groups(f, vectors, totals, max_memory, mixed, needs, source):
             recent = Recent()
             alone = len(quantities) == 1
             with torch.no_grad():
                 for name in self.parameters:
-                    o = merge(outers[name] if self.room else outers.pop(name))
-                    group = Group(reduce(o, needs, max_memory, recent), o, max_memory, name, recent)
+                    uses = outers[name] if self.room else outers.pop(name)
+                    o = uses[0] if len(uses) == 1 else merge(uses)
+                    parts = reduce(o, needs, max_memory, recent) if needs else {}
+                    group = Group(parts, o, max_memory, name, recent)
                     held: set[int] = set()
                     for q in quantities:
                         try:
@@ -226,16 +244,15 @@ class Recording(Tape):
 
     def _groups(self, f, vectors, totals, max_memory, mixed, needs, source) -> Iterator[dict[str, list[Outer]]]:
         """The vectors pulled back, as many at a time as fit."""
-        size = sum(c.shape.numel() for c in self.calls) * f.element_size()
+        size = sum([c.shape.numel() for c in self.calls]) * f.element_size()
         count = self.together.count(size, max_memory, f.device)
         if self.plan(f, mixed, self.by_rows).apart:
             count = max(1, count // len(range(len(f))[self.some]))
         vs, inputs, seen, room = list(islice(vectors, count)), [], [], self.room
         while vs:
             following = list(islice(vectors, count))
-            outers = self.pull(
-                f, torch.stack(vs) if len(vs) > 1 else vs[0][None], totals, mixed, self.by_rows, self.some
-            )  # fmt: skip
+            v = torch.stack(vs) if len(vs) > 1 else vs[0][None]
+            outers = self._pull(f, v, totals, mixed, self.by_rows, self.some)
             if following and needs and not inputs:
                 every = (o for uses in outers.values() for o in uses)
                 inputs = keep_inputs(every, INPUTS.of(max_memory))
@@ -306,8 +323,12 @@ def forward(
 
     twice: whether the forward pass is differentiated twice.
     """
-    with isolated_with_gradients(model, device, seed):
-        with record(model, verify) as tape, twice_differentiable() if twice else nullcontext():
-            f = batch_data.call(unwrapped(model), inputs, output)
+    modules = modules_of(model)
+    with isolated_with_gradients(model, device, seed, modules):
+        tape, inner = Recording(model, verify, modules), unwrapped(model)
+        args, kwargs = batch_data.arguments(inputs)
+        seen = None if changes_inputs(inner) else (args, kwargs)
+        with tape.recording(seen), twice_differentiable() if twice else _AS_IT_IS:
+            f = batch_data.picked(inner(*args, **kwargs), output)
         tape.runs_again(model, inputs, device, seed, output, f)
         yield tape, f

@@ -102,7 +102,11 @@ def of_sums(
 def finished(q: Quantity, values: Mapping[str, Any], parameters: Mapping[str, Tensor], scale: Scale) -> dict[str, Any]:
     """A quantity's values, in the parameters' types: the sums of one in half precision were kept in float32."""
     q.announce(values)
-    return {k: _in(parameters[k].dtype, q.finish(v, scale)) for k, v in values.items()}
+    found = {}
+    for k, v in values.items():
+        value, dtype = q.finish(v, scale), parameters[k].dtype
+        found[k] = value if isinstance(value, Tensor) and value.dtype == dtype else _in(dtype, value)
+    return found
 
 
 def _in(dtype: torch.dtype, value: Any) -> Any:

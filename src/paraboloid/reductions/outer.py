@@ -112,7 +112,7 @@ class Outer:
         return J.reshape((*lead, *self.shape))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Whole(Outer):
     """J_n^T v known only by itself, left [V N 1 1 D]: from a fallback; a matrix has no structure then."""
 
@@ -147,7 +147,7 @@ def zero(p: Tensor, vectors: int, samples: int) -> Zero:
     return Zero(p.new_zeros(()).expand(vectors, samples, 1, 1, p.numel()), p.shape)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Derived(Outer):
     """A use of a tensor that is computed from the parameter: `inner` is that tensor's, `via` the way back to the
     parameter, [B *tensor's shape] -> [B *shape], which needs the graph."""
@@ -180,15 +180,15 @@ class Derived(Outer):
         return Derived(self.inner.of(n), self.via, self.shape)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Several(Outer):
     """The sum of uses whose forms differ."""
 
     uses: list[Outer]
 
     def __post_init__(self):
-        object.__setattr__(self, "left", self.uses[0].left)
-        object.__setattr__(self, "shape", self.uses[0].shape)
+        self.left = self.uses[0].left
+        self.shape = self.uses[0].shape
 
     @property
     def bias_like(self) -> bool:

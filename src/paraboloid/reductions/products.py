@@ -47,7 +47,7 @@ class Vector(Whole):
         return _gram(self.left).sum(0)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Products(Outer):
     """sum_t left (x) right at T positions: sequences, convolutions, a weight that is used several times."""
 
