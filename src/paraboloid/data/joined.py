@@ -18,8 +18,9 @@ PARAMETERS = 1_000_000  # of the largest models that it pays for
 def joined(data: Data, model: nn.Module, max_memory: int | None) -> Any:
     """The same data with consecutive batches of one input tensor joined up to 512 KiB of inputs; larger ones, and other
     kinds of inputs, as they are.  Only for small models, whose gradients at layers' outputs stay small too."""
-    small = sum(p.numel() for _, p in model.named_parameters()) <= PARAMETERS
-    if max_memory is not None or not small or batch_data.as_batch(data) is not None:
+    if max_memory is not None or batch_data.as_batch(data) is not None:
+        return data
+    if sum(p.numel() for _, p in model.named_parameters()) > PARAMETERS:
         return data
     return _Joined(data)
 

@@ -1,4 +1,4 @@
-"""What pulls from one output need, what it is remembered by, and the check that the recorded calls add up to autograd's own gradient."""
+"""What pulls from one output need, what it is remembered by, and the checks of it."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ from paraboloid.passes.module_tree import modules_of
 from paraboloid.passes.torch_internals import (
     DisableTorchFunction,
     base_of,
+    casts_somewhere,
     is_view,
     own_tensors,
     seen_inside,
@@ -85,8 +86,9 @@ class Call:
 
 def _call(op, args, kwargs, z: Tensor, weights, below, held) -> Call:
     return Call(
-        op, args, kwargs, get_gradient_edge(z), z.shape, weights, below, held, autocast_dtype(z.device), z.is_complex()
-    )
+        op, args, kwargs, get_gradient_edge(z), z.shape, weights, below, held,
+        autocast_dtype(z.device) if casts_somewhere() else None, z.is_complex(),
+    )  # fmt: skip
 
 
 CONTAINERS = (tuple, list, dict)

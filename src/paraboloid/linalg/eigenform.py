@@ -24,7 +24,7 @@ from paraboloid.passes.modes import precisely
 BATCHED = 32  # groups up to this size are decomposed by one call
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Basis:
     """Orthonormal columns, vectors [G, p, r]; None for the r = p unit vectors."""
 
@@ -77,7 +77,7 @@ def _first_group(U: Tensor, x: Tensor) -> Tensor:
     return U[0] if len(U) == 1 else U
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Eigenform:
     """One block by its eigenvalues: values [G, r_left, r_right] in the bases, `rest` [] on what they leave out."""
 
@@ -363,9 +363,10 @@ def decomposed(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
     Raises `torch.linalg.LinAlgError` with the name and the condition number where no precision helps.
     """
     try:
-        if len(matrix) > 1 and matrix.shape[1] <= BATCHED:
-            return eigh(matrix)
-        values, vectors = zip(*(eigh(m) for m in matrix), strict=True)
+        if len(matrix) == 1 or matrix.shape[1] <= BATCHED:
+            values, vectors = eigh(matrix)
+            return values, vectors.contiguous()
+        values, vectors = zip(*[eigh(m) for m in matrix], strict=True)
         return torch.stack(values), torch.stack(vectors)
     except LinAlgError as failure:
         raise LinAlgError(f"{what}, {list(matrix.shape[1:])}, has no eigendecomposition: {failure} Its condition "

@@ -13,8 +13,10 @@ from paraboloid.linalg.eigenform import Basis, Eigenform, decomposed, matmul
 from paraboloid.linalg.operand import LinAlgError, check_damping
 from paraboloid.passes.modes import precisely
 
+FEW = ("rows", "complement")  # kinds that are known by rows
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(eq=False)
 class Side:
     """One symmetric positive semi-definite factor for each of G groups.
 
@@ -45,16 +47,14 @@ class Side:
         return same and self.data.shape == other.data.shape and torch.equal(self.data, other.data)
 
     @staticmethod
-    def of(factor: Tensor | Side, groups: int) -> Side:
+    def of(factor: Tensor, groups: int) -> Side:
         """A factor as `Kron` is given it."""
-        if isinstance(factor, Side):
-            return factor
         factor = factor if groups > 1 else factor.unsqueeze(0)
         return Side("diagonal" if factor.dim() == 2 else "matrix", factor)
 
     def tensor(self) -> Tensor:
         """[G, p, p], or [G, p] of a diagonal; without G where it is one."""
-        found = self.data if self.kind == "diagonal" else self.dense()
+        found = self.data if self.kind in ("diagonal", "matrix") else self.dense()
         return found if len(found) > 1 else found[0]
 
     @precisely
@@ -87,7 +87,7 @@ class Side:
         if self.kind == "diagonal":
             return self.data
         if self.kind == "matrix":
-            return self.data.diagonal(dim1=1, dim2=2)
+            return self.data.diagonal(0, 1, 2)
         found = self.data.square().sum(1)
         return found if self.rest is None else self.rest.view(-1, 1) - found
 
@@ -109,7 +109,7 @@ class Side:
             return Basis(None, self.size), self.data
         if self.size == 1:
             return Basis(None, 1), self.dense()[..., 0]
-        if self.kind == "rows" and self.data.shape[1] < self.size:
+        if self.kind == "rows" and self.data.shape[1] < self.data.shape[2]:
             Q, R = torch.linalg.qr(self.data.mT)  # rows = R^T Q^T: an exactly orthonormal basis, whatever the rank
             values, vectors = decomposed(R @ R.mT, what)
             return Basis(Q @ vectors, self.size), values.clamp(min=0)
@@ -193,33 +193,26 @@ class Kron:
     """
 
     def __init__(self, left: Tensor | Side, right: Tensor | Side, groups: int = 1):
-        self._given = left, right
-        self.groups = len(left.data) if isinstance(left, Side) else groups
+        self.groups = groups = len(left.data) if isinstance(left, Side) else groups
+        left = left if isinstance(left, Side) else Side.of(left, groups)
+        self.sides = left, right if isinstance(right, Side) else Side.of(right, groups)
+        """The factors with all their groups, as they are kept."""
 
     @cached_property
     def left(self) -> Tensor:
-        left = self._given[0]
-        return left if isinstance(left, Tensor) else left.tensor()
+        return self.sides[0].tensor()
 
     @cached_property
     def right(self) -> Tensor:
-        right = self._given[1]
-        return right if isinstance(right, Tensor) else right.tensor()
-
-    @cached_property
-    def sides(self) -> tuple[Side, Side]:
-        """The factors with all their groups, as they are kept."""
-        left, right = self._given
-        return Side.of(left, self.groups), Side.of(right, self.groups)
+        return self.sides[1].tensor()
 
     @property
     def dtype(self) -> torch.dtype:
-        left = self._given[0]
-        return left.dtype if isinstance(left, Tensor) else left.data.dtype
+        return self.sides[0].data.dtype
 
     @property
     def device(self) -> torch.device:
-        return self._given[0].device
+        return self.sides[0].data.device
 
     @property
     def size(self) -> int:
@@ -237,8 +230,8 @@ class Kron:
     def to(self, dtype: torch.dtype) -> Kron:
         if self.dtype == dtype:
             return self
-        left, right = (side.to(dtype) for side in self.sides)
-        return Kron(left, right)
+        left, right = self.sides
+        return Kron(left.to(dtype), right.to(dtype))
 
     def state(self) -> list[list[Any]]:
         """As plain tensors and strings, from which `of_state` makes it again."""
@@ -253,9 +246,10 @@ class Kron:
 
     def applied(self, g: Tensor) -> Tensor:
         """`@` with one gradient, of its dtype; for one group without bookkeeping, and in the arithmetic that is on."""
-        if self.groups > 1 or any(side.kind in ("rows", "complement") for side in self.sides):
+        first, second = self.sides
+        if self.groups > 1 or first.kind in FEW or second.kind in FEW:
             return (self @ g.to(self.dtype)).to(g.dtype)
-        left, right = self.left, self.right
+        left, right = first.data[0], second.data[0]
         V = g.to(left.dtype).reshape(left.shape[0], right.shape[0])
         V = V * right if right.dim() == 1 or right.shape[0] == 1 else V @ right
         V = left @ V if left.dim() == 2 else left.unsqueeze(1) * V
@@ -380,7 +374,7 @@ Decomposed = tuple[Side, Basis, Tensor]
 
 def _decomposed_once(side: Side, what: str, known: list[Decomposed]) -> tuple[Basis, Tensor]:
     for other, basis, values in known:
-        if side.equals(other):
+        if side.data.shape == other.data.shape and side.equals(other):
             return basis, values
     known.append((side, *side.basis(what)))
     return known[-1][1:]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 import torch
@@ -21,14 +21,14 @@ class _Count:
     def __init__(self):
         self.lock, self.depth, self.before = threading.Lock(), 0, 1
 
-    def enter(self) -> None:
+    def __enter__(self) -> None:
         with self.lock:
             if self.depth == 0:
                 self.before = torch.get_num_threads()
                 torch.set_num_threads(1)
             self.depth += 1
 
-    def leave(self) -> None:
+    def __exit__(self, *_: object) -> None:
         with self.lock:
             self.depth -= 1
             if self.depth == 0:
@@ -38,14 +38,9 @@ class _Count:
 _count = _Count()
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
+def one_thread() -> AbstractContextManager[None]:
     """Inside, an operation of torch takes one thread, in this thread and in those that are started."""
-    _count.enter()
-    try:
-        yield
-    finally:
-        _count.leave()
+    return _count
 
 
 def workers(entries: int, device: torch.device) -> int:

@@ -226,8 +226,11 @@ class Frame(torch.optim.Optimizer):
 
     def _are_as_left(self) -> bool:
         """Whether nobody else changed the parameters since the last step: then they are what came of it."""
-        now = zip(self.names, versions(list(self.names)), strict=True)
-        return all(self._left.get(p, version) == version for p, version in now)
+        left = self._left
+        for p, version in zip(self.names, versions(list(self.names)), strict=True):
+            if left.get(p, version) != version:
+                return False
+        return True
 
     def _begin(self, moves: list[Move]) -> bool:
         """Before the parameters move: the slope along the last step as it is now says whether that went too far.  False
@@ -252,7 +255,8 @@ class Frame(torch.optim.Optimizer):
             trust.note(pending)
         for m in moves:
             m.rate, m.loss_scale = trust.rate, trust.scale()
-        remember((p, state) for m in moves for p, state in zip(m.params, m.states, strict=True))
+        for m in moves:
+            remember(zip(m.params, m.states, strict=True))
         return True
 
     def _end(self) -> None:

@@ -26,7 +26,7 @@ __all__ = ["add_", "addcmul_", "added", "dot", "finite", "lerp_", "norm", "norms
 def norm(xs: Sequence[Tensor]) -> Tensor:
     """Of all entries together, [], in float64."""
     norms = foreach_norm(xs)
-    if any(n.dtype != norms[0].dtype for n in norms):
+    if len({n.dtype for n in norms}) > 1:
         norms = [n.double() for n in norms]
     return torch.stack(norms).double().norm()
 

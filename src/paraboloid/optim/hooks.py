@@ -173,9 +173,9 @@ class Capture:
         """Measure, if f comes from passes that were recorded: each belongs to the loss that its output enters."""
         if not self._waiting or not f.requires_grad or not (found := self._recorded.behind(f)):
             return
-        if all(p.seen_with(f, y) for p in found):
+        if False not in [p.seen_with(f, y) for p in found]:
             return  # once more, for a log say
-        if any(p.is_seen for p in found):
+        if True in [p.is_seen for p in found]:
             raise RuntimeError(_TWICE if all(p.seen_output is f for p in found) else "the loss was called twice on one "
                                "forward pass with different outputs or targets, so the curvature of their sum is not "
                                "known here. Give the optimiser one loss that contains both (pb.Loss objects add up), "

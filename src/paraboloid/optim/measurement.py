@@ -86,7 +86,14 @@ class Measurement(Capture):
         for q in self.quantities:
             q.announce(sums.values[q.name])
             values[q.name] = {k: q.finish(v, scale) for k, v in sums.values[q.name].items()}
-        if foreach.finite([t for each in values.values() for v in each.values() for t in _tensors(v)]):
+        entries: list[Tensor] = []
+        for each in values.values():
+            for v in each.values():
+                if isinstance(v, Kron):
+                    entries += (v.sides[0].data, v.sides[1].data)
+                else:
+                    entries += _tensors(v)
+        if foreach.finite(entries):
             return values
         self._opt.counters["skipped_curvature"] = self._opt.counters.get("skipped_curvature", 0) + 1
         return None

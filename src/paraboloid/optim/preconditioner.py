@@ -47,7 +47,8 @@ class Block:
         """One more measurement of the factors."""
         what = "other" if other else "kron"
         before: Kron | None = getattr(self, what)
-        found = found.to(torch.promote_types(found.dtype, torch.float32) if before is None else before.dtype)
+        dtype = torch.promote_types(found.dtype, torch.float32) if before is None else before.dtype
+        found = found if found.dtype == dtype else found.to(dtype)
         w = self.weight(what, decay)
         if before is None or w == 1:
             setattr(self, what, found)
@@ -177,9 +178,10 @@ def _in_double(of: Callable[[Kron], T], kron: Kron) -> T:
 
 def _split(kron: Kron, damping: float, name: str) -> Kron:
     """Two inverses; a block with one factor only is damped exactly."""
-    if kron.sides[1].size > 1 or kron.groups > 1 or kron.sides[0].kind == "rows":
+    first, second = kron.sides
+    if second.data.shape[-1] > 1 or kron.groups > 1 or first.kind == "rows":
         return kron.split_inverse(damping, f"parameter {name!r}")
-    left = kron.left * kron.right.reshape(())
+    left = first.data[0] * second.data.reshape(())
     if left.dim() == 1:
         return Kron(1 / (left + damping), torch.ones_like(kron.right))
     left.diagonal().add_(damping)

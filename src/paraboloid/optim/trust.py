@@ -147,11 +147,13 @@ def remember(states: States) -> None:
 
 def slope(states: States) -> float:
     """g . (p - before) of all parameters: along the last step."""
-    found = [(p, state["before"], p.grad) for p, state in states if "before" in state and p.grad is not None]
-    if not found:
-        return 0.0
-    params, before, gradients = (list(each) for each in zip(*found, strict=True))
-    return float(foreach.dot(gradients, foreach.added(params, before, alpha=-1)))
+    params, before, gradients = list[Tensor](), list[Tensor](), list[Tensor]()
+    for p, state in states:
+        if "before" in state and p.grad is not None:
+            params.append(p)
+            before.append(state["before"])
+            gradients.append(p.grad)
+    return float(foreach.dot(gradients, foreach.added(params, before, alpha=-1))) if params else 0.0
 
 
 def go_back(states: States) -> None:

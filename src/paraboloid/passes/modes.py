@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from paraboloid.passes.module_tree import modules_of
-from paraboloid.passes.torch_internals import COMPILER
+from paraboloid.passes.torch_internals import COMPILER, casts_somewhere
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -61,8 +61,8 @@ _AS_IT_IS = nullcontext()
 
 def own_arithmetic(device: torch.device) -> AbstractContextManager[None]:
     """Inside, numbers keep their type and results are ordinary tensors, under autocast and inference mode too."""
-    if not torch.is_inference_mode_enabled() and autocast_dtype(device) is None:  # as most often: it is on already
-        return _AS_IT_IS
+    if not torch.is_inference_mode_enabled() and (not casts_somewhere() or autocast_dtype(device) is None):
+        return _AS_IT_IS  # as most often: it is on already
     return _own_arithmetic(device)
 
 
@@ -77,6 +77,8 @@ def precisely(method: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(method)
     def inside(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not (casts_somewhere() or torch.is_inference_mode_enabled()):
+            return method(*args, **kwargs)
         with own_arithmetic(args[0].device):  # pyright: ignore[reportAttributeAccessIssue] - of a class with .device
             return method(*args, **kwargs)
 

@@ -74,6 +74,9 @@ def versions(ts: Sequence[Tensor]) -> list[int]:
         return [version(t) for t in ts]
 
 
+casts_somewhere: Callable[[], bool] = _torch._C._is_any_autocast_enabled  # whether autocast is on for any device
+
+
 def saved_tensor_hooks() -> Any:
     """Those that pack what autograd saves now (a checkpoint, offloading to the host); None where there are none."""
     return _torch._C._autograd._top_saved_tensors_default_hooks(False)

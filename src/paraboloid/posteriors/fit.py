@@ -336,7 +336,7 @@ def curvature(
     if not options["debias"]:  # whose halves are of each batch
         data = joined(data, fitting.model, fitting.max_memory)
     found = _curvature(structure, fitting, parameters, data, options, before)
-    if not all(bool(t.isfinite().all()) for t in _numbers(found)):
+    if False in [bool(t.isfinite().all()) for t in _numbers(found)]:
         dtype = next(iter(parameters.values())).dtype
         raise ValueError(f"the curvature of structure={structure!r} holds numbers beyond {dtype}; expected finite "
                          "ones. Fit in float64 (model.double()), or scale the inputs and targets.")  # fmt: skip

@@ -101,6 +101,7 @@ def laplace(
                          "Fisher is made of the loss's gradients.")  # fmt: skip
     check_count("rank", rank)
     model, likelihood = widened(model), Likelihood.of(loss_fn, curvature)
+    known = trees.parameters(model)
     at = None
     if is_elementwise(weights):
         if structure not in ("full", "diag"):
@@ -108,16 +109,16 @@ def laplace(
                              "parameters.")  # fmt: skip
         names, at = chosen_elements(model, weights)
     else:
-        names = choose(model, weights, data, output)
+        names = choose(model, weights, data, output, known)
     if fisher == "hessian" and (structure not in ("full", "diag") or curvature == "jacobian"):
         raise ValueError(f"fisher is 'hessian' with structure={structure!r} and curvature={curvature!r}; expected "
                          "'full' or 'diag' and 'ggn', or the GGN (fisher='exact'), which alone is known to be positive "
                          "semi-definite.")  # fmt: skip
-    for name, p in trees.parameters(model).items():
+    for name, p in known.items():
         if not torch.isfinite(p).all():
             raise ValueError(f"parameter {name!r} holds NaN or infinity; expected a trained model.")
-    with only(model, names):
-        parameters = fit.parameters_of(model)
+    with only(model, names, known):
+        parameters = {name: known[name].detach().clone() for name in names}
         device = next(iter(parameters.values())).device
         tolerance = check_tolerance(tol)
         if fisher != "hessian":

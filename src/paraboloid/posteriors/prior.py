@@ -19,7 +19,7 @@ def as_prior(value: Any, parameters: Mapping[str, Tensor]) -> Prior:
     positive.  Gradients flow through tensors.
     """
     first = next(iter(parameters.values()))
-    size = sum(p.numel() for p in parameters.values())
+    size = sum([p.numel() for p in parameters.values()])
     if isinstance(value, Mapping):
         unknown, missing = [k for k in value if k not in parameters], [k for k in parameters if k not in value]
         if unknown or missing:

@@ -17,13 +17,17 @@ from paraboloid.quantities.recording import forward
 Weights = str | Sequence[str] | Callable[[str], bool]
 
 
-def choose(model: nn.Module, weights: Weights, data: Data, output: Output | None = None) -> list[str]:
+def choose(
+    model: nn.Module, weights: Weights, data: Data, output: Output | None = None,
+    known: Mapping[str, nn.Parameter] | None = None,
+) -> list[str]:  # fmt: skip
     """The names of the chosen parameters, in the order of `named_parameters`.
 
     weights: "all", "last_layer" (the module whose parameters the last recorded call uses), a list of names of
-    parameters or of modules, or a predicate of a parameter's name.  Raises ValueError where nothing fits.
+    parameters or of modules, or a predicate of a parameter's name.  `known`: the model's parameters, where they are at
+    hand.  Raises ValueError where nothing fits.
     """
-    parameters = trees.parameters(model)
+    parameters = trees.parameters(model) if known is None else known
     if weights == "all":
         return list(parameters)
     if weights == "last_layer":
@@ -63,11 +67,14 @@ def _last_layer(
 
 
 @contextmanager
-def only(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+def only(
+    model: nn.Module, names: Sequence[str], known: Mapping[str, nn.Parameter] | None = None
+) -> Iterator[None]:  # fmt: skip
     """Inside, the other parameters are frozen, and the model is in evaluation mode: nothing is recorded below the first
-    chosen layer, and no sample depends on the others."""
+    chosen layer, and no sample depends on the others.  `known`: the model's parameters, where they are at hand."""
+    parameters = trees.parameters(model) if known is None else known
     wanted = set(names)
-    frozen = [p for name, p in trees.parameters(model).items() if name not in wanted]
+    frozen = [p for name, p in parameters.items() if name not in wanted] if len(wanted) < len(parameters) else []
     for p in frozen:
         p.requires_grad_(False)
     try:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from paraboloid.passes import trees
+from paraboloid.passes.module_tree import named_parameters_of
 
-HALF = (torch.float16, torch.bfloat16)
+HALF = {torch.float16, torch.bfloat16}
 
 
 def widened(model: Any) -> Any:
@@ -18,7 +19,7 @@ def widened(model: Any) -> Any:
 
     Factors, inverses and evidence need more digits than half precision has, and torch no decompositions of it.
     """
-    if not isinstance(model, nn.Module) or not any(p.dtype in HALF for p in model.parameters()):
+    if not isinstance(model, nn.Module) or HALF.isdisjoint([p.dtype for p in named_parameters_of(model).values()]):
         return model
     found = copy.deepcopy(model).float()
     found.register_forward_pre_hook(_cast, with_kwargs=True)

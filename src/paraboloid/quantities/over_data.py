@@ -28,6 +28,7 @@ from paraboloid.quantities.recording import Recording, record
 from paraboloid.quantities.sums import Sums, merged, normalizers
 
 T = TypeVar("T")
+_AS_IT_IS = nullcontext()
 
 
 class Passes(Generic[T]):
@@ -113,9 +114,10 @@ class Passes(Generic[T]):
     def _outputs(self, around: Callable[[], AbstractContextManager[T]]) -> Iterator[tuple[T, Tensor, Any]]:
         model = unwrapped(self.model)
         self.stream.rewind()
-        iterator = batch_data.batches(self.data)
+        pair = batch_data.as_batch(self.data)
+        iterator = batch_data.batches(self.data) if pair is None else iter([pair])
         while True:
-            with self.stream:
+            with self.stream if pair is None else _AS_IT_IS:  # a loader may draw
                 batch = next(iterator, None)
             if batch is None:
                 return

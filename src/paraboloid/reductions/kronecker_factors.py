@@ -70,8 +70,11 @@ def input_factor(o: Products, kept: Kept = DEFAULT, memory: int | None = None) -
     if kept.thin and not isinstance(o, Lookup) and N * (1 if reduced else T) < o.q:
         right = o.mean_inputs().unsqueeze(2) if reduced else o.inputs()
         return Side("rows", right.transpose(0, 1).flatten(1, 2).detach())  # it may be the layer's input itself
+    ranges = o.chunks(G * T * o.q, memory, FACTORS, least=4 * G * o.q**2 * o.left.element_size())
+    if len(ranges) == 1:
+        return gram(o.mean_inputs().movedim(0, 2) if reduced else o.columns())
     A = pooled((G, o.q, o.q), o.left)
-    for n in o.chunks(G * T * o.q, memory, FACTORS, least=4 * A.nbytes):
+    for n in ranges:
         add_gram(A, o.mean_inputs(n).movedim(0, 2) if reduced else o.columns(n), n.start > 0)  # [G q n]
     return mirror(A)
 
@@ -79,6 +82,8 @@ def input_factor(o: Products, kept: Kept = DEFAULT, memory: int | None = None) -
 def gram(R: Tensor) -> Tensor:
     """R R^T, [G q q], for R [G q K]."""
     A = pooled((*R.shape[:2], R.shape[1]), R)
+    if R.shape[1] < LARGE:
+        return A.baddbmm_(R, R.mT, beta=0)
     add_gram(A, R, add=False)
     return mirror(A)
 
@@ -107,9 +112,8 @@ def mirror(A: Tensor) -> Tensor:
 
 
 def _count(n: int) -> Tensor:
-    return torch.tensor(
-        n, dtype=torch.float64, device="cpu"
-    )  # a tensor, so that it is summed with the others over ranks
+    """A tensor, so that it is summed with the others over ranks."""
+    return torch.tensor(n, dtype=torch.float64, device="cpu")
 
 
 @dataclass
@@ -129,6 +133,16 @@ class Factors:
     exact: Any = None
     diagonal: str = ""
 
+    def copied(self) -> Factors:
+        """The same in memory of its own: scaling is done in place."""
+        rows, columns = ({k: _copied(t) for k, t in sums.items()} for sums in (self.rows, self.columns))
+        exact = None if self.exact is None else _copied(self.exact)
+        return Factors(rows, columns, self.positions, self.groups, exact, self.diagonal)
+
+
+def _copied(t: Tensor | Side) -> Tensor | Side:
+    return t.clone() if isinstance(t, Tensor) else t  # rows are left as they are
+
 
 def add_factors(
     value: Factors | None, o: Outer, kept: Kept = DEFAULT, memory: int | None = None, recent: Recent | None = None
@@ -145,14 +159,16 @@ def add_factors(
         return _whole(value, block, longer(kept, p) if p <= EXACT_VECTOR else "")
     if isinstance(o, Zero):
         return _zero_factors(o, kept)
-    products = o.products
-    blocks = {(G, *((q, p) if use.flip else (p, q))) for use in products for G, p, q in [use.block]}
+    products, blocks = o.products, set[tuple[int, ...]]()
+    for use in products:
+        G, p, q = use.block
+        blocks.add((G, q, p) if use.flip else (G, p, q))
     if len(blocks) != 1:
         squares = reduce(o, {"squares"}, memory)["squares"].reshape(1, -1)
         return _whole(value, squares, _unstructured(blocks))
     first = value is None
     if value is None:
-        positions = sum(use.left.shape[1] if kept.sharing == "reduce" else use.positions for use in products)
+        positions = sum([use.left.shape[1] if kept.sharing == "reduce" else use.positions for use in products])
         value = Factors({}, {}, _count(positions), o.left.shape[2])
     for use in products:
         gradients, inputs = (value.columns, value.rows) if use.flip else (value.rows, value.columns)
@@ -163,7 +179,8 @@ def add_factors(
         if first:
             _increase(inputs, "input", input_factor(use, kept, memory))
             lookup = isinstance(use, Lookup) and kept.sharing == "expand"
-            value.diagonal = value.diagonal or longer(kept, use.left.shape[4], 0 if lookup else use.q)
+            if (longest := max(use.left.shape[4], 0 if lookup else use.q)) > kept.max_factor:
+                value.diagonal = value.diagonal or longer(kept, longest)
     return value
 
 
@@ -250,29 +267,29 @@ def scale_factors(value: Factors, a: float) -> Kron:
     decoder), its two factors change places first, so that left (x) right reads in the parameter's own order.
     Sources: Martens & Grosse 2015 (KFAC), Botev et al. 2017 (KFLR), Eschenhagen et al. 2023 (expand, reduce).
     """
-    sides = _sides(value, a)
-    if value.groups == 1:
-        sides = [side if isinstance(side, Side) else side[0] for side in sides]
-    return Kron(*sides, groups=value.groups)
-
-
-def _sides(value: Factors, a: float) -> list[Any]:
-    """The two factors with all their groups, [G ..]."""
     if value.exact is not None:
-        exact = _times(value.exact, a)
-        one = exact.data if isinstance(exact, Side) else exact
-        return [exact, one.new_ones(1, 1, 1)]
-    scales = {"gradient": a, "input": 1 / max(1.0, float(value.positions))}
+        exact = _side(_times(value.exact, a))
+        return Kron(exact, Side("matrix", exact.data.new_ones(1, 1, 1)))
+    scales = {"gradient": a, "input": 1 / max(1.0, value.positions.item())}
     sides = []
     for sums in (value.rows, value.columns):
-        scaled = [_times(part, scales[key]) for key, part in sums.items()]
-        sides.append(scaled[0] if len(scaled) == 1 else _plus(*scaled))
-    return sides
+        whole = None
+        for key, part in sums.items():
+            scaled = _times(part, scales[key])
+            whole = scaled if whole is None else _plus(whole, scaled)
+        assert whole is not None  # every use has both
+        sides.append(_side(whole))
+    return Kron(*sides)
 
 
 def _times(part: Tensor | Side, scale: float) -> Tensor | Side:
     """The sum times a number; rows may be the pulled-back vectors themselves, and are left as they are."""
     return Side("rows", part.data * scale**0.5) if isinstance(part, Side) else part.mul_(scale)
+
+
+def _side(part: Tensor | Side) -> Side:
+    """A factor with all its groups."""
+    return part if isinstance(part, Side) else Side("diagonal" if part.dim() == 2 else "matrix", part)
 
 
 def _block(o: Outer, memory: int | None, kept: Kept, recent: Recent | None) -> Tensor | Side:

@@ -30,11 +30,13 @@ class Diagonalised(LinearOperator, kind="Diagonalised"):
         forms: Sequence[Eigenform],
         blocks: Sequence[Sequence[int]] | None = None,
     ):
-        dtype = common_dtype(form.values.dtype for form in forms)
-        self.parameters, self.forms = parameters, [form.to(dtype) for form in forms]
+        dtype = common_dtype({form.values.dtype for form in forms})
+        self.parameters, self.forms = parameters, [f if f.values.dtype == dtype else f.to(dtype) for f in forms]
+        sizes = expected = [p.numel() for p in parameters.values()]
         self.blocks = [[i] for i in range(len(parameters))] if blocks is None else [list(b) for b in blocks]
-        sizes = [p.numel() for p in parameters.values()]
-        expected, found = [sum(sizes[i] for i in b) for b in self.blocks], [form.size for form in self.forms]
+        if blocks is not None:
+            expected = [sum([sizes[i] for i in b]) for b in self.blocks]
+        found = [form.size for form in self.forms]
         if expected != found:
             raise ValueError(f"the blocks have the sizes {found}; expected those of {self.names}: {expected}.")
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from paraboloid.linalg.eigenform import Basis, Eigenform
 from paraboloid.linalg.kronecker import Decomposed
 from paraboloid.operators.structured.diagonalised import Diagonalised
-from paraboloid.passes.trees import mapped
 from paraboloid.posteriors.precision import Precision
 from paraboloid.posteriors.prediction.jacobian import Jacobian
 from paraboloid.reductions.contractions import gram, weighted_gram, weighted_grams
@@ -41,9 +40,8 @@ class Kronecker(Diagonalised):
 
     @staticmethod
     def of_factors(parameters: Mapping[str, Tensor], factors: dict[str, Factors]) -> Kronecker:
-        copies = {k: mapped(torch.clone, v) for k, v in factors.items()}  # scaling is done in place
         known: list[Decomposed] = []
-        forms = {k: scale_factors(v, 1.0).eigenform(f"parameter {k!r}", known) for k, v in copies.items()}
+        forms = {k: scale_factors(v.copied(), 1.0).eigenform(f"parameter {k!r}", known) for k, v in factors.items()}
         return Kronecker(parameters, forms, factors)
 
     def plus(self, other: Any) -> Kronecker:
