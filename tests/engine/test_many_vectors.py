@@ -33,7 +33,7 @@ class Net(nn.Module):
 
 @pytest.fixture
 def everywhere(monkeypatch):
-    monkeypatch.setattr(many_vectors, "wanted", lambda f: True)
+    monkeypatch.setattr(many_vectors, "wanted", lambda *_: True)
 
 
 def roots(model, x, loss_fn, y):
@@ -46,7 +46,7 @@ def test_the_same_rows_as_by_the_loop(name, monkeypatch):
     f = model(*x) if isinstance(x, tuple) else model(x)
     loss_fn, y = losses_table.make("ce", f)
     expected = roots(model, x, loss_fn, y)
-    monkeypatch.setattr(many_vectors, "wanted", lambda f: True)
+    monkeypatch.setattr(many_vectors, "wanted", lambda *_: True)
     for _ in range(2):  # compared with a single one, and trusted
         found = roots(model, x, loss_fn, y)
         for k, t in expected.items():
@@ -74,3 +74,20 @@ def test_what_cannot_be_vectorised_takes_the_loop(fault, everywhere, monkeypatch
         assert many_vectors._found_right[faulty] is None
         for k, t in expected.items():
             torch.testing.assert_close(found[k], t)
+
+
+def test_few_samples_of_large_dense_layers_are_pulled_together_on_a_cpu():
+    torch.manual_seed(0)
+    large, small = nn.Linear(300, 500), nn.Linear(3, 500)
+    for model, N, together in [(large, 8, True), (large, 65, False), (small, 8, False)]:
+        net = nn.Sequential(model, nn.Sigmoid(), nn.Linear(500, 6)).double()
+        x, y = torch.randn(N, model.in_features, dtype=torch.float64), torch.arange(N) % 6
+        found = pb.statistics(net, nn.CrossEntropyLoss(), (x, y), ["diag_ggn"])["diag_ggn"]
+        assert bool(many_vectors._found_right.get(net)) == together
+        J = torch.func.vmap(torch.func.jacrev(lambda p, x, net=net: torch.func.functional_call(net, p, x)), (None, 0))
+        rows = J({k: p.detach() for k, p in net.named_parameters()}, x)
+        p = net(x).detach().softmax(1)
+        H = p.diag_embed() - p.unsqueeze(2) * p.unsqueeze(1)
+        for k, t in found.items():
+            j = rows[k].flatten(2)
+            torch.testing.assert_close(t.flatten(), torch.einsum("nad,nab,nbd->d", j, H, j) / N, rtol=1e-9, atol=1e-12)

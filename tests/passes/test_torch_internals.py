@@ -203,7 +203,9 @@ def test_compiled_models_are_known():
 def test_models_that_may_change_their_inputs_are_known():
     plain, hooked, callable_ = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2).forward
     hooked.register_forward_pre_hook(lambda module, args: (2 * args[0],))
-    found = [internals.changes_inputs(model) for model in (plain, hooked, torch.compile(plain, backend="eager"), callable_)]
+    found = [
+        internals.changes_inputs(model) for model in (plain, hooked, torch.compile(plain, backend="eager"), callable_)
+    ]
     assert found == [False, True, True, True], "changes_inputs: shared inputs would be looked for in other arguments"
 
 

@@ -41,7 +41,7 @@ class Cut:
 
     @property
     def possible(self) -> bool:
-        return self.samples > 1 and any(axis is not None for axis in self.axes)
+        return self.samples > 1 and self.axes.count(None) < len(self.axes)
 
     def take(self, inputs: Inputs, which: slice | Tensor) -> Inputs:
         """The inputs of some samples, a slice of them or their numbers; all, where they cannot be cut."""
@@ -79,6 +79,8 @@ class Cuts:
 
 def tensors(tree: Any) -> list[Tensor]:
     """In the order in which `trees.mapped` meets them."""
+    if isinstance(tree, Tensor):
+        return [tree]
     found: list[Tensor] = []
     mapped(lambda t: found.append(t) or t, tree)
     return found
@@ -86,14 +88,16 @@ def tensors(tree: Any) -> list[Tensor]:
 
 def _without(ts: list[Tensor], axes: tuple[int | None, ...]) -> Shapes:
     pairs = zip(ts, axes, strict=True)
-    return tuple((tuple(t.shape if a is None else t.shape[:a] + t.shape[a + 1 :]), t.dtype) for t, a in pairs)
+    return tuple([(tuple(t.shape if a is None else t.shape[:a] + t.shape[a + 1 :]), t.dtype) for t, a in pairs])
 
 
 def _recognised(ts: list[Tensor], shapes: Shapes, axes: tuple[int | None, ...]) -> Cut | None:
     cut = [a for a in axes if a is not None]
-    if len(ts) != len(axes) or not cut or any(a is not None and t.dim() <= a for t, a in zip(ts, axes, strict=True)):
+    if len(ts) != len(axes) or not cut:
         return None
-    sizes = {t.shape[a] for t, a in zip(ts, axes, strict=True) if a is not None}
+    sizes = {t.shape[a] if a < t.dim() else -1 for t, a in zip(ts, axes, strict=True) if a is not None}
+    if -1 in sizes:
+        return None
     return Cut(axes, sizes.pop()) if len(sizes) == 1 and _without(ts, axes) == shapes else None
 
 

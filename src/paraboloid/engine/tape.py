@@ -360,13 +360,14 @@ class Tape:
     def _gradients(
         self, f: Tensor, calls: list[Call], v: Tensor, totals: dict[str, Tensor | None] | None
     ) -> list[Tensor | None]:
-        """Gradients at the calls' outputs, [V *z] each.  On a CPU a loop of single pulls beats the vectorised one, if
-        each is put into its place while it is in the cache."""
+        """Gradients at the calls' outputs, [V *z] each.  On a CPU a loop of single pulls mostly beats the
+        vectorised one, if each is put into its place while it is in the cache."""
         edges = [c.edge for c in calls]
         leaves = [] if totals is None else list(self.parameters.values())
         if not edges and not leaves:
             return []
-        if len(v) > 1 and not leaves and (together := many_vectors.pull(self.model, f, edges, v)) is not None:
+        alone = len(v) == 1 or leaves or self.recorder.hooked
+        if not alone and (together := many_vectors.pull(self.model, f, calls, v)) is not None:
             return together
         found, inputs = list[Tensor | None](), (*edges, *leaves)
         for i in range(v.shape[0]):

@@ -90,22 +90,31 @@ class Pool:
     """
 
     def __init__(self, most: int):
-        self.most, self.free = most, list[np.ndarray]()
+        self.most, self.free, self.kept = most, list[np.ndarray](), 0  # bytes that are free
         self.returned, self.lock = deque[np.ndarray](), Lock()
+        self.lent: dict[int, tuple[weakref.ref[np.ndarray], np.ndarray]] = {}  # by the reference's id
 
     def take(self, size: int) -> np.ndarray:
         """[size] bytes, uninitialised; they come back by themselves when nothing refers to them any more."""
+        best, least = -1, 2 * size + 1
         with self.lock:
-            self._sort_in()
-            fitting = [i for i, b in enumerate(self.free) if size <= b.nbytes <= 2 * size]
-            best = min(fitting, key=lambda i: self.free[i].nbytes, default=None)
-            buffer = np.empty(size, np.uint8) if best is None else self.free.pop(best)
+            if self.returned:
+                self._sort_in()
+            for i, b in enumerate(self.free):
+                if size <= b.nbytes < least:
+                    best, least = i, b.nbytes
+            if best < 0:
+                buffer = np.empty(size, np.uint8)
+            else:
+                buffer = self.free.pop(best)
+                self.kept -= least
         lent = buffer[:size]
-        weakref.finalize(lent, self._give, buffer).atexit = False
+        reference = weakref.ref(lent, self._give)
+        self.lent[id(reference)] = reference, buffer
         return lent
 
-    def _give(self, buffer: np.ndarray) -> None:
-        self.returned.append(buffer)
+    def _give(self, gone: weakref.ref[np.ndarray]) -> None:
+        self.returned.append(self.lent.pop(id(gone))[1])
         if self.lock.acquire(blocking=False):
             try:
                 self._sort_in()
@@ -114,15 +123,17 @@ class Pool:
 
     def _sort_in(self) -> None:
         while self.returned:
-            self.free.append(self.returned.popleft())
-        while sum(b.nbytes for b in self.free) > self.most:
-            self.free.pop(0)
+            self.free.append(buffer := self.returned.popleft())
+            self.kept += buffer.nbytes
+        while self.kept > self.most:
+            self.kept -= self.free.pop(0).nbytes
 
     def clear(self) -> None:
         """Give what nobody uses back to the system."""
         with self.lock:
             self._sort_in()
             self.free.clear()
+            self.kept = 0
 
 
 pool = Pool(POOLED.default)
@@ -151,6 +162,8 @@ def pooled_product(left: Tensor, right: Tensor) -> Tensor:
     multiply = torch.mul if left.shape[-1] == 1 else torch.matmul
     if torch.is_grad_enabled():
         return multiply(left, right)
+    if left.dim() == right.dim() == 2:
+        return multiply(left, right, out=pooled((left.shape[0], right.shape[1]), left))
     lead, other = left.shape[:-2], right.shape[:-2]
     if other and lead[len(lead) - len(other) :] != other:  # what is asked takes longer than a small product
         lead = torch.broadcast_shapes(lead, other)

@@ -78,6 +78,7 @@ class Posterior:
     _sizes: dict[Any, Any] = field(default_factory=dict, repr=False)  # what an output takes to predict
     _cuts: Cuts = field(default_factory=Cuts, repr=False)  # where samples lie in inputs
     _precision: Precision | None = field(default=None, repr=False)  # the last one, with what it solved
+    _number: tuple[Any, Any] = field(default=(None, None), init=False)  # a prior that is one, as `prior` gives it
 
     @property
     def left_out(self) -> float:
@@ -108,6 +109,9 @@ class Posterior:
 
     def precision(self, prior: priors.Prior | None = None, noise_variance: Any = None) -> Precision:
         """strength H + Lambda and its inverse; the last one that no gradients flow through is remembered."""
+        if prior is None and isinstance(self._prior, float | int):  # the same tensors as long as it is that number
+            self._number = self._number if self._number[0] == self._prior else (self._prior, self.prior())
+            prior = self._number[1]
         prior, strength = self.prior() if prior is None else prior, self.strength(noise_variance)
         if self._precision is None or not self._precision.holds(self.curvature, prior, strength):
             found = PRECISIONS[type(self.curvature)](self.curvature, prior, strength)
@@ -248,17 +252,15 @@ class Posterior:
 
         if diagonal and (found := last_layer.variances(self, x, precision, self._cuts, self._sizes)) is not None:
             return found
-        if diagonal and (found := self._through_head(x, precision)) is not None:
-            return found
+        if diagonal:
+            cut = self._cuts.of(self.model, x, self.output)
+            if (found := through_head.variances(self, x, precision, cut, self._sizes)) is not None:
+                return found
         mean, covariance = moments(
             self.model, names, x, self.output, covariance_of, precision.formed, self.max_memory, self._sizes,
             self._cuts, apart=diagonal,
         )  # fmt: skip
         return mean, covariance.view_as(mean) if diagonal else covariance
-
-    def _through_head(self, x: Inputs, precision: Precision) -> tuple[Tensor, Tensor] | None:
-        cut = self._cuts.of(self.model, x, self.output)
-        return through_head.variances(self, x, precision, cut, self._sizes)
 
     def functional_samples(self, x: Inputs, samples: int, seed: int = 0) -> Tensor:
         """Draws of the linearised outputs, [samples, N, *shape]: the same functions for every x and call with a seed.

@@ -73,5 +73,7 @@ class Precision:
         """Whether it is that of these numbers, none of which gradients flow through."""
         if isinstance(strength, Tensor) or (self.curvature, self.strength) != (curvature, strength):
             return False
-        pairs = zip(prior.values(), self.prior.values(), strict=True)
-        return all(not a.requires_grad and not b.requires_grad and (a is b or torch.equal(a, b)) for a, b in pairs)
+        for a, b in zip(prior.values(), self.prior.values(), strict=True):
+            if a.requires_grad or b.requires_grad or not (a is b or torch.equal(a, b)):
+                return False
+        return True

@@ -173,11 +173,11 @@ class OnePosition(Products):
 
     def total(self, left: Tensor | None = None, squared: bool = False) -> Tensor:
         """As above: for one vector and group a product of two matrices, in the order in which the result is kept."""
-        left = self.left if left is None else left
+        left, q = self.left if left is None else left, self.q
         V, N, G, _, p = left.shape
-        if V * G > 1 or ((self.right.unfolds or squared) and len(self.chunks(self.q)) > 1):
+        if V * G > 1 or ((squared or self.right.unfolds) and len(self.chunks(q)) > 1):
             return super().total(left, squared)
-        rows, left = self.right().view(N, self.q), left.view(N, p)
+        rows, left = self.right().view(N, q), left.view(N, p)
         rows = rows.square() if squared else rows
         J = pooled_product(rows.mT, left) if self.flip else pooled_product(left.mT, rows)
         return J.view(1, *self.shape)

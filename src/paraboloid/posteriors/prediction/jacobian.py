@@ -51,8 +51,9 @@ def recorded(
     model: nn.Module, names: list[str], inputs: Inputs, output: Output | None, verify: str | bool = "auto"
 ) -> Iterator[tuple[Tape, Tensor]]:
     """(tape, f) of a forward pass in evaluation of the chosen weights' Jacobian; the model is left as it was."""
-    device = next(iter(trees.parameters(model).values())).device
-    with only(model, names), forward(model, inputs, device, 0, output, verify) as tape_and_output:
+    known = trees.parameters(model)
+    device = next(iter(known.values())).device
+    with only(model, names, known), forward(model, inputs, device, 0, output, verify) as tape_and_output:
         yield tape_and_output
 
 

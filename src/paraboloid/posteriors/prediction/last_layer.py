@@ -12,6 +12,7 @@ from paraboloid.data.batches import Inputs
 from paraboloid.data.cutting import Cuts, tensors
 from paraboloid.engine.recorder import Call
 from paraboloid.engine.tape import Tape
+from paraboloid.layers import Use
 from paraboloid.passes.memory import JACOBIANS
 from paraboloid.posteriors.precision import Precision
 from paraboloid.posteriors.prediction.jacobian import recorded
@@ -99,9 +100,16 @@ class Head:
 def head_of(tape: Tape, f: Tensor, call: Call, weights: set[str]) -> Head | None:
     """The call as a `Head` over exactly these weights; None where it is something else, or f is made of it otherwise
     than by re-indexing."""
-    uses = {name: u for u in call.uses() if (name := tape.names.get(id(u.weight))) is not None}
-    weight, bias = (next((k for k, u in uses.items() if (u.right is None) == b), None) for b in (False, True))
-    if weight is None or set(uses) != weights or not all(u.is_plain for u in uses.values()):
+    uses: dict[str, Use] = {}
+    weight = bias = None
+    for use in call.uses():
+        if (name := tape.names.get(id(use.weight))) is not None:
+            uses[name] = use
+            if use.right is None:
+                bias = bias or name
+            else:
+                weight = weight or name
+    if weight is None or uses.keys() != weights or False in [use.is_plain for use in uses.values()]:
         return None
     use = uses[weight]
     if use.right is None or use.flip or use.lookup or use.q_axes is not None or use.groups > 1:
@@ -144,9 +152,11 @@ def _of(precision: InEigenbasis | Mixture, phi: Tensor, weight: str, bias: str |
         first, second = (_of(part, phi, weight, bias) for part in precision.parts)
         return (first + second) / 2
     sigma = precision.sigma[weight]
-    U, V, shift = sigma.left, sigma.right, sigma.values[0] - sigma.rest
+    U, V, full = sigma.left, sigma.right, sigma.full
+    shift = sigma.values[0] if full else sigma.values[0] - sigma.rest
     turned = phi if V.vectors is None else phi @ V.vectors[0]
     inner = turned.square() @ shift.T  # [N, i]
     found = inner if U.vectors is None else inner @ U.vectors[0].square().T
-    found = found + sigma.rest * phi.square().sum(1, keepdim=True)
-    return found if bias is None else found + precision.sigma[bias].diagonal()
+    if not full:
+        found = found + sigma.rest * phi.square().sum(1, keepdim=True)
+    return found if bias is None else found + precision.variances_of(bias)

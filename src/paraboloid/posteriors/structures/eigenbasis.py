@@ -105,6 +105,16 @@ class InEigenbasis(Precision):
         return found
 
     @cached_property
+    def _variances(self) -> dict[str, Tensor]:
+        return {}
+
+    def variances_of(self, name: str) -> Tensor:
+        """The marginal variances of one parameter, [p q]."""
+        if name not in self._variances:
+            self._variances[name] = self.sigma[name].diagonal()
+        return self._variances[name]
+
+    @cached_property
     def _sigma(self) -> Diagonalised:
         return Diagonalised(self.curvature.parameters, list(self.sigma.values()))
 
