@@ -12,7 +12,6 @@ from paraboloid.data.batches import Inputs
 from paraboloid.data.cutting import Cuts, tensors
 from paraboloid.engine.recorder import Call
 from paraboloid.engine.tape import Tape
-from paraboloid.layers import Use
 from paraboloid.passes.memory import JACOBIANS
 from paraboloid.posteriors.precision import Precision
 from paraboloid.posteriors.prediction.jacobian import recorded
@@ -100,7 +99,7 @@ class Head:
 def head_of(tape: Tape, f: Tensor, call: Call, weights: set[str]) -> Head | None:
     """The call as a `Head` over exactly these weights; None where it is something else, or f is made of it otherwise
     than by re-indexing."""
-    uses: dict[str, Use] = {}
+    uses: dict[str, Any] = {}
     weight = bias = None
     for use in call.uses():
         if (name := tape.names.get(id(use.weight))) is not None:
