@@ -114,7 +114,7 @@ def _parts(shape: torch.Size, layout: Layout | Owned, use: Use, alias: Alias | N
     places = None if alias is None else _places(use, alias)
     if alias is None or places is None:  # a parameter itself, or not rows of the roots: differentiated through instead
         alias = itself(use.weight)
-        places = [Place(alias.pieces[0], EVERYTHING, 0, 0)]
+        places = [Place(alias.pieces[0], EVERYTHING, 0, 0, False)]
     shape_of_z = shape
     if use.shape is not None:
         if isinstance(layout, Owned) or use.shape[layout.axis] != shape[layout.axis]:
@@ -152,7 +152,8 @@ def _parts(shape: torch.Size, layout: Layout | Owned, use: Use, alias: Alias | N
 
     def outer(place: Place, g: Tensor, power: int = 1) -> Outer:
         root, flip = place.piece.root, use.flip ^ alias.turned
-        precision = accumulation(root.dtype)  # under autocast g is shorter than the weight
+        precision = root.dtype  # under autocast g is shorter than the weight
+        precision = precision if precision == torch.float32 else accumulation(precision)
         left = use.pull(g if g.dtype == precision else g.to(precision), power)
         if not plain:
             left = rowed(left)
@@ -243,9 +244,7 @@ class Place:
     rows: slice
     before: int
     after: int
-
-    def __post_init__(self):
-        self.moves = self.rows != EVERYTHING or self.before + self.after > 0
+    moves: bool  # whether that is not all of it
 
     def put(self, t: Tensor, axis: int) -> Tensor:
         """The weight's rows along an axis of t, among zeros for the root's other rows."""
@@ -274,7 +273,7 @@ def _places(use: Use, alias: Alias) -> list[Place] | None:
     elif use.weight.shape != (alias.shape[::-1] if alias.turned else alias.shape):
         return None  # stretched, which only a broadcast use undoes
     if alias.is_whole:
-        return [Place(alias.pieces[0], slice(None), 0, 0)]
+        return [Place(alias.pieces[0], EVERYTHING, 0, 0, False)]
     length = 1  # of a row: q elements, or p where the parameter is stored flipped
     if use.right is not None:
         flip = use.flip ^ alias.turned
@@ -290,7 +289,7 @@ def _places(use: Use, alias: Alias) -> list[Place] | None:
             return None
         rows = slice(at // length, (at + size) // length)
         before = piece.start // length
-        places.append(Place(piece, rows, before, piece.root.numel() // length - before - size // length))
+        places.append(Place(piece, rows, before, piece.root.numel() // length - before - size // length, True))
         at += size
     return places
 
@@ -305,7 +304,7 @@ def _table_rows(left: Tensor, table: Tensor, positions: Tensor) -> Outer:
 
 def accumulation(dtype: torch.dtype) -> torch.dtype:
     """The type that a weight's outer products and their sums are kept in: at least float32."""
-    return dtype if dtype == torch.float32 else torch.promote_types(dtype, torch.float32)
+    return torch.promote_types(dtype, torch.float32)
 
 
 def broadcast_axes(shape: torch.Size, weight: torch.Size) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -60,8 +61,7 @@ class Call:
     @property
     def is_fresh(self) -> bool:
         """Whether nothing that it used was modified since."""
-        held = self.held
-        return not held or versions([t for t, _ in held]) == [had for _, had in held]
+        return versions(list(map(FIRST, self.held))) == list(map(SECOND, self.held))
 
     def uses(self) -> list[Use]:
         """What the operation's rule says of these arguments; nothing where there is none that takes them."""
@@ -91,6 +91,7 @@ def _call(op, args, kwargs, z: Tensor, weights, below, held) -> Call:
     )  # fmt: skip
 
 
+FIRST, SECOND = itemgetter(0), itemgetter(1)
 CONTAINERS = (tuple, list, dict)
 KEEPERS = (Tensor, *CONTAINERS)
 
@@ -213,7 +214,7 @@ class Recorder(TorchFunctionMode):
                     z = inner(*args, **kwargs)
                 if z is not NotImplemented:
                     return z
-        below = [t.grad_fn or get_gradient_edge(t).node for t in below] if mixes else []
+        below = [t.grad_fn or get_gradient_edge(t).node for t in below] if mixes and below else []
         z = op(*args, **kwargs)
         self.handed_in.note(op, inputs, z)
         # of a weight that is standardised by a batch norm no samples are mixed

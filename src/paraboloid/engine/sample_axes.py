@@ -209,7 +209,10 @@ def sample_axes(
     found: dict[tuple[Any, int], Layout] = {(f.grad_fn, f.output_nr): Layout(0, (1, len(f), 1))}
     for node in order:
         shapes = output_shapes(node)
-        at = [(nr, found[node, nr]) for nr in range(len(shapes)) if (node, nr) in found]
+        at: list[tuple[int, Layout]] = []
+        for nr in range(len(shapes)):
+            if (layout := found.get((node, nr))) is not None:
+                at.append((nr, layout))
         rule = _rule_of(node)
         if rule is _batch_norm and batch_statistics:
             rule = _aligned

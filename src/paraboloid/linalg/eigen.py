@@ -21,7 +21,7 @@ DENSE_SIZE = 2000  # up to this size a dense matrix, or a stubborn spectrum, is 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues [.. D], descending, and eigenvectors [.. D, D] of symmetric matrices; float64 where float32 fails."""
     try:
-        small = matrix.device.type == "cpu" and matrix.shape[-1] <= ONE_THREAD
+        small = matrix.device.type == "cpu" and matrix.shape[-1] <= ONE_THREAD and torch.get_num_threads() > 1
         with one_thread() if small else nullcontext():
             values, vectors = torch.linalg.eigh(matrix)
         if not torch.isfinite(vectors).all():  # LAPACK may say nothing of it

@@ -47,8 +47,9 @@ class Block:
         """One more measurement of the factors."""
         what = "other" if other else "kron"
         before: Kron | None = getattr(self, what)
-        dtype = torch.promote_types(found.dtype, torch.float32) if before is None else before.dtype
-        found = found if found.dtype == dtype else found.to(dtype)
+        has = found.sides[0].data.dtype
+        dtype = torch.promote_types(has, torch.float32) if before is None else before.sides[0].data.dtype
+        found = found if has == dtype else found.to(dtype)
         w = self.weight(what, decay)
         if before is None or w == 1:
             setattr(self, what, found)
@@ -70,7 +71,7 @@ class Block:
         one) or, if `carried`, with the present eigenvalues carried over.  False, with a warning, where that fails."""
         assert self.kron is not None
         try:
-            form = _in_double(lambda kron: kron.eigenform(f"parameter {self.name!r}"), self.kron)
+            form = _in_double(Kron.eigenform, self.kron, f"parameter {self.name!r}")
         except LinAlgError as failure:
             return self._failed(failure)
         form = form.completed()  # what few rows leave out is measured too, along any complement
@@ -87,7 +88,7 @@ class Block:
         assert self.kron is not None
         if split:
             try:
-                self.inverse = _in_double(lambda kron: _split(kron, damping, self.name), self.kron)
+                self.inverse = _in_double(_split, self.kron, damping, self.name)
             except (LinAlgError, ValueError) as failure:
                 self._failed(failure)
                 return
@@ -166,14 +167,14 @@ class Block:
         self.updates, self.damping, self.failures = dict(state["updates"]), state["damping"], state["failures"]
 
 
-def _in_double(of: Callable[[Kron], T], kron: Kron) -> T:
-    """of(kron) in the factors' own precision, or in float64 where that fails."""
+def _in_double(of: Callable[..., T], kron: Kron, *args: Any) -> T:
+    """of(kron, *args) in the factors' own precision, or in float64 where that fails."""
     try:
-        return of(kron)
+        return of(kron, *args)
     except (LinAlgError, ValueError):
         if kron.dtype == torch.float64:
             raise
-        return of(kron.to(torch.float64)).to(kron.dtype)
+        return of(kron.to(torch.float64), *args).to(kron.dtype)
 
 
 def _split(kron: Kron, damping: float, name: str) -> Kron:

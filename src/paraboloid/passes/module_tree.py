@@ -23,8 +23,9 @@ def _walk(root: nn.Module) -> dict[nn.Module, str] | None:
         if type(module).named_modules is not _MODULES:
             return None
         found[module] = prefix
-        if own := own_modules(module):
-            stack += [(m, f"{prefix}{name}.") for name, m in reversed(own.items()) if m is not None]
+        for name, m in reversed(own_modules(module).items()):
+            if m is not None:
+                stack.append((m, f"{prefix}{name}."))
     return found
 
 

@@ -153,9 +153,12 @@ def shape_of(edge: GradientEdge) -> torch.Size:
     return torch.Size(node._input_metadata[edge.output_nr].shape)
 
 
+_SHAPE = attrgetter("shape")
+
+
 def output_shapes(node: Any) -> list[Sequence[int]]:
     """The shapes of what the operation of a node returned."""
-    return [meta.shape for meta in node._input_metadata]
+    return list(map(_SHAPE, node._input_metadata))
 
 
 def output_shape(node: Any, nr: int) -> Sequence[int]:

@@ -62,7 +62,8 @@ class Passes(Generic[T]):
         self.model, self.loss, self.data, self.around, self.output = model, loss, data, around, output
         self.device = next(iter(self.parameters.values())).device
         self.stream, self.group, self.instead = RandomStream(seed, self.device), group, instead
-        self.single = batch_data.as_batch(data) is not None
+        self.pair = batch_data.as_batch(data)
+        self.single = self.pair is not None
         self.order: list[float] | None = [] if ordered else None  # of each batch, a number that follows its order
         self.passes, self.samples, self.normalizer, self.total = 0, 0, 0.0, 0.0
         self.batches = 0  # of a pass
@@ -114,7 +115,7 @@ class Passes(Generic[T]):
     def _outputs(self, around: Callable[[], AbstractContextManager[T]]) -> Iterator[tuple[T, Tensor, Any]]:
         model = unwrapped(self.model)
         self.stream.rewind()
-        pair = batch_data.as_batch(self.data)
+        pair = self.pair
         iterator = batch_data.batches(self.data) if pair is None else iter([pair])
         while True:
             with self.stream if pair is None else _AS_IT_IS:  # a loader may draw

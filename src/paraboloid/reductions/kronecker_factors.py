@@ -133,16 +133,6 @@ class Factors:
     exact: Any = None
     diagonal: str = ""
 
-    def copied(self) -> Factors:
-        """The same in memory of its own: scaling is done in place."""
-        rows, columns = ({k: _copied(t) for k, t in sums.items()} for sums in (self.rows, self.columns))
-        exact = None if self.exact is None else _copied(self.exact)
-        return Factors(rows, columns, self.positions, self.groups, exact, self.diagonal)
-
-
-def _copied(t: Tensor | Side) -> Tensor | Side:
-    return t.clone() if isinstance(t, Tensor) else t  # rows are left as they are
-
 
 def add_factors(
     value: Factors | None, o: Outer, kept: Kept = DEFAULT, memory: int | None = None, recent: Recent | None = None
@@ -257,8 +247,9 @@ def _plus(x: Tensor | Side, y: Tensor | Side) -> Tensor | Side:
     return x + y.diag_embed() if x.dim() > y.dim() else x.diag_embed() + y
 
 
-def scale_factors(value: Factors, a: float) -> Kron:
-    """The Kronecker block of one parameter, for the loss as reduced (a = 1 / normalizer).
+def scale_factors(value: Factors, a: float, own: bool = True) -> Kron:
+    """The Kronecker block of one parameter, for the loss as reduced (a = 1 / normalizer); made of the sums themselves,
+    unless they are not the block's `own`.
 
     Weights: gradient factor a sum_{v,n,t} l l^T and input factor 1/(N T) sum_{n,t} r r^T ("expand"), or with l summed
     and r averaged over positions and 1/N ("reduce").  Bias-like parameters: the exact block
@@ -268,23 +259,25 @@ def scale_factors(value: Factors, a: float) -> Kron:
     Sources: Martens & Grosse 2015 (KFAC), Botev et al. 2017 (KFLR), Eschenhagen et al. 2023 (expand, reduce).
     """
     if value.exact is not None:
-        exact = _side(_times(value.exact, a))
+        exact = _side(_times(value.exact, a, own))
         return Kron(exact, Side("matrix", exact.data.new_ones(1, 1, 1)))
     scales = {"gradient": a, "input": 1 / max(1.0, value.positions.item())}
     sides = []
     for sums in (value.rows, value.columns):
         whole = None
         for key, part in sums.items():
-            scaled = _times(part, scales[key])
+            scaled = _times(part, scales[key], own)
             whole = scaled if whole is None else _plus(whole, scaled)
         assert whole is not None  # every use has both
         sides.append(_side(whole))
     return Kron(*sides)
 
 
-def _times(part: Tensor | Side, scale: float) -> Tensor | Side:
+def _times(part: Tensor | Side, scale: float, own: bool = True) -> Tensor | Side:
     """The sum times a number; rows may be the pulled-back vectors themselves, and are left as they are."""
-    return Side("rows", part.data * scale**0.5) if isinstance(part, Side) else part.mul_(scale)
+    if isinstance(part, Side):
+        return Side("rows", part.data * scale**0.5)
+    return part.mul_(scale) if own else part * scale
 
 
 def _side(part: Tensor | Side) -> Side:

@@ -41,7 +41,7 @@ class Kronecker(Diagonalised):
     @staticmethod
     def of_factors(parameters: Mapping[str, Tensor], factors: dict[str, Factors]) -> Kronecker:
         known: list[Decomposed] = []
-        forms = {k: scale_factors(v.copied(), 1.0).eigenform(f"parameter {k!r}", known) for k, v in factors.items()}
+        forms = {k: scale_factors(v, 1.0, own=False).eigenform(f"parameter {k!r}", known) for k, v in factors.items()}
         return Kronecker(parameters, forms, factors)
 
     def plus(self, other: Any) -> Kronecker:
