@@ -35,7 +35,10 @@ def as_batch(data: Any) -> Batch | None:
     autograd cannot keep them.
     """
     if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor):
-        return _ordinary(data[0]), _ordinary(data[1])
+        x, y = data
+        if isinstance(x, Tensor) and not (x.is_inference() or y.is_inference()):  # as most often
+            return x, y
+        return _ordinary(x), _ordinary(y)
     if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor) and _is_tree(data[1]):
         return _ordinary(data[0]), _ordinary(data[1])
     if isinstance(data, Mapping) and "labels" in data:
