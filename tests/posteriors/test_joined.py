@@ -42,3 +42,19 @@ def test_what_is_joined():
     assert joined(batches[0], mlp(), None) is batches[0]
     assert joined(batches, mlp(), 2**20) is batches
     assert joined(batches, nn.Linear(1001, 1001), None) is batches
+
+
+def test_samples_of_square_batches_are_found_by_the_model():
+    square = [(torch.randn(4, 4, dtype=torch.float64), torch.zeros(4))] * 3
+    (only,) = joined(square, mlp(), None)
+    assert len(only[1]) == 12
+
+    class Transposed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, x):
+            return self.inner(x.T)
+
+    assert [len(y) for _, y in joined(square, Transposed(), None)] == [4, 4, 4]

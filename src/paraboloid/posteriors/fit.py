@@ -334,7 +334,7 @@ def curvature(
 ) -> Any:
     """The fitted structure; `before` is what it will be added to.  Raises ValueError where it overflowed."""
     if not options["debias"]:  # whose halves are of each batch
-        data = joined(data, fitting.model, fitting.max_memory)
+        data = joined(data, fitting.model, fitting.max_memory, fitting.output, fitting.cuts)
     found = _curvature(structure, fitting, parameters, data, options, before)
     if False in [bool(t.isfinite().all()) for t in _numbers(found)]:
         dtype = next(iter(parameters.values())).dtype

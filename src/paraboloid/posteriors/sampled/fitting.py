@@ -157,7 +157,7 @@ class Fitting:
         if apart:
             pieces = in_pieces(self.data, self.batch_size, self.model, self.output)
         else:
-            pieces = joined(self.data, self.model, self.max_memory)
+            pieces = joined(self.data, self.model, self.max_memory, self.output)
         curvature = TangentCurvature(
             self.model, likelihood.curved, pieces, output=self.output, max_memory=self.max_memory, ordered=self.noisy
         )
