@@ -51,7 +51,7 @@ def quality(probabilities: Tensor, y: Tensor) -> dict[str, float]:
     return {"nll": F.nll_loss(probabilities.clamp(min=1e-12).log(), y).item(), "accuracy": right.double().mean().item()}
 
 
-def run(work: Path, samples: int, epochs: int, precision: float, images: int) -> dict[str, Any]:
+def run(work: Path, samples: int, epochs: int, em_steps: int, precision: float, images: int) -> dict[str, Any]:
     work.mkdir(parents=True, exist_ok=True)
     found, labels = shapes.draw_shapes(images + images // 5, seed=0)
     x, y = torch.from_numpy(found), torch.from_numpy(labels)
@@ -59,8 +59,8 @@ def run(work: Path, samples: int, epochs: int, precision: float, images: int) ->
     data = list(zip(x[:images].split(BATCH), y[:images].split(BATCH), strict=True))
     parts = Parts(work / "run")
     posterior = pb.sampled_laplace(
-        model, nn.CrossEntropyLoss(), data, samples, em_steps=1, prior_precision=precision, solver="sgd", epochs=epochs,
-        max_memory=1, match=None, checkpoint=work / "run", callback=parts,
+        model, nn.CrossEntropyLoss(), data, samples, em_steps=em_steps, prior_precision=precision, solver="sgd",
+        epochs=epochs, max_memory=1, match=None, checkpoint=work / "run", callback=parts,
     )  # fmt: skip
     test = x[images:].split(BATCH), y[images:]
     with torch.no_grad():
@@ -78,6 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--em-steps", type=int, default=1)
     parser.add_argument("--precision", type=float, default=1000.0)
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--threads", type=int, default=1)
@@ -85,7 +86,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    record = {"machine": machine(), **run(args.work, args.samples, args.epochs, args.precision, args.images)}
+    record = {
+        "machine": machine(),
+        **run(args.work, args.samples, args.epochs, args.em_steps, args.precision, args.images),
+    }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "sampled-shapes.json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))

@@ -24,7 +24,6 @@ from paraboloid.quantities.recording import record
 RELATIVE_FLOOR = 1e-12  # of the curvature's diagonal, below which a weight counts as unseen by the data
 AT_ONCE = 2**20  # weights up to which several products are worth an attempt at once
 FEW = 10  # columns of the loss's root up to which the curvature's diagonal is taken exactly
-ENOUGH = 8192  # data points times draws of their noise that estimate it, for weights beyond `AT_ONCE`
 
 
 @dataclass(eq=False)
@@ -187,13 +186,13 @@ class TangentSystem:
     # --- the diagonal -------------------------------------------------------------------------------------------------
 
     def diagonal(self) -> Tensor:
-        """The diagonal of strength G, [D]: exact where the root of H_n has few columns and there are few weights, else
+        """The diagonal of strength G, [D]: exact where the root of H_n has few columns, else
 
-            mean over draws eps of sum_n (J_n^T L_n eps_n)^2,
+            mean over the samples of sum_n (J_n^T L_n eps_n)^2,
 
-        by the engine in one pass, with the noise of all samples, or of as many as `ENOUGH` asks for where the weights
-        are many.  Where an operation has no rule, the squares of the sums over n, which have the same mean and more
-        variance.
+        by the engine in one pass.  Where an operation has no rule, the squares of the sums over n, which have the same
+        mean and more variance.  One draw for many data points would not do: a weight that few of them see would be
+        called unseen now and then, and the g-prior would give it a scale without measure.
         """
         total = self.like.new_zeros(self.size)
         if not self._squares(total):
@@ -221,18 +220,11 @@ class TangentSystem:
             return True
         return False
 
-    @property
-    def draws(self) -> range:
-        """Of the data's noise, by which the diagonal is estimated."""
-        wanted = len(self.everyone) if self.size <= AT_ONCE else max(1, -(-ENOUGH // self.count))
-        return range(min(wanted, len(self.everyone)))
-
     def _batch_squares(self, tape: Any, f: Tensor, graph: OutputGraph, start: int) -> Sequence[Tensor]:
-        draws = self.draws
-        if graph.root_columns() <= (max(len(draws), FEW) if self.size <= AT_ONCE else len(draws)):
+        if graph.root_columns() <= max(len(self.everyone), FEW):
             vectors = graph.root()
         else:
-            u = self.noisy_outputs(graph, start, draws)
+            u = self.noisy_outputs(graph, start, self.everyone)
             vectors = iter(u / len(u) ** 0.5)
         return list(tape.of_vectors(f, vectors, DiagGGN(), self.replay.max_memory).values())
 
