@@ -11,7 +11,7 @@ from torch import nn
 
 import paraboloid as pb
 from paraboloid.problems.pictures import draw_characters
-from paraboloid.tomography import deep_image_prior, linearised
+from paraboloid.tomography import best_angles, deep_image_prior, linearised
 from paraboloid.tomography.evidence_ascent import Objective, ascend
 from paraboloid.tomography.image_jacobian import ImageJacobian
 from paraboloid.tomography.kernel_grams import packed_grams, unpacked
@@ -99,7 +99,8 @@ def test_grams_and_products_are_those_of_the_dense_jacobian(fit):
 
 @pytest.mark.parametrize("evidence", ["exact", "sampled"])
 def test_evidence_mean_and_covariance_are_those_of_the_linear_model(fit, evidence):
-    found = linearised(fit, evidence=evidence, steps=0, samples=2000, mean="linearised")
+    count = 2000 if evidence == "exact" else 500
+    found = linearised(fit, evidence=evidence, steps=0, samples=count, mean="linearised")
     s2 = fit.noise_variance
     J, Sigma, A, K, S, w = dense(fit, found.prior, s2)
     residual = (fit.sinogram - fit.A @ fit.image).flatten() + A @ J @ w
@@ -112,12 +113,12 @@ def test_evidence_mean_and_covariance_are_those_of_the_linear_model(fit, evidenc
     torch.testing.assert_close(found.mean.flatten(), mean, rtol=1e-3, atol=1e-3)
     covariance = J @ torch.linalg.inv(torch.linalg.inv(Sigma) + J.T @ A.T @ A @ J / s2) @ J.T  # in weight space
     off = (found.covariance - covariance).norm() / covariance.norm()
-    assert off < (1e-8 if found.exact else 0.1)
-    draws = found.sample(2000, seed=5)
-    assert draws.shape == (2000, SIZE, SIZE) and found.samples.shape == (2000, SIZE, SIZE)
-    torch.testing.assert_close(draws.std(0), covariance.diagonal().sqrt().view(SIZE, SIZE), rtol=0.1, atol=0.01)
+    assert off < (1e-8 if found.exact else 0.2)
+    draws = found.sample(count, seed=5)
+    assert draws.shape == (count, SIZE, SIZE) and found.samples.shape == (count, SIZE, SIZE)
+    torch.testing.assert_close(draws.std(0), covariance.diagonal().sqrt().view(SIZE, SIZE), rtol=0.2, atol=0.01)
     deviations = (draws - found.mean).flatten(1)
-    assert (deviations.T @ deviations / 2000 - covariance).norm() / covariance.norm() < 0.1
+    assert (deviations.T @ deviations / count - covariance).norm() / covariance.norm() < (0.1 if found.exact else 0.2)
     assert torch.equal(found.sample(3, seed=1), found.sample(3, seed=1))
     error = (fit.image - found.mean).flatten()
     if found.exact:
@@ -194,12 +195,12 @@ def test_the_objective_rises_to_a_stationary_point(fit, weights):
 def test_products_alone_find_the_same_prior(fit, weights):
     """With every unit vector as a probe the gradient has no noise."""
     exact = linearised(fit, weights=weights, steps=100)
-    sampled = SampledEvidence(exact.J, fit.A, exact.evidence.residual.view_as(fit.sinogram), tol=1e-5)
+    sampled = SampledEvidence(exact.J, fit.A, exact.evidence.residual.view_as(fit.sinogram), tol=1e-3)
     m = fit.sinogram.numel()
     sampled.probes = m**0.5 * torch.eye(m, dtype=torch.float64)
     misfit = float((fit.sinogram - fit.A @ fit.image).square().sum())
     objective = Objective(weights, exact.J.weights, misfit)
-    prior, s2 = ascend(sampled, objective, KernelPrior.of(fit.model, "per_block"), fit.noise_variance, True, 25)
+    prior, s2 = ascend(sampled, objective, KernelPrior.of(fit.model, "per_block"), fit.noise_variance, True, 15)
 
     def value(prior, s2):
         return float(objective.dense(exact.evidence, prior, torch.tensor(s2, dtype=torch.float64)))
@@ -211,14 +212,14 @@ def test_products_alone_find_the_same_prior(fit, weights):
 
 def test_the_true_image_is_likelier_than_under_equal_variances():
     A, x, y, s2 = scanned(angles=6, size=12, dtype=torch.float32)
-    fit = deep_image_prior(A, y, s2, iterations=120)
+    fit = deep_image_prior(A, y, s2, iterations=80)
     found = linearised(fit, samples=4)
     assert found.exact and found.std.shape == found.mean.shape == (12, 12)
     isotropic = torch.distributions.Normal(0.0, (x - found.mean).square().mean().sqrt()).log_prob(x - found.mean).mean()
     assert found.log_likelihood(x) > float(isotropic)
     assert (x - found.mean).norm() < 1.1 * (x - fit.image).norm()
     assert 0.3 < found.noise_variance / s2 < 3
-    exact, sampled = (linearised(fit, samples=40, steps=0, evidence=e) for e in ("exact", "sampled"))
+    exact, sampled = (linearised(fit, samples=30, steps=0, evidence=e) for e in ("exact", "sampled"))
     assert sampled.mean.dtype == sampled.std.dtype == torch.float32  # products are of float64 all the same
     assert (sampled.mean - exact.mean).abs().max() < 0.1 * exact.std.mean()
     assert 0.8 < float(sampled.std.mean() / exact.std.mean()) < 1.25
@@ -227,16 +228,16 @@ def test_the_true_image_is_likelier_than_under_equal_variances():
 
 
 def test_of_a_character_products_alone_give_the_exact_evidence():
-    """28 x 28, as published: within five per cent, and within four standard errors."""
-    truth = torch.from_numpy(draw_characters(1, 0))[0]
-    A = pb.tomography.ParallelBeam(28, 5)
+    """Within five per cent, and within four standard errors; the study has it at 28 x 28, as published."""
+    truth = torch.nn.functional.avg_pool2d(torch.from_numpy(draw_characters(1, 0)), 2)[0]
+    A = pb.tomography.ParallelBeam(14, 5)
     y, s2 = observed(A, truth)
-    fit = deep_image_prior(A, y, s2, iterations=60)
-    exact = linearised(fit, evidence="exact", steps=3)
+    fit = deep_image_prior(A, y, s2, iterations=25)
+    exact = linearised(fit, evidence="exact", steps=2)
     sampled = SampledEvidence(
         ImageJacobian(fit, exact.prior.names, dtype=torch.float64), A, exact.evidence.residual.view_as(y)
     )
-    found = sampled.value(exact.prior, exact.noise_variance, samples=4, steps=8, rank=100)
+    found = sampled.value(exact.prior, exact.noise_variance, samples=4, steps=8, rank=50)
     assert abs(found - exact.log_evidence()) < 0.05 * abs(exact.log_evidence())
     assert abs(found - exact.log_evidence()) < 4 * found.standard_error + 1
 
@@ -255,7 +256,7 @@ def test_the_mean_is_three_quarters_of_a_step_within_the_bounds():
 def test_a_float32_fit_has_the_mean_and_samples_of_the_same_fit_in_float64():
     """Where A sees little, S is far below the rounding of A K A^T in float32."""
     A, _, y, s2 = scanned(angles=16, size=12, level=0.002)
-    fit = deep_image_prior(A, y.float(), s2, iterations=60)
+    fit = deep_image_prior(A, y.float(), s2, iterations=40)
     doubled = replace(
         fit, image=fit.image.double(), model=copy.deepcopy(fit.model).double(), input=fit.input.double(), sinogram=y
     )
@@ -285,6 +286,13 @@ ERRORS = [
     (lambda fit: linearised(fit, probes=2.5, evidence="sampled"), "probes is 2.5"),
     (lambda fit: linearised(fit, seed="a"), "seed is 'a'; expected an integer"),
     (lambda fit: linearised(fit, max_memory="a"), "max_memory is 'a'; expected a number of bytes"),
+    (lambda fit: linearised(fit, learn_noise="a"), "learn_noise is 'a'"),
+    (lambda fit: linearised(fit, mean=torch.zeros(2)), r"mean is tensor.*; expected one of"),
+    *((lambda fit, v=v: linearised(fit, steps=0).log_likelihood(v), "the image (is|has)") for v in ("a", None, [1, "a"], 1j, [])),
+    *((lambda fit, v=v: linearised(fit, steps=0).sample(2, v), "seed is .*; expected an integer") for v in ("a", None, 1.5, True)),
+    *((lambda fit, v=v: linearised(fit, steps=0).sample(v), "k is ") for v in ("a", None, 0, 1.5)),
+    *((lambda fit, v=v: best_angles(linearised(fit, steps=0), v), "the candidates (are|is|has)") for v in ("a", None, {}, 1j, [])),
+    (lambda fit: best_angles(fit, [0.1]), "posterior is a Reconstruction; expected what linearised returns"),
     (lambda fit: linearised(fit.image), "fit is a Tensor; expected what deep_image_prior returns"),
     (lambda fit: linearised(fit, steps=0).log_likelihood(math.nan * fit.image), "the image has shape .*; expected finite numbers"),
     (lambda fit: linearised(replace_model(fit, nn.Flatten())), "has no nn.Conv2d with a square kernel"),

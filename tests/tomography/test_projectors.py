@@ -78,6 +78,7 @@ def test_the_transpose_is_the_adjoint(name):
     assert A.T.T.shape == A.shape == (math.prod(A.gives), math.prod(A.takes))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on its first forward mode
 @pytest.mark.parametrize("A", [ParallelBeam(3, 2), ParallelBeam(3, 2).T, FanBeam(3, 2)], ids=["forth", "back", "fan"])
 def test_derivatives(A):
     x = torch.randn(2, *A.takes, dtype=torch.float64, requires_grad=True)
@@ -115,6 +116,7 @@ def test_axes_types_and_kinds_of_arrays():
     assert (ParallelBeam(6, 4, dtype=torch.float64) @ torch.ones(6, 6, dtype=torch.int64)).dtype == torch.float64
     assert isinstance(A @ x.numpy(), np.ndarray)
     np.testing.assert_allclose(A.T @ y.numpy(), (A.T @ y).numpy())
+    np.testing.assert_allclose(A @ x.numpy().astype(">f8")[..., ::-1], (A @ x.flip(-1)).numpy())
     assert (A @ x[:0]).shape == (0, 3, 4, A.detectors)
     for other in (copy.deepcopy(A), pickle.loads(pickle.dumps(A))):
         torch.testing.assert_close(other @ x, y, rtol=0, atol=0)
@@ -163,17 +165,20 @@ class Scaled:
         return Scaled(self.A.T, self.scale)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on its first forward mode
 def test_any_object_with_a_product_and_a_transpose_is_an_operator():
     A = ParallelBeam(5, 3)
     y = torch.rand(A.gives, dtype=torch.float64)
     x = torch.randn(2, 5, 5, dtype=torch.float64, requires_grad=True)
     matrix = A.to_scipy()
     for given in (A, matrix, scipy.sparse.coo_matrix(matrix), scipy.sparse.linalg.aslinearoperator(matrix), matrix.toarray(),
-                  torch.from_numpy(matrix.toarray()), OnImages(A), OnImages(A, of_numpy=True)):  # fmt: skip
+                  torch.from_numpy(matrix.toarray()), torch.from_numpy(matrix.toarray()).to_sparse_coo(), OnImages(A), OnImages(A, of_numpy=True)):  # fmt: skip
         found = as_projector(given, y)
         torch.testing.assert_close(found @ x, A @ x)
         torch.testing.assert_close(found.T @ y, A.T @ y)
         assert torch.autograd.gradcheck(lambda x, found=found: found @ x, x, check_forward_ad=True)
+        if not isinstance(given, OnImages):
+            assert as_projector(given, torch.stack([y, y])).gives == A.gives
     flat = as_projector(matrix, y.flatten())
     assert (flat @ x).shape == (2, y.numel())
     wide = as_projector(matrix[:, :20], y, image_shape=(4, 5))
@@ -214,11 +219,23 @@ def test_errors(call, message):
         call()
 
 
+class Words:
+    """Multiplies nothing."""
+
+    T = property(lambda self: self)
+
+    def __matmul__(self, x):
+        raise KeyError("no product")
+
+
 def test_what_is_no_operator():
     with pytest.raises(TypeError, match="A is a list; expected an operator, that is"):
         as_projector([[1.0]], torch.zeros(1))
-    with pytest.raises(TypeError):
-        ParallelBeam(8, 3) @ [1.0]
+    for x in ([1.0], "a", None, 1.0, np.array(["a"])):
+        with pytest.raises(TypeError, match=r"the image is a .*; expected a tensor or an array of numbers"):
+            ParallelBeam(8, 3) @ x
+    with pytest.raises(ValueError, match=r"A.T @ sinogram raises .*; expected an image \[H, W\]"):
+        as_projector(Words(), torch.rand(3, 9))
     with pytest.raises(NotImplementedError, match="known by its products alone"):
         as_projector(OnImages(ParallelBeam(5, 3)), torch.rand(3, 9)).to_scipy()
     assert pb.tomography.ParallelBeam is ParallelBeam

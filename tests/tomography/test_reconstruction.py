@@ -9,7 +9,7 @@ from tomography.characters import observed, picture, scanned
 from torch import nn
 
 import paraboloid as pb
-from paraboloid.tomography import ParallelBeam, deep_image_prior, total_variation
+from paraboloid.tomography import ParallelBeam, as_projector, deep_image_prior, total_variation, training
 from paraboloid.tomography.sinograms import noise_variance_of
 from paraboloid.tomography.u_net import UNet
 from paraboloid.tomography.variation import scale_of, squared_norm, variation
@@ -21,14 +21,14 @@ def off(x, truth):
 
 def test_total_variation_is_at_its_optimum():
     A, _, y, _ = scanned(angles=5, size=6)
-    found = total_variation(A, y, weight=0.0, iterations=2000)
+    found = total_variation(A, y, weight=0.0, iterations=1500)
     _, least = scipy.optimize.nnls(A.to_scipy().toarray(), y.flatten().numpy())
     assert float((A @ found - y).norm()) == pytest.approx(least, rel=5e-3)
 
     def objective(x, weight=0.3):
         return float((A @ x - y).square().sum() / 2 + weight * variation(x))
 
-    found = total_variation(A, y, weight=0.3, iterations=1000)
+    found = total_variation(A, y, weight=0.3, iterations=600)
     best, generator = objective(found), torch.Generator().manual_seed(0)
     for size in (1e-1, 1e-2, 1e-3):
         for _ in range(20):
@@ -70,7 +70,7 @@ def test_the_image_is_nearer_than_the_least_squares_one_and_no_global_state_move
     torch.testing.assert_close(fit.model(fit.input)[0], fit.image)
     assert fit.noise_variance == s2 and fit.misfit[-1] < 0.3 * fit.misfit[0]
     assert (fit.image >= 0).all() and fit.image.max() < 1.3 * float(fit.input.max())
-    first, again, other = (deep_image_prior(A, y, s2, iterations=20, seed=seed).image for seed in (0, 0, 1))
+    first, again, other = (deep_image_prior(A, y, s2, iterations=3, seed=seed).image for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
@@ -93,37 +93,38 @@ def test_training_ends_at_the_discrepancy():
     assert fit.stopped == "iterations"
 
 
-def test_a_training_that_is_taken_up_again_ends_as_the_uninterrupted_one(tmp_path):
+def test_a_training_that_is_taken_up_again_ends_as_the_uninterrupted_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "SAVE_EVERY", 10)
     A, _, y, s2 = scanned()
-    whole = deep_image_prior(A, y, s2, iterations=130, stop=None)
+    whole = deep_image_prior(A, y, s2, iterations=23, stop=None)
 
     def interrupt(done, total):
-        if done == 110:
+        if done == 15:
             raise KeyboardInterrupt
 
     path = tmp_path / "fit.pt"
     with pytest.raises(KeyboardInterrupt):
-        deep_image_prior(A, y, s2, iterations=130, stop=None, checkpoint=path, progress=interrupt)
+        deep_image_prior(A, y, s2, iterations=23, stop=None, checkpoint=path, progress=interrupt)
     seen = []
     again = deep_image_prior(
-        A, y, s2, iterations=130, stop=None, checkpoint=path, progress=lambda done, _: seen.append(done)
+        A, y, s2, iterations=23, stop=None, checkpoint=path, progress=lambda done, _: seen.append(done)
     )
-    assert seen[0] == 101
+    assert seen[0] == 11
     assert torch.equal(again.image, whole.image) and again.misfit == whole.misfit
-    done = deep_image_prior(A, y, s2, iterations=130, stop=None, checkpoint=path)
+    done = deep_image_prior(A, y, s2, iterations=23, stop=None, checkpoint=path)
     assert torch.equal(done.image, whole.image)
     with pytest.raises(ValueError, match="is that of another sinogram, operator or options"):
-        deep_image_prior(A, y + 1, s2, iterations=130, stop=None, checkpoint=path)
+        deep_image_prior(A, y + 1, s2, iterations=23, stop=None, checkpoint=path)
 
 
 def test_a_stack_of_slices_other_operators_and_networks():
     A, x, y, s2 = scanned()
     stack = torch.stack([y, 0.5 * y])
-    fit = deep_image_prior(A, stack, s2, iterations=60)
+    fit = deep_image_prior(A, stack, s2, iterations=30)
     assert fit.image.shape == (2, 12, 12)
     assert off(fit.image[1], 0.5 * x) < off(fit.image[0], x)
-    same = deep_image_prior(A.to_scipy(), y.numpy(), s2, iterations=30)
-    torch.testing.assert_close(same.image, deep_image_prior(A, y, s2, iterations=30).image, rtol=1e-6, atol=1e-8)
+    same = deep_image_prior(A.to_scipy(), y.numpy(), s2, iterations=5)
+    torch.testing.assert_close(same.image, deep_image_prior(A, y, s2, iterations=5).image, rtol=1e-6, atol=1e-8)
     plain = deep_image_prior(A, y, s2, iterations=20, bounds=(-math.inf, math.inf))
     assert not plain.model.bounded
     with torch.random.fork_rng():
@@ -164,7 +165,19 @@ ERRORS = [
     (lambda: deep_image_prior(0 * A.to_scipy(), Y, S2), "no pixel is seen|A maps images to 0"),
     (lambda: total_variation(0 * A.to_scipy(), Y, S2), "A maps images to 0"),
     (lambda: deep_image_prior(1j * A.to_scipy(), Y, S2), "A has dtype complex128; expected real numbers"),
-    (lambda: deep_image_prior(A, Y, S2, bounds=1), "bounds is 1; expected"),
+    *((lambda b=b: deep_image_prior(A, Y, S2, bounds=b), "bounds is .*; expected") for b in (1, "ab", (0, "a"), (0, None))),
+    *((lambda t=t: deep_image_prior(A, Y, S2, **{t: True}), f"{t} is True") for t in ("tv", "lr", "seed", "stop")),
+    (lambda: deep_image_prior(A, Y.to("meta"), S2), "on meta; expected real numbers"),
+    (lambda: deep_image_prior(ParallelBeam(3, 2), torch.ones(2, 5), S2), "images have 3 x 3 pixels; expected at least 4"),
+    (lambda: deep_image_prior(A, Y, S2, model="a"), "model is a str; expected an nn.Module"),
+    (lambda: deep_image_prior(A, Y, S2, checkpoint=1), "checkpoint is a int; expected the name of a file"),
+    (lambda: deep_image_prior(A, Y, S2, progress="a"), "progress is a str; expected a function"),
+    (lambda: deep_image_prior(A, Y, S2, input="a"), "the input is a str that is no array of numbers"),
+    (lambda: deep_image_prior(A, Y, S2, input=torch.ones(1, 1, 12, 12) * 1j), "the input has shape .* expected real numbers"),
+    (lambda: total_variation(A, Y, weight=True), "weight is True"),
+    (lambda: as_projector(A, "a"), "the sinogram is a str that is no array of numbers"),
+    *((lambda s=s: as_projector(A.to_scipy(), Y, s), "image_shape is ") for s in ("a", 3, (12,), (12, "a"))),
+    (lambda: as_projector(torch.zeros(3), Y), r"A is an array of shape \(3,\); expected a matrix"),
     (lambda: deep_image_prior(A, Y, S2, tv="a"), "tv is 'a'"),
     (lambda: deep_image_prior(A, Y, S2, seed=None), "seed is None; expected an integer"),
     (lambda: deep_image_prior(A, Y, S2, input=torch.zeros(12, 12)), r"input has shape \[12, 12\]; expected finite"),

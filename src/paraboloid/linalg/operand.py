@@ -64,7 +64,7 @@ def transposed(A: Operand, what: str) -> Operand:
 
 def check_choice(name: str, value: object, allowed: Collection[object]) -> None:
     """Raise ValueError unless the value is one of those allowed."""
-    if value not in allowed:
+    if getattr(value, "ndim", 0) or value not in allowed:  # an array is equal to each of its elements or none
         raise ValueError(f"{name} is {value!r}; expected one of {allowed}.")
 
 

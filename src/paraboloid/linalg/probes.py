@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -11,10 +13,12 @@ Seed = int | torch.Generator
 
 
 def generator_of(seed: Seed, device: torch.device) -> torch.Generator:
-    """The generator itself, or a new one on `device` that starts from the seed."""
+    """The generator itself, or a new one on `device` that starts from the seed; ValueError for anything else."""
     if isinstance(seed, torch.Generator):
         return seed
-    return torch.Generator(device=device).manual_seed(seed)
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise ValueError(f"seed is {seed!r}; expected an integer, or a torch.Generator.")
+    return torch.Generator(device=device).manual_seed(int(seed))
 
 
 def normal(shape: tuple[int, ...], like, generator: torch.Generator) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from paraboloid.linalg.operand import check_count
 from paraboloid.tomography.beams import FanBeam, ParallelBeam
 from paraboloid.tomography.image_posterior import ImagePosterior
+from paraboloid.tomography.sinograms import as_numbers
 
 
 def best_angles(posterior: ImagePosterior, candidates: Any, count: int = 1) -> tuple[list[int], Tensor]:
@@ -22,11 +23,13 @@ def best_angles(posterior: ImagePosterior, candidates: Any, count: int = 1) -> t
     Raises ValueError for an operator that has no other angles, and more angles than candidates.  Source: Barbano et al.
     2022, arXiv:2207.05714.
     """
+    if not isinstance(posterior, ImagePosterior):
+        raise ValueError(f"posterior is a {type(posterior).__name__}; expected what linearised returns.")
     A = posterior.fit.A
     if not isinstance(A, ParallelBeam | FanBeam):
         raise ValueError(f"the reconstruction's A is a {type(A).__name__}; expected a ParallelBeam or a FanBeam, which "
                          "can look from other angles.")  # fmt: skip
-    angles = torch.as_tensor(candidates, dtype=torch.float64).reshape(-1)
+    angles = as_numbers("candidates", candidates, "[angles], in radians").cpu().double().reshape(-1)
     check_count("count", count, most=len(angles))
     root = posterior.root().double().view(-1, *posterior.mean.shape)
     views = [A.at(angle.view(1)) for angle in angles]

@@ -18,6 +18,7 @@ from paraboloid.tomography.image_jacobian import ImageJacobian, linear_residual
 from paraboloid.tomography.kernel_prior import KernelPrior
 from paraboloid.tomography.reconstruction import Reconstruction
 from paraboloid.tomography.sampled_evidence import SampledEvidence
+from paraboloid.tomography.sinograms import as_numbers
 
 LARGEST = 8  # a dense evidence takes this part of what a dense matrix may
 STEP = {"damped": 0.75, "linearised": 1.0, "network": 0.0}  # from the network's image to the linear model's mean
@@ -105,7 +106,7 @@ class ImagePosterior:
         covariance has (0.001 max |mean|)^2 added to its diagonal; where it comes from samples, that of a patch of d
         pixels has d / (samples + d) of its correlations taken off, so that it can be inverted.
         """
-        image = torch.as_tensor(image).to(self.mean)
+        image = as_numbers("image", image, str(list(self.mean.shape))).to(self.mean)
         if image.shape != self.mean.shape or not bool(image.isfinite().all()):
             raise ValueError(f"the image has shape {list(image.shape)}; expected finite numbers of shape "
                              f"{list(self.mean.shape)}.")  # fmt: skip
@@ -187,6 +188,7 @@ def linearised(
         raise ValueError(f"fit is a {type(fit).__name__}; expected what deep_image_prior returns.")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed is {seed!r}; expected an integer.")
+    check_choice("learn_noise", learn_noise, (True, False))
     if max_memory is not None and not (isinstance(max_memory, int | float) and max_memory >= 0):
         raise ValueError(f"max_memory is {max_memory!r}; expected a number of bytes, or None.")
     first = KernelPrior.of(fit.model, prior)

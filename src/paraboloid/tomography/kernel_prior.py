@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from paraboloid.linalg.operand import check_choice
+
 PRIORS = ("per_block", "shared")
 LENGTH = 1.0  # of correlation at first, in pixels
 
@@ -38,8 +40,7 @@ def blocks_of(model: nn.Module, prior: str) -> list[Block]:
 
     "shared": all of one size are a block.  Raises ValueError for an unknown prior and a model without convolutions.
     """
-    if prior not in PRIORS:
-        raise ValueError(f"prior is {prior!r}; expected one of {PRIORS}.")
+    check_choice("prior", prior, PRIORS)
     found: dict[tuple[str, int], list[str]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and len(set(module.kernel_size)) == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
+from paraboloid.linalg.operand import check_count
 from paraboloid.tomography.projector import Matrix, Projector, Shape
+from paraboloid.tomography.sinograms import as_sinogram
 
 
 class Foreign:
@@ -29,26 +32,33 @@ class Foreign:
             return torch.stack([_product(self.A, one.view(self.takes), self.on_torch).reshape(-1) for one in x])
 
 
-def as_projector(A: Any, sinogram: Tensor, image_shape: Shape | None = None) -> Projector:
+def as_projector(A: Any, sinogram: Any, image_shape: Shape | None = None) -> Projector:
     """A as a `Projector` of [H, W] images: itself, or any object with ``@`` and ``.T``.
 
-    A matrix [m, n] (SciPy's sparse matrices and LinearOperators, NumPy's and torch's arrays) multiplies flat images;
-    n is a square number, or `image_shape` says what shape they have.  Any other object multiplies images [H, W], and
+    A matrix [m, n] (SciPy's sparse matrices and LinearOperators, NumPy's and torch's arrays, sparse too) multiplies
+    flat images; n is a square number, or `image_shape` says what shape they have.  The sinogram has m numbers, or is a
+    stack of such ones [..., angles, detectors].  Any other object multiplies images [H, W], and
     its ``A.T @ sinogram`` shows which.  One product each way is made to see that A.T is the adjoint of A.
 
     Raises TypeError for an object without ``@`` and ``.T``; ValueError where shapes and the sinogram disagree, and for
     an A.T that is not the adjoint: <A x, y> and <x, A.T y> differ for random x and y.
     """
+    sinogram = as_sinogram(sinogram)
     if isinstance(A, Projector):
         _check_sinogram(A.gives, sinogram)
         return A
     if "complex" in str(getattr(A, "dtype", "")):
         raise ValueError(f"A has dtype {A.dtype}; expected real numbers.")
+    if isinstance(A, Tensor) and A.layout != torch.strided and A.dim() == 2:
+        entries = A.detach().cpu().to_sparse_coo().coalesce()
+        A = scipy.sparse.coo_array((entries.values().double().numpy(), entries.indices().numpy()), shape=tuple(A.shape))
     is_array = isinstance(A, np.ndarray | Tensor) or scipy.sparse.issparse(A)
+    if is_array and A.ndim != 2:
+        raise ValueError(f"A is an array of shape {tuple(A.shape)}; expected a matrix [sinogram's numbers, pixels].")
     if not hasattr(type(A), "__matmul__") or not hasattr(A, "T"):
         raise TypeError(f"A is a {type(A).__name__}; expected an operator, that is an object with @ and .T.")
     shape = tuple(getattr(A, "shape", ()))
-    if len(shape) == 2 and (is_array or shape[0] == sinogram.numel()):
+    if len(shape) == 2 and (is_array or shape[0] in _counts(sinogram)):
         made = _of_matrix(A, shape, sinogram, image_shape)
     else:
         made = _of_images(A, sinogram)
@@ -76,23 +86,33 @@ def check_adjoint(A: Projector, dtype: torch.dtype) -> None:
 
 def _of_matrix(A: Any, shape: Shape, sinogram: Tensor, image_shape: Shape | None) -> Projector:
     m, n = shape
-    if m != sinogram.numel():
+    if m not in _counts(sinogram):
         raise ValueError(f"A has the shape {shape} but the sinogram {tuple(sinogram.shape)}, {sinogram.numel()} "
-                         f"numbers; expected {m} of them.")  # fmt: skip
+                         f"numbers; expected {m} of them, in the last two axes of a stack.")  # fmt: skip
+    gives = tuple(sinogram.shape) if m == sinogram.numel() else tuple(sinogram.shape[-2:])
     side = math.isqrt(n)
-    takes = (side, side) if image_shape is None else tuple(image_shape)
-    if math.prod(takes) != n or len(takes) != 2:
+    takes = (side, side) if image_shape is None else _image_shape(image_shape)
+    if math.prod(takes) != n:
         raise ValueError(f"A has {n} columns, which are no {takes[0]} x {takes[-1]} image; expected a square number of "
                          "them, or image_shape=(H, W).")  # fmt: skip
     names = ("image", "sinogram")
     if scipy.sparse.issparse(A):
-        return Projector(
-            Matrix(scipy.sparse.csr_array(A, dtype=np.float64)), takes, tuple(sinogram.shape), names, sinogram.dtype
-        )
+        return Projector(Matrix(scipy.sparse.csr_array(A, dtype=np.float64)), takes, gives, names, sinogram.dtype)
     A = A.to(sinogram) if isinstance(A, Tensor) else A
     on_torch = isinstance(getattr(A, "dtype", None), torch.dtype)
     linear = Foreign(A, (n,), (m,), on_torch)
-    return Projector(linear, takes, tuple(sinogram.shape), names, sinogram.dtype)
+    return Projector(linear, takes, gives, names, sinogram.dtype)
+
+
+def _counts(sinogram: Tensor) -> tuple[int, int]:
+    """How many numbers all of it and its last two axes have."""
+    return sinogram.numel(), math.prod(sinogram.shape[-2:])
+
+
+def _image_shape(given: Any) -> Shape:
+    if not isinstance(given, Sequence) or len(given) != 2:
+        raise ValueError(f"image_shape is {given!r}; expected (H, W).")
+    return tuple(check_count("image_shape", side) for side in given)
 
 
 def _of_images(A: Any, sinogram: Tensor) -> Projector:
@@ -112,7 +132,12 @@ def _tried(A: Any, x: Tensor) -> tuple[bool, Tensor]:
     try:
         return True, _product(A, x, True)
     except Exception:  # whatever an operator on NumPy arrays says to a tensor
+        pass
+    try:
         return False, _product(A, x, False)
+    except Exception as e:
+        raise ValueError(f"A.T @ sinogram raises {type(e).__name__} ({str(e)[:200]}) for a sinogram {tuple(x.shape)}, "
+                         "a tensor and an array alike; expected an image [H, W].") from e  # fmt: skip
 
 
 def _product(A: Any, x: Tensor, on_torch: bool) -> Tensor:
@@ -122,6 +147,9 @@ def _product(A: Any, x: Tensor, on_torch: bool) -> Tensor:
 
 
 def _check_sinogram(expected: Shape, sinogram: Tensor) -> None:
-    if tuple(sinogram.shape[-2:]) != expected:
+    if tuple(sinogram.shape[-len(expected) :]) != expected and len(expected) != 2:
+        raise ValueError(f"the projections have shape {tuple(sinogram.shape)}; expected [..., "
+                         f"{', '.join(map(str, expected))}], as A has.")  # fmt: skip
+    if tuple(sinogram.shape[-len(expected) :]) != expected:
         raise ValueError(f"the sinogram has shape {tuple(sinogram.shape)}; expected [..., angles, detectors] with "
                          f"{expected[0]} angles and {expected[1]} detectors, as A has.")  # fmt: skip

@@ -9,9 +9,15 @@ from typing import Any, Protocol
 import numpy as np
 import scipy.sparse
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Shape = tuple[int, ...]
+
+
+def native(x: NDArray[Any]) -> NDArray[Any]:
+    """The same numbers without gaps, in this machine's order of bytes: files of the field often have the other one."""
+    return np.ascontiguousarray(x, x.dtype.newbyteorder("="))
 
 
 class LinearMap(Protocol):
@@ -122,10 +128,14 @@ class Projector:
         return Projector(self.linear.T, self.gives, self.takes, (self.names[1], self.names[0]), self.dtype)
 
     def __matmul__(self, x: Any) -> Any:
-        if isinstance(x, np.ndarray):
-            return (self @ torch.from_numpy(np.ascontiguousarray(x))).numpy()
+        if isinstance(x, np.ndarray) and x.dtype.kind in "biuf":
+            return (self @ torch.from_numpy(native(x))).numpy()
         if not isinstance(x, Tensor):
-            return NotImplemented
+            if hasattr(type(x), "__rmatmul__") and not isinstance(x, np.ndarray):
+                return NotImplemented
+            kind = f" of {x.dtype}" if isinstance(x, np.ndarray) else ""
+            raise TypeError(f"the {self.names[0]} is a {type(x).__name__}{kind}; expected a tensor or an array of "
+                            f"numbers, [..., {', '.join(map(str, self.takes))}].")  # fmt: skip
         if tuple(x.shape[-len(self.takes) :]) != self.takes:
             raise ValueError(f"the {self.names[0]} has shape {tuple(x.shape)}; expected [..., "
                              f"{', '.join(map(str, self.takes))}], with any leading axes.")  # fmt: skip

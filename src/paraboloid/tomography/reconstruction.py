@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from paraboloid.linalg.operand import check_count
+from paraboloid.linalg.operand import check_choice, check_count
 from paraboloid.losses import MSE, Loss, Observed
 from paraboloid.passes.random_state import seeded
 from paraboloid.tomography.measurement import as_projector
 from paraboloid.tomography.projector import Projector
-from paraboloid.tomography.sinograms import as_sinogram, check_noise_variance, noise_variance_of
+from paraboloid.tomography.sinograms import as_numbers, as_sinogram, check_noise_variance, noise_variance_of
 from paraboloid.tomography.training import Training
-from paraboloid.tomography.u_net import UNet
+from paraboloid.tomography.u_net import LEAST, UNet
 from paraboloid.tomography.variation import SHARE, scale_of, total_variation
 
 HEADROOM = 1.2  # the upper bound of the image, over the largest value of a reconstruction by total variation
@@ -91,8 +92,11 @@ def deep_image_prior(
     """
     y = as_sinogram(y)
     A = as_projector(A, y)
-    _check_options(noise_variance, bounds, tv, lr, stop)
+    _check_options(noise_variance, bounds, tv, lr, stop, model, checkpoint, progress)
     check_count("iterations", iterations)
+    if len(A.takes) != 2:
+        raise ValueError(f"A takes volumes of shape {A.takes}; expected images [H, W]: the network is two-dimensional. "
+                         "Reconstruct slices, or use total_variation.")  # fmt: skip
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed is {seed!r}; expected an integer.")
     if not bool((A.T @ y > 0).any()):
@@ -104,6 +108,9 @@ def deep_image_prior(
     lead = tuple(y.shape[: y.dim() - len(A.gives)])
     z = _input(A, y, input, SHARE * s2 / scale)
     if model is None:
+        if min(A.takes) < LEAST:
+            raise ValueError(f"images have {' x '.join(map(str, A.takes))} pixels; expected at least {LEAST} along "
+                             "each side for the U-Net. Give a model of your own.")  # fmt: skip
         with seeded(seed):
             seen = z if input is None else total_variation(A, y, SHARE * s2 / scale)
             limits = bounds or (0.0, HEADROOM * float(seen.max()))
@@ -122,23 +129,37 @@ def deep_image_prior(
 def _input(A: Projector, y: Tensor, given: Any, weight: float) -> Tensor:
     """[1, channels, H, W]."""
     if given is not None:
-        z = torch.as_tensor(given).to(y)
+        z = as_numbers("input", given, "[1, channels, H, W]").to(y)
         if z.dim() != 4 or len(z) != 1 or not bool(z.isfinite().all()):
             raise ValueError(f"input has shape {list(z.shape)}; expected finite numbers [1, channels, H, W].")
         return z
     return total_variation(A, y, weight).reshape(1, -1, *A.takes)
 
 
-def _check_options(noise_variance: Any, bounds: Any, tv: float, lr: float, stop: str | None) -> None:
+def _check_options(
+    noise_variance: Any, bounds: Any, tv: Any, lr: Any, stop: Any, model: Any, checkpoint: Any, progress: Any
+) -> None:
     check_noise_variance(noise_variance)
-    if bounds is not None and not (isinstance(bounds, Sequence) and len(bounds) == 2 and bounds[0] < bounds[1]):
+    if bounds is not None and not (isinstance(bounds, Sequence) and len(bounds) == 2
+                                   and all(_is_real(b) for b in bounds) and bounds[0] < bounds[1]):  # fmt: skip
         raise ValueError(f"bounds is {bounds!r}; expected (low, high) with low < high.")
-    if not isinstance(tv, int | float) or not 0 <= tv < math.inf:
+    if not _is_real(tv) or not 0 <= tv < math.inf:
         raise ValueError(f"tv is {tv!r}; expected a number of at least 0.")
-    if not isinstance(lr, int | float) or not 0 < lr < math.inf:
+    if not _is_real(lr) or not 0 < lr < math.inf:
         raise ValueError(f"lr is {lr!r}; expected a positive number.")
-    if stop not in ("discrepancy", None):
-        raise ValueError(f"stop is {stop!r}; expected 'discrepancy' or None.")
+    check_choice("stop", stop, ("discrepancy", None))
+    if model is not None and not isinstance(model, nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}; expected an nn.Module, or None for a small U-Net.")
+    if checkpoint is not None and not isinstance(checkpoint, str | Path):
+        raise ValueError(f"checkpoint is a {type(checkpoint).__name__}; expected the name of a file, or None.")
+    if progress is not None and not callable(progress):
+        raise ValueError(
+            f"progress is a {type(progress).__name__}; expected a function of the iteration and their number."
+        )
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _check_output(model: nn.Module, z: Tensor, shape: tuple[int, ...]) -> None:

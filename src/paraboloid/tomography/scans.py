@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from paraboloid.linalg.operand import check_choice
 from paraboloid.tomography.beams import UNITS, ParallelBeam
 from paraboloid.tomography.scan_files import Arrays, arrays
 
@@ -74,6 +75,9 @@ def read_scan(
     that are not finite, and angles that do not fit; ImportError where a package is missing.
     """
     file = arrays(path)
+    _check_types(axes=(axes, str), key=(key, str), log=(log, bool))
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype!r}; expected a real floating-point type.")
     data = file.data(key)
     order = _order(file, axes, data)
     flat, dark = (_field(file, what, given) for what, given in (("flat", flat), ("dark", dark)))
@@ -88,12 +92,30 @@ def read_scan(
     middle = (values.shape[-1] - 1) / 2
     if centre is None:
         raise _missing(file, "centre", "the detector of the axis of rotation (a number from 0, or centre='middle')")
-    if centre != "middle" and (isinstance(centre, bool) or not isinstance(centre, Real)):
+    is_middle = isinstance(centre, str) and centre == "middle"
+    if not is_middle and (isinstance(centre, bool) or not isinstance(centre, Real)):
         raise ValueError(f"centre is {centre!r}; expected a detector in 0..{values.shape[-1] - 1}, or 'middle'.")
     off = 0.0 if isinstance(centre, str) else float(centre) - middle
     if not abs(off) <= middle + 0.5:
         raise ValueError(f"centre is {centre!r}; expected a detector in 0..{values.shape[-1] - 1}, or 'middle'.")
     return Scan(torch.from_numpy(np.ascontiguousarray(values)).to(dtype), found, off)
+
+
+def _check_types(**given: tuple[Any, type]) -> None:
+    for name, (value, kind) in given.items():
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{name} is {value!r}; expected a {kind.__name__}, or None where the file says it.")
+
+
+def _reals(what: str, value: Any) -> NDArray[np.float64]:
+    try:
+        found = np.asarray(value)
+    except ValueError:  # lists of different lengths
+        found = np.asarray(None)
+    if found.dtype.kind not in "iuf":
+        raise ValueError(f"the {what} are a {type(value).__name__} of {found.dtype}; expected real numbers, or the "
+                         "name of an array in the file.")  # fmt: skip
+    return found.astype(np.float64)
 
 
 def _missing(file: Arrays, name: str, what: str) -> ValueError:
@@ -122,7 +144,7 @@ def _in_order(data: NDArray[Any], order: list[str]) -> NDArray[np.float64]:
 def _field(file: Arrays, what: str, given: Any) -> NDArray[np.float64] | None:
     if given is None:
         return file.get(file.names[what]).astype(np.float64) if what in file.names else None
-    return (file.get(given) if isinstance(given, str) else np.asarray(given)).astype(np.float64)
+    return _reals(f"{what} field", file.get(given) if isinstance(given, str) else given)
 
 
 def _field_in_order(field: NDArray[np.float64], order: list[str], data: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -162,8 +184,8 @@ def _integrals(
                          "counts at every detector.")  # fmt: skip
     share = (data - zero) / bright
     if least is not None:
-        if not 0 < least < 1:
-            raise ValueError(f"least is {least}; expected a transmission between 0 and 1.")
+        if isinstance(least, bool) or not isinstance(least, Real) or not 0 < least < 1:
+            raise ValueError(f"least is {least!r}; expected a transmission between 0 and 1.")
         share = np.maximum(share, least)
     if bad := int((share <= 0).sum()):
         raise ValueError(f"{bad} of {share.size} transmissions are not positive (the least is {share.min():.4g}), so "
@@ -176,13 +198,12 @@ def _angles(file: Arrays, given: Any, unit: str | None, count: int) -> Tensor:
     name = file.names.get("angles") if given is None else given if isinstance(given, str) else None
     if given is None and name is None:
         raise _missing(file, "angles", f"the {count} angles")
-    values = np.asarray(file.get(name) if name is not None else given, dtype=np.float64).reshape(-1)
+    values = _reals("angles", file.get(name) if name is not None else given).reshape(-1)
     if unit is None and name is not None:
         unit = SAID.get(file.unit(name).strip().lower().rstrip("."))
     if unit is None:
         raise _missing(file, "unit", f"the unit of the angles, which reach {np.abs(values).max():.4g} ({UNITS})")
-    if unit not in UNITS:
-        raise ValueError(f"unit is {unit!r}; expected one of {UNITS}.")
+    check_choice("unit", unit, UNITS)
     if len(values) != count:
         raise ValueError(f"there are {len(values)} angles and {count} views in the data; expected as many.")
     if not np.isfinite(values).all():

@@ -10,21 +10,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paraboloid.tomography.projector import native
+
 BINOMIAL = (1.0, -4.0, 6.0, -4.0, 1.0)  # fourth differences: what is smooth leaves nothing
 NORMAL_MEDIAN = 0.6744897501960817  # of the absolute value of a standard normal number
 
 
+def as_numbers(name: str, value: Any, axes: str) -> Tensor:
+    """A tensor of real numbers, at least one; raises ValueError for anything else."""
+    try:
+        found = (value if isinstance(value, Tensor) else torch.as_tensor(native(np.asarray(value)))).detach()
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"the {name} is a {type(value).__name__} that is no array of numbers "
+                         f"({str(e).splitlines()[0]}); expected real numbers, {axes}.") from None  # fmt: skip
+    if found.is_complex() or found.numel() == 0 or found.is_meta:
+        raise ValueError(f"the {name} has shape {tuple(found.shape)} and dtype {found.dtype} on {found.device}; "
+                         f"expected real numbers, {axes}.")  # fmt: skip
+    return found
+
+
 def as_sinogram(y: Any) -> Tensor:
     """y as a floating-point tensor; raises ValueError for an empty one, NaN, infinity and complex numbers."""
-    try:
-        found = torch.as_tensor(np.asarray(y) if not isinstance(y, Tensor) else y).detach()
-    except (TypeError, ValueError) as e:
-        raise ValueError(f"the sinogram is a {type(y).__name__} that is no array of numbers "
-                         f"({str(e).splitlines()[0]}); expected real numbers, [angles, "
-                         "detectors].") from None  # fmt: skip
-    if found.is_complex() or found.numel() == 0:
-        raise ValueError(f"the sinogram has shape {tuple(found.shape)} and dtype {found.dtype}; expected real numbers, "
-                         "[angles, detectors].")  # fmt: skip
+    found = as_numbers("sinogram", y, "[angles, detectors]")
     if not found.is_floating_point():
         found = found.to(torch.get_default_dtype())
     if bad := int((~found.isfinite()).sum()):

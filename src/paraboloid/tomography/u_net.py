@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GROUPS = 4  # of the normalisation
+LEAST = 4  # pixels along a side, of three resolutions
 MARGIN = 0.01  # how near to its bounds the output is at first, relative: at a bound itself nothing moves it
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def total_variation(
     check_noise_variance(noise_variance)
     if weight is None:
         weight = SHARE * (noise_variance_of(y) if noise_variance is None else noise_variance) / scale_of(A, y)
-    if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= weight < math.inf:
         raise ValueError(f"weight is {weight!r}; expected a number of at least 0.")
     step = 0.99 / math.sqrt(squared_norm(A, y) + 8)  # 8: of the differences
     lead = y.shape[: y.dim() - len(A.gives)]
@@ -57,7 +58,7 @@ def total_variation(
 
 def _adjoint(e: Tensor, dim: int) -> Tensor:
     """Of the differences along an axis."""
-    zero = torch.zeros_like(e.narrow(dim, 0, 1))
+    zero = torch.zeros_like(e.sum(dim, keepdim=True))
     return -torch.cat([e, zero], dim).diff(dim=dim, prepend=zero)
 
 
