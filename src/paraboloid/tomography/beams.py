@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from paraboloid.linalg.operand import check_choice
 from paraboloid.passes.memory import DENSE
 from paraboloid.tomography.intersection_lengths import intersection_lengths
 from paraboloid.tomography.projector import Matrix, Projector
@@ -44,10 +45,10 @@ class ParallelBeam(Projector):
         self, size: int, angles: Angles, detectors: int | None = None, dtype: torch.dtype | None = None, *,
         unit: str = "radians", spacing: float = 1.0, centre: float = 0.0,
     ):  # fmt: skip
-        size = _count("size", size, "images are square; pad others with zeros")
-        self.angles = _angles(angles, unit, math.pi)
-        self.detectors = _detectors(detectors, size, spacing)
-        self.spacing, self.centre, self.size = _length("spacing", spacing), _finite("centre", centre), size
+        size = count("size", size, "images are square; pad others with zeros")
+        self.angles = angles_of(angles, unit, math.pi)
+        self.detectors = detectors_of(detectors, size, spacing)
+        self.spacing, self.centre, self.size = length("spacing", spacing), _finite("centre", centre), size
         _check_memory(size, len(self.angles) * self.detectors)
         direction, foot = _views(self)
         far = (size / math.sqrt(2) + 1) * direction[:, None]  # outside the image
@@ -80,17 +81,17 @@ class FanBeam(Projector):
         source_distance: float | None = None, detector_distance: float | None = None, unit: str = "radians",
         spacing: float | None = None, centre: float = 0.0,
     ):  # fmt: skip
-        size = _count("size", size, "images are square; pad others with zeros")
-        self.angles = _angles(angles, unit, 2 * math.pi)
-        self.source_distance = _length("source_distance", 2 * size if source_distance is None else source_distance)
-        self.detector_distance = _length("detector_distance", size if detector_distance is None else detector_distance)
+        size = count("size", size, "images are square; pad others with zeros")
+        self.angles = angles_of(angles, unit, 2 * math.pi)
+        self.source_distance = length("source_distance", 2 * size if source_distance is None else source_distance)
+        self.detector_distance = length("detector_distance", size if detector_distance is None else detector_distance)
         radius, whole = size / math.sqrt(2), self.source_distance + self.detector_distance
         if min(self.source_distance, self.detector_distance) <= radius:
             raise ValueError(f"the source is {self.source_distance:g} and the detector {self.detector_distance:g} from "
                              f"the axis; expected both outside the image's circle, above {radius:.4g}.")  # fmt: skip
-        self.spacing = _length("spacing", whole / self.source_distance if spacing is None else spacing)
+        self.spacing = length("spacing", whole / self.source_distance if spacing is None else spacing)
         shadow = 2 * whole * radius / math.sqrt(self.source_distance**2 - radius**2)
-        self.detectors = _detectors(detectors, size, self.spacing, shadow)
+        self.detectors = detectors_of(detectors, size, self.spacing, shadow)
         self.centre, self.size = _finite("centre", centre), size
         _check_memory(size, len(self.angles) * self.detectors)
         direction, foot = _views(self)
@@ -118,19 +119,24 @@ def _built(size: int, rays: Any, angles: int, detectors: int, dtype: torch.dtype
     starts, at, lengths = intersection_lengths(size, *(ends.reshape(-1, 2) for ends in rays))
     narrow = starts.astype(np.int32) if starts[-1] < 2**31 else starts
     rows = scipy.sparse.csr_array((lengths, at.astype(narrow.dtype), narrow), shape=(angles * detectors, size**2))
+    return Matrix(rows), (size, size), (angles, detectors), ("image", "sinogram"), float_type(dtype)
+
+
+def float_type(dtype: Any) -> torch.dtype:
+    """The type of products with images of integers: the default one for None."""
     dtype = torch.get_default_dtype() if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype!r}; expected a real floating-point type.")
-    return Matrix(rows), (size, size), (angles, detectors), ("image", "sinogram"), dtype
+    return dtype
 
 
-def _count(name: str, value: Any, why: str = "") -> int:
+def count(name: str, value: Any, why: str = "") -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
         raise ValueError(f"{name} is {value!r}; expected a positive integer{': ' if why else ''}{why}.")
     return int(value)
 
 
-def _length(name: str, value: Any) -> float:
+def length(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
         raise ValueError(f"{name} is {value!r}; expected a positive number of pixels.")
     return float(value)
@@ -142,13 +148,12 @@ def _finite(name: str, value: Any) -> float:
     return float(value)
 
 
-def _angles(angles: Any, unit: str, whole: float) -> Tensor:
+def angles_of(angles: Any, unit: str, whole: float) -> Tensor:
     """[angles], radians, float64."""
-    if unit not in UNITS:
-        raise ValueError(f"unit is {unit!r}; expected one of {UNITS}.")
+    check_choice("unit", unit, UNITS)
     if isinstance(angles, Integral) and not isinstance(angles, bool):
-        count = _count("angles", angles)
-        return torch.arange(count, dtype=torch.float64) * (whole / count)
+        many = count("angles", angles)
+        return torch.arange(many, dtype=torch.float64) * (whole / many)
     try:
         found = torch.as_tensor(angles).detach().cpu()
         if found.is_complex():
@@ -168,10 +173,10 @@ def _angles(angles: Any, unit: str, whole: float) -> Tensor:
     return found
 
 
-def _detectors(detectors: Any, size: int, spacing: Any, shadow: float | None = None) -> int:
+def detectors_of(detectors: Any, size: int, spacing: Any, shadow: float | None = None) -> int:
     if detectors is not None:
-        return _count("detectors", detectors)
-    least = math.ceil((size * math.sqrt(2) if shadow is None else shadow) / _length("spacing", spacing))
+        return count("detectors", detectors)
+    least = math.ceil((size * math.sqrt(2) if shadow is None else shadow) / length("spacing", spacing))
     return least + (least - size) % 2
 
 

@@ -1,11 +1,13 @@
-"""Lengths of straight rays inside the pixels of a square image: the matrix of line integrals, sparse."""
+"""Lengths of straight rays inside the pixels of a square image or a cube: the matrix of line integrals, sparse."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-Rays = tuple[NDArray[np.float64], NDArray[np.float64]]  # where each starts and ends, outside the image: (x, y), [R, 2]
+Rays = tuple[
+    NDArray[np.float64], NDArray[np.float64]
+]  # where each starts and ends, outside the image: (x, y[, z]), [R, 2 or 3]
 CHUNK = 2048  # rays that are traced together
 
 
@@ -15,8 +17,9 @@ def intersection_lengths(
     """The length of ray r inside pixel p, as compressed rows (row starts [R + 1], pixels [nonzeros], lengths).
 
     Pixel (i, j) of the [size, size] image is the square of side 1 around x = j - (size - 1) / 2 and
-    y = i - (size - 1) / 2, and has the number i size + j.  The image is constant in each pixel, so a row's product with
-    it is the exact line integral.  A ray along the border of two pixels belongs to the one above it.
+    y = i - (size - 1) / 2, and has the number i size + j; rays with a third coordinate z cross the cubes of a volume,
+    whose slices have size^2 numbers each.  The image is constant in each pixel, so a row's product with it is the exact
+    line integral.  A ray along the border of two pixels belongs to the one above it.
 
     Source: Siddon 1985, "Fast calculation of the exact radiological path for a three-dimensional CT array".
     """
@@ -33,19 +36,20 @@ def intersection_lengths(
 def _traced(
     size: int, start: NDArray[np.float64], end: NDArray[np.float64]
 ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-    """Pixels and lengths of every segment between two crossings of grid lines, [R, 2 size + 3]; 0 outside."""
-    step = end - start
+    """Pixels and lengths of every segment between two crossings of grid lines, [R, d (size + 1) + 1]; 0 outside."""
+    step, dimensions = end - start, start.shape[1]
     lines = np.arange(size + 1) - size / 2
     times = [np.zeros((len(start), 1)), np.ones((len(start), 1))]
-    for axis in range(2):
+    for axis in range(dimensions):
         along = step[:, axis, None]
         safe = np.where(along == 0, 1.0, along)
         times.append(np.where(along == 0, 1.0, (lines - start[:, axis, None]) / safe))
     t = np.sort(np.clip(np.concatenate(times, 1), 0, 1), 1)
     lengths = np.diff(t, axis=1) * np.linalg.norm(step, axis=1)[:, None]
     middle = (t[:, 1:] + t[:, :-1]) / 2
-    column, row = (
-        np.floor(start[:, axis, None] + middle * step[:, axis, None] + size / 2).astype(np.int32) for axis in range(2)
-    )
-    inside = (column >= 0) & (column < size) & (row >= 0) & (row < size)
-    return np.where(inside, row * size + column, 0).astype(np.int32), np.where(inside, lengths, 0.0)
+    inside, number = np.full(lengths.shape, True), np.zeros(lengths.shape, np.int32)
+    for axis in reversed(range(dimensions)):
+        at = np.floor(start[:, axis, None] + middle * step[:, axis, None] + size / 2).astype(np.int32)
+        inside &= (at >= 0) & (at < size)
+        number = number * size + at
+    return np.where(inside, number, 0).astype(np.int32), np.where(inside, lengths, 0.0)
