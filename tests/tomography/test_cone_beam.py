@@ -88,12 +88,13 @@ def test_the_middle_row_is_a_fan_beam():
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on its first forward mode
 def test_derivatives_and_transforms():
-    A = ConeBeam(3, 2, rows=3, columns=3)
-    x = torch.randn(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    A = ConeBeam(3, 1, rows=2, columns=3)
+    x = torch.randn(3, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: A @ x, x, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(lambda x: (A @ x).square() / 2, x, check_fwd_over_rev=True)
-    torch.testing.assert_close(torch.vmap(A.__matmul__)(x), A @ x)
-    found = pb.tomography.total_variation(A, A @ torch.ones(3, 3, 3, dtype=torch.float64), weight=1e-6, iterations=300)
+    batch = torch.randn(2, 3, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(torch.vmap(A.__matmul__)(batch), A @ batch)
+    found = pb.tomography.total_variation(A, A @ torch.ones(3, 3, 3, dtype=torch.float64), weight=1e-6, iterations=5)
     assert found.shape == (3, 3, 3)
 
 
