@@ -4,7 +4,8 @@ Against GPyTorch: seconds of CPU time to a relative error of the predicted mean 
 float64 to 1e-7), one thread, one process; each side with the loosest of its tolerances that reaches it, in float32, and
 in float64 where GPyTorch does not get there in float32.  It is given up after `--patience` times our own seconds.
 `--scale N`: N generated points, `--samples` functions, to a relative residual of 1e-2, with `--solvers` side by side;
-sdd is given up after `--longer` times the first solver's time.  A million points: --scale 1000000 --samples 1.
+sdd is given up after `--longer` times the first solver's time.  A million points, cut short after `--steps` blocks of
+2000 points: --scale 1000000 --samples 0 --solvers block --steps 20 (500 of them are a pass).
 """
 
 from __future__ import annotations
@@ -142,12 +143,14 @@ def one(
     return row
 
 
-def at_scale(n: int, samples: int, noise: float, solvers: list[str], longer: float) -> Iterator[dict[str, Any]]:
+def at_scale(
+    n: int, samples: int, noise: float, solvers: list[str], longer: float, most: int | None
+) -> Iterator[dict[str, Any]]:
     """CPU seconds and residual of each solver, and this process's peak memory after it."""
     x, y = generated(n, noise, torch.float32)
     first = None
     for solver in solvers:
-        start, wall, steps = time.process_time(), time.perf_counter(), None
+        start, wall, steps = time.process_time(), time.perf_counter(), most
         if first is not None and solver == "sdd" and longer:
             steps = _steps_in(longer * first, x, y, noise, samples)
             start, wall = time.process_time(), time.perf_counter()
@@ -158,6 +161,7 @@ def at_scale(n: int, samples: int, noise: float, solvers: list[str], longer: flo
             "n": n, "samples": samples, "noise": noise, "solver": gp.solver, "seconds": seconds,
             "wall": time.perf_counter() - wall, "passes": gp.passes, "residual": gp.residual,
             "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "stopped": steps is not None,
+            "threads": torch.get_num_threads(),
         }  # fmt: skip
 
 
@@ -206,9 +210,10 @@ def markdown(rows: list[dict[str, Any]], scale: list[dict[str, Any]]) -> str:
         lines += ["", "To a relative residual of 1e-2 (Matern 3/2, float32):", "",
                   f"| {' | '.join(columns)} |", "|---|" + "---|" * (len(columns) - 1)]  # fmt: skip
         for r in scale:
-            solver = r["solver"] + ", given up" * r["stopped"]
+            solver = r["solver"] + ", cut short" * r["stopped"] + f", {r['threads']} threads" * (r["threads"] > 1)
+            memory = "" if r["gib"] is None else f"{r['gib']:.1f} GiB"
             lines.append(f"| {r['n']}, {r['samples']}, {r['noise']:g} | {solver} | {r['seconds']:.0f} "
-                         f"| {r['passes']:.1f} | {r['residual']:.1e} | {r['gib']:.1f} GiB |")  # fmt: skip
+                         f"| {r['passes']:.2f} | {r['residual']:.1e} | {memory} |")  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
@@ -223,7 +228,8 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=None, help="this many points instead")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--solvers", nargs="+", default=["cg", "sdd"])
-    parser.add_argument("--patience", type=float, default=12.0)
+    parser.add_argument("--steps", type=int, default=None, help="of a solver at scale, at most")
+    parser.add_argument("--patience", type=float, default=6.0)
     parser.add_argument("--longer", type=float, default=3.0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -236,7 +242,7 @@ def main() -> None:
     if options.scale:
         part, rows = (
             "scale",
-            at_scale(options.scale, options.samples, options.noises[0], options.solvers, options.longer),
+            at_scale(options.scale, options.samples, options.noises[0], options.solvers, options.longer, options.steps),
         )
     else:
         part, rows = ("peers", against_gpytorch(options.sizes, options.noises, options.patience))
