@@ -68,7 +68,7 @@ class Frame(torch.optim.Optimizer):
         rate = START if getattr(self, "kl_clip", None) == AUTO else 1.0
         self._composed = True
         self.trust = None if self.rise_factor is None else Trust(self.rise_factor, rate, self._short())
-        self._left: dict[Tensor, int] = {}  # versions of the parameters after the last step
+        self._left = list[int]()  # versions of the parameters after the last step; those that came later are not in it
 
     def _short(self) -> float | None:
         """See `Trust`."""
@@ -170,7 +170,7 @@ class Frame(torch.optim.Optimizer):
     # --- trust in steps: see `Trust` -------------------------------------------------------------------------------
 
     def _states(self) -> list[tuple[Tensor, dict[str, Any]]]:
-        return [(p, self.state[p]) for p in self.names if p in self.state]
+        return [(p, state) for p in self.names if (state := self.state.get(p)) is not None]
 
     def _renew(self) -> None:
         """The curvature is to be measured anew in the next pass."""
@@ -226,11 +226,7 @@ class Frame(torch.optim.Optimizer):
 
     def _are_as_left(self) -> bool:
         """Whether nobody else changed the parameters since the last step: then they are what came of it."""
-        left = self._left
-        for p, version in zip(self.names, versions(list(self.names)), strict=True):
-            if left.get(p, version) != version:
-                return False
-        return True
+        return versions(list(self.names)[: len(self._left)]) == self._left
 
     def _begin(self, moves: list[Move]) -> bool:
         """Before the parameters move: the slope along the last step as it is now says whether that went too far.  False
@@ -263,7 +259,7 @@ class Frame(torch.optim.Optimizer):
         """After the parameters moved."""
         if self.trust is not None:
             self.trust.slope = slope(self._states())
-            self._left = dict(zip(self.names, versions(list(self.names)), strict=True))
+            self._left = versions(list(self.names))
 
     def _lose(self) -> None:
         """A step was skipped; after a few in a row the parameters go back to those before the last one that was not."""

@@ -38,7 +38,7 @@ def norms(xs: Sequence[Tensor]) -> list[float]:
 
 def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     """The sum of all products, [], in float64."""
-    return torch.stack([(x * y).sum().double() for x, y in zip(xs, ys, strict=True)]).sum()
+    return torch.stack([product.sum(dtype=torch.float64) for product in scaled(xs, ys)]).sum()
 
 
 def finite(xs: Sequence[Tensor]) -> bool:
