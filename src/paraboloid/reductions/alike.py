@@ -67,14 +67,14 @@ class Alike(Products):
         return replace(self, left=torch.cat([o.left for o in uses], 3), right=_of_all(inputs, self.left))
 
 
-def _of_all(inputs: Tensor, like: Tensor) -> Right:
-    """One sample's inputs [G T q], or indices [G T], for as many samples as `like` [V N ..] has."""
+def _of_all(inputs: Tensor, like: Tensor, one: Right | None = None) -> Right:
+    """One sample's inputs [G T q], or indices [G T], for as many samples as `like` [V N ..] has; `one` gave them."""
     N = like.shape[1]
 
     def rows(n: slice) -> Tensor:
         return inputs.expand(len(range(*n.indices(N))), *inputs.shape)
 
-    return Right(rows, (1, N, 1), inputs.dtype if inputs.is_floating_point() else None)
+    return Right(rows, (1, N, 1), inputs.dtype if inputs.is_floating_point() else None, one=one)
 
 
 def apart(o: Outer, V: int) -> Outer:
@@ -89,5 +89,5 @@ def apart(o: Outer, V: int) -> Outer:
     if isinstance(o, Whole):
         return type(o)(left, o.shape)
     assert isinstance(o, Products)
-    right = _of_all(o.right(slice(0, 1))[0], left)
+    right = _of_all(o.right(slice(0, 1))[0], left, o.right)
     return (Lookup if isinstance(o, Lookup) else Alike)(left, right, o.shape, o.q, o.flip)

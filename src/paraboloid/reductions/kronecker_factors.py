@@ -59,7 +59,7 @@ def input_factor(o: Products, kept: Kept = DEFAULT, memory: int | None = None) -
     if isinstance(o, Lookup) and not reduced:
         return o.counts()[None]
     if o.alike:
-        return _times(input_factor(o.first, kept, memory), o.left.shape[1])
+        return _of_one(o, kept, memory)
     N, G, T = o.left.shape[1:4]
     if o.q > kept.max_factor:
         squares = o.left.new_zeros(G, o.q)
@@ -77,6 +77,15 @@ def input_factor(o: Products, kept: Kept = DEFAULT, memory: int | None = None) -
     for n in ranges:
         add_gram(A, o.mean_inputs(n).movedim(0, 2) if reduced else o.columns(n), n.start > 0)  # [G q n]
     return mirror(A)
+
+
+def _of_one(o: Products, kept: Kept, memory: int | None) -> Tensor | Side:
+    """N times that of the inputs that all samples have; computed once for all pieces of them."""
+    known = {} if o.right.one is None else o.right.one.factors
+    if kept not in known:
+        known[kept] = input_factor(o.first, kept, memory)
+    found, N = known[kept], o.left.shape[1]
+    return Side("rows", found.data * N**0.5) if isinstance(found, Side) else found * N
 
 
 def gram(R: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ class Right:
     q_axes: int | None = None
     filled: Tensor | None = None  # positions of each sample that are no padding, [N]; None: all
     _kept: Tensor | None = None
+    one: Right | None = None  # where all samples have the same inputs: those, which last from pull to pull
+    factors: dict[Any, Any] = field(default_factory=dict)  # Gram matrices of `one`, by how they are kept
 
     @property
     def unfolds(self) -> bool:
@@ -45,7 +48,9 @@ class Right:
 
     def squared(self) -> Right:
         """The same with every number squared."""
-        return self if self.dtype is None else replace(self, rows=lambda n: self.rows(n).square(), _kept=None)
+        if self.dtype is None:
+            return self
+        return replace(self, rows=lambda n: self.rows(n).square(), _kept=None, one=None, factors={})
 
     def forget(self) -> None:
         self._kept = None
