@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from paraboloid.data.batches import Data, Output
 from paraboloid.distributed import collectives
@@ -109,11 +111,14 @@ def sampled_laplace(
         ("normalisation", normalisation, ("held", "free")), ("shard", shard, ("data", "samples")),
     ):  # fmt: skip
         check_choice(name, value, choices)
-    for name, value in (("prior_precision", prior_precision), ("noise_variance", noise_variance), ("tol", tol)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} is {value}; expected a positive number.")
-    if lr is not None and not lr > 0:
-        raise ValueError(f"lr is {lr}; expected a positive number, or None to have it measured.")
+    for name, value in (("prior_precision", prior_precision), ("tol", tol)):
+        _check_positive(name, value)
+    if noise_variance is not None:
+        _check_positive("noise_variance", noise_variance, ", or None to have EM find it")
+    if lr is not None:
+        _check_positive("lr", lr, ", or None to have it measured")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ValueError(f"seed is {seed!r}; expected an integer.")
     if objective == "noisy-targets" and solver != "sgd":
         raise ValueError(f"objective='noisy-targets' with solver={solver!r}; expected 'sgd', which alone sees it.")
     check_count("em_steps", em_steps, least=0)
@@ -133,6 +138,8 @@ def sampled_laplace(
         objective == "noisy-targets", output, max_memory, group, shard,
     )  # fmt: skip
     path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise ValueError(f"checkpoint is {str(path)!r}; expected the path of a file in a folder that exists.")
     posterior = fitting.drawn(likelihood, g_prior, float(prior_precision), per, em_steps, path, callback)
     if em_steps and match is not None and likelihood.kind in ("categorical", "bernoulli"):
         if match == "exponent":
@@ -146,6 +153,12 @@ def sampled_laplace(
             posterior.unweighted = fitting.drawn(unweighted, g_prior, 1.0, per, 1, beside, callback)
         posterior.confidence = fitting.confidence(posterior.unweighted)
     return posterior
+
+
+def _check_positive(name: str, value: Any, otherwise: str = "") -> None:
+    number = isinstance(value, Real | Tensor) and not isinstance(value, bool) and torch.as_tensor(value).numel() == 1
+    if not (number and 0 < float(value) < math.inf):
+        raise ValueError(f"{name} is {value!r}; expected a positive number{otherwise}.")
 
 
 def chosen(model: nn.Module, weights: Weights, normalisation: str, data: Data, output: Output | None) -> list[str]:

@@ -75,6 +75,10 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
         pb.sampled_laplace(model, loss, (x[1:], y[1:]), 2, em_steps=0, checkpoint=path)
     with pytest.raises(ValueError, match="other settings: samples was 2 and is 3"):
         pb.sampled_laplace(model, loss, (x, y), 3, em_steps=0, checkpoint=path)
+    for content in (b"hello", b"", path.read_bytes()[:1000]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is no checkpoint of sampled_laplace"):
+            pb.sampled_laplace(model, loss, (x, y), 2, em_steps=0, checkpoint=path)
     torch.save({"epoch": 3}, path)
     with pytest.raises(ValueError, match="is no checkpoint of sampled_laplace"):
         pb.sampled_laplace(model, loss, (x, y), 2, em_steps=0, checkpoint=path)
@@ -189,6 +193,15 @@ def test_bad_input(monkeypatch):
         ({"noise_variance": -1.0}, "noise_variance is -1.0; expected a positive number"),
         ({"noise_variance": None}, "noise_variance is None with a categorical likelihood"),
         ({"lr": 0.0}, "lr is 0.0; expected a positive number"),
+        ({"samples": 1.5}, "samples is 1.5; expected an integer of at least 1"),
+        ({"prior_precision": math.inf}, "prior_precision is inf; expected a positive number"),
+        ({"prior_precision": None}, "prior_precision is None; expected a positive number"),
+        ({"noise_variance": math.inf}, "noise_variance is inf; expected a positive number, or None to have EM find it"),
+        ({"tol": math.nan}, "tol is nan; expected a positive number"),
+        ({"lr": "big"}, "lr is 'big'; expected a positive number, or None to have it measured"),
+        ({"seed": "a"}, "seed is 'a'; expected an integer"),
+        ({"checkpoint": "/nowhere/run"}, "checkpoint is '/nowhere/run'; expected the path of a file in a folder that"),
+        ({"checkpoint": "/"}, "checkpoint is '/'; expected the path of a file"),
         ({"solver": "adam"}, "solver is 'adam'; expected one of"),
         ({"curvature": "hessian"}, "curvature is 'hessian'; expected one of"),
         ({"objective": "noisy-targets"}, "objective='noisy-targets' with solver='auto'; expected 'sgd'"),

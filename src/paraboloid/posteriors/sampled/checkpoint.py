@@ -76,7 +76,12 @@ def _before(path: Path) -> Path:
 
 def load(path: Path, belongs: dict[str, Any], device: torch.device) -> State:
     """Raises ValueError for a file of another origin, model, data or settings, saying which."""
-    found = torch.load(path, weights_only=True, map_location=device)
+    try:
+        found = torch.load(path, weights_only=True, map_location=device)
+    except OSError:
+        raise
+    except Exception:  # torch, pickle and zip raise many kinds for a file that is something else
+        found = None
     if not isinstance(found, dict) or found.get("version") != VERSION or "belongs" not in found:
         raise ValueError(f"{path} is no checkpoint of sampled_laplace of version {VERSION}; expected a file that it "
                          "wrote, or a path where there is none.")  # fmt: skip
