@@ -130,7 +130,7 @@ class Negative(pb.gp.RBF):
         return -super().diagonal(x)
 
 
-@pytest.mark.parametrize("solver", ["cholesky", "cg", "block", "sdd"])
+@pytest.mark.parametrize("solver", ["cholesky", "cg", "block", "sdd", "sgd"])
 def test_a_kernel_that_is_not_positive_definite_is_refused(solver):
     with pytest.raises((ValueError, torch.linalg.LinAlgError), match="expected a positive"):
         pb.gp.condition(Indefinite(), X, Y, NOISE, solver=solver, samples=0)
