@@ -50,8 +50,8 @@ class Plan:
     """
 
     problems: tuple[tuple[str, dict[str, Any], int, int], ...] = (
-        ("digits-mlp", {}, 64, 10), ("digits-cnn", {}, 64, 8),
-        ("shapes-cnn", {"samples": 1000, "width": 0.25}, 32, 8),
+        ("digits-mlp", {}, 64, 10), ("digits-cnn", {}, 64, 10),
+        ("shapes-cnn", {"samples": 1000, "width": 0.25}, 32, 12),
     )  # fmt: skip
     methods: tuple[str, ...] = tuple(METHODS)
     settings: int = 4
