@@ -345,3 +345,13 @@ def test_a_batch_in_place_of_a_dataset_is_told():
     ):
         pb.noise.compare(model, CE, (inputs, y), batch_size=2, draws=2)
     assert pb.noise.measures(model, CE, (inputs, y)).total.samples == NODES
+
+
+def test_the_prior_of_a_larger_graph_is_tuned():
+    """Nodes cannot be left out of a graph, so that no fold of them is looked at."""
+    g, N = torch.Generator().manual_seed(0), 70
+    x, edges = torch.randn(N, FEATURES, generator=g).double(), torch.randint(N, (2, 140), generator=g)
+    model, y = IndexAdd().double(), torch.arange(N) % CLASSES
+    posterior = pb.laplace(model, CE, ((x, edges), y), "diag")
+    posterior.tune_prior()
+    assert posterior.predict((x, edges)).shape == (N, CLASSES)

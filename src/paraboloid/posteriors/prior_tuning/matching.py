@@ -12,7 +12,7 @@ from paraboloid.data.batches import Data
 from paraboloid.data.cutting import Cuts
 from paraboloid.posteriors.fit import Fitting, curvature
 from paraboloid.posteriors.prediction.confidence import RARE_LEFT_OUT, Confidence, measured, seen
-from paraboloid.posteriors.prior_tuning.folds import FOLDS, Fold
+from paraboloid.posteriors.prior_tuning.folds import FOLDS, Fold, Together
 from paraboloid.posteriors.prior_tuning.unit_information import unit_information
 from paraboloid.posteriors.weights import only
 from paraboloid.reductions.kronecker_factors import MAX_FACTOR
@@ -56,14 +56,18 @@ def confidence_of(unweighted: Posterior, data: Data) -> Confidence:
     That is measured on one fold: the median variance under a posterior without it over that under the whole one, less
     what the whole one's larger number of samples accounts for.  Where samples are many it is 1, where there are more
     weights than outputs much more.  The tail of new inputs may be longer yet: the fold's own 95th percentile is the
-    least that counts as rare.  Exact structures leave each sample out in closed form.
+    least that counts as rare.  Exact structures leave each sample out in closed form; where samples cannot be left
+    out, nodes of a graph say, the quantiles are those on the data as they are.
     """
     found = measured(unweighted, data)
     if found.left_out or unweighted.count < LEAST:
         return found
     cut = partial(unweighted._cuts.of, unweighted.model, output=unweighted.output)
     fold = Fold(data, cut, 0, True)
-    within = measured(unweighted, fold).usual
+    try:
+        within = measured(unweighted, fold).usual
+    except Together:  # nodes of a graph
+        return found
     variances, _ = seen(refitted(unweighted, Fold(data, cut, 0, False), **PLAIN), fold)
     apart = Confidence.of((1 - 1 / FOLDS) * variances, RARE_LEFT_OUT)
     held = max(1.0, apart.usual / within) if within > 0 else 1.0
