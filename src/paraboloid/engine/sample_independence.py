@@ -157,11 +157,11 @@ def mixes(where: str, shape: Sequence[int], N: int, short: bool = False) -> Mixi
     """short: whether the gradients are in half precision, which leaves open which sample owns a row."""
     hint = " In half precision (autocast too) samples that the model shuffles or routes are refused: use float32."
     return Mixing(
-        f"{where}: its output {tuple(shape)} does not separate into the {N} samples along any axis. Something above it "
-        "mixes or reorders the samples: BatchNorm in training mode (call model.eval()), a mean over the batch, a "
-        f"shared input that is no buffer (one of {N} rows may come as [1, {N}, ...]). Nodes may see each other by "
-        "indices or an adjacency matrix among inputs, buffers and attributes; for other mixing take output[indices], "
-        "pb.GGN or pb.Hessian." + (hint if short else "")
+        f"{where}: its output {tuple(shape)} does not separate into the {N} samples along any axis, so there are no "
+        "per-sample gradients here. Something above it mixes or reorders the samples: BatchNorm in training mode (call "
+        "model.eval()), a mean over the batch, a shared input that is no buffer (one of "
+        f"{N} rows may come as [1, {N}, ...]). Nodes may see each other by indices or an adjacency matrix among the "
+        "inputs; for other mixing take output[indices] or pb.GGN." + (hint if short else "")
     )
 
 

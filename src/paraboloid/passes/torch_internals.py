@@ -97,7 +97,10 @@ def inside_compiled(model: Any) -> nn.Module | None:
     """The module that `torch.compile(module)` runs; None where the model is not of this kind."""
     if not isinstance(model, nn.Module):
         return None
-    return model.__dict__.get("_orig_mod") or model._modules.get("_orig_mod")  # in one or the other
+    found, children = model.__dict__.get("_orig_mod"), model._modules
+    if found is None and "_orig_mod" in children:  # a scripted module's children have no `get`
+        found = children["_orig_mod"]
+    return found
 
 
 def changes_inputs(model: Any) -> bool:
