@@ -2,7 +2,6 @@
 
 import datetime
 import sys
-import warnings
 from pathlib import Path
 
 import models
@@ -147,9 +146,7 @@ def main(rank, world, folder):
     masks = pb.statistics(noise, nn.MSELoss(), (x[:3], torch.zeros(3, 50).double()), "square_norms", all_reduce=True)
     found["seeds"] = {"pulls": pulls, "masks": masks.output}
     found["errors"], found["wrapped"] = errors(rank, mine), wrapped(rank, mine)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        leave(found, rank, world, folder)
+    leave(found, rank, world, folder)
 
 
 if __name__ == "__main__":
