@@ -10,13 +10,17 @@ from markupsafe import Markup
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of ready-made cells (strings; Markup where there is HTML), the first column being the rows' names."""
+    """Rows of ready-made cells (strings; Markup where there is HTML), the first column being the rows' names.
+
+    Cells keep to one line each, and a table that is too wide is scrolled; those of `sentences` wrap.
+    """
 
     caption: str | Markup
     columns: Sequence[str | Markup]
     rows: Sequence[Sequence[str | Markup]]
     note: str | Markup = ""
     folded: bool = False
+    sentences: bool = False
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,23 @@ def test_the_record_is_strict_json_and_draws_a_page(record):
     assert {part: (total, total) for part, total in pieces(Plan.tiny()).items()} == CALLS
     page = studies.page(json.loads(studies.to_json(record)))
     assert page.count('<svg class="figure"') == 3
+    table = page.split('<table class="sentences">')[1].split("</table>")[0]  # whose cells wrap
+    assert all(claim.split(" (")[0].replace("'", "&#39;") in table for claim, *_ in reading.claims(record["results"]))
+
+
+def test_likelihoods_that_are_alike_are_not_called_better(record):
+    results = json.loads(studies.to_json(record))["results"]
+
+    def seen(difference):
+        for row in results["regression"]:
+            row["nll"] = 1.0 + difference * (row["method"] == "paraboloid, 100 inducing")
+        (found,) = [s for claim, s, _ in reading.claims(results) if "inducing inputs" in claim]
+        return found
+
+    assert [seen(0.009), seen(0.011), seen(-1.0)] == [False, True, False]
+
+
+def test_the_count_comes_first(record):
     assert "findings on Gaussian processes were seen here" in record["findings"][0]
     without = gpytorch_models.MISSING in record["findings"]
     assert without != gpytorch_models.installed()

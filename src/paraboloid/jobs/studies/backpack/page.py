@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from paraboloid.jobs.studies.backpack.reading import claims
+from paraboloid.jobs.studies.claims import claims_table
 from paraboloid.jobs.studies.comparing.page import CAPTION, curves, grids, winners
 from paraboloid.jobs.studies.comparing.summary import summaries
 from paraboloid.report.numbers import count, number, short
@@ -21,9 +22,7 @@ def sections(results: dict[str, Any]) -> list[Section]:
 
 def _section(problem: dict[str, Any]) -> Section:
     name, found = problem["name"], summaries(problem)
-    words = {True: "seen", False: "not seen", None: "not run"}
-    table = Table("The paper's findings, and what was measured", ["finding", "", "measured"],
-                  [[claim, words[seen], measured] for claim, seen, measured in claims(problem)])  # fmt: skip
+    table = claims_table("The paper's findings, and what was measured", claims(problem))
     size = f"{count(problem['samples'])} samples, batches of {count(problem['batch_size'])}"
     reading = [f"{count(problem['parameters'])} parameters, {size}, {short(problem['epochs'])} epochs.",
                *problem["left_out"]]  # fmt: skip

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from paraboloid.jobs.studies.backpack.methods import DIAGONAL, EXACT, KRONECKER, MONTE_CARLO
-from paraboloid.jobs.studies.comparing.summary import Claim, Summary, best, judged, summaries
+from paraboloid.jobs.studies.claims import Claim
+from paraboloid.jobs.studies.comparing.summary import Summary, best, judged, summaries
 from paraboloid.report.numbers import fixed, number, percent
 
 FIRST_ORDER, EARLY = ("SGD-m", "Adam"), 0.3  # of the epochs

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-Claim = tuple[str, bool | None, str]  # what is claimed, whether it was seen (None: not run), what was measured
+from paraboloid.jobs.studies.claims import Claim
+
 NAMES = ("K-BFGS", "KFAC", "KFLR", "KFRA", "Kronecker", "Monte Carlo", "Adam", "SGD", "Gauss-Newton")
 
 

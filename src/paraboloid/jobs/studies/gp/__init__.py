@@ -1,7 +1,8 @@
 """Gaussian processes beyond Cholesky: solvers, predictions and decisions (after arXiv:2306.11589 and 2310.20581).
 
 Where the mean of each solver is wrong on the way, in a well- and an ill-conditioned system; regression sets of
-scikit-learn (or UCI sets of yours, in the papers' splits) against scikit-learn and inducing inputs; Thompson sampling.
+scikit-learn (or UCI sets of yours, in the papers' splits) against scikit-learn, GPyTorch (where it is installed) and
+inducing inputs; Thompson sampling.
 """
 
 from __future__ import annotations

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+from paraboloid.jobs.studies.claims import claims_table
 from paraboloid.jobs.studies.gp.convergence import SOLVERS, SYSTEMS
 from paraboloid.jobs.studies.gp.reading import claims
 from paraboloid.jobs.studies.gp.regression import PUBLISHED
@@ -13,17 +15,17 @@ from paraboloid.report.numbers import fixed, number, percent
 from paraboloid.report.section import Panel, Section, Table
 from paraboloid.report.theme import FULL, OTHER, SERIES, inline_svg
 
+NARROW = 0.03  # half of the least range of likelihoods that is drawn: what differs by less is alike
 REGIONS = ("interpolation", "extrapolation", "prior")
 
 
 def sections(results: dict[str, Any]) -> list[Section]:
     """Findings with the curves, regression sets, Thompson sampling."""
-    words = {True: "seen", False: "not seen here", None: "not run"}
-    table = Table("The papers' findings, and what was measured here", ["finding", "", "measured"],
-                  [[claim, words[seen], measured] for claim, seen, measured in claims(results)])  # fmt: skip
+    table = claims_table("The papers' findings, and what was measured here", claims(results))
     title = "Error of the mean by region, over passes through the kernel matrix"
     panel = Panel(inline_svg("convergence", title, (10.5, 5.6), lambda f: _curves(f, results["convergence"])),
-                  f"{title}; relative to the prior's standard deviation.", [table], wide=True)  # fmt: skip
+                  f"{title}; relative to the prior's standard deviation. cg ends at its tolerance.",
+                  [table], wide=True)  # fmt: skip
     return [
         Section("findings", "Findings", [], [panel]),
         Section("regression", "Regression sets", [], [_regression(results["regression"])]),
@@ -54,16 +56,18 @@ def _regression(rows: list[dict[str, Any]]) -> Panel:
     names, methods = (list(dict.fromkeys(r[key] for r in rows)) for key in ("set", "method"))
 
     def draw(figure: Figure) -> None:
-        ax = figure.subplots()
-        for k, method in enumerate(methods):
-            mine = {r["set"]: r["nll"] for r in rows if r["method"] == method}
-            color = SERIES[k % len(SERIES)]
-            ax.plot(range(len(names)), [mine[n] for n in names], marker="o", linestyle=":", color=color, label=method)
-        ax.set_xticks(range(len(names)), names)
-        ax.set_ylabel("test NLL")
-        ax.legend(fontsize=7)
+        for i, (ax, name) in enumerate(zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True)):
+            found = {r["method"]: r["nll"] for r in rows if r["set"] == name}
+            for k, method in enumerate(methods):
+                ax.plot([found[method]], [k], marker="o", color=SERIES[k % len(SERIES)])
+            low, high = min(found.values()), max(found.values())
+            half = max(0.65 * (high - low), NARROW)
+            ax.set(title=name, xlabel="test NLL", ylim=(len(methods) - 0.5, -0.5))
+            ax.set_xlim((low + high) / 2 - half, (low + high) / 2 + half)
+            ax.xaxis.set_major_locator(MaxNLocator(3))
+            ax.set_yticks(range(len(methods)), methods if i == 0 else [""] * len(methods))
 
-    cells = [[r["set"], r["method"], fixed(r["rmse"], None), fixed(r["nll"], None), percent(r["coverage"]),
+    cells = [[r["set"], r["method"], fixed(r["rmse"], None, 3), fixed(r["nll"], None, 3), percent(r["coverage"]),
               number(r["seconds"])] for r in rows]  # fmt: skip
     tables = [Table("Standardised targets; hyperparameters by the evidence of 500 samples",
                     ["set", "method", "RMSE", "NLL", "coverage of 95 %", "seconds"], cells)]  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from paraboloid.jobs.studies.claims import claims_table
 from paraboloid.jobs.studies.gradient_variance.reading import AVERAGE, NORMALISED, claims, mean, ratio
 from paraboloid.report.axes import fixed_ticks, gaps
 from paraboloid.report.numbers import count, fixed, number, percent
@@ -18,9 +19,7 @@ LOOK = {"sgb": ("SG-B", FULL), "sg2b": ("SG-2B", SERIES[2]), "svrg": ("SVRG", SA
 
 def sections(results: dict[str, Any]) -> list[Section]:
     """Findings, random features, images."""
-    words = {True: "seen", False: "not seen here", None: "not run"}
-    table = Table("The paper's findings, and what was measured here", ["finding", "", "measured"],
-                  [[claim, words[seen], measured] for claim, seen, measured in claims(results)])  # fmt: skip
+    table = claims_table("The paper's findings, and what was measured here", claims(results))
     return [
         Section("findings", "Findings", [], [Panel(_overview(results), OVERVIEW, [table], wide=True)]),
         Section("features", "Random features", [], _features(results["features"])),

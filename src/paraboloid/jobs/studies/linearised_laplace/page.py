@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from paraboloid.jobs.studies.claims import claims_table
 from paraboloid.jobs.studies.linearised_laplace.by_samples import section
 from paraboloid.jobs.studies.linearised_laplace.measurements import WAYS
 from paraboloid.jobs.studies.linearised_laplace.reading import average, claims
@@ -19,9 +20,7 @@ MEASURES = (("nll", "negative log-likelihood"), ("ece", "calibration error"), ("
 
 def sections(results: dict[str, Any]) -> list[Section]:
     """Claims, priors, structures, rescaling."""
-    words = {True: "seen", False: "not seen here", None: "not run"}
-    table = Table("Claims, and what was measured here", ["claim", "", "measured"],
-                  [[claim, words[seen], measured] for claim, seen, measured in claims(results)])  # fmt: skip
+    table = claims_table("Claims, and what was measured here", claims(results), "claim")
     rows = results["evidence"]
     overview = Panel(_overview(rows), "Means over networks, moments and seeds.", [table], wide=True)
     priors = Panel(_likelihoods(rows), _CAPTION, _tables(rows), wide=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from statistics import mean
 from typing import Any
 
+from paraboloid.jobs.studies.claims import Claim
 from paraboloid.jobs.studies.linearised_laplace import by_samples
 from paraboloid.report.numbers import fixed, number
 
-Finding = tuple[str, bool | None, str]  # claim, seen or not (None: not run), what was measured
 EXACT = ("full", "functional")
 INVARIANT = 1e-5
 
@@ -19,12 +19,12 @@ def average(rows: list[dict[str, Any]], key: str, **where: Any) -> float | None:
     return mean(found) if found else None
 
 
-def claims(results: dict[str, Any]) -> list[Finding]:
+def claims(results: dict[str, Any]) -> list[Claim]:
     """Every claim that can be looked at here; over all networks, moments, seeds and structures unless it says."""
     rows = results["evidence"]
     posteriors = [row for row in rows if row["structure"] != "network"]
     own = _by_place(rows, "network", "")
-    found: list[Finding] = []
+    found: list[Claim] = []
 
     def compare(claim: str, key: str, way: str, other: str | None, above: bool) -> None:
         pairs = []
@@ -71,7 +71,7 @@ def _same(rows: list[dict[str, Any]], row: dict[str, Any], way: str) -> dict[str
     return next(r for r in rows if (*_place(r), r["structure"], r["way"]) == like)
 
 
-def _early(posteriors: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[Finding]:
+def _early(posteriors: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[Claim]:
     """Whether the unadapted evidence does more harm to a network that was stopped early."""
     moments = sorted({row["epochs"] for row in rows})
     if len(moments) < 2:
@@ -87,11 +87,11 @@ def _early(posteriors: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list
     return [("Not adapting costs more where the training was stopped early", harm[0] > harm[1], what)]
 
 
-def _structures(posteriors: list[dict[str, Any]]) -> list[Finding]:
+def _structures(posteriors: list[dict[str, Any]]) -> list[Claim]:
     """Exact against approximate curvature, by the precision that the evidence chooses and by noise."""
     exact = [row for row in posteriors if row["structure"] in EXACT]
     others = [s for s in dict.fromkeys(row["structure"] for row in posteriors) if s not in EXACT]
-    found: list[Finding] = []
+    found: list[Claim] = []
     for structure in others:
         a = average(posteriors, "auroc", structure=structure, way="adapted")
         b = average(exact, "auroc", way="adapted")
@@ -101,7 +101,7 @@ def _structures(posteriors: list[dict[str, Any]]) -> list[Finding]:
     return found
 
 
-def _invariance(rows: list[dict[str, Any]]) -> list[Finding]:
+def _invariance(rows: list[dict[str, Any]]) -> list[Claim]:
     change = {way: max(row["change"] for row in rows if row["way"] == way) for way in {row["way"] for row in rows}}
     if not change:
         return []

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from paraboloid.jobs.studies.claims import claims_table
 from paraboloid.jobs.studies.comparing.page import CAPTION, curves, grids, winners
 from paraboloid.jobs.studies.comparing.summary import summaries
 from paraboloid.jobs.studies.quasi_newton.reading import claims
 from paraboloid.report.numbers import count, short
-from paraboloid.report.section import Panel, Section, Table
+from paraboloid.report.section import Panel, Section
 
 
 def sections(results: dict[str, Any]) -> list[Section]:
@@ -18,9 +19,7 @@ def sections(results: dict[str, Any]) -> list[Section]:
 
 def _section(problem: dict[str, Any]) -> Section:
     found = summaries(problem)
-    words = {True: "seen", False: "not seen", None: "not run"}
-    table = Table("The paper's findings and the goals, and what was measured", ["finding", "", "measured"],
-                  [[claim, words[seen], measured] for claim, seen, measured in claims(problem)])  # fmt: skip
+    table = claims_table("The paper's findings and the goals, and what was measured", claims(problem))
     name, title = problem["name"], f"Training and test loss on {problem['name']}"
     samples, size = count(problem["samples"]), count(problem["batch_size"])
     reading = [f"{samples} samples, batches of {size}, {short(problem['epochs'])} epochs."]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from paraboloid.jobs.studies.comparing.summary import Claim, Summary, best, fastest, judged, summaries
+from paraboloid.jobs.studies.claims import Claim
+from paraboloid.jobs.studies.comparing.summary import Summary, best, fastest, judged, summaries
 from paraboloid.report.numbers import fixed, number, short
 
 ALIKE = 0.03  # of the loss
