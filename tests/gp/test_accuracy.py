@@ -42,25 +42,31 @@ def test_the_mean_meets_its_accuracy_and_no_warning_is_given(problem, solver):
     assert gp.notes == []
 
 
-@pytest.mark.parametrize("problem, solver", [("rough", "cg"), ("a product", "block"), ("smooth, noisy", "sdd"),
-                                             ("lengthscales of their own", "cg"), ("a sum", "block")])  # fmt: skip
+SLOW = {("lengthscales of their own", "sdd"), ("a sum", "sdd"), ("a product", "sgd")}  # their means are above
+SAMPLED = [(p, s) for s in ("cholesky", *MET) for p in PROBLEMS if (p, s) not in SLOW]
+
+
+@pytest.mark.parametrize("problem, solver", SAMPLED)
 def test_the_variance_of_many_samples_and_the_likelihood_are_those_of_a_factor(problem, solver):
     kernel, noise = PROBLEMS[problem]
     (x, y), (new, target) = data(120, 3, noise), data(80, 4, noise)
-    gp = pb.gp.condition(kernel, x, y, noise, solver, 1024, seed=2, features=512)
+    options = {"batch_size": 50} if solver == "block" else {}
+    gp = pb.gp.condition(kernel, x, y, noise, solver, 1024, seed=2, features=512, **options)
     mean, variance = exact(kernel, noise, x, y, new)
+    assert (gp.mean(new) - mean).norm() < MET.get(solver, 1e-9) * mean.norm() and gp.notes == []
     ratio = gp.sample(new).var(0) / variance
     assert abs(float(ratio.mean()) - 1) < 0.05
     assert float((ratio - 1).abs().quantile(0.9)) < 0.1  # their standard error is .044
-    assert_close(gp.variance(new), ((gp.sample(new) - gp.mean(new)) ** 2).mean(0))
+    told = variance if solver == "cholesky" else ((gp.sample(new) - gp.mean(new)) ** 2).mean(0)
+    assert_close(gp.variance(new), told)
     expected = -torch.distributions.Normal(mean, (variance + noise).sqrt()).log_prob(target).mean()
     assert abs(gp.nll(new, target) - float(expected)) < 0.01
 
 
-@pytest.mark.parametrize("solver", ["cg", "block", "sdd"])
+@pytest.mark.parametrize("solver", MET)
 def test_float32_meets_it_too(solver):
     kernel, noise = PROBLEMS["smooth, noisy"]
     (x, y), (new, _) = data(N, 5, noise), data(50, 6, noise)
     gp = pb.gp.condition(kernel, x.float(), y.float(), noise, solver, 0)
     mean, _ = exact(kernel, noise, x, y, new)
-    assert (gp.mean(new).double() - mean).norm() < 1e-3 * mean.norm() and gp.notes == []
+    assert (gp.mean(new).double() - mean).norm() < MET[solver] * mean.norm() and gp.notes == []
