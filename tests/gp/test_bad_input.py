@@ -1,5 +1,6 @@
 """What is wrong with data, kernels and settings: a clear error, or the right answer."""
 
+import numpy as np
 import pytest
 import torch
 from gp.test_conditioning import KERNEL, NEW, NOISE, data, exact
@@ -90,16 +91,61 @@ def test_wrong_inputs_to_predict():
         gp.mean(torch.zeros(4, 3))
     with pytest.raises(ValueError, match="x holds NaN"):
         gp.variance(torch.full((4, 2), float("nan")))
-    with pytest.raises(ValueError, match=r"y has shape \(3,\); expected that of the mean, \(60,\)"):
+    with pytest.raises(ValueError, match=r"y has shape \(3,\) .* expected real targets \[60\]"):
         gp.nll(NEW, torch.zeros(3))
+    with pytest.raises(ValueError, match=r"y has shape \(60, 1\); expected that of the mean, \(60,\)"):
+        gp.nll(NEW, torch.zeros(60, 1))
     assert pb.gp.condition(KERNEL, X, Y, NOISE, solver="cg", samples=0).mean(NEW).shape == (60,)
     with pytest.raises(ValueError, match="solver 'cg' keeps no factor for the determinant"):
         pb.gp.condition(KERNEL, X, Y, NOISE, solver="cg", samples=0).log_evidence()
 
 
-def test_another_device_is_refused():
-    with pytest.raises(ValueError, match="x is on cpu and y on meta; expected one device"):
-        pb.gp.condition(KERNEL, X, Y.to("meta"), NOISE)
+def test_tensors_without_values_are_refused_at_every_door():
+    meta, gp = torch.zeros(60, device="meta"), pb.gp.condition(KERNEL, X, Y, NOISE, samples=0)
+    for wrong in (
+        lambda: pb.gp.condition(KERNEL, X, Y, meta),
+        lambda: pb.gp.condition(KERNEL, X, Y, NOISE, "cg", 0, start=meta[:, None]),
+        lambda: pb.gp.condition(KERNEL, X, Y, NOISE, inducing=meta[:, None]),
+        lambda: pb.gp.RBF(meta[0]),
+        lambda: pb.gp.classify(KERNEL, X, meta),
+        lambda: pb.gp.fit_hyperparameters(KERNEL, X, meta),
+        lambda: gp.mean(meta),
+        lambda: gp.append(X, meta),
+        lambda: gp.append(X, Y, meta),
+        lambda: gp.nll(X, meta),
+    ):
+        with pytest.raises(ValueError, match="on the device 'meta', which holds no numbers"):
+            wrong()
+
+
+def test_more_data_and_targets_are_checked_like_the_first():
+    gp = pb.gp.condition(KERNEL, X, Y, NOISE, samples=0)
+    for y, message in ((Y + 1j, "dtype torch.complex128; expected real targets"), (NAN, "y holds NaN"),
+                       (["a"] * 60, "y is a list that is no array of numbers"), (Y[:4], r"y has shape \(4,\)")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            gp.append(X, y)
+        with pytest.raises(ValueError, match=message):
+            gp.nll(X, y)
+    assert gp.append(X.float(), (10 * Y).int()).mean(NEW).dtype == torch.float64
+    with pytest.raises(ValueError, match="start is a str that is no array"):
+        pb.gp.condition(KERNEL, X, Y, NOISE, start="a")
+    with pytest.raises(ValueError, match=r"expected .*, finite"):
+        pb.gp.condition(KERNEL, X, Y, NOISE, samples=0, start=Y[:, None] + 1j)
+    with pytest.raises(ValueError, match=r"lengthscale is \(1\+1j\); expected a positive number"):
+        pb.gp.RBF(torch.tensor(1 + 1j))
+    model = pb.gp.GPRegressor(optimize=False).fit(X, Y)
+    for count in (2.5, -1):
+        with pytest.raises(ValueError, match=f"n_samples is {count}; expected an integer of at least 0"):
+            model.sample_y(X, count)
+
+
+def test_arrays_that_torch_does_not_share_are_copied():
+    x, y = X.numpy()[::-1], Y.numpy()[::-1]
+    torch.testing.assert_close(
+        pb.gp.condition(KERNEL, x, y, NOISE).mean(NEW), pb.gp.condition(KERNEL, X, Y, NOISE).mean(NEW)
+    )
+    constant = np.broadcast_to(2.0, (60,))  # read-only
+    assert pb.gp.condition(KERNEL, X, constant, NOISE).y.tolist() == [2.0] * 60
 
 
 def test_duplicate_inputs_are_answered_with_noise_and_refused_without():

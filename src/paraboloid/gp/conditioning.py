@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paraboloid.gp.gram import Gram
 from paraboloid.gp.inducing import solve_inducing
-from paraboloid.gp.inputs import check_kernel, inputs_of, noise_of, targets_of
+from paraboloid.gp.inputs import check_kernel, inputs_of, noise_of, numbers, targets_of
 from paraboloid.gp.kernel import Kernel
 from paraboloid.gp.other_libraries import kernel_of
 from paraboloid.gp.prior import PriorFunctions
@@ -80,8 +80,9 @@ def condition(
     shape = samples * outputs, len(x)
     draws = torch.randn(shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)
     if start is not None:
-        start = torch.as_tensor(start).to(x)
-        if start.shape != (len(x), outputs * (1 + samples)) or not bool(start.isfinite().all()):
+        start = numbers("start", start)
+        start = start if start.is_complex() else start.to(x)
+        if start.is_complex() or start.shape != (len(x), outputs * (1 + samples)) or not bool(start.isfinite().all()):
             raise ValueError(f"start has shape {tuple(start.shape)}; expected {(len(x), outputs * (1 + samples))}, "
                              "finite: a column for each output and each sample of it.")  # fmt: skip
     if inducing is not None:
@@ -124,7 +125,8 @@ def append(gp: GaussianProcess, x: Any, y: Any, noise_variance: float | Tensor |
     if gp.solver == "inducing":
         raise ValueError("a process of inducing inputs takes no more data; condition again with all of it.")
     new = inputs_of(x, gp.x)
-    new, y = targets_of(torch.as_tensor(y).to(gp.y.dtype), new)
+    _, y = targets_of(y, new)
+    y = y.to(gp.y.dtype)
     if y.shape[1:] != gp.y.shape[1:]:
         raise ValueError(f"y has shape {tuple(y.shape)}; expected {(len(new), *gp.y.shape[1:])}: as many outputs as "
                          "before.")  # fmt: skip

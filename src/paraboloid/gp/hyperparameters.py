@@ -15,6 +15,7 @@ from paraboloid.gp.conditioning import condition
 from paraboloid.gp.inputs import inputs_of, numbers, targets_of
 from paraboloid.gp.kernel import Kernel
 from paraboloid.gp.other_libraries import kernel_of
+from paraboloid.gp.starting import in_units_of
 from paraboloid.linalg.operand import check_choice, check_count
 from paraboloid.linalg.probes import generator_of
 
@@ -49,7 +50,10 @@ def fit_hyperparameters(
     rows: int | None = None,
     seed: int = 0,
 ) -> Hyperparameters:
-    """The kernel's hyperparameters and the noise variance that maximise log N(y; 0, K + noise), from where they are.
+    """The kernel's hyperparameters and the noise variance that maximise log N(y; 0, K + noise).
+
+    Lengthscales start from where they are, variances from there times y.(K + noise)^-1 y / N, the best common factor:
+    targets may have any unit.  Warns where the kernel relates no two inputs, or calls all alike.
 
     "evidence"  on `subset` random samples, exactly, by L-BFGS with at most `steps` (100) iterations, in float64
     "pathwise"  on all data, `steps` (30) steps of Adam at the rate `lr` on the logarithms, with the gradient
@@ -72,12 +76,12 @@ def fit_hyperparameters(
         raise ValueError(f"noise_variance is {noise_variance}; expected a positive number to start from.")
     if not bool(y.square().sum() > 0):
         raise ValueError("y is 0 everywhere; expected targets that vary.")
+    check_count("subset", subset, least=2)
+    order = torch.randperm(len(x), generator=generator_of(seed, torch.device("cpu")))[:subset].to(x.device)
+    few, targets = x[order].double(), y[order].double()
+    kernel, noise_variance = in_units_of(targets, few, kernel, float(noise_variance))
     if method == "evidence":
-        check_count("subset", subset, least=2)
-        order = torch.randperm(len(x), generator=generator_of(seed, torch.device("cpu")))[:subset].to(x.device)
-        return _by_evidence(
-            kernel, x[order].double(), y[order].double(), noise_variance, 100 if steps is None else steps
-        )
+        return _by_evidence(kernel, few, targets, noise_variance, 100 if steps is None else steps)
     check_count("samples", samples)
     settings = {"samples": samples, "solver": solver, "tol": tol, "seed": seed}
     return _by_paths(kernel, x, y, noise_variance, 30 if steps is None else steps, lr, rows, settings)

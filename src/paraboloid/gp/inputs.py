@@ -54,7 +54,8 @@ def targets_of(y: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 def noise_of(noise_variance: Any, x: Tensor) -> Tensor:
     """A number, or one for each input [N]; ValueError unless finite and not negative."""
     if not isinstance(noise_variance, Tensor):  # a float32 0.1 would be another number
-        noise_variance = numbers("noise_variance", np.asarray(noise_variance), x.device)
+        noise_variance = np.asarray(noise_variance)
+    noise_variance = numbers("noise_variance", noise_variance, x.device)
     if noise_variance.is_complex():
         raise ValueError(f"noise_variance is {noise_variance.tolist()}; expected variances of at least 0.")
     noise = noise_variance.detach().to(x)
@@ -75,8 +76,12 @@ def numbers(name: str, value: Any, device: torch.device | None = None) -> Tensor
     Raises ValueError for what holds no numbers, or rows of different lengths.
     """
     if isinstance(value, Tensor):
+        if value.is_meta:
+            raise ValueError(f"{name} is on the device 'meta', which holds no numbers; expected a tensor with values.")
         return value.detach()
     try:
+        if hasattr(value, "__array__"):  # data frames too; torch takes no reversed arrays, and warns of read-only ones
+            value = np.array(value, order="C")
         return torch.as_tensor(value, device=device).detach()
     except (TypeError, ValueError, RuntimeError) as e:
         raise ValueError(f"{name} is a {type(value).__name__} that is no array of numbers ({str(e).splitlines()[0]}); "
@@ -100,8 +105,6 @@ def check_kernel(kernel: Kernel, x: Tensor) -> None:
 
 
 def _check_finite(name: str, t: Tensor) -> None:
-    if t.is_meta:
-        raise ValueError(f"{name} is on the device 'meta', which holds no numbers; expected a tensor with values.")
     finite = torch.isfinite(t)
     if not bool(finite.all()):
         bad = ~finite if t.dim() == 1 else ~finite.all(1)

@@ -208,9 +208,12 @@ def positive(name: str, value: float | Tensor, dim: int = 0) -> Tensor:
         value = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name} is {value!r}; expected a positive number.") from None
-    if not value.is_floating_point():
+    if value.is_meta:
+        raise ValueError(f"{name} is on the device 'meta', which holds no numbers; expected a positive number.")
+    if not value.is_floating_point() and not value.is_complex():
         value = value.double()
-    if value.dim() > dim or not value.numel() or not bool((torch.isfinite(value) & (value > 0)).all()):
+    wrong = value.is_complex() or value.dim() > dim or not value.numel()
+    if wrong or not bool((torch.isfinite(value) & (value > 0)).all()):
         expected = "a positive number" + (", or one for each input dimension" if dim else "")
         raise ValueError(f"{name} is {value.tolist()}; expected {expected}.")
     return value

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from paraboloid.gp.gram import Gram
-from paraboloid.gp.inputs import inputs_of
+from paraboloid.gp.inputs import inputs_of, targets_of
 from paraboloid.gp.kernel import Kernel
 from paraboloid.gp.prior import PriorFunctions
 from paraboloid.gp.solvers import Settings, Solved, solve
@@ -131,7 +131,8 @@ class GaussianProcess:
         if self.noise_variance.dim():
             raise ValueError("noise_variance has one entry for each input of the data; the noise at other inputs is "
                              "not known.")  # fmt: skip
-        y, total = torch.as_tensor(y).to(mean), variance + self.noise_variance
+        _, y = targets_of(y, mean)
+        y, total = y.to(mean), variance + self.noise_variance
         if y.shape != mean.shape:
             raise ValueError(f"y has shape {tuple(y.shape)}; expected that of the mean, {tuple(mean.shape)}.")
         total = total if mean.dim() == 1 else total.unsqueeze(1)

@@ -13,6 +13,7 @@ from paraboloid.gp.conditioning import condition
 from paraboloid.gp.hyperparameters import fit_hyperparameters
 from paraboloid.gp.process import GaussianProcess
 from paraboloid.gp.stationary import Matern
+from paraboloid.linalg.operand import check_count
 
 FLOATS: Any = [np.float64, np.float32]
 
@@ -90,6 +91,7 @@ class GPRegressor(RegressorMixin, BaseEstimator):
         The first `samples` functions are those drawn in `fit`; more, or another random_state, condition again.
         """
         x, gp = self._inputs(X), self.process_
+        check_count("n_samples", n_samples, least=0)
         if n_samples > gp.samples or random_state is not None:
             seed = self.seed if random_state is None else random_state
             gp = condition(gp.kernel, gp.x, gp.y, gp.noise_variance, self.solver, n_samples, seed)
