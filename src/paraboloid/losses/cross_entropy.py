@@ -177,9 +177,11 @@ class CrossEntropy(Loss):
         p = by_class.softmax(-1).movedim(-1, 1) if by_class.is_contiguous() else f.softmax(1)
         scale = (self._mass(f, y) / samples).sqrt()
         flat = p.movedim(1, -1).reshape(-1, f.shape[1])
-        for _ in range(samples):
+        less, unscaled = -torch.ones_like(p[:, :1]), f.device.type == "cpu" and bool((scale == 1).all())
+        for left in reversed(range(samples)):
             label = _drawn(flat, generator).view(len(f), 1, *f.shape[2:])
-            yield p.scatter_add(1, label, -torch.ones_like(p[:, :1])).mul_(scale)
+            found = p.scatter_add(1, label, less) if left else p.scatter_add_(1, label, less)  # p is needed no more
+            yield found if unscaled else found.mul_(scale)
 
     def check(self, f, y):
         check_lengths(f, y)

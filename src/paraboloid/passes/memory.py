@@ -53,6 +53,7 @@ ASSIGNED = Limit("unfolded inputs that are kept from the assignment to clusters 
 RECORDINGS = Limit("recordings, and what was pulled back, kept from pass to pass and product to product", GIB, 1)
 SECOND_DERIVATIVES = Limit("columns that are pulled back together, or one whole matrix of KFRA", 64 * MIB, 4)
 JACOBIANS = Limit("what a prediction makes of a chunk of inputs", 128 * MIB, 2, device=16)
+ROWS = Limit("rows of the root of a curvature that are formed at a time", 256 * MIB, 2, device=16)
 DENSE = Limit("a dense matrix or rows of a posterior; above it an error says what fits", 8 * GIB)
 COVARIANCES = Limit("covariances of all elements of outputs; above it draws of weights take their place", 256 * MIB)
 CACHED = Limit("what is formed and used at once, to stay in the cache", MIB, device=64)

@@ -19,16 +19,15 @@ from paraboloid.operators.structured.block_diagonal import BlockDiagonal
 from paraboloid.operators.structured.diagonalised import Diagonalised
 from paraboloid.operators.structured.kfac import factors_of, measured_scales
 from paraboloid.passes import trees
-from paraboloid.passes.memory import DENSE
+from paraboloid.posteriors.curvature_rows import all_rows, check_memory, rows
 from paraboloid.posteriors.likelihood import Likelihood
 from paraboloid.posteriors.structures.eigenbasis import CrossFitted, Kronecker, diagonal_of
-from paraboloid.posteriors.structures.rows import Rows, compressed
+from paraboloid.posteriors.structures.rows import Rows
 from paraboloid.posteriors.structures.subnetwork import Subnetwork
 from paraboloid.quantities.curvature import DiagGGN, DiagHessian, SqrtGGN
 from paraboloid.quantities.gradients import SampleGrads, SecondMoment
 from paraboloid.quantities.over_data import OverData
-from paraboloid.quantities.quantity import Quantity, Scale
-from paraboloid.quantities.result import finished
+from paraboloid.quantities.quantity import Quantity
 from paraboloid.quantities.sums import Sums
 from paraboloid.reductions.kronecker_factors import MAX_FACTOR, Factors, scale_factors
 
@@ -102,6 +101,14 @@ class Fitting:
         """The exact eigenvalues along given eigenvectors."""
         return measured_scales(passes, forms, self.fisher, self.samples, separate=True, tol=self.tol)[0]
 
+    def rows(self, data: Data) -> Iterator[Tensor]:
+        """S_n^T J_n of every sample and column of the root, [v N, D], some of a batch after the others."""
+        return rows(self.over(data), self.root(), self.generator, self.leave)
+
+    def all_rows(self, data: Data) -> tuple[Tensor, list[tuple[int, int]]]:
+        """All of them, and the columns and samples of each batch where they are its own."""
+        return all_rows(self.over(data), self.root(), self.generator, self.leave)
+
     def root(self) -> Quantity:
         """The quantity whose rows, squared and summed, are the curvature."""
         if self.fisher == "empirical":
@@ -129,13 +136,6 @@ class _Counted(OverData):
         return total
 
 
-def check_memory(what: str, size: int, instead: str) -> None:
-    """Raise ValueError for tensors that would not fit; say how large they are, and what would."""
-    if size > DENSE.of():
-        raise ValueError(f"{what} would take {size / 2**30:.1f} GiB; expected at most {DENSE.of() / 2**30:.0f}. "
-                         f"{instead}")  # fmt: skip
-
-
 def hessian(fitting: Fitting, parameters: Mapping[str, Tensor], data: Data) -> Tensor:
     """The Hessian of the summed loss, [D, D]: it may be indefinite where the model bends."""
     operator = Hessian(
@@ -156,7 +156,7 @@ def full(fitting: Fitting, parameters: Mapping[str, Tensor], data: Data) -> Bloc
     if fitting.fisher == "hessian":
         return BlockDiagonal(parameters, [range(len(parameters))], [hessian(fitting, parameters, data)])
     H = torch.zeros(size, size, dtype=first.dtype, device=first.device)
-    for A in _rows(fitting, data):
+    for A in fitting.rows(data):
         H.addmm_(A.T, A)
     return BlockDiagonal(parameters, [range(len(parameters))], [H])
 
@@ -175,7 +175,7 @@ def subnetwork(
         "Use structure='diag', or fewer weights.",
     )  # fmt: skip
     H = torch.zeros(len(at), len(at), dtype=first.dtype, device=first.device)
-    for A in _rows(fitting, data):
+    for A in fitting.rows(data):
         H.addmm_(A[:, at].T, A[:, at])
     return Subnetwork(parameters, at, H)
 
@@ -200,10 +200,8 @@ def diagonal(fitting: Fitting, parameters: Mapping[str, Tensor], data: Data) -> 
 def functional(fitting: Fitting, parameters: Mapping[str, Tensor], data: Data, subset: int | None) -> Rows:
     """All samples' rows, or those of `subset` samples drawn without replacement, scaled to stand for all."""
     if subset is None:
-        batches: list[tuple[int, int]] = []
-        A = _all_rows(fitting, data, batches)
-        as_they_came = len(A) == sum(V * N for V, N in batches)
-        return Rows(parameters, A, batches=batches if as_they_came else ())
+        A, batches = fitting.all_rows(data)
+        return Rows(parameters, A, batches=batches)
     for _ in fitting.over(data):  # for the likelihood of all samples, and their number
         pass
     N = fitting.count
@@ -211,31 +209,9 @@ def functional(fitting: Fitting, parameters: Mapping[str, Tensor], data: Data, s
     chosen = torch.zeros(N, dtype=torch.bool, device=fitting.generator.device)
     chosen[torch.randperm(N, generator=fitting.generator, device=chosen.device)[:subset]] = True
     part = replace(fitting)  # what it notes is counted already
-    rows = (N / subset) ** 0.5 * _all_rows(part, Chosen(data, fitting.cut, chosen.cpu()))
+    A, _ = part.all_rows(Chosen(data, fitting.cut, chosen.cpu()))
     fitting.left_out = part.left_out
-    return Rows(parameters, rows)
-
-
-def _all_rows(fitting: Fitting, data: Data, batches: list[tuple[int, int]] | None = None) -> Tensor:
-    """The rows of all samples, [R, D], where more than D are compressed to D on the way; the same A^T A.
-
-    `batches` takes down each batch's columns and samples.
-    """
-    held: list[Tensor] = []
-    seen = fitting.count
-    for rows in _rows(fitting, data):
-        N, seen = fitting.count - seen, fitting.count
-        if batches is not None:
-            batches.append((len(rows) // N, N))
-        R, D = sum(map(len, held)) + len(rows), rows.shape[1]
-        check_memory(
-            "structure='functional', with a row for each sample and output,", min(R, D) * D * rows.element_size(),
-            "Give subset=, a number of samples, or use structure='kron'.",
-        )  # fmt: skip
-        held.append(rows)
-        if R > 2 * D:
-            held = [compressed(torch.cat(held))]
-    return compressed(torch.cat(held))
+    return Rows(parameters, A.mul_((N / subset) ** 0.5))
 
 
 def kronecker(
@@ -309,18 +285,6 @@ def low_rank(fitting: Fitting, parameters: Mapping[str, Tensor], data: Data, ran
             fitting.note(graph.y)
     kept = values > values.max().clamp(min=0) * torch.finfo(values.dtype).eps * size
     return Rows(parameters, (values[kept].sqrt() * vectors[:, kept]).T.contiguous(), rank)
-
-
-def _rows(fitting: Fitting, data: Data) -> Iterator[Tensor]:
-    """S_n^T J_n of every sample and column of the root, [V N, D], batch by batch."""
-    quantity = fitting.root()
-    passes = fitting.over(data)
-    for sums, _, _ in passes.by_batch([quantity], fitting.generator):
-        fitting.leave(sums)
-        parts = finished(quantity, sums.values[quantity.name], passes.parameters, Scale(sums.N, 1.0)).values()
-        lead = 1 if fitting.fisher == "empirical" else 2
-        flat = [t.reshape(t.shape[:lead].numel(), -1) for t in parts]
-        yield torch.cat(flat, 1)
 
 
 @torch.no_grad()
