@@ -1,11 +1,13 @@
 """The linearised-Laplace study: its claims follow from its rows, and the page from its record."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from paraboloid.jobs import studies
 from paraboloid.jobs.studies.linearised_laplace import Plan, pieces
+from paraboloid.jobs.studies.linearised_laplace.growth import methods, weights
 from paraboloid.jobs.studies.linearised_laplace.reading import claims
 
 TINY = Plan(
@@ -76,3 +78,27 @@ def test_em_by_samples_follows_the_exact_one(record):
         "network", "last layer", "kron", "sampled", "functional"
     }  # fmt: skip
     assert {row["weights"] for row in record["results"]["growth"]} == {385}
+
+
+def test_finished_pieces_are_not_run_again(tmp_path):
+    plan = replace(TINY, structures=("kron",), em_steps=1, keep=str(tmp_path / "pieces.jsonl"))
+    first = studies.reproduce("linearised-laplace", plan=plan)["results"]
+    lines = (tmp_path / "pieces.jsonl").read_text().splitlines()
+    (tmp_path / "pieces.jsonl").write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:40])  # torn
+    ticks = []
+    again = studies.reproduce("linearised-laplace", plan=plan, progress=lambda *tick: ticks.append(tick))["results"]
+    assert {part: done for part, done, _ in ticks} == pieces(plan)
+    for part in ("evidence", "rescaling", "em"):
+        assert again[part] == first[part]
+    assert again["growth"][:-1] == first["growth"][:-1]  # with the seconds that they took
+    one, two = again["growth"][-1], first["growth"][-1]
+    assert one["seconds"] != two["seconds"] and one["nll"] == two["nll"]
+
+
+def test_larger_networks_have_fewer_samples():
+    """As many numbers at most; the functional posterior where its rows can be kept."""
+    plan = Plan.full()
+    found = [methods(plan, *each) for each in plan.growing]
+    assert [each["sampled"] for each in found] == [32, 32, 32, 4]
+    assert ["functional" in each for each in found] == [True, False, False, False]
+    assert 9e3 < weights(*plan.growing[0]) < 1.1e4 and 9e6 < weights(*plan.growing[-1]) < 1.1e7

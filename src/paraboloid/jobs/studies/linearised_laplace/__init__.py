@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from paraboloid.jobs.studies.linearised_laplace.by_samples import ROWS, em, growth, weights
+from paraboloid.jobs.studies.linearised_laplace.em import steps
+from paraboloid.jobs.studies.linearised_laplace.growth import grown, methods
 from paraboloid.jobs.studies.linearised_laplace.measurements import evidence, rescaling
 from paraboloid.jobs.studies.linearised_laplace.page import sections
 from paraboloid.jobs.studies.linearised_laplace.plan import Plan
@@ -19,7 +20,7 @@ from paraboloid.jobs.studies.parts import Progress, run_parts
 __all__ = ["PARTS", "TITLE", "Plan", "findings", "measure", "pieces", "plan", "sections"]
 
 TITLE = "Linearised Laplace: evidence, its repair, and confidence"
-PARTS = {"evidence": evidence, "rescaling": rescaling, "em": em, "growth": growth}
+PARTS = {"evidence": evidence, "rescaling": rescaling, "em": steps, "growth": grown}
 
 
 def plan(full: bool) -> Plan:
@@ -29,7 +30,7 @@ def plan(full: bool) -> Plan:
 def pieces(plan: Plan) -> dict[str, int]:
     """How many ticks each part of the study makes."""
     moments = len(plan.networks) * plan.seeds * len(plan.epochs)
-    grown = sum(4 + (9 * plan.train * weights(*each) <= ROWS) for each in plan.growing)
+    grown = sum(len(methods(plan, *each)) for each in plan.growing)
     return {"evidence": moments * len(plan.structures), "rescaling": len(plan.factors), "em": 2 * (plan.em_steps + 1),
             "growth": grown}  # fmt: skip
 

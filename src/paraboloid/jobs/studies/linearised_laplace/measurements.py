@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from paraboloid import problems
+from paraboloid.jobs.studies.linearised_laplace.pieces import once
 from paraboloid.jobs.studies.linearised_laplace.plan import Plan
 from paraboloid.jobs.uncertainty.scores import area, of_classes
 from paraboloid.passes.random_state import seeded
@@ -65,24 +67,31 @@ def evidence(plan: Plan, seed: int, tick: Tick) -> list[dict[str, Any]]:
     rows = []
     for hidden in plan.networks:
         for run in range(seed, seed + plan.seeds):
-            train, test, noise = split(plan, run)
             for epochs in plan.epochs:
-                with seeded(run):
-                    model = nn.Sequential(nn.Linear(64, hidden), nn.Tanh(), nn.Linear(hidden, 10))
-                trained(model, train, epochs, run)
-                place = {"hidden": hidden, "epochs": epochs, "run": run}
-                rows.append({**place, "structure": "network", "way": "", **_own(model, test, noise)})
-                for structure in plan.structures:
-                    for way, (method, match) in WAYS.items():
-                        posterior = laplace(model, nn.CrossEntropyLoss(), train, structure, seed=run)
-                        posterior.tune_prior(method, match=match)
-                        found = quality(posterior.predict(test[0]), posterior.predict(noise), test[1])
-                        rows.append({
-                            **place, "structure": structure, "way": way, **found,
-                            "prior_precision": float(posterior.prior_precision),
-                            "effective_dimension": posterior.effective_dimension(),
-                        })  # fmt: skip
+                what = {"hidden": hidden, "run": run, "moment": epochs, "structures": list(plan.structures)}
+                rows += once(plan, partial(_moment, plan, hidden, run, epochs), part="evidence", **what)
+                for _ in plan.structures:
                     tick()
+    return rows
+
+
+def _moment(plan: Plan, hidden: int, run: int, epochs: int) -> list[dict[str, Any]]:
+    train, test, noise = split(plan, run)
+    with seeded(run):
+        model = nn.Sequential(nn.Linear(64, hidden), nn.Tanh(), nn.Linear(hidden, 10))
+    trained(model, train, epochs, run)
+    place = {"hidden": hidden, "epochs": epochs, "run": run}
+    rows = [{**place, "structure": "network", "way": "", **_own(model, test, noise)}]
+    for structure in plan.structures:
+        for way, (method, match) in WAYS.items():
+            posterior = laplace(model, nn.CrossEntropyLoss(), train, structure, seed=run)
+            posterior.tune_prior(method, match=match)
+            found = quality(posterior.predict(test[0]), posterior.predict(noise), test[1])
+            rows.append({
+                **place, "structure": structure, "way": way, **found,
+                "prior_precision": float(posterior.prior_precision),
+                "effective_dimension": float(posterior.effective_dimension()),
+            })  # fmt: skip
     return rows
 
 

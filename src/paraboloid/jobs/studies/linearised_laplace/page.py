@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from paraboloid.jobs.studies.claims import claims_table
-from paraboloid.jobs.studies.linearised_laplace.by_samples import section
+from paraboloid.jobs.studies.linearised_laplace import em, growth
 from paraboloid.jobs.studies.linearised_laplace.measurements import WAYS
 from paraboloid.jobs.studies.linearised_laplace.reading import average, claims
 from paraboloid.report.axes import log_axis
@@ -27,8 +27,7 @@ def sections(results: dict[str, Any]) -> list[Section]:
     found = [Section("claims", "Claims", [], [overview]), Section("priors", "Ways to choose a prior", [], [priors])]
     if results["rescaling"]:
         found.append(Section("rescaling", "Rescaled weights", [], [_rescaling(results["rescaling"])]))
-    found.append(section(results))
-    return found
+    return [*found, em.section(results["em"], results["evidence"][0]["hidden"]), growth.section(results["growth"])]
 
 
 _CAPTION = "Negative log-likelihood of test digits under each way to choose the prior, by structure and moment."

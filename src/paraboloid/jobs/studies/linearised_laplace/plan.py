@@ -16,6 +16,7 @@ class Plan:
     em_steps    of EM by samples and by the exact matrix, on the first network
     samples     posterior samples
     growing     (hidden units, hidden layers) of the networks on which the posteriors' costs are compared
+    keep        file of finished pieces, which are not run again
     """
 
     networks: tuple[int, ...] = (8,)
@@ -28,6 +29,7 @@ class Plan:
     em_steps: int = 4
     samples: int = 16
     growing: tuple[tuple[int, int], ...] = ((130, 1), (300, 2))
+    keep: str | None = None
 
     @classmethod
     def full(cls) -> Plan:

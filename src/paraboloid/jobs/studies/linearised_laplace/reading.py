@@ -6,7 +6,7 @@ from statistics import mean
 from typing import Any
 
 from paraboloid.jobs.studies.claims import Claim
-from paraboloid.jobs.studies.linearised_laplace import by_samples
+from paraboloid.jobs.studies.linearised_laplace import em, growth
 from paraboloid.report.numbers import fixed, number
 
 EXACT = ("full", "functional")
@@ -53,7 +53,7 @@ def claims(results: dict[str, Any]) -> list[Claim]:
     found += _early(posteriors, rows)
     found += _structures(posteriors)
     found += _invariance(results["rescaling"])
-    found += by_samples.claims(results)
+    found += em.claims(results["em"]) + growth.claims(results["growth"])
     return found
 
 
