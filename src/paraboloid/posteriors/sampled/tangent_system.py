@@ -21,7 +21,9 @@ from paraboloid.posteriors.sampled.tangent_curvature import TangentCurvature
 from paraboloid.quantities.curvature import DiagGGN
 from paraboloid.quantities.recording import record
 
-RELATIVE_FLOOR = 1e-12  # of the curvature's diagonal, below which a weight counts as unseen by the data
+ROUNDING = (
+    8  # units of it that a Jacobian's element is, beside the largest of its input, where the data does not see it
+)
 AT_ONCE = 2**20  # weights up to which several products are worth an attempt at once
 FEW = 10  # columns of the loss's root up to which the curvature's diagonal is taken exactly
 
@@ -241,12 +243,22 @@ def _by_root(graph: OutputGraph, u: Tensor) -> Tensor:
 def feature_scales(diagonal: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """The g-prior's s = diag(strength G)^-1/2, [D]: features of equal curvature, whatever unit each came in.
 
-    A weight that the data does not see gets that of its parameter's mean curvature, and a parameter without any 1.
+    A weight that the data does not see gets that with which w / s is the parameter's root mean square of it, so the
+    units of its input and output do not count there either; where it is zero, that of the parameter's mean curvature.
+    A parameter without any gets 1.
     Source: Antoran et al. 2023, arXiv:2210.04994, section 5.
     """
-    found = []
-    for d in split(diagonal, parameters):
-        seen = d > RELATIVE_FLOOR * d.max()
-        typical = d[seen].mean() if seen.any() else d.new_ones(())
-        found.append(torch.where(seen, d, typical).rsqrt().reshape(-1))
-    return torch.cat(found)
+    pairs = zip(split(diagonal, parameters), parameters, strict=True)
+    return torch.cat([_of_all(d, p.detach().square()).rsqrt().reshape(-1) for d, p in pairs])
+
+
+def _of_all(d: Tensor, squares: Tensor) -> Tensor:
+    """A parameter's diagonal, with something for the weights that the data does not see."""
+    axes = (0,) if d.dim() > 1 else tuple(range(d.dim()))  # along which the weights of one input lie
+    seen = d > (ROUNDING * torch.finfo(d.dtype).eps) ** 2 * d.amax(axes, keepdim=True)
+    if not seen.any():
+        return torch.ones_like(d)
+    known, count = torch.where(seen, d, 0.0), seen.sum()
+    instead = (known * squares).sum() / count / squares
+    usable = torch.isfinite(instead) & (instead > 0)
+    return torch.where(seen, d, torch.where(usable, instead, known.sum() / count))
