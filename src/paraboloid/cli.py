@@ -245,7 +245,7 @@ def compare(a: Path, b: Path, out: Path, quiet: bool, debug: bool) -> None:
 @main.command()
 @click.argument("study", metavar="[NAME]", required=False)
 @click.option("--full", is_flag=True, help="Run the long form, which may take hours.")
-@click.option("--resume", is_flag=True, help="Go on from what an interrupted run left in --out, where a study keeps it.")
+@click.option("--resume", is_flag=True, help="Go on from what an interrupted run left in --out, if a study keeps it.")
 @OUT
 @SEED
 @DATA

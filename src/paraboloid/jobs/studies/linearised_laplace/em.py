@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import nn
 
+from paraboloid.jobs.studies.claims import Claim
 from paraboloid.jobs.studies.linearised_laplace.growth import network
 from paraboloid.jobs.studies.linearised_laplace.measurements import Split, Tick, quality, split, trained
 from paraboloid.jobs.studies.linearised_laplace.pieces import once
@@ -83,11 +84,11 @@ def _by_samples(model: nn.Module, data: Split, plan: Plan, seed: int) -> Rows:
     return rows
 
 
-def claims(rows: Rows) -> list[tuple[str, bool | None, str]]:
+def claims(rows: Rows) -> list[Claim]:
     """Whether EM by samples ends where the exact one does, and whether its steps make predictions better."""
     last = {row["kind"]: row for row in rows}
     one, two = last["sampled"], last["exact"]
-    found: list[tuple[str, bool | None, str]] = [
+    found: list[Claim] = [
         (f"EM by samples finds the {label} that the exact matrix finds, within {CLOSE:.0%}",
          abs(one[key] / two[key] - 1) <= CLOSE, f"{number(one[key])} against {number(two[key])}")
         for key, label in MEASURES[:2]

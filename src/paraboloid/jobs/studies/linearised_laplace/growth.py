@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
+from paraboloid.jobs.studies.claims import Claim
 from paraboloid.jobs.studies.linearised_laplace.measurements import Split, Tick, quality, split, trained
 from paraboloid.jobs.studies.linearised_laplace.pieces import once
 from paraboloid.jobs.studies.linearised_laplace.plan import Plan
@@ -94,7 +95,7 @@ def _trained(plan: Plan, hidden: int, layers: int, seed: int) -> tuple[nn.Module
     return trained(model, data[0], plan.epochs[-1], seed), data
 
 
-def claims(rows: Rows) -> list[tuple[str, bool | None, str]]:
+def claims(rows: Rows) -> list[Claim]:
     """Whether the last layer is enough at each size, whether any posterior costs likelihood, and what samples cost."""
     sizes = sorted({row["weights"] for row in rows})
     at = {(row["weights"], row["method"]): row for row in rows}
@@ -102,7 +103,7 @@ def claims(rows: Rows) -> list[tuple[str, bool | None, str]]:
     enough = [at[size, "last layer"]["auroc"] >= whole[size] - 0.01 for size in sizes]
     told = [f"{fixed(at[s, 'last layer']['auroc'], None, 3)} against {fixed(whole[s], None, 3)} with {number(s)}"
             for s in sizes]  # fmt: skip
-    found: list[tuple[str, bool | None, str]] = [
+    found: list[Claim] = [
         ("The last layer is enough: it tells noise as well as all weights, within .01, at every size", all(enough),
          f"{', '.join(told)} weights")
     ]  # fmt: skip
