@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PROBLEM ?= digits-cnn
 OUT ?= report
+SECONDS ?= 300
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -9,8 +10,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help report test lint types format docs figures bench-statistics bench-floors bench-operators bench-resnet \
-	bench-gp bench-tomography bench-tomography-quality bench-noise bench-optimisers bench-defaults bench-posteriors \
-	bench-quality bench-sampled bench-bias bench-cuda peers install clean
+	bench-gp bench-gp-million bench-tomography bench-tomography-quality bench-noise bench-optimisers bench-defaults \
+	bench-posteriors bench-quality bench-sampled bench-bias bench-cuda peers install clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -61,6 +62,9 @@ bench-noise: $(STAMP) ## time gradient clustering against an epoch of plain grad
 bench-gp: $(STAMP) ## time Gaussian processes against GPyTorch's (after: make peers), and at scale
 	$(BIN)/python -m benchmarks.gp
 	$(BIN)/python -m benchmarks.gp --scale 20000
+
+bench-gp-million: $(STAMP) ## condition on a million points for SECONDS (300) of CPU time, and say what was reached
+	$(BIN)/python -m benchmarks.gp --scale 1000000 --samples 0 --solvers block inducing --seconds $(SECONDS)
 
 bench-tomography: $(STAMP) ## time products with a projector against MIRTorch's (after: make peers)
 	$(BIN)/python -m benchmarks.tomography

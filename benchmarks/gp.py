@@ -3,9 +3,10 @@
 Against GPyTorch: seconds of CPU time to a relative error of the predicted mean of 1e-3 (against conjugate gradients in
 float64 to 1e-7), one thread, one process; each side with the loosest of its tolerances that reaches it, in float32, and
 in float64 where GPyTorch does not get there in float32.  It is given up after `--patience` times our own seconds.
-`--scale N`: N generated points, `--samples` functions, to a relative residual of 1e-2, with `--solvers` side by side;
-sdd is given up after `--longer` times the first solver's time.  A million points, cut short after `--steps` blocks of
-2000 points: --scale 1000000 --samples 0 --solvers block --steps 20 (500 of them are a pass).
+`--scale N`: N generated points, `--samples` functions, to a relative residual of 1e-2, with `--solvers` side by side
+(inducing: 500 random inputs); sdd is given up after `--longer` times the first solver's time, and block, sdd and sgd
+after about `--seconds` of CPU time: a few steps tell how many these are.  The error is that of the mean at new inputs,
+relative to the function that the data was generated from.  A million points: make bench-gp-million.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from benchmarks.peers import installed
 from paraboloid.gp.prior import PriorFunctions
 
 AIM, DIMENSIONS, NEW = 1e-3, 3, 200
+RESIDUAL, FEW = 1e-2, 500  # at scale: what is asked for, and inducing inputs
+STEPPED = ("block", "sdd", "sgd")  # solvers whose steps can be cut short
 TOLERANCES = (1e-3, 7e-4, 5e-4, 2e-4, 1e-4)
 PEERS = (("GPyTorch", 15), ("GPyTorch, rank 100", 100))  # 15 is its own default
 KERNELS: dict[str, Callable[[], pb.gp.Kernel]] = {"Matern 3/2": lambda: pb.gp.Matern(1.5), "RBF": lambda: pb.gp.RBF()}
@@ -37,10 +40,17 @@ KERNELS: dict[str, Callable[[], pb.gp.Kernel]] = {"Matern 3/2": lambda: pb.gp.Ma
 
 def generated(n: int, noise: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Normal inputs in three dimensions, a function drawn from the Matern prior, and noise."""
+    return problem(n, noise, dtype)[:2]
+
+
+def problem(n: int, noise: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`generated`, and new inputs with the function's values, without noise."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(n, DIMENSIONS, generator=g, dtype=dtype)
-    (f,) = PriorFunctions(pb.gp.Matern(1.5), 1, 4096, x, g)(x)
-    return x, f + noise**0.5 * torch.randn(n, generator=g, dtype=dtype)
+    functions = PriorFunctions(pb.gp.Matern(1.5), 1, 4096, x, g)
+    y = functions(x)[0] + noise**0.5 * torch.randn(n, generator=g, dtype=dtype)
+    new = torch.randn(NEW, DIMENSIONS, generator=g, dtype=dtype)
+    return x, y, new, functions(new)[0]
 
 
 def ours(kernel: pb.gp.Kernel, x: Tensor, y: Tensor, new: Tensor, noise: float, tol: float) -> Tensor:
@@ -136,45 +146,59 @@ def one(
 ) -> dict[str, Any]:  # fmt: skip
     row: dict[str, Any] = {"n": n, "kernel": name, "noise": noise, "dtype": str(x.dtype).removeprefix("torch.")}
     repeats, data = 3 if n <= 5000 else 1, (x[:n], y[:n], x[n:], noise)
+    start = time.process_time()
     row["paraboloid"] = fastest(partial(ours, KERNELS[name](), *data), exact, repeats)
-    mine = row["paraboloid"]["seconds"]
+    mine = row["paraboloid"]["seconds"] or time.process_time() - start
     for label, rank in PEERS if installed("gpytorch") else ():
-        row[label] = fastest(partial(gpytorchs, name, rank, *data), exact, repeats, mine and patience * mine)
+        row[label] = fastest(partial(gpytorchs, name, rank, *data), exact, repeats, patience * mine)
     return row
 
 
 def at_scale(
-    n: int, samples: int, noise: float, solvers: list[str], longer: float, most: int | None
+    n: int, samples: int, noise: float, solvers: list[str], longer: float, seconds: float | None
 ) -> Iterator[dict[str, Any]]:
-    """CPU seconds and residual of each solver, and this process's peak memory after it."""
-    x, y = generated(n, noise, torch.float32)
+    """CPU seconds, residual and error of each solver, and this process's peak memory after it."""
+    x, y, new, truth = problem(n, noise, torch.float32)
     first = None
     for solver in solvers:
-        start, wall, steps = time.process_time(), time.perf_counter(), most
-        if first is not None and solver == "sdd" and longer:
-            steps = _steps_in(longer * first, x, y, noise, samples)
-            start, wall = time.process_time(), time.perf_counter()
-        gp = pb.gp.condition(pb.gp.Matern(1.5), x, y, noise, solver, samples, tol=1e-2, steps=steps)
-        seconds = time.process_time() - start
-        first = seconds if first is None else first
+        condition = partial(_conditioned, x, y, noise, solver, samples)
+        limit = longer * first if first is not None and solver == "sdd" and longer else seconds
+        steps = _steps_in(limit, condition) if limit and solver in STEPPED else None
+        start, wall = time.process_time(), time.perf_counter()
+        gp = condition(steps)
+        taken, walled = time.process_time() - start, time.perf_counter() - wall
+        first = taken if first is None else first
         yield {
-            "n": n, "samples": samples, "noise": noise, "solver": gp.solver, "seconds": seconds,
-            "wall": time.perf_counter() - wall, "passes": gp.passes, "residual": gp.residual,
-            "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "stopped": steps is not None,
-            "threads": torch.get_num_threads(),
+            "n": n, "samples": samples, "noise": noise, "solver": gp.solver, "seconds": taken, "wall": walled,
+            "passes": gp.passes, "residual": None if solver == "inducing" else gp.residual,
+            "error": float((gp.mean(new) - truth).norm() / truth.norm()),
+            "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            "stopped": steps is not None and gp.residual > RESIDUAL, "threads": torch.get_num_threads(),
         }  # fmt: skip
 
 
-def _steps_in(seconds: float, x: Tensor, y: Tensor, noise: float, samples: int) -> int:
-    """How many steps of sdd take so long, from a few of them."""
+def _conditioned(
+    x: Tensor, y: Tensor, noise: float, solver: str, samples: int, steps: int | None
+) -> pb.gp.GaussianProcess:
+    kernel = pb.gp.Matern(1.5)
+    if solver == "inducing":
+        chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:FEW]
+        return pb.gp.condition(kernel, x, y, noise, samples=samples, inducing=x[chosen])
+    return pb.gp.condition(kernel, x, y, noise, solver, samples, tol=RESIDUAL, steps=steps)
+
+
+def _steps_in(seconds: float, condition: Callable[[int], Any]) -> int:
+    """How many steps take so long, from a few of them."""
 
     def taking(steps: int) -> float:
         start = time.process_time()
-        pb.gp.condition(pb.gp.Matern(1.5), x, y, noise, "sdd", samples, steps=steps)
+        condition(steps)
         return time.process_time() - start
 
-    few, more = taking(5), taking(25)
-    return max(1, int(20 * (seconds - few) / max(more - few, 1e-9)))
+    few, steps = taking(1), 4
+    while (more := taking(1 + steps) - few) < 0.05 * seconds:
+        steps *= 4
+    return max(1, 1 + int(steps * (seconds - few) / more))
 
 
 def cell(found: dict[str, float | None] | None) -> str:
@@ -206,14 +230,16 @@ def markdown(rows: list[dict[str, Any]], scale: list[dict[str, Any]]) -> str:
             dtype = ", float64" * (r.get("dtype") == "float64")
             lines.append(f"| {r['n']}, {r['kernel']}, {r['noise']:g}{dtype} | {' | '.join(cells)} |")
     if scale:
-        columns = ["n, samples, noise", "solver", "CPU seconds", "passes", "residual", "peak memory"]
-        lines += ["", "To a relative residual of 1e-2 (Matern 3/2, float32):", "",
-                  f"| {' | '.join(columns)} |", "|---|" + "---|" * (len(columns) - 1)]  # fmt: skip
+        columns = ["n, samples, noise", "solver", "CPU seconds", "passes", "residual", "error", "peak memory"]
+        said = ("To a relative residual of 1e-2 (Matern 3/2, float32). The error is that of the mean at new inputs, "
+                "relative to the function that the data was generated from.")  # fmt: skip
+        lines += ["", said, "", f"| {' | '.join(columns)} |", "|---|" + "---|" * (len(columns) - 1)]
         for r in scale:
             solver = r["solver"] + ", cut short" * r["stopped"] + f", {r['threads']} threads" * (r["threads"] > 1)
             memory = "" if r["gib"] is None else f"{r['gib']:.1f} GiB"
+            residual, error = ("" if r.get(key) is None else f"{r[key]:.1e}" for key in ("residual", "error"))
             lines.append(f"| {r['n']}, {r['samples']}, {r['noise']:g} | {solver} | {r['seconds']:.0f} "
-                         f"| {r['passes']:.2f} | {r['residual']:.1e} | {memory} |")  # fmt: skip
+                         f"| {r['passes']:.2f} | {residual} | {error} | {memory} |")  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
@@ -228,7 +254,7 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=None, help="this many points instead")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--solvers", nargs="+", default=["cg", "sdd"])
-    parser.add_argument("--steps", type=int, default=None, help="of a solver at scale, at most")
+    parser.add_argument("--seconds", type=float, default=None, help="of CPU time for a solver at scale, about")
     parser.add_argument("--patience", type=float, default=6.0)
     parser.add_argument("--longer", type=float, default=3.0)
     parser.add_argument("--threads", type=int, default=1)
@@ -240,10 +266,8 @@ def main() -> None:
     record = json.loads(path.read_text()) if path.exists() else {"peers": [], "scale": []}
     options.out.mkdir(parents=True, exist_ok=True)
     if options.scale:
-        part, rows = (
-            "scale",
-            at_scale(options.scale, options.samples, options.noises[0], options.solvers, options.longer, options.steps),
-        )
+        sizes = options.scale, options.samples, options.noises[0]
+        part, rows = "scale", at_scale(*sizes, options.solvers, options.longer, options.seconds)
     else:
         part, rows = ("peers", against_gpytorch(options.sizes, options.noises, options.patience))
     for row in rows:  # kept as they come, and instead of those of earlier runs
