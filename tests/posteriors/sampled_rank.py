@@ -15,9 +15,25 @@ CUTS = [0, 13, 40]
 OPTIONS = {
     "data": {"samples": 3, "em_steps": 2, "solver": "cg", "tol": 1e-9},
     "data by layer": {"samples": 3, "em_steps": 1, "solver": "cg", "tol": 1e-9, "per": "layer", "match": None},
-    "samples": {"samples": 5, "em_steps": 1, "tol": 1e-9},
+    "data unweighted": {"samples": 3, "solver": "cg", "tol": 1e-9, "curvature": "jacobian"},
+    "data of a regression": {"samples": 3, "em_steps": 2, "solver": "cg", "tol": 1e-9, "noise_variance": None},
     "data by descent": {"samples": 2, "em_steps": 1, "solver": "sgd", "epochs": 3, "lr": 1e-3, "match": None},
-}
+    "data by noisy descent": {
+        "samples": 2, "em_steps": 1, "solver": "sgd", "epochs": 3, "lr": 1e-3, "match": None, "objective": "noisy-targets",
+    },
+    "samples": {"samples": 5, "em_steps": 1, "tol": 1e-9},
+    "samples by dual": {"samples": 3, "em_steps": 2, "solver": "dual", "per": "layer", "match": "exponent"},
+    "samples by block": {"samples": 3, "em_steps": 1, "solver": "block", "tol": 1e-9, "match": None},
+    "samples by cg": {"samples": 3, "em_steps": 2, "solver": "cg", "tol": 1e-9, "per": "parameter", "g_prior": False},
+    "samples of a regression": {"samples": 3, "em_steps": 2, "solver": "dual", "noise_variance": None},
+    "samples by descent": {"samples": 3, "em_steps": 1, "solver": "sgd", "epochs": 3, "batch_size": 8, "match": None},
+}  # fmt: skip
+
+
+def problem_of(name):
+    """(model, loss, x, y)"""
+    model, x, y = problem()
+    return (model, nn.MSELoss(), x, x[:, :3].sin()) if "regression" in name else (model, nn.CrossEntropyLoss(), x, y)
 
 
 def problem():
@@ -30,20 +46,24 @@ def problem():
 def main(rank, world, folder):
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(hours=1))
-    model, x, y = problem()
     found = {}
     for name, options in OPTIONS.items():
+        model, loss, x, y = problem_of(name)
         shard = name.split()[0]
         mine = slice(CUTS[rank], CUTS[rank + 1]) if shard == "data" else slice(None)
-        posterior = pb.sampled_laplace(
-            model, nn.CrossEntropyLoss(), (x[mine], y[mine]), all_reduce=True, shard=shard, **options
-        )
+        posterior = pb.sampled_laplace(model, loss, (x[mine], y[mine]), all_reduce=True, shard=shard, **options)
         found[name] = (
             posterior.samples,
             posterior.prior_precision,
             posterior.effective_dimension,
+            posterior.noise_variance,
             posterior.confidence,
         )
+    model, x, y = problem()
+    try:
+        pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), 1, all_reduce=True, shard="samples")
+    except ValueError as error:
+        found["too few"] = str(error)
     mine, path = slice(CUTS[rank], CUTS[rank + 1]), folder / "run"
     options = {"solver": "sgd", "epochs": 2, "batch_size": 8, "all_reduce": True, "checkpoint": path, "match": None}
     for em_steps in (1, 2):  # two batches here, four there; and gone on from

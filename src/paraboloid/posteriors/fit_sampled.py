@@ -128,6 +128,9 @@ def sampled_laplace(
             f"noise_variance is None with a {likelihood.kind} likelihood, em_steps={em_steps} and "
             f"curvature={curvature!r}; expected nn.MSELoss, em_steps of at least 1 and 'ggn', under which EM finds it."
         )
+    if shard == "samples" and samples < collectives.size_of(group):
+        raise ValueError(f"samples is {samples} for {collectives.size_of(group)} processes; expected at least one for "
+                         "each. Take more samples, or shard='data'.")  # fmt: skip
     names = chosen(model, weights, normalisation, data, output)
     for name, p in trees.parameters(model).items():
         if not torch.isfinite(p).all():

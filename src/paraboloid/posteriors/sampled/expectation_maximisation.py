@@ -176,8 +176,10 @@ class Run:
         if self.descent is not None:  # as many passes as it would make
             return by_conjugate_gradients(self.system, precision, state.b, w, self.tol, M, self.descent.epochs)[0]
         if self.rank and state.sketched is None:
-            most = max(FEW, self.rank // len(w))
+            most = max(FEW, self.rank // len(self.system.everyone))
             w, residual = by_conjugate_gradients(self.system, precision, state.b, w, self.tol, M, most)
+            if self.across is not None:  # one choice for all samples, wherever they are
+                residual = max(collectives.gathered(residual, self.across))
             if residual <= self.tol:
                 return w
             state.sketched, most = list(state.precision), MOST_ITERATIONS
@@ -187,7 +189,7 @@ class Run:
 
     @cached_property
     def rank(self) -> int:
-        return rank_of(self.system)
+        return rank_of(self.system, self.system.group or self.across)
 
     def _sketch(self, state: State) -> Sketch | None:
         """That of the state, made again where a run goes on."""

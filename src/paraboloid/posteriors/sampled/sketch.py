@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from paraboloid.distributed import collectives
+from paraboloid.distributed.collectives import Group
 from paraboloid.linalg.nystrom_approximation import Nystrom, nystrom
 from paraboloid.posteriors.sampled.tangent_system import TangentSystem
 
@@ -53,10 +54,10 @@ class _Scaled:
         return self.system.product((rows * self.root).contiguous()).mul_(self.root).T.reshape(v.shape)
 
 
-def rank_of(system: TangentSystem) -> int:
+def rank_of(system: TangentSystem, group: Group) -> int:
     """How many products a sketch takes; 0 where it would not fit beside the graphs, here or on another process."""
     room = (system.replay.max_memory - system.replay.size) // (COPIES * system.size * system.like.element_size())
-    if system.group is not None:
-        room = min(collectives.gathered(room, system.group))
+    if group is not None:
+        room = min(collectives.gathered(room, group))
     rank = min(RANK, system.size // 2, max(0, room))
     return rank if rank >= LEAST else 0
