@@ -34,9 +34,7 @@ class Trial:
 
     def slope(self) -> float:
         """g . delta for the step delta that was taken."""
-        return sum(
-            float(foreach.dot(m.gradient, foreach.added(m.params, values, alpha=-1))) for m, values in self._before
-        )
+        return sum(float(foreach.along(m.gradient, m.params, values)) for m, values in self._before)
 
     def take_back(self) -> None:
         for m, values in self._before:

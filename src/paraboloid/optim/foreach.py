@@ -19,8 +19,10 @@ from paraboloid.passes.torch_internals import foreach_mul_ as scale_
 from paraboloid.passes.torch_internals import foreach_norm
 from paraboloid.passes.torch_internals import foreach_sqrt as roots
 
-__all__ = ["add_", "addcmul_", "added", "dot", "finite", "lerp_", "norm", "norms", "quotients", "roots", "scale_",
-           "scaled", "shift_"]  # fmt: skip
+FEW = 2**18  # entries
+
+__all__ = ["add_", "addcmul_", "added", "along", "dot", "finite", "lerp_", "norm", "norms", "quotients", "roots",
+           "scale_", "scaled", "shift_"]  # fmt: skip
 
 
 def norm(xs: Sequence[Tensor]) -> Tensor:
@@ -38,7 +40,28 @@ def norms(xs: Sequence[Tensor]) -> list[float]:
 
 def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     """The sum of all products, [], in float64."""
+    if _are_few(xs):
+        return _joined(xs).mul_(_joined(ys)).sum(dtype=torch.float64)
     return torch.stack([product.sum(dtype=torch.float64) for product in scaled(xs, ys)]).sum()
+
+
+def along(xs: Sequence[Tensor], ys: Sequence[Tensor], zs: Sequence[Tensor]) -> Tensor:
+    """The sum of all x (y - z), [], in float64."""
+    if _are_few(xs):
+        return _joined(ys).sub_(_joined(zs)).mul_(_joined(xs)).sum(dtype=torch.float64)
+    return dot(xs, added(ys, zs, alpha=-1))
+
+
+def _are_few(xs: Sequence[Tensor]) -> bool:
+    """Whether the tensors of a list are sooner copied into one than read one by one."""
+    first = xs[0]
+    if first.is_cuda or first.dtype not in (torch.float32, torch.float64):
+        return False
+    return sum([x.numel() for x in xs]) <= FEW and len({x.dtype for x in xs}) == 1
+
+
+def _joined(xs: Sequence[Tensor]) -> Tensor:
+    return torch.cat([x.reshape(-1) for x in xs])
 
 
 def finite(xs: Sequence[Tensor]) -> bool:

@@ -153,7 +153,7 @@ def slope(states: States) -> float:
             params.append(p)
             before.append(state["before"])
             gradients.append(p.grad)
-    return float(foreach.dot(gradients, foreach.added(params, before, alpha=-1))) if params else 0.0
+    return float(foreach.along(gradients, params, before)) if params else 0.0
 
 
 def go_back(states: States) -> None:

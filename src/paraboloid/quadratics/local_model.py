@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -60,11 +61,12 @@ class Quadratic:
         """
         rows = self.curvature.rows(directions)
         lengths = torch.linalg.vector_norm(rows, dim=1)
-        if not (lengths.isfinite() & (lengths > 0)).all():
+        least, most = (t.item() for t in lengths.aminmax()) if len(lengths) else (1.0, 1.0)
+        if not (least > 0 and isfinite(most)):
             wrong = int((~(lengths.isfinite() & (lengths > 0))).nonzero()[0])
             raise ValueError(f"direction {wrong} has the length {lengths[wrong]:.4g}; expected one above 0, which says "
                              "where to.")  # fmt: skip
-        if not (lengths - 1).abs().max() < 100 * torch.finfo(rows.dtype).eps:  # unit vectors are taken as they are
+        if not max(1 - least, most - 1) < 100 * torch.finfo(rows.dtype).eps:  # unit vectors are taken as they are
             rows = rows / lengths.unsqueeze(1)
         return rows @ self._flat_gradient, self.curvature.quadratic_forms(rows)
 
