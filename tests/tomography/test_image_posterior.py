@@ -11,12 +11,13 @@ from torch import nn
 
 import paraboloid as pb
 from paraboloid.problems.pictures import draw_characters
-from paraboloid.tomography import best_angles, deep_image_prior, linearised
+from paraboloid.tomography import best_angles, deep_image_prior, linearised, measured_jacobian
 from paraboloid.tomography.evidence_ascent import Objective, ascend
 from paraboloid.tomography.image_jacobian import ImageJacobian
 from paraboloid.tomography.kernel_grams import packed_grams, unpacked
 from paraboloid.tomography.kernel_prior import KernelPrior
-from paraboloid.tomography.sampled_evidence import SampledEvidence
+from paraboloid.tomography.measured_jacobian import MeasuredJacobian
+from paraboloid.tomography.sampled_evidence import Measurements, SampledEvidence
 
 SIZE = 6
 
@@ -95,6 +96,32 @@ def test_grams_and_products_are_those_of_the_dense_jacobian(fit):
     torch.testing.assert_close(torch.cat([t.flatten(1) for t in pulled], 1), u @ J)
     torch.testing.assert_close(ours.push(prior.times(pulled)), u @ K)
     assert all(p.requires_grad for p in fit.model.parameters())
+
+
+@pytest.mark.parametrize("kept", [4, 1e12], ids=["formed", "by products"])
+def test_the_jacobian_of_measurements_is_the_dense_one(fit, kept, monkeypatch):
+    monkeypatch.setattr(measured_jacobian, "KEPT", kept)
+    monkeypatch.setattr(measured_jacobian, "TOGETHER", 7)
+    prior, s2 = some_prior(fit), 0.3
+    J, _, A, K, S, _ = dense(fit, prior, s2)
+    B = MeasuredJacobian(ImageJacobian(fit, prior.names), fit.A, fit.sinogram.shape)
+    assert (B.rows is None) == (kept > 4)
+    generator = torch.Generator().manual_seed(0)
+    v = [torch.randn(3, *w.shape, dtype=torch.float64, generator=generator) for w in B.J.weights]
+    u = torch.randn(3, B.size, dtype=torch.float64, generator=generator)
+    flat = torch.cat([t.flatten(1) for t in v], 1)
+    torch.testing.assert_close(B.forth(v), flat @ (A @ J).T)
+    torch.testing.assert_close(B.forth(v, flat @ J.T), flat @ (A @ J).T)
+    torch.testing.assert_close(torch.cat([t.flatten(1) for t in B.back(u)], 1), u @ A @ J)
+    system = Measurements(B, prior, s2)
+    torch.testing.assert_close(system @ u.T, S @ u.T)
+    torch.testing.assert_close(system.images(u), u @ A @ K)
+    inverse = system.preconditioner(0)
+    if B.rows is not None:
+        torch.testing.assert_close(inverse @ (S @ u.T), u.T)
+    torch.testing.assert_close(system.solve(u.T, 1e-9, preconditioner=inverse), torch.linalg.solve(S, u.T))
+    little = MeasuredJacobian(ImageJacobian(fit, prior.names, max_memory=1000), fit.A, fit.sinogram.shape)
+    assert little.rows is None
 
 
 @pytest.mark.parametrize("evidence", ["exact", "sampled"])

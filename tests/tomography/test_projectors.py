@@ -11,7 +11,7 @@ import scipy.sparse.linalg
 import torch
 
 import paraboloid as pb
-from paraboloid.tomography import FanBeam, ParallelBeam, as_projector
+from paraboloid.tomography import ConeBeam, FanBeam, ParallelBeam, as_projector
 
 # torch itself scripts functions when forward mode is first used
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
@@ -22,6 +22,7 @@ CASES = {
     "limited view, any order": lambda: ParallelBeam(8, [2.0, 0.3, 0.31, math.pi / 2, -1.0]),
     "one angle": lambda: ParallelBeam(6, [0.0]),
     "degrees": lambda: ParallelBeam(8, np.array([0, 45, 90.0, 178]), unit="degrees"),
+    "an array in reverse": lambda: ParallelBeam(8, np.array([0.3, 1.2, 2.5], ">f4")[::-1]),
     "fan": lambda: FanBeam(8, 6),
     "fan, near": lambda: FanBeam(8, 3, detectors=15, source_distance=9.0, detector_distance=20.0, spacing=2.5),
 }
@@ -153,6 +154,20 @@ class OnImages:
         )
 
 
+class Of:
+    """Functions as an operator and its adjoint."""
+
+    def __init__(self, forth, back):
+        self.forth, self.back = forth, back
+
+    def __matmul__(self, x):
+        return self.forth(x)
+
+    @property
+    def T(self):
+        return Of(self.back, self.forth)
+
+
 class Scaled:
     def __init__(self, A, scale):
         self.A, self.scale = A, scale
@@ -177,8 +192,12 @@ def test_any_object_with_a_product_and_a_transpose_is_an_operator():
         torch.testing.assert_close(found @ x, A @ x)
         torch.testing.assert_close(found.T @ y, A.T @ y)
         assert torch.autograd.gradcheck(lambda x, found=found: found @ x, x, check_forward_ad=True)
-        if not isinstance(given, OnImages):
-            assert as_projector(given, torch.stack([y, y])).gives == A.gives
+        assert as_projector(given, torch.stack([y, y])).gives == A.gives
+        coarse = as_projector(given, y.bfloat16()) if not isinstance(given, OnImages) else found
+        assert (coarse @ x.detach().bfloat16()).dtype == torch.bfloat16
+    shaped = Of(A.__matmul__, A.T.__matmul__)
+    shaped.shape = A.shape  # multiplies images all the same
+    torch.testing.assert_close(as_projector(shaped, y) @ x, A @ x)
     flat = as_projector(matrix, y.flatten())
     assert (flat @ x).shape == (2, y.numel())
     wide = as_projector(matrix[:, :20], y, image_shape=(4, 5))
@@ -192,14 +211,32 @@ ERRORS = [
     (lambda: ParallelBeam(8, []), r"angles has shape \(0,\)"),
     (lambda: ParallelBeam(8, [0.0, math.nan]), "angle 1 is nan; expected finite"),
     (lambda: ParallelBeam(8, [0, 90, 179]), "angles reach 179; expected radians. Say unit='degrees'"),
-    (lambda: ParallelBeam(8, "many"), "angles is 'many'"),
+    *((lambda a=a, beam=beam: beam(4, a), "angles reach .*; expected radians. Say unit='degrees'")
+      for beam in (ParallelBeam, FanBeam, ConeBeam) for a in ([0, 5, 10], np.arange(0, 180, 20.0), torch.tensor([-90, 0, 90]))),
+    *((lambda a=a, beam=beam: beam(4, a), "angles is .*; expected a number of angles, or the angles")
+      for beam in (ParallelBeam, FanBeam, ConeBeam) for a in ("many", 3.0, True, None, torch.tensor(3), [True, False], ["a"])),
+    *((lambda beam=beam: beam(4, 10**9), "there are 1000000000 angles; expected at most 1000000")
+      for beam in (ParallelBeam, FanBeam, ConeBeam)),
+    *((lambda beam=beam, s=s: beam(4, 3, spacing=s), "spacing is .*; expected a positive number of pixels, at most 1e.09")
+      for beam in (ParallelBeam, FanBeam, ConeBeam) for s in (1e12, math.nan, 0, "a")),
+    *((lambda A=A, x=x: A @ x, "the (image|volume) has (dtype|layout) .*; expected")
+      for A, x in ((ParallelBeam(4, 2), torch.zeros(4, 4)), (ConeBeam(4, 2), torch.zeros(4, 4, 4)))
+      for x in (x.to_sparse(), x.to("meta"), x.to(torch.float8_e4m3fn), x + 0j)),
+    (lambda: ConeBeam(2048, 720), "products of 2048.3 voxels with 720 views .* would take about"),
+    (lambda: as_projector(ParallelBeam(8, 3), torch.rand(3, 12).to_sparse()), "the sinogram has shape .* layout torch.sparse_coo"),
+    (lambda: as_projector(scipy.sparse.linalg.LinearOperator((27, 25), matvec=lambda v: np.zeros(27)), torch.rand(3, 9)), "A.T @ sinogram raises NotImplementedError"),
+    (lambda: as_projector(scipy.sparse.linalg.aslinearoperator(np.eye(27, 25)), torch.rand(3, 8)), "24 numbers; expected 27 of them"),
+    (lambda: as_projector(torch.zeros(27, 0), torch.rand(3, 9)), r"A has the shape \(27, 0\); expected rows and columns"),
+    (lambda: as_projector(torch.zeros(27, 25, device="meta"), torch.rand(3, 9)), "on the meta device"),
+    (lambda: as_projector(Of(lambda x: 1 / 0, lambda y: y.sum() + torch.zeros(5, 5)), torch.rand(3, 9)), "A @ image raises ZeroDivisionError"),
+    (lambda: as_projector(Of(lambda x: x + 0j, lambda y: y + 0j), torch.rand(3, 9)), "the product has dtype torch.complex64; expected real"),
     (lambda: ParallelBeam(8, 3, unit="turns"), "unit is 'turns'"),
     (lambda: ParallelBeam(8, 3, detectors=2.5), "detectors is 2.5"),
     (lambda: ParallelBeam(8, 3, spacing=-1.0), "spacing is -1.0"),
     (lambda: ParallelBeam(8, 3, dtype=torch.int32), "dtype is torch.int32"),
     (lambda: ParallelBeam(8, 3, dtype="float32"), "dtype is 'float32'"),
     *((lambda c=c, beam=beam: beam(8, 3, centre=c), f"centre is {c!r}; expected a finite number of detectors")
-      for beam in (ParallelBeam, FanBeam) for c in (math.nan, math.inf, "a")),
+      for beam in (ParallelBeam, FanBeam) for c in (math.nan, math.inf, "a", None)),
     (lambda: ParallelBeam(8, torch.tensor([1j])), "expected a number of angles, or the angles"),
     (lambda: ParallelBeam(4096, 720), "would take about .* GiB; expected at most 8"),
     (lambda: FanBeam(8, 3, source_distance=2.0), "the source is 2 and the detector 8 from the axis"),

@@ -134,6 +134,26 @@ def test_a_stack_of_slices_other_operators_and_networks():
     assert fit.model is own and fit.misfit[-1] < fit.misfit[0]
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_modes_without_gradients_change_nothing(mode):
+    A, _, y, s2 = scanned(angles=4, size=6)
+    fit = deep_image_prior(A, y, s2, iterations=3)
+    expected = pb.tomography.linearised(fit, steps=1, samples=2)
+    with mode():
+        same = deep_image_prior(A, y.clone(), s2, iterations=3, input=fit.input.clone())
+        found = pb.tomography.linearised(same, steps=1, samples=2)
+        assert torch.equal(found.samples, expected.samples)
+        assert pb.tomography.linearised(fit, steps=1, evidence="sampled", samples=2).std.isfinite().all()
+        own = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Flatten(1, 2)).double()
+        made = torch.ones(1, 1, 6, 6)
+    assert torch.equal(same.image, fit.image) and not same.image.is_inference()
+    if mode is torch.inference_mode:
+        with pytest.raises(ValueError, match=r"Sequential was made under torch\.inference_mode"):
+            deep_image_prior(A, y, s2, model=own, input=made)
+    else:
+        assert deep_image_prior(A, y, s2, model=own, input=made, iterations=1).image.shape == (6, 6)
+
+
 def test_the_network_takes_any_size_and_starts_at_its_level():
     for size in (4, 9, 13):
         x = UNet(1, (), (0.0, 2.0), level=0.5)(torch.randn(1, 1, size, size))
@@ -150,6 +170,9 @@ ERRORS = [
     (lambda: deep_image_prior(A, Y, S2, bounds=(1.0, 0.0)), "bounds is"),
     (lambda: deep_image_prior(A, Y, S2, tv=-1.0), "tv is -1.0"),
     (lambda: deep_image_prior(A, Y, S2, lr=0.0), "lr is 0.0"),
+    (lambda: deep_image_prior(A, Y.float(), 1e-44), "noise_variance is .*, so small that the misfit over it overflows in torch.float32"),
+    (lambda: deep_image_prior(A, Y, S2, seed=2**70), "seed is 1180591620717411303424; expected an integer of 64 bits"),
+    (lambda: deep_image_prior(A, Y, S2, model=nn.Linear(2, 2).double()), "the model Linear raises RuntimeError .* for its input"),
     (lambda: deep_image_prior(A, Y, S2, stop="soon"), "stop is 'soon'"),
     (lambda: deep_image_prior(A, Y, S2, iterations=0), "iterations is 0"),
     (lambda: deep_image_prior(A, Y, S2, model=nn.Flatten(), iterations=1), r"the model gives \[1, 144\] .* expected \[1, 12, 12\]"),

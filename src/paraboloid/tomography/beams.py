@@ -16,10 +16,12 @@ from torch import Tensor
 from paraboloid.linalg.operand import check_choice
 from paraboloid.passes.memory import DENSE
 from paraboloid.tomography.intersection_lengths import intersection_lengths
-from paraboloid.tomography.projector import Matrix, Projector
+from paraboloid.tomography.projector import Matrix, Projector, native
 
 Angles = int | Sequence[float] | NDArray[Any] | Tensor
 UNITS = ("radians", "degrees")
+MOST = 10**6  # angles
+FAR = 1e9  # pixels; beyond, rounding would decide which pixels a ray meets
 
 
 class ParallelBeam(Projector):
@@ -137,13 +139,13 @@ def count(name: str, value: Any, why: str = "") -> int:
 
 
 def length(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
-        raise ValueError(f"{name} is {value!r}; expected a positive number of pixels.")
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= FAR:
+        raise ValueError(f"{name} is {value!r}; expected a positive number of pixels, at most {FAR:g}.")
     return float(value)
 
 
 def _finite(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(float(value)):
+    if isinstance(value, bool) or not isinstance(value, Real) or not abs(float(value)) <= FAR:
         raise ValueError(f"{name} is {value!r}; expected a finite number of detectors.")
     return float(value)
 
@@ -153,24 +155,35 @@ def angles_of(angles: Any, unit: str, whole: float) -> Tensor:
     check_choice("unit", unit, UNITS)
     if isinstance(angles, Integral) and not isinstance(angles, bool):
         many = count("angles", angles)
+        _check_many(many)
         return torch.arange(many, dtype=torch.float64) * (whole / many)
     try:
-        found = torch.as_tensor(angles).detach().cpu()
-        if found.is_complex():
+        given = angles if isinstance(angles, Tensor) else np.asarray(angles)
+        if given.ndim == 0:
+            raise TypeError
+        found = (given if isinstance(given, Tensor) else torch.as_tensor(native(given))).detach().cpu()
+        if found.is_complex() or found.dtype == torch.bool:
             raise TypeError
         found = found.double().clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"angles is {angles!r}; expected a number of angles, or the angles.") from error
     if found.dim() != 1 or not len(found):
         raise ValueError(f"angles has shape {tuple(found.shape)}; expected [angles], at least one.")
+    _check_many(len(found))
     if not found.isfinite().all():
         raise ValueError(f"angle {int((~found.isfinite()).nonzero()[0])} is {found[~found.isfinite()][0].item()}; "
                          "expected finite numbers.")  # fmt: skip
     if unit == "degrees":
         return torch.deg2rad(found)
-    if found.abs().max() > 4 * math.pi:
+    most = 2 * math.pi if bool((found == found.round()).all()) else 4 * math.pi  # radians are hardly ever whole numbers
+    if found.abs().max() > most:
         raise ValueError(f"angles reach {found.abs().max():g}; expected radians. Say unit='degrees' if they are.")
     return found
+
+
+def _check_many(angles: int) -> None:
+    if angles > MOST:
+        raise ValueError(f"there are {angles} angles; expected at most {MOST}.")
 
 
 def detectors_of(detectors: Any, size: int, spacing: Any, shadow: float | None = None) -> int:

@@ -16,6 +16,7 @@ from paraboloid.tomography.intersection_lengths import intersection_lengths
 from paraboloid.tomography.projector import Matrix, Projector
 
 BLOCK = 2**24  # lengths that are traced together
+LENGTHS = 1.7  # of a ray, over the voxels along a side
 KEPT = 4  # blocks are kept where all of them take this part of what a dense matrix may
 
 
@@ -37,7 +38,8 @@ class ConeBeam(Projector):
     direction.  The matrix is made in blocks of views, which are kept where they fit and made anew for every product
     where they do not; lengths are exact (Siddon 1985).
 
-    Raises ValueError as `FanBeam` does, and for a source or a detector inside the volume's ball.
+    Raises ValueError as `FanBeam` does, for a source or a detector inside the volume's ball, and for a product, or one
+    view's lengths, that would not fit into 8 GiB.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class ConeBeam(Projector):
         dtype: torch.dtype | None = None, *, source_distance: float | None = None,
         detector_distance: float | None = None, unit: str = "radians", spacing: float | None = None,
     ):  # fmt: skip
-        self.size = beams.count("size", size, "volumes are cubes; pad others with zeros")
+        self.size = size = beams.count("size", size, "volumes are cubes; pad others with zeros")
         self.angles = beams.angles_of(angles, unit, 2 * np.pi)
         self.source_distance = beams.length("source_distance", 3 * size if source_distance is None else source_distance)
         self.detector_distance = beams.length(
@@ -58,9 +60,19 @@ class ConeBeam(Projector):
         self.spacing = beams.length("spacing", whole / self.source_distance if spacing is None else spacing)
         shadow = 2 * whole * radius / (self.source_distance**2 - radius**2) ** 0.5
         self.rows, self.columns = (beams.detectors_of(n, size, self.spacing, shadow) for n in (rows, columns))
+        self._check_memory()
         linear = _Blocks(self)
         gives = (len(self.angles), self.rows, self.columns)
         super().__init__(linear, (size,) * 3, gives, ("volume", "projections"), beams.float_type(dtype))
+
+    def _check_memory(self) -> None:
+        """Raise ValueError where a product, or the lengths of one view, would not fit."""
+        view = self.rows * self.columns
+        need = max(8 * (self.size**3 + len(self.angles) * view), 2 * 12 * view * self.size * LENGTHS)
+        if need > DENSE.of():
+            raise ValueError(f"products of {self.size}^3 voxels with {len(self.angles)} views of {self.rows} x "
+                             f"{self.columns} would take about {need / 2**30:.0f} GiB at a time; expected at most "
+                             f"{DENSE.of() / 2**30:.0f}. Take larger voxels or fewer detectors.")  # fmt: skip
 
     def ends(self, angle: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Where the rays of one view start and end, (x, y, z), [rows * columns, 3]."""
@@ -77,7 +89,7 @@ class _Blocks:
 
     def __init__(self, beam: ConeBeam, of: _Blocks | None = None):
         self.beam, self.of = beam, of
-        a_view = beam.rows * beam.columns * beam.size * 1.7
+        a_view = beam.rows * beam.columns * beam.size * LENGTHS
         views = max(1, int(BLOCK / a_view))
         self.parts = [list(part) for part in np.array_split(beam.angles.numpy(), -(-len(beam.angles) // views))]
         self.keep = 2 * 12 * a_view * len(beam.angles) <= DENSE.of() / KEPT

@@ -30,7 +30,7 @@ class DenseEvidence:
 
     @torch.no_grad()
     def __init__(self, fit: Reconstruction, J: ImageJacobian, prior: KernelPrior):
-        self.rows = J.rows()
+        self.rows, self.A, self.image = J.rows(), fit.A, fit.image.shape
         self.residual = linear_residual(fit, self.push([w.unsqueeze(0) for w in J.weights])[0]).flatten()
         eye = torch.eye(J.pixels, dtype=torch.float64, device=self.residual.device)
         seen = (fit.A @ eye.view(-1, *fit.image.shape)).reshape(J.pixels, -1).T
@@ -51,7 +51,7 @@ class DenseEvidence:
 
     def factor(self, prior: KernelPrior, noise_variance: Tensor) -> Tensor:
         """The Cholesky factor of S inside Q's range."""
-        return _factor(unpacked(prior.coefficients().detach() @ self.grams), float(noise_variance))
+        return factor(unpacked(prior.coefficients().detach() @ self.grams), float(noise_variance))
 
     def value(self, prior: KernelPrior, noise_variance: Tensor) -> Tensor:
         """The log evidence, 0-dimensional; differentiable once in the prior's tensors and the noise variance."""
@@ -96,11 +96,15 @@ class DenseSolution:
         halves = [(rows.double() @ L.to(rows.device)).flatten(1) for rows, L in zip(evidence.rows, roots, strict=True)]
         self.K = torch.stack([half @ half.T for half in halves]).sum(0)
         self.seen = evidence.R @ self.K
-        self.L = _factor(self.seen @ evidence.R.T, noise_variance)
+        self.L = factor(self.seen @ evidence.R.T, noise_variance)
 
     def push(self, v: Sequence[Tensor]) -> Tensor:
         """J v, as `DenseEvidence.push`."""
         return self.evidence.push(v)
+
+    def measured(self, v: Sequence[Tensor], images: Tensor) -> Tensor:
+        """A J v for images = J v, [K, m]."""
+        return (self.evidence.A @ images.view(len(images), *self.evidence.image)).reshape(len(images), -1)
 
     def gain(self, b: Tensor) -> Tensor:
         """K A^T S^-1 b for rows [K, m]: [K, n]."""
@@ -119,7 +123,7 @@ class DenseSolution:
         return -(float(half.square().sum()) + self.evidence.outside / s2 + volume + m * math.log(2 * math.pi)) / 2
 
 
-def _factor(S: Tensor, s2: float) -> Tensor:
+def factor(S: Tensor, s2: float) -> Tensor:
     """The Cholesky factor of S + s2 I, with as little more on the diagonal as rounding asks for."""
     scale, eye = S.diagonal().mean() + s2, torch.eye(len(S), dtype=S.dtype, device=S.device)
     S = (S + S.T) / 2 + s2 * eye

@@ -16,7 +16,7 @@ from paraboloid.tomography.dense_evidence import DenseEvidence
 from paraboloid.tomography.evidence_ascent import STEPS, WEIGHTS, Objective, ascend
 from paraboloid.tomography.image_jacobian import ImageJacobian, linear_residual
 from paraboloid.tomography.kernel_prior import KernelPrior
-from paraboloid.tomography.reconstruction import Reconstruction
+from paraboloid.tomography.reconstruction import Reconstruction, check_seed
 from paraboloid.tomography.sampled_evidence import SampledEvidence
 from paraboloid.tomography.sinograms import as_numbers
 
@@ -93,8 +93,9 @@ class ImagePosterior:
         check_count("k", k)
         like = self.fit.image
         generator = generator_of(seed, like.device)
-        drawn = self._solution.push(self.prior.draws(self.J.weights, k, generator))
-        seen = (self.fit.A @ drawn.view(k, *like.shape)).reshape(k, -1)
+        weights = self.prior.draws(self.J.weights, k, generator)
+        drawn = self._solution.push(weights)
+        seen = self._solution.measured(weights, drawn)
         noisy = seen + math.sqrt(self.noise_variance) * normal(tuple(seen.shape), seen, generator)
         deviations = drawn - self._solution.gain(noisy)
         return self.mean + deviations.view(k, *like.shape).to(like)
@@ -139,6 +140,7 @@ class ImagePosterior:
         return self._solution.log_evidence()
 
 
+@torch.inference_mode(False)
 def linearised(
     fit: Reconstruction,
     prior: str = "per_block",
@@ -186,8 +188,7 @@ def linearised(
     check_count("probes", probes)
     if not isinstance(fit, Reconstruction):
         raise ValueError(f"fit is a {type(fit).__name__}; expected what deep_image_prior returns.")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"seed is {seed!r}; expected an integer.")
+    check_seed(seed)
     check_choice("learn_noise", learn_noise, (True, False))
     if max_memory is not None and not (isinstance(max_memory, int | float) and max_memory >= 0):
         raise ValueError(f"max_memory is {max_memory!r}; expected a number of bytes, or None.")

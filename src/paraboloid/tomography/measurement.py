@@ -15,6 +15,8 @@ from paraboloid.linalg.operand import check_count
 from paraboloid.tomography.projector import Matrix, Projector, Shape
 from paraboloid.tomography.sinograms import as_sinogram
 
+ROUNDING = {8: 1e-8, 4: 1e-3, 2: 2e-2}  # of <A x, y>, over the norms, by a number's bytes
+
 
 class Foreign:
     """Products with somebody else's operator, one image after another, in its own arrays (torch's or NumPy's)."""
@@ -49,6 +51,8 @@ def as_projector(A: Any, sinogram: Any, image_shape: Shape | None = None) -> Pro
         return A
     if "complex" in str(getattr(A, "dtype", "")):
         raise ValueError(f"A has dtype {A.dtype}; expected real numbers.")
+    if isinstance(A, Tensor) and A.is_meta:
+        raise ValueError("A is a tensor on the meta device, which holds no numbers; expected a matrix of numbers.")
     if isinstance(A, Tensor) and A.layout != torch.strided and A.dim() == 2:
         entries = A.detach().cpu().to_sparse_coo().coalesce()
         A = scipy.sparse.coo_array((entries.values().double().numpy(), entries.indices().numpy()), shape=tuple(A.shape))
@@ -58,8 +62,9 @@ def as_projector(A: Any, sinogram: Any, image_shape: Shape | None = None) -> Pro
     if not hasattr(type(A), "__matmul__") or not hasattr(A, "T"):
         raise TypeError(f"A is a {type(A).__name__}; expected an operator, that is an object with @ and .T.")
     shape = tuple(getattr(A, "shape", ()))
-    if len(shape) == 2 and (is_array or shape[0] in _counts(sinogram)):
-        made = _of_matrix(A, shape, sinogram, image_shape)
+    on_torch = _multiplies_flat(A, shape) if len(shape) == 2 and not is_array else None
+    if is_array or on_torch is not None:
+        made = _of_matrix(A, shape, sinogram, image_shape, on_torch)
     else:
         made = _of_images(A, sinogram)
     check_adjoint(made, sinogram.dtype)
@@ -73,10 +78,11 @@ def check_adjoint(A: Projector, dtype: torch.dtype) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in (A.takes, A.gives))
-    Ax = A @ x
+    Ax = _said("A @ image", A, x)
     y = y * (Ax.norm() / y.norm()) + Ax
-    one, other = float((Ax * y).sum()), float((x * (A.T @ y)).sum())
-    if not abs(one - other) <= (1e-8 if dtype == torch.float64 else 1e-3) * float(Ax.norm() * y.norm()):
+    back = _said("A.T @ sinogram", A.T, y)
+    one, other = (float((u.double() * v.double()).sum()) for u, v in ((Ax, y), (x, back)))
+    if not abs(one - other) <= ROUNDING[dtype.itemsize] * float(Ax.double().norm() * y.double().norm()):
         raise ValueError(
             f"A.T is not the adjoint of A: <A x, y> = {one:.6g} but <x, A.T y> = {other:.6g} for a random image x and "
             "sinogram y; expected equal numbers. A back projection with a filter, or one that interpolates otherwise "
@@ -84,8 +90,35 @@ def check_adjoint(A: Projector, dtype: torch.dtype) -> None:
         )
 
 
-def _of_matrix(A: Any, shape: Shape, sinogram: Tensor, image_shape: Shape | None) -> Projector:
+def _said(what: str, A: Projector, x: Tensor) -> Tensor:
+    """A @ x; ValueError for whatever somebody else's product raises."""
+    try:
+        return A @ x
+    except Exception as e:
+        raise _raises(what, e, tuple(x.shape)) from e
+
+
+def _raises(what: str, e: Exception, shape: Shape, more: str = "") -> ValueError:
+    return ValueError(f"{what} raises {type(e).__name__} ({str(e)[:200]}) for the shape {shape}{more}; expected an "
+                      "image [H, W] to [angles, detectors] by A, and the reverse by A.T.")  # fmt: skip
+
+
+def _multiplies_flat(A: Any, shape: Shape) -> bool | None:
+    """Whether an object of this shape [m, n] multiplies flat tensors (else arrays); None for neither."""
+    kinds = (False, True) if isinstance(getattr(A, "dtype", None), np.dtype) else (True, False)
+    for on_torch in kinds:
+        try:
+            if _product(A, torch.zeros(shape[1], dtype=torch.float64), on_torch).shape == (shape[0],):
+                return on_torch
+        except Exception:  # whatever an operator says to what it does not take
+            pass
+    return None
+
+
+def _of_matrix(A: Any, shape: Shape, sinogram: Tensor, image_shape: Shape | None, on_torch: bool | None) -> Projector:
     m, n = shape
+    if not m or not n:
+        raise ValueError(f"A has the shape {shape}; expected rows and columns.")
     if m not in _counts(sinogram):
         raise ValueError(f"A has the shape {shape} but the sinogram {tuple(sinogram.shape)}, {sinogram.numel()} "
                          f"numbers; expected {m} of them, in the last two axes of a stack.")  # fmt: skip
@@ -99,8 +132,7 @@ def _of_matrix(A: Any, shape: Shape, sinogram: Tensor, image_shape: Shape | None
     if scipy.sparse.issparse(A):
         return Projector(Matrix(scipy.sparse.csr_array(A, dtype=np.float64)), takes, gives, names, sinogram.dtype)
     A = A.to(sinogram) if isinstance(A, Tensor) else A
-    on_torch = isinstance(getattr(A, "dtype", None), torch.dtype)
-    linear = Foreign(A, (n,), (m,), on_torch)
+    linear = Foreign(A, (n,), (m,), isinstance(A, Tensor) if on_torch is None else on_torch)
     return Projector(linear, takes, gives, names, sinogram.dtype)
 
 
@@ -116,12 +148,18 @@ def _image_shape(given: Any) -> Shape:
 
 
 def _of_images(A: Any, sinogram: Tensor) -> Projector:
+    """Of one image at a time; a stack of sinograms shows what A takes by its first one."""
+    if sinogram.dim() > 2:
+        sinogram = sinogram.reshape(-1, *sinogram.shape[-2:])[0]
     on_torch, back = _tried(A.T, sinogram)
     if back.dim() != 2:
         raise ValueError(f"A.T @ sinogram has shape {tuple(back.shape)} for a sinogram {tuple(sinogram.shape)}; "
                          "expected an image [H, W].")  # fmt: skip
     takes, gives = tuple(back.shape), tuple(sinogram.shape)
-    forth = _product(A, back, on_torch)
+    try:
+        forth = _product(A, back, on_torch)
+    except Exception as e:
+        raise _raises("A @ image", e, takes) from e
     if tuple(forth.shape) != gives:
         raise ValueError(f"A gives sinograms of shape {tuple(forth.shape)}; found one of shape {gives}.")
     return Projector(Foreign(A, takes, gives, on_torch), takes, gives, ("image", "sinogram"), sinogram.dtype)
@@ -136,13 +174,14 @@ def _tried(A: Any, x: Tensor) -> tuple[bool, Tensor]:
     try:
         return False, _product(A, x, False)
     except Exception as e:
-        raise ValueError(f"A.T @ sinogram raises {type(e).__name__} ({str(e)[:200]}) for a sinogram {tuple(x.shape)}, "
-                         "a tensor and an array alike; expected an image [H, W].") from e  # fmt: skip
+        raise _raises("A.T @ sinogram", e, tuple(x.shape), ", a tensor and an array alike") from e
 
 
 def _product(A: Any, x: Tensor, on_torch: bool) -> Tensor:
-    found = A @ (x if on_torch else x.cpu().numpy())
+    found = A @ (x if on_torch else (x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy())
     found = found.detach() if isinstance(found, Tensor) else torch.from_numpy(np.array(found))
+    if found.is_complex():
+        raise ValueError(f"the product has dtype {found.dtype}; expected real numbers")
     return found.to(x)
 
 

@@ -128,7 +128,7 @@ class Projector:
         return Projector(self.linear.T, self.gives, self.takes, (self.names[1], self.names[0]), self.dtype)
 
     def __matmul__(self, x: Any) -> Any:
-        if isinstance(x, np.ndarray) and x.dtype.kind in "biuf":
+        if isinstance(x, np.ndarray) and x.dtype.kind in "biuf" and x.dtype.itemsize <= 8:
             return (self @ torch.from_numpy(native(x))).numpy()
         if not isinstance(x, Tensor):
             if hasattr(type(x), "__rmatmul__") and not isinstance(x, np.ndarray):
@@ -139,8 +139,11 @@ class Projector:
         if tuple(x.shape[-len(self.takes) :]) != self.takes:
             raise ValueError(f"the {self.names[0]} has shape {tuple(x.shape)}; expected [..., "
                              f"{', '.join(map(str, self.takes))}], with any leading axes.")  # fmt: skip
-        if x.is_complex():
-            raise ValueError(f"the {self.names[0]} has dtype {x.dtype}; expected real numbers.")
+        if x.is_complex() or (x.dtype.itemsize == 1 and x.is_floating_point()):
+            raise ValueError(f"the {self.names[0]} has dtype {x.dtype}; expected real numbers of 16 bits or more.")
+        if x.layout != torch.strided or x.is_meta:
+            raise ValueError(f"the {self.names[0]} has layout {x.layout} on {x.device}; expected a dense tensor that "
+                             "holds numbers: call to_dense() on a sparse one.")  # fmt: skip
         if not x.is_floating_point():
             x = x.to(self.dtype)
         lead = x.shape[: x.dim() - len(self.takes)]

@@ -53,6 +53,7 @@ class Reconstruction:
         return Observed(MSE("sum"), self.A)
 
 
+@torch.inference_mode(False)
 def deep_image_prior(
     A: Any,
     y: Any,
@@ -97,13 +98,15 @@ def deep_image_prior(
     if len(A.takes) != 2:
         raise ValueError(f"A takes volumes of shape {A.takes}; expected images [H, W]: the network is two-dimensional. "
                          "Reconstruct slices, or use total_variation.")  # fmt: skip
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"seed is {seed!r}; expected an integer.")
+    check_seed(seed)
     if not bool((A.T @ y > 0).any()):
         raise ValueError(f"the sinogram lies between {float(y.min()):.3g} and {float(y.max()):.3g}, and no pixel is "
                          "seen by rays with a positive sum; expected line integrals of an image that is not 0: look at "
                          "their sign, and whether -log was taken.")  # fmt: skip
     s2 = noise_variance_of(y) if noise_variance is None else float(noise_variance)
+    if not math.isfinite(float(y.square().sum() / (2 * s2))):
+        raise ValueError(f"noise_variance is {s2:.3g}, so small that the misfit over it overflows in {y.dtype}; "
+                         "expected one of the scale of y's noise, or None to estimate it.")  # fmt: skip
     scale = scale_of(A, y)
     lead = tuple(y.shape[: y.dim() - len(A.gives)])
     z = _input(A, y, input, SHARE * s2 / scale)
@@ -158,17 +161,30 @@ def _check_options(
         )
 
 
+def check_seed(seed: Any) -> None:
+    """ValueError unless torch's generators can start from it."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed is {seed!r}; expected an integer of 64 bits.")
+
+
 def _is_real(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _check_output(model: nn.Module, z: Tensor, shape: tuple[int, ...]) -> None:
+    if any(t.is_inference() for t in model.state_dict(keep_vars=True).values()):
+        raise ValueError(f"the model {type(model).__name__} was made under torch.inference_mode, whose tensors cannot "
+                         "be trained; expected one made outside.")  # fmt: skip
     weights = [p for p in model.parameters() if p.requires_grad]
     if any(p.dtype != z.dtype for p in weights):
         raise ValueError(f"the model has weights of {', '.join(sorted({str(p.dtype) for p in weights}))}; expected the "
                          f"sinogram's {z.dtype}.")  # fmt: skip
-    with torch.no_grad():
-        found = tuple(model(z).shape)
+    try:
+        with torch.no_grad():
+            found = tuple(model(z).shape)
+    except Exception as e:
+        raise ValueError(f"the model {type(model).__name__} raises {type(e).__name__} ({str(e)[:200]}) for its input "
+                         f"{list(z.shape)}; expected {[1, *shape]} from it.") from e  # fmt: skip
     if found != (1, *shape):
         raise ValueError(f"the model gives {list(found)} for an input {list(z.shape)}; expected {[1, *shape]}: one "
                          "image of A's shape (for each sinogram).")  # fmt: skip

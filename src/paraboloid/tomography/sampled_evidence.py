@@ -14,8 +14,10 @@ from paraboloid import linalg
 from paraboloid.linalg.estimate import Estimate
 from paraboloid.linalg.nystrom_approximation import LowRank
 from paraboloid.linalg.probes import generator_of, signs
+from paraboloid.tomography.dense_evidence import factor
 from paraboloid.tomography.image_jacobian import ImageJacobian
 from paraboloid.tomography.kernel_prior import KernelPrior
+from paraboloid.tomography.measured_jacobian import MeasuredJacobian
 from paraboloid.tomography.projector import Projector
 
 RANK = 60  # of the preconditioner
@@ -24,36 +26,30 @@ TOL = 1e-3  # of the solutions that samples are made of
 
 
 class Measurements:
-    """A J Sigma J^T A^T + s2 I, [m, m], by products."""
+    """B Sigma B^T + s2 I for B = A J, [m, m], by products."""
 
-    def __init__(self, J: ImageJacobian, prior: KernelPrior, A: Projector, noise_variance: float, like: Tensor):
-        self.J, self.prior, self.A, self.noise_variance = J, prior, A, noise_variance
-        self.gives = like.shape
-        self.shape, self.dtype, self.device = (like.numel(), like.numel()), like.dtype, like.device
+    def __init__(self, B: MeasuredJacobian, prior: KernelPrior, noise_variance: float):
+        self.B, self.prior, self.noise_variance = B, prior, noise_variance
+        self.shape, self.dtype, self.device = (B.size, B.size), B.J.weights[0].dtype, B.J.weights[0].device
 
     def __matmul__(self, v: Tensor) -> Tensor:
         rows = v.T if v.dim() == 2 else v.unsqueeze(0)
-        images = self.images(rows)
-        seen = (self.A @ images.view(len(rows), *self.image)).reshape(len(rows), -1)
+        seen = self.B.forth(self.prior.times(self.B.back(rows)))
         return (seen + self.noise_variance * rows).T.reshape(v.shape)
 
-    @property
-    def image(self) -> tuple[int, ...]:
-        """The image's shape, of one slice or more."""
-        return (*self.gives[: len(self.gives) - len(self.A.gives)], *self.A.takes)
-
     def images(self, rows: Tensor) -> Tensor:
-        """J Sigma J^T A^T times rows [K, m]: [K, n]."""
-        back = (self.A.T @ rows.view(len(rows), *self.gives)).reshape(len(rows), -1)
-        return self.J.push(self.prior.times(self.J.pull(back)))
+        """J Sigma B^T times rows [K, m]: [K, n]."""
+        return self.B.J.push(self.prior.times(self.B.back(rows)))
 
     def nystrom(self, rank: int, seed: int) -> linalg.Nystrom:
-        """A K A^T of at most this rank."""
-        noiseless = Measurements(self.J, self.prior, self.A, 0.0, torch.empty(self.gives, dtype=self.dtype))
-        return linalg.nystrom(noiseless, min(rank, self.shape[0]), seed)
+        """B Sigma B^T of at most this rank."""
+        return linalg.nystrom(Measurements(self.B, self.prior, 0.0), min(rank, self.B.size), seed)
 
     def preconditioner(self, seed: int) -> Any:
-        """(About) its inverse, of low rank and a multiple of the identity."""
+        """Its inverse from a Cholesky factor, where B is formed; else about it, of low rank and the identity."""
+        S = self.B.gram(self.prior)
+        if S is not None:
+            return _Inverse(factor(S, self.noise_variance))
         return self.nystrom(RANK, seed).preconditioner(self.noise_variance)
 
     def solve(self, b: Tensor, tol: float, start: Tensor | None = None, preconditioner: Any = None) -> Tensor:
@@ -72,13 +68,14 @@ class SampledEvidence:
     def __init__(
         self, J: ImageJacobian, A: Projector, residual: Tensor, probes: int = 8, seed: int = 0, tol: float = 1e-2
     ):
-        self.J, self.A, self.residual, self.tol, self.seed = J, A, residual, tol, seed
+        self.J, self.residual, self.tol, self.seed = J, residual, tol, seed
+        self.B = MeasuredJacobian(J, A, residual.shape)
         generator = generator_of(seed, residual.device)
         self.probes = signs((residual.numel(), probes), residual, generator)
         self.solutions: Tensor | None = None
 
     def operator(self, prior: KernelPrior, noise_variance: float) -> Measurements:
-        return Measurements(self.J, prior, self.A, noise_variance, self.residual)
+        return Measurements(self.B, prior, noise_variance)
 
     def parts(
         self, prior: KernelPrior, noise_variance: float, preconditioner: Any, fit: bool = True
@@ -91,9 +88,7 @@ class SampledEvidence:
         b = torch.cat([self.residual.reshape(-1, 1), self.probes], 1)
         self.solutions = operator.solve(b, self.tol, self.solutions, preconditioner)
         u, z = self.solutions.T, self.probes.T
-        both = torch.cat([u, z])
-        images = (self.A.T @ both.view(len(both), *operator.gives)).reshape(len(both), -1)
-        pulled = self.J.pull(images)
+        pulled = self.B.back(torch.cat([u, z]))
         ours = [t[:1] for t in pulled]
         theirs = [t[1 : len(u)] for t in pulled], [t[len(u) :] for t in pulled]
         fits = float(fit) * torch.cat([prior.forms(ours, ours), u[:1].double().square().sum().view(1)])
@@ -137,6 +132,10 @@ class SampledSolution:
         """J v for v [K, *shape] of each weight, [K, n]."""
         return self.evidence.J.push(v)
 
+    def measured(self, v: Sequence[Tensor], images: Tensor) -> Tensor:
+        """A J v for images = J v, [K, m]."""
+        return self.evidence.B.forth(v, images)
+
     def gain(self, b: Tensor) -> Tensor:
         """K A^T S^-1 b for rows [K, m]: [K, n]."""
         solved = self.system.solve(b.to(self.evidence.residual).T, TOL, preconditioner=self.preconditioner)
@@ -144,6 +143,16 @@ class SampledSolution:
 
     def log_evidence(self) -> Estimate:
         return self.evidence.value(self.prior, self.noise_variance)
+
+
+class _Inverse:
+    """(L L^T)^-1."""
+
+    def __init__(self, L: Tensor):
+        self.L, self.shape, self.dtype, self.device = L, tuple(L.shape), L.dtype, L.device
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return torch.cholesky_solve(v.view(len(v), -1), self.L).view_as(v)
 
 
 class _Sandwiched:

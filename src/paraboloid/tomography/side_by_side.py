@@ -41,6 +41,7 @@ class SideBySide:
         return torch.stack([fit.model.image(h) for fit, h in zip(self.fits, found, strict=True)])  # pyright: ignore
 
 
+@torch.inference_mode(False)
 def deep_image_priors(
     A: Sequence[Any], y: Sequence[Tensor], noise_variances: Sequence[float], seeds: Sequence[int], *,
     iterations: int = 600, lr: float = 1e-2, stop: bool = True, dropout: float = 0.0,

@@ -23,9 +23,13 @@ def as_numbers(name: str, value: Any, axes: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as e:
         raise ValueError(f"the {name} is a {type(value).__name__} that is no array of numbers "
                          f"({str(e).splitlines()[0]}); expected real numbers, {axes}.") from None  # fmt: skip
-    if found.is_complex() or found.numel() == 0 or found.is_meta:
-        raise ValueError(f"the {name} has shape {tuple(found.shape)} and dtype {found.dtype} on {found.device}; "
-                         f"expected real numbers, {axes}.")  # fmt: skip
+    if found.is_complex() or found.numel() == 0 or found.is_meta or found.layout != torch.strided:
+        layout = "" if found.layout == torch.strided else f" and layout {found.layout}"
+        raise ValueError(f"the {name} has shape {tuple(found.shape)} and dtype {found.dtype}{layout} on "
+                         f"{found.device}; expected real numbers, {axes}.")  # fmt: skip
+    if found.is_inference():  # autograd refuses to save it
+        with torch.inference_mode(False):
+            return found.clone()
     return found
 
 

@@ -41,7 +41,7 @@ def total_variation(
     iterations = check_count("iterations", iterations)
     check_noise_variance(noise_variance)
     if weight is None:
-        weight = SHARE * (noise_variance_of(y) if noise_variance is None else noise_variance) / scale_of(A, y)
+        weight = SHARE * (noise_variance_of(y) if noise_variance is None else float(noise_variance)) / scale_of(A, y)
     if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= weight < math.inf:
         raise ValueError(f"weight is {weight!r}; expected a number of at least 0.")
     step = 0.99 / math.sqrt(squared_norm(A, y) + 8)  # 8: of the differences
