@@ -123,7 +123,7 @@ def test_states_are_loaded_bit_for_bit(structure):
 
 
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])
-@pytest.mark.parametrize("link", ["probit", "bridge"])
+@pytest.mark.parametrize("link", ["probit", "bridge", "bridge_norm"])
 def test_predictions_are_differentiable_in_the_inputs(likelihood, link):
     model, x, y = problem(likelihood)
     la = Laplace(model, likelihood, "all", "kron", enable_backprop=True).fit(batches(x, y))

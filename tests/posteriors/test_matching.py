@@ -125,7 +125,7 @@ def test_predictions_are_the_networks_with_lowered_log_odds(structure):
     close(posterior.tune_prior(match=None, steps=1).predict(new), bayesian.tune_prior(match=None, steps=1).predict(new))
 
 
-@pytest.mark.parametrize("link", [None, "probit", "mc", "bridge", "weights"])
+@pytest.mark.parametrize("link", [None, "probit", "mc", "bridge", "bridge_norm", "weights"])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_a_prediction_is_its_inputs_alone(structure, link):
     model, x, y = classes()

@@ -35,7 +35,8 @@ def test_probit_of_two_classes_is_close_to_the_integral():
           torch.tensor([[1.0, 0.0]], dtype=F64).softmax(1))  # fmt: skip
 
 
-def test_bridge_against_its_formula():
+@pytest.mark.parametrize("normalised", [False, True])
+def test_bridge_against_its_formula(normalised):
     g = torch.Generator().manual_seed(0)
     f, R = torch.randn(2, 4, generator=g, dtype=F64), torch.randn(2, 4, 4, generator=g, dtype=F64)
     S = R @ R.mT
@@ -44,10 +45,13 @@ def test_bridge_against_its_formula():
         ones = torch.ones(4, dtype=F64)
         m = m - (C @ ones) * (ones @ m) / (ones @ C @ ones)
         C = C - torch.outer(C @ ones, ones @ C) / (ones @ C @ ones)
+        if normalised:
+            size = C.diagonal().mean() / 2**0.5
+            m, C = m / size.sqrt(), C / size
         alpha = (1 - 2 / 4 + m.exp() * (-m).exp().sum() / 16) / C.diagonal()
         expected.append(alpha / alpha.sum())
-    close(bridge(f, S), torch.stack(expected))
-    assert torch.isfinite(bridge(1e4 * f, S)).all()
+    close(bridge(f, S, normalised), torch.stack(expected))
+    assert torch.isfinite(bridge(1e4 * f, S, normalised)).all()
 
 
 def test_draws_are_common_to_all_inputs_and_have_the_covariance():
@@ -59,7 +63,7 @@ def test_draws_are_common_to_all_inputs_and_have_the_covariance():
     assert (near[:, 0] - draws[:, 0]).abs().max() < 1e-5  # smooth in the input
 
 
-@pytest.mark.parametrize("link", ["probit", "bridge", "mc", "weights"])
+@pytest.mark.parametrize("link", ["probit", "bridge", "bridge_norm", "mc", "weights"])
 def test_links_give_probabilities(link):
     posterior, x = fitted(nn.CrossEntropyLoss(), 3, classes())
     p = posterior.predict(x, link, samples=20)

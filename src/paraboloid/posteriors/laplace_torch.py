@@ -32,7 +32,7 @@ from paraboloid.posteriors.posterior import Posterior
 from paraboloid.posteriors.prediction.predictive import gaussian_draws
 
 METHODS = {"marglik": "evidence", "gridsearch": "grid", "adapted": "adapted"}
-LINKS = ("probit", "bridge", "mc")
+LINKS = ("probit", "bridge", "bridge_norm", "mc")
 PRIOR_STRUCTURES = ("scalar", "layerwise", "diag")
 
 
@@ -302,7 +302,7 @@ class Laplace:
 
         pred_type        "glm" (the linearised model) or "nn" (networks with sampled weights: mean and variance [N, C])
         joint            of a regression: mean [N C] and covariance [N C, N C] over all inputs together
-        link_approx      "probit", "bridge" or "mc"
+        link_approx      "probit", "bridge", "bridge_norm" or "mc"
         diagonal_output  of a regression: variances [N, C]; of "mc": draws from the outputs' variances alone
         """
         pred_type, link = (str(getattr(v, "value", v)) for v in (pred_type, link_approx))

@@ -306,9 +306,9 @@ class Posterior:
         """The predictive distribution: probabilities [N, C, ...] of a classification, else a `Prediction` with `.mean`
         and `.variance` of y, split into `.model_variance` and `.noise_variance`.
 
-        link  "probit" (default of a classification), "bridge" (categorical), "mc": the mean over `samples` draws of the
-              linearised outputs, with the same random numbers for every input; or "weights": the mean over `samples`
-              networks with weights drawn from the posterior
+        link  "probit" (default of a classification), "bridge" or "bridge_norm" (categorical), "mc": the mean over
+              `samples` draws of the linearised outputs, with the same random numbers for every input; or "weights": the
+              mean over `samples` networks with weights drawn from the posterior
         Class probabilities are raised to the power `sharpness` (1 unless `match_confidence` chose one) and normalised.
         A regression's moments and a Poisson rate's are in closed form (link=None).  A loss of your own is predicted
         by its method ``predictive(f)``, averaged over draws of f.  differentiable=True: see `functional`.

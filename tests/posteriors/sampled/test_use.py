@@ -125,7 +125,7 @@ def test_the_unweighted_curvature():
 def test_predictions():
     model, x, y = classifier()
     posterior = pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), 64, em_steps=0, g_prior=False)
-    for link in (None, "probit", "bridge", "mc", "weights"):
+    for link in (None, "probit", "bridge", "bridge_norm", "mc", "weights"):
         p = posterior.predict(x, link)
         torch.testing.assert_close(p.sum(1), torch.ones(40, dtype=F64))
     full = pb.laplace(model, nn.CrossEntropyLoss(), (x, y), "full").predict(x)

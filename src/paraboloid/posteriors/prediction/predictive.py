@@ -24,7 +24,8 @@ from paraboloid.posteriors.prediction.sharpness import sharpened
 if TYPE_CHECKING:
     from paraboloid.posteriors.posterior import Posterior
 
-LINKS = ("probit", "bridge", "mc", "weights")
+BRIDGES = ("bridge", "bridge_norm")
+LINKS = ("probit", *BRIDGES, "mc", "weights")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def _predict(
     probabilities = isinstance(posterior.likelihood.given, BCE | KLDiv)
     if probabilities and link in (None, "probit"):
         return of_probabilities(posterior.likelihood.given, *posterior.functional(x, diagonal=True, **option))
-    if link in ("probit", "bridge") and not classes:
+    if link in ("probit", *BRIDGES) and not classes:
         raise ValueError(f"link is {link!r} with a {kind} likelihood; expected None or one of ('mc', 'weights').")
     if getattr(posterior, "confidence", None) is not None:  # posteriors of other kinds have none
         if differentiable:
@@ -75,7 +76,7 @@ def _predict(
         return matched(posterior, x, link, samples, seed)
     if differentiable and link == "weights":
         raise ValueError("differentiable=True with link='weights'; expected a link of the linearised outputs: None, "
-                         "'probit', 'bridge' or 'mc'.")  # fmt: skip
+                         "'probit', 'bridge', 'bridge_norm' or 'mc'.")  # fmt: skip
     if link == "weights":
         return averaged(posterior, network_draws(posterior, x, samples, seed))
     if link == "mc" or kind == "other":
@@ -84,8 +85,8 @@ def _predict(
         mean, covariance = posterior.functional(x, **option)
         draws = gaussian_draws(mean.flatten(1), covariance, samples, seed)
         return averaged(posterior, iter(draws.view(samples, *mean.shape)))
-    if link == "bridge":
-        return _bridge(posterior, *posterior.functional(x, **option))
+    if link in BRIDGES:
+        return _bridge(posterior, link, *posterior.functional(x, **option))
     mean, variance = posterior.functional(x, diagonal=True, **option)
     if classes:
         return probit(mean, variance, kind == "categorical")
@@ -120,12 +121,12 @@ def _is_large(posterior: Posterior, x: Inputs) -> bool:
     return cut.samples * K**2 * first.element_size() > COVARIANCES.of()
 
 
-def _bridge(posterior: Posterior, mean: Tensor, covariance: Tensor) -> Tensor:
+def _bridge(posterior: Posterior, link: str | None, mean: Tensor, covariance: Tensor) -> Tensor:
     kind = posterior.likelihood.kind
     if kind != "categorical" or mean.dim() != 2:
-        raise ValueError(f"link='bridge' is for class probabilities of outputs [N, C]; found a {kind} likelihood "
+        raise ValueError(f"link={link!r} is for class probabilities of outputs [N, C]; found a {kind} likelihood "
                          f"and outputs {tuple(mean.shape)}. Use 'probit' or 'mc'.")  # fmt: skip
-    return bridge(mean, covariance)
+    return bridge(mean, covariance, normalised=link == "bridge_norm")
 
 
 def matched(posterior: Posterior, x: Inputs, link: str | None, samples: int, seed: int) -> Tensor:
@@ -151,8 +152,8 @@ def matched(posterior: Posterior, x: Inputs, link: str | None, samples: int, see
     if covariance is None:
         return averaged(posterior, (mean + root * (f - mean) for f in source.functional_samples(x, samples, seed)))
     covariance = root.flatten(1).unsqueeze(2) * covariance * root.flatten(1).unsqueeze(1)
-    if link == "bridge":
-        return _bridge(posterior, mean, covariance)
+    if link in BRIDGES:
+        return _bridge(posterior, link, mean, covariance)
     draws = gaussian_draws(mean.flatten(1), covariance, samples, seed)
     return averaged(posterior, iter(draws.view(samples, *mean.shape)))
 
@@ -230,11 +231,12 @@ def probit(mean: Tensor, variance: Tensor, categorical: bool) -> Tensor:
     return scaled.softmax(1) if categorical else scaled.sigmoid()
 
 
-def bridge(mean: Tensor, covariance: Tensor) -> Tensor:
+def bridge(mean: Tensor, covariance: Tensor, normalised: bool = False) -> Tensor:
     """The mean of the Dirichlet distribution that the Laplace bridge assigns to N(mean [N, C], covariance [N, C, C]).
 
     The Gaussian is first conditioned on a sum of zero, where the bridge is defined; alpha_c proportional to
-    (1 - 2/C + exp(f_c) / C^2 sum_j exp(-f_j)) / v_c.  Source: Hobbhahn, Kristiadi and Hennig 2022, arXiv:2003.01227.
+    (1 - 2/C + exp(f_c) / C^2 sum_j exp(-f_j)) / v_c.  `normalised`: f over the root of mean_c v_c / sqrt(C / 2) first,
+    for large variances break the map.  Source: Hobbhahn, Kristiadi and Hennig 2022, arXiv:2003.01227.
     """
     C = mean.shape[1]
     total, rows = covariance.sum((1, 2)), covariance.sum(2)
@@ -242,6 +244,8 @@ def bridge(mean: Tensor, covariance: Tensor) -> Tensor:
     f = mean - rows * (mean.sum(1) / scale).unsqueeze(1)
     v = covariance.diagonal(dim1=1, dim2=2) - rows.square() / scale.unsqueeze(1)
     v = v.clamp(min=torch.finfo(v.dtype).tiny ** 0.5)
+    if normalised:
+        f = f / (v.mean(1, keepdim=True) / (C / 2) ** 0.5).sqrt()  # v by the same number leaves alpha's ratios
     share = math.log(C**2 - 2 * C) if C > 2 else -math.inf
     log_alpha = torch.logaddexp(f + torch.logsumexp(-f, 1, keepdim=True), torch.full_like(f, share)) - v.log()
     return log_alpha.softmax(1)

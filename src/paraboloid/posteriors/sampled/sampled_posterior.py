@@ -107,8 +107,8 @@ class SampledPosterior:
         """The predictive distribution, as `Posterior.predict` has it: probabilities [N, C, ...] of a classification,
         else a `Prediction`.
 
-        link  "probit" (default of a classification), "bridge" (categorical), "mc" (`samples` draws from the Gaussian
-              of the linearised outputs), or "weights" (the networks at the drawn weights, at most all of them)
+        link  "probit" (default of a classification), "bridge" or "bridge_norm" (categorical), "mc" (`samples` draws
+              from the Gaussian of the linearised outputs), or "weights" (the networks at the drawn weights)
         """
         samples = min(samples, self.count) if link == "weights" else samples
         posterior: Any = self
