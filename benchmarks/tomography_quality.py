@@ -65,6 +65,10 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _write(folder: Path, rows: list[dict[str, Any]]) -> None:
+    (folder / f"{NAME}.md").write_text("\n".join(table(rows)) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=50)
@@ -79,7 +83,8 @@ def main() -> None:
         if i not in done:
             rows += [rounded({"image": i, **row}) for row in cells_of(truth, plan, 1000 * (options.seed + i))]
             record.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            (options.out / f"{NAME}.md").write_text("\n".join(table(rows)) + "\n")
+            _write(options.out, rows)
+    _write(options.out, rows)
     print("\n".join(table(rows)))
 
 
