@@ -42,6 +42,41 @@ def test_the_mean_meets_its_accuracy_and_no_warning_is_given(problem, solver):
     assert gp.notes == []
 
 
+ROUGH = {  # few data for what the kernel expects: means elsewhere are much smaller than at the data
+    "large": (pb.gp.RBF(1.0, 5.0), 0.01),
+    "a rough sum": (pb.gp.RBF(0.7, 2.5) + pb.gp.Matern(2.5, torch.tensor([0.5, 1.0, 2.0])), 0.1),
+    "its product": ((pb.gp.RBF(0.7, 2.5) + pb.gp.RBF(0.7)) * pb.gp.Matern(2.5, torch.tensor([0.5, 1.0, 2.0])), 0.01),
+}
+
+
+@pytest.mark.parametrize("count", [60, 200])
+@pytest.mark.parametrize("problem", ROUGH)
+def test_stochastic_gradients_see_every_direction_of_few_data(problem, count):
+    kernel, noise = ROUGH[problem]
+    (x, y), (new, _) = data(count, 7, noise), data(80, 8, noise)
+    gp = pb.gp.condition(kernel, x, y, noise, "sgd", 0)
+    (mean, _), (at_data, _) = (exact(kernel, noise, x, y, points) for points in (new, x))
+    assert (gp.mean(new) - mean).norm() < MET["sgd"] * mean.norm() and gp.notes == []
+    told, true = gp.residual, (gp.mean(x) - at_data).norm() / at_data.norm()
+    assert true < 1.01 * told < 1.02e-3
+
+
+def test_the_error_that_stochastic_gradients_tell_bounds_what_few_columns_do_not_see():
+    kernel, noise = ROUGH["a rough sum"]
+    x, y = data(300, 7, noise)
+    at_data, _ = exact(kernel, noise, x, y, x)
+    for steps in (30, 100):
+        gp = pb.gp.condition(kernel, x, y, noise, "sgd", 0, steps=steps, rank=20)
+        assert (gp.mean(x) - at_data).norm() < 1.01 * gp.residual * at_data.norm()
+
+
+def test_many_directions_made_alike_do_not_diverge():
+    kernel, noise = ROUGH["a rough sum"]  # nine times too large a step, by the largest eigenvalues of blocks alone
+    x, y = data(900, 7, noise)
+    gp = pb.gp.condition(kernel, x, y, noise, "sgd", 0, steps=80)
+    assert gp.notes == [] and gp.residual < 0.05
+
+
 SLOW = {("lengthscales of their own", "sdd"), ("a sum", "sdd"), ("a product", "sgd")}  # their means are above
 SAMPLED = [(p, s) for s in ("cholesky", *MET) for p in PROBLEMS if (p, s) not in SLOW]
 

@@ -52,7 +52,7 @@ def condition(
                 says so in `reason`.  All but the first keep memory linear in N
     samples     how many functions to draw; 0 for the mean alone
     steps       of the solver at most; None: until the relative residual is `tol` (1e-4, 3e-4 for sdd; sgd: an error of
-                the function of 1.5e-3)
+                the function of 1e-3)
     step_size   of sdd and sgd; None: a safe one from power iterations.  One that diverges is halved, with a warning
     batch_size  rows of a step of sdd, sgd or block
     rank        of the preconditioners of cg and of sgd (0: the paper's form of it)

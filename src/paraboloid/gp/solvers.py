@@ -23,7 +23,7 @@ from paraboloid.linalg.solution import Solution
 from paraboloid.passes.memory import DENSE, GIB
 
 SOLVERS = ("auto", "cholesky", "cg", "block", "sdd", "sgd")
-TOL = {"cg": 1e-4, "block": 1e-4, "sdd": 3e-4, "sgd": 1.5e-3}
+TOL = {"cg": 1e-4, "block": 1e-4, "sdd": 3e-4, "sgd": 1e-3}
 
 
 @dataclass(frozen=True, eq=False)
