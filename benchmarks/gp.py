@@ -127,12 +127,14 @@ def fastest(
     return {"seconds": None, "error": best, "tol": None, "over": None}
 
 
-def against_gpytorch(sizes: list[int], noises: list[float], patience: float) -> Iterator[dict[str, Any]]:
+def against_gpytorch(
+    sizes: list[int], kernels: list[str], noises: list[float], patience: float
+) -> Iterator[dict[str, Any]]:
     for n in sizes:
-        for name, make in KERNELS.items():
+        for name in kernels:
             for noise in noises:
                 x, y = generated(n + NEW, noise)
-                exact = pb.gp.condition(make(), x[:n], y[:n], noise, "cg", 0, tol=1e-7).mean(x[n:])
+                exact = pb.gp.condition(KERNELS[name](), x[:n], y[:n], noise, "cg", 0, tol=1e-7).mean(x[n:])
                 for dtype in (torch.float32, torch.float64):
                     row = one(n, name, noise, x.to(dtype), y.to(dtype), exact, patience)
                     yield row
@@ -250,6 +252,7 @@ def _place(row: dict[str, Any]) -> tuple[Any, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="*", type=int, default=[3000, 20_000])
+    parser.add_argument("--kernels", nargs="+", choices=list(KERNELS), default=list(KERNELS))
     parser.add_argument("--noises", nargs="+", type=float, default=[0.1, 1e-3])
     parser.add_argument("--scale", type=int, default=None, help="this many points instead")
     parser.add_argument("--samples", type=int, default=64)
@@ -269,7 +272,7 @@ def main() -> None:
         sizes = options.scale, options.samples, options.noises[0]
         part, rows = "scale", at_scale(*sizes, options.solvers, options.longer, options.seconds)
     else:
-        part, rows = ("peers", against_gpytorch(options.sizes, options.noises, options.patience))
+        part, rows = ("peers", against_gpytorch(options.sizes, options.kernels, options.noises, options.patience))
     for row in rows:  # kept as they come, and instead of those of earlier runs
         print(json.dumps(row), flush=True)
         record[part] = [r for r in record[part] if _place(r) != _place(row)] + [row]
