@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import scipy.io
+import scipy.sparse
 import torch
 
 from paraboloid.tomography import read_scan
@@ -64,6 +65,8 @@ def test_matlab_of_both_kinds(tmp_path):
     with open(tmp_path / "seven.mat", "r+b") as file:
         file.write(b"MATLAB 7.3 MAT-file, Platform: GLNXA64".ljust(128))
     check(read_scan(tmp_path / "seven.mat", **given), DATA[0])
+    scipy.io.savemat(tmp_path / "sparse.mat", {"sino": scipy.sparse.csc_matrix(DATA[0]), "theta": DEGREES})
+    check(read_scan(tmp_path / "sparse.mat", **given), DATA[0])
 
 
 def test_tiff_stacks(tmp_path):
@@ -78,6 +81,19 @@ def test_tiff_stacks(tmp_path):
     tifffile.imwrite(folder / "view_009.tiff", DATA[:2, 0].astype(np.float32), photometric="minisblack")
     with pytest.raises(ValueError, match=r"'view_009.tiff' has shape \(2, 5\) and 'view_000.tiff' \(3, 5\)"):
         read_scan(folder, axes="angles slices detectors", **GIVEN)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for i, number in enumerate((0, 2, 9, 10)):  # by value, not as words
+        tifffile.imwrite(plain / f"v{number}.tif", DATA[:, i].astype(np.float32), photometric="minisblack")
+    check(read_scan(plain, axes="angles slices detectors", **GIVEN))
+    tifffile.imwrite(tmp_path / "rgb.tif", np.zeros((4, 5, 3), np.uint8), photometric="rgb")
+    with pytest.raises(ValueError, match="has 3 numbers a pixel, such as colours"):
+        read_scan(tmp_path / "rgb.tif", axes="angles detectors slices", **GIVEN)
+    (tmp_path / "junk.tif").write_bytes(b"junk")
+    (tmp_path / "cut.tif").write_bytes((tmp_path / "stack.tif").read_bytes()[:450])
+    for name in ("junk.tif", "cut.tif"):
+        with pytest.raises(ValueError, match="cannot be read"):
+            read_scan(tmp_path / name, axes="angles slices detectors", **GIVEN)
 
 
 def test_data_exchange_knows_its_own_fields(tmp_path):
@@ -98,6 +114,38 @@ def test_data_exchange_knows_its_own_fields(tmp_path):
     with pytest.raises(ValueError, match="log=False with a flat field"):
         read_scan(path, centre="middle", unit="degrees", log=False)
     assert read_scan(path, centre="middle", unit="degrees").sinogram.shape == (SLICES, ANGLES, DETECTORS)
+    for unit in (b"deg", np.array(["degrees"], dtype=object), "°"):
+        with h5py.File(path, "a") as file:
+            file["exchange/theta"].attrs["units"] = unit
+        check(read_scan(path, centre="middle", key="/exchange/data"))
+    for said, given in (("radians", None), ("degrees", "radians")):
+        with h5py.File(path, "a") as file:
+            file["exchange/theta"].attrs["units"] = said
+        with pytest.raises(ValueError, match="angles reach 170; expected radians"):
+            read_scan(path, centre="middle", unit=given)
+    with h5py.File(path, "a") as file:
+        file["exchange/theta"].attrs["units"] = "degrees"
+        del file["exchange/data_dark"]
+        file["exchange/data_dark"] = np.zeros((0, SLICES, DETECTORS))
+    with pytest.raises(ValueError, match=r"has shape \[0, 3, 5\], no exposure; expected some: give flat= or dark="):
+        read_scan(path, centre="middle")
+    assert read_scan(path, centre="middle", dark=0.0).sinogram.isfinite().all()
+
+
+def test_data_exchange_may_say_another_order(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / "scan.h5"
+    with h5py.File(path, "w") as file:
+        exchange = file.create_group("exchange")
+        exchange["data"], exchange["theta"] = 1000 * np.exp(-DATA), DEGREES
+        exchange["data_white"] = np.full((SLICES, 1, DETECTORS), 1000.0)
+        exchange["theta"].attrs["units"], exchange["data"].attrs["axes"] = "degrees", "y:theta:x"
+    check(read_scan(path, centre="middle"))
+    with h5py.File(path, "a") as file:
+        file["exchange/data"].attrs["axes"] = "a:b:c"
+    with pytest.raises(ValueError, match="does not say what the axes of its"):
+        read_scan(path, centre="middle")
+    check(read_scan(path, centre="middle", axes="slices angles detectors"))
 
 
 @pytest.mark.parametrize("package, name", [("h5py", "a.h5"), ("tifffile", "a.tif")])
@@ -112,6 +160,7 @@ ERRORS = [
     ({"axes": None}, r"does not say what the axes of its \[4, 5\] numbers are"),
     ({"axes": "angles rows"}, "axes is 'angles rows' for data of shape"),
     ({"axes": "slices angles detectors"}, "expected 2 of the names"),
+    ({"unit": "radians"}, "angles reach 170; expected radians. Say unit='degrees'"),
     ({"log": None}, "does not say whether it holds intensities"),
     ({"centre": None}, "does not say the detector of the axis of rotation"),
     ({"centre": 9}, r"centre is 9; expected a detector in 0..4, or 'middle'"),
@@ -151,9 +200,15 @@ def test_files_that_cannot_be_read(tmp_path):
         read_scan(tmp_path / "none.npy")
     (tmp_path / "half.npy").write_bytes(b"")
     (tmp_path / "half.npz").write_bytes(b"PK")
-    for name in ("half.npy", "half.npz"):
-        with pytest.raises(ValueError, match="cannot be read"):
+    (tmp_path / "half.mat").write_bytes(b"")
+    (tmp_path / "other.mat").write_bytes(b"no file of MATLAB" * 20)
+    np.savez(tmp_path / "objects.npz", np.array([None], dtype=object))
+    for name in ("half.npy", "half.npz", "half.mat", "other.mat", "objects.npz"):
+        with pytest.raises(ValueError, match=f"{name}' cannot be read"):
             read_scan(tmp_path / name, axes="angles detectors", **GIVEN)
+    np.save(tmp_path / "line.npy", DATA[0, 0])
+    with pytest.raises(ValueError, match=r"the data have shape \[5\]; expected 2 axes, or 3 with slices"):
+        read_scan(tmp_path / "line.npy", axes="detectors", **GIVEN)
     with pytest.raises(ValueError, match="path is a NoneType"):
         read_scan(None)
     (tmp_path / "a.txt").write_text("1 2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import issparse
 
+Damaged = (EOFError, OSError, BadZipFile)  # what readers raise for files that are cut off
 TIFF = (".tif", ".tiff")
 HDF5 = (".h5", ".hdf5", ".hdf", ".nxs")
 DATA_EXCHANGE = {"data": "exchange/data", "flat": "exchange/data_white", "dark": "exchange/data_dark",
                  "angles": "exchange/theta"}  # fmt: skip
+EXCHANGE_AXES = {"theta": "angles", "y": "slices", "x": "detectors"}
 
 
 class Arrays:
@@ -28,11 +32,12 @@ class Arrays:
         self.path, self.read, self.units, self.names, self.axes = path, read, units, dict(names or {}), axes
 
     def get(self, name: str) -> NDArray[Any]:
+        name = name if name in self.read else name.strip("/")
         if name not in self.read:
             raise ValueError(f"{str(self.path)!r} has no array {name!r}; expected one of {sorted(self.read)}.")
         try:
             return np.asarray(self.read[name]())
-        except (EOFError, OSError, BadZipFile) as e:
+        except Damaged as e:
             raise _damaged(self.path, e) from e
 
     def data(self, key: str | None) -> NDArray[Any]:
@@ -46,7 +51,7 @@ class Arrays:
         return self.get(key)
 
     def unit(self, name: str) -> str:
-        return self.units.get(name, "")
+        return self.units.get(name.strip("/"), "")
 
 
 def arrays(path: str | Path) -> Arrays:
@@ -62,7 +67,7 @@ def arrays(path: str | Path) -> Arrays:
         raise FileNotFoundError(f"there is no file {str(path)!r}.")
     try:
         return _opened(path, path.suffix.lower())
-    except (EOFError, OSError, BadZipFile) as e:
+    except Damaged as e:
         raise _damaged(path, e) from e
 
 
@@ -78,9 +83,9 @@ def _opened(path: Path, kind: str) -> Arrays:
         return Arrays(path, {"data": lambda: _numpy(path)}, {})
     if kind == ".npz":
         file = _numpy(path)
-        return Arrays(path, {name: (lambda n=name: file[n]) for name in file.files}, {})
+        return Arrays(path, {name: (lambda n=name: _entry(path, file, n)) for name in file.files}, {})
     if kind in TIFF:
-        return Arrays(path, {"data": lambda: _tifffile().imread(path)}, {})
+        return Arrays(path, {"data": lambda: _tiff(path)}, {})
     if kind == ".mat":
         return _matlab(path)
     if kind in HDF5:
@@ -96,14 +101,38 @@ def _numpy(path: Path) -> Any:
         raise _damaged(path, e) from e
 
 
+def _entry(path: Path, file: Any, name: str) -> NDArray[Any]:
+    try:
+        return file[name]
+    except ValueError as e:  # of objects, which would have to be unpickled
+        raise _damaged(path, e) from e
+
+
+def _tiff(path: Path) -> NDArray[Any]:
+    package = _tifffile()
+    try:
+        with package.TiffFile(path) as file:
+            samples = file.pages[0].samplesperpixel
+            found = np.asarray(file.asarray())
+    except (package.TiffFileError, ValueError) as e:  # the latter where numbers are cut off
+        raise _damaged(path, e) from e
+    if samples > 1:
+        raise ValueError(f"{str(path)!r} has {samples} numbers a pixel, such as colours; expected one.")
+    return found
+
+
+def _by_number(path: Path) -> list[Any]:
+    """view_2 before view_10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
+
+
 def _tiff_folder(path: Path) -> Arrays:
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in TIFF)
+    files = sorted((p for p in path.iterdir() if p.suffix.lower() in TIFF), key=_by_number)
     if not files:
         raise ValueError(f"the folder {str(path)!r} has no TIFF images ({', '.join(TIFF)}).")
-    imread = _tifffile().imread
 
     def stack() -> NDArray[Any]:
-        images = [np.asarray(imread(file)) for file in files]
+        images = [_tiff(file) for file in files]
         if len({image.shape for image in images}) > 1:
             odd = next(i for i, image in enumerate(images) if image.shape != images[0].shape)
             raise ValueError(f"{files[odd].name!r} has shape {images[odd].shape} and {files[0].name!r} "
@@ -120,19 +149,27 @@ def _matlab(path: Path) -> Arrays:
     if is_hdf5:
         return _hdf5(path, reverse=True)
     from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
 
-    found = {k: v for k, v in loadmat(path).items() if not k.startswith("__") and isinstance(v, np.ndarray)}
+    try:
+        read = loadmat(path)
+    except (ValueError, TypeError, NotImplementedError, MatReadError) as e:
+        raise _damaged(path, e) from e
+    read = {name: value.toarray() if issparse(value) else value for name, value in read.items()}
+    found = {k: v for k, v in read.items() if not k.startswith("__") and isinstance(v, np.ndarray)}
     return Arrays(path, {name: (lambda v=value: v) for name, value in found.items()}, {})
 
 
 def _hdf5(path: Path, reverse: bool = False) -> Arrays:
     h5py = _package("h5py", "HDF5 files (.h5, and .mat of version 7.3)")
     names: dict[str, str] = {}
+    order: list[str] = []
 
     def note(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset) and item.dtype.kind in "iuf":
-            unit = item.attrs.get("units", "")
-            names[name] = unit.decode() if isinstance(unit, bytes) else str(unit)
+            names[name] = _text(item.attrs.get("units", ""))
+            if name == DATA_EXCHANGE["data"]:
+                order.extend(_text(item.attrs.get("axes", "theta:y:x")).split(":"))
 
     with h5py.File(path, "r") as file:
         file.visititems(note)
@@ -144,8 +181,18 @@ def _hdf5(path: Path, reverse: bool = False) -> Arrays:
 
     exchange = {what: name for what, name in DATA_EXCHANGE.items() if name in names}
     is_exchange = "data" in exchange
-    return Arrays(path, {name: (lambda n=name: read(n)) for name in names}, names,
-                  exchange if is_exchange else None, "angles slices detectors" if is_exchange else None)  # fmt: skip
+    said = [EXCHANGE_AXES[axis.strip()] for axis in order if axis.strip() in EXCHANGE_AXES]
+    axes = " ".join(said) if is_exchange and len(said) == len(order) else None  # what it says, if that is understood
+    return Arrays(
+        path, {name: (lambda n=name: read(n)) for name in names}, names, exchange if is_exchange else None, axes
+    )
+
+
+def _text(value: Any) -> str:
+    """An attribute: text, bytes, or an array of one of them."""
+    value = np.asarray(value).reshape(-1)
+    first = value[0] if len(value) == 1 else ""
+    return first.decode() if isinstance(first, bytes) else str(first)
 
 
 def _tifffile() -> Any:

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from paraboloid.linalg.operand import check_choice
-from paraboloid.tomography.beams import UNITS, ParallelBeam
+from paraboloid.tomography.beams import UNITS, ParallelBeam, angles_of
 from paraboloid.tomography.scan_files import Arrays, arrays
 
 AXES = ("slices", "angles", "detectors")
 SAID = {"deg": "degrees", "degree": "degrees", "degrees": "degrees", "rad": "radians", "radian": "radians",
-        "radians": "radians"}  # fmt: skip
+        "radians": "radians", "°": "degrees"}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,8 @@ def read_scan(
     dtype: torch.dtype = torch.float32,
 ) -> Scan:
     """Read line integrals from a file: NumPy (.npy, .npz), MATLAB (.mat of any version), TIFF (a file, or a folder of
-    images in the order of their names), HDF5 (.h5; Data Exchange, as synchrotrons write it, knows its own fields).
+    images in the order of their names, numbers in them by value), HDF5 (.h5; Data Exchange, as synchrotrons write it,
+    knows its own fields).
 
     axes    the order of the data's axes, such as "angles detectors" or "angles slices detectors" (for .mat, MATLAB's
             own order); Data Exchange fixes it
@@ -127,6 +128,8 @@ def _order(file: Arrays, axes: str | None, data: NDArray[Any]) -> list[str]:
     if given is None:
         raise _missing(file, "axes", f"what the axes of its {list(data.shape)} numbers are (such as "
                        "axes='angles detectors')")  # fmt: skip
+    if data.ndim not in (2, 3):
+        raise ValueError(f"the data have shape {list(data.shape)}; expected 2 axes, or 3 with slices.")
     order = given.replace(",", " ").split()
     if sorted(order) not in (sorted(AXES), sorted(AXES[1:])) or len(order) != data.ndim:
         raise ValueError(f"axes is {given!r} for data of shape {list(data.shape)}; expected {data.ndim} of the names "
@@ -149,6 +152,9 @@ def _field(file: Arrays, what: str, given: Any) -> NDArray[np.float64] | None:
 
 def _field_in_order(field: NDArray[np.float64], order: list[str], data: NDArray[np.float64]) -> NDArray[np.float64]:
     """A flat or dark field as [slices, 1, detectors] or [1, detectors]: several exposures stand along the angles."""
+    if not field.size:
+        raise ValueError(f"a flat or dark field has shape {list(field.shape)}, no exposure; expected some: give flat= "
+                         "or dark= (0.0 for none).")  # fmt: skip
     own = [name for name in order if name != "angles"]
     if field.ndim == len(order):
         field = field.mean(order.index("angles"))
@@ -208,4 +214,4 @@ def _angles(file: Arrays, given: Any, unit: str | None, count: int) -> Tensor:
         raise ValueError(f"there are {len(values)} angles and {count} views in the data; expected as many.")
     if not np.isfinite(values).all():
         raise ValueError("the angles hold NaN or infinity; expected finite numbers.")
-    return torch.from_numpy(values * (math.pi / 180 if unit == "degrees" else 1.0))
+    return angles_of(values, unit, math.pi)
