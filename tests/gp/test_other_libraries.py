@@ -58,6 +58,10 @@ def test_samples_with_their_kernels(theirs):
 
 
 def test_what_is_no_kernel_is_said():
+    with pytest.raises(
+        ValueError, match=r"Foreign\(DotProduct\) names no hyperparameters .*GPRegressor: optimize=False"
+    ):
+        pb.gp.GPRegressor(sk.DotProduct()).fit(X, X[:, 0])
     with pytest.raises(ValueError, match=r"leave it out, and give noise_variance=0\.3"):
         kernel_of(sk.RBF() + sk.WhiteKernel(0.3))
     for thing in (3, "rbf", torch.nn.Linear(2, 2), sk.RBF):
@@ -76,12 +80,19 @@ def test_kernels_of_gpytorch():
         k.RBFKernel() * scaled,
         k.RQKernel(),
         k.LinearKernel(),
+        k.ScaleKernel(k.RBFKernel(active_dims=[1])),
+        k.ScaleKernel(k.RQKernel(), active_dims=[0]) + k.ScaleKernel(scaled),
+        k.RBFKernel(active_dims=[0]) * k.MaternKernel(nu=2.5, active_dims=[1]),
     ):
         expected = theirs.double()(X).to_dense().detach()
         kernel = kernel_of(theirs)
         torch.testing.assert_close(kernel(X).detach(), expected)
         phi = kernel.features(40_000, 2, torch.Generator().manual_seed(0), X)(X).flatten(1)
         assert (phi @ phi.T - expected).abs().max() < 0.03 * expected.abs().max()
+    summed = k.ScaleKernel(k.RBFKernel() + k.LinearKernel(), active_dims=[1])  # as it is, without samples
+    torch.testing.assert_close(kernel_of(summed.double())(X), summed(X).to_dense().detach())
+    with pytest.raises(ValueError, match=r"the RBFKernel has the batch shape \(2,\); expected one kernel"):
+        kernel_of(k.RBFKernel() + k.RBFKernel(batch_shape=torch.Size([2])))
 
 
 def test_the_estimator():

@@ -71,7 +71,8 @@ def fit_hyperparameters(
     x, y = targets_of(y, x)
     names = list(kernel.hyperparameters())
     if not names:
-        raise ValueError(f"{kernel} says of no hyperparameters; expected a kernel of pb.gp.")
+        raise ValueError(f"{kernel} names no hyperparameters that could be fitted; expected a kernel of pb.gp, or one "
+                         "of GPyTorch or scikit-learn that has such a form (GPRegressor: optimize=False).")  # fmt: skip
     if numbers("noise_variance", noise_variance).numel() != 1 or not noise_variance > 0:
         raise ValueError(f"noise_variance is {noise_variance}; expected a positive number to start from.")
     if not bool(y.square().sum() > 0):

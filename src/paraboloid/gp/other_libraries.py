@@ -37,29 +37,41 @@ def kernel_of(kernel: Any) -> Kernel:
                      "GPyTorch or scikit-learn.")  # fmt: skip
 
 
+STATIONARY = ("RBFKernel", "MaternKernel", "RQKernel")
+
+
 def _of_gpytorch(kernel: Any) -> Kernel:
+    if len(kernel.batch_shape):
+        raise ValueError(f"the {type(kernel).__name__} has the batch shape {tuple(kernel.batch_shape)}; expected one "
+                         "kernel, without a batch.")  # fmt: skip
+    return _in_dims(kernel, None if kernel.active_dims is None else kernel.active_dims.tolist())
+
+
+def _in_dims(kernel: Any, dims: list[int] | None) -> Kernel:
+    """The kernel at these dimensions of the inputs, instead of its own active ones."""
     name = type(kernel).__name__
-    dims = None if kernel.active_dims is None else kernel.active_dims.tolist()
     if name == "ScaleKernel":
-        inner = _of_gpytorch(kernel.base_kernel)
-        return (
-            Product(Constant(kernel.outputscale.detach().clone()), inner) if dims is None else Foreign(_values(kernel))
-        )
-    if name in ("RBFKernel", "MaternKernel", "RQKernel") and kernel.lengthscale.numel() == kernel.lengthscale.shape[-1]:
+        base, scale = kernel.base_kernel, Constant(kernel.outputscale.detach().clone())
+        if dims is None:
+            return Product(scale, _of_gpytorch(base))
+        if type(base).__name__ in STATIONARY:  # it has taken over the dimensions of what it scales
+            return Product(scale, _in_dims(base, dims))
+        return Foreign(_values(kernel), name=name)
+    if name in STATIONARY and kernel.lengthscale.numel() == kernel.lengthscale.shape[-1]:
         lengthscale = kernel.lengthscale.detach().reshape(-1).clone()
         lengthscale = lengthscale if len(lengthscale) > 1 else lengthscale[0]
         if name == "RQKernel":
             return RationalQuadratic(kernel.alpha.detach().reshape(()).clone(), lengthscale, dims=dims)
         return RBF(lengthscale, dims=dims) if name == "RBFKernel" else Matern(kernel.nu, lengthscale, dims=dims)
     if name == "LinearKernel" and dims is None and kernel.variance.numel() == 1:
-        return Foreign(_values(kernel), partial(_linear, float(kernel.variance.detach()), 0.0))
+        return Foreign(_values(kernel), partial(_linear, float(kernel.variance.detach()), 0.0), name)
     if name in ("AdditiveKernel", "ProductKernel"):
         parts, join = [_of_gpytorch(k) for k in kernel.kernels], Sum if name == "AdditiveKernel" else Product
         found = parts[0]
         for part in parts[1:]:
             found = join(found, part)
         return found
-    return Foreign(_values(kernel))
+    return Foreign(_values(kernel), name=name)
 
 
 def _values(kernel: Any) -> Any:
@@ -89,7 +101,11 @@ def _of_sklearn(kernel: Any) -> Kernel:
         spectrum = Matern(1.5, torch.as_tensor(np.asarray(kernel.length_scale, dtype=float)))
         spectrum.nu = float(kernel.nu)  # whose frequencies have a distribution for every nu
         features = RBF(spectrum.lengthscale).features if np.isinf(kernel.nu) else spectrum.features
-    return Foreign(lambda x, z: torch.from_numpy(np.asarray(kernel(x.cpu().numpy(), z.cpu().numpy()))).to(x), features)
+
+    def values(x: Tensor, z: Tensor) -> Tensor:
+        return torch.from_numpy(np.asarray(kernel(x.cpu().numpy(), z.cpu().numpy()))).to(x)
+
+    return Foreign(values, features, name)
 
 
 def _linear(variance: float, offset: float, count: int, d: int, generator: torch.Generator, like: Tensor) -> Features:
@@ -102,8 +118,11 @@ class Foreign(Kernel):
 
     threads = False  # what another library keeps between calls is not known
 
-    def __init__(self, values: Any, features: Any = None):
-        self.values, self.own_features = values, features
+    def __init__(self, values: Any, features: Any = None, name: str = "another library"):
+        self.values, self.own_features, self.name = values, features, name
+
+    def __repr__(self) -> str:
+        return f"Foreign({self.name})"
 
     def features(self, count: int, d: int, generator: torch.Generator, like: Tensor) -> Features:
         if self.own_features is None:
