@@ -82,13 +82,15 @@ def test_kernels_of_gpytorch():
         k.LinearKernel(),
         k.ScaleKernel(k.RBFKernel(active_dims=[1])),
         k.ScaleKernel(k.RQKernel(), active_dims=[0]) + k.ScaleKernel(scaled),
-        k.RBFKernel(active_dims=[0]) * k.MaternKernel(nu=2.5, active_dims=[1]),
     ):
         expected = theirs.double()(X).to_dense().detach()
         kernel = kernel_of(theirs)
         torch.testing.assert_close(kernel(X).detach(), expected)
         phi = kernel.features(40_000, 2, torch.Generator().manual_seed(0), X)(X).flatten(1)
         assert (phi @ phi.T - expected).abs().max() < 0.03 * expected.abs().max()
+    first, second = k.RBFKernel(active_dims=[0]).double(), k.MaternKernel(nu=2.5, active_dims=[1]).double()
+    product = first(X).to_dense() * second(X).to_dense()  # theirs of a product adds jitter
+    torch.testing.assert_close(kernel_of(first * second)(X), product.detach())
     summed = k.ScaleKernel(k.RBFKernel() + k.LinearKernel(), active_dims=[1])  # as it is, without samples
     torch.testing.assert_close(kernel_of(summed.double())(X), summed(X).to_dense().detach())
     with pytest.raises(ValueError, match=r"the RBFKernel has the batch shape \(2,\); expected one kernel"):
