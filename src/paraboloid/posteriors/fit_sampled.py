@@ -89,7 +89,8 @@ def sampled_laplace(
                      and "cg" by the operations that each takes; where the graphs of the data do not fit into
                      `max_memory`, the better of "sgd" and "cg" after a few passes by each
     objective        of "sgd": "low-variance" has the noise of the targets in the right-hand side, by one pass before;
-                     "noisy-targets" has it in each batch, with the same solution and noisier gradients
+                     "noisy-targets" has it in each batch, with the same solution and noisier gradients where the data
+                     determines less than half of its outputs
     checkpoint       a file that is renewed, atomically, after each part of the work; where it exists the run goes on
                      from it, up to `em_steps` in total, and ends where it would have ended uninterrupted, bit for bit
     callback         called with a `Progress` at the same moments

@@ -7,10 +7,6 @@ from torch import nn
 
 import paraboloid as pb
 from paraboloid.linalg.stochastic_descent import Diverged, NesterovDescent, largest_eigenvalue
-from paraboloid.posteriors.likelihood import Likelihood
-from paraboloid.posteriors.sampled.solvers import Descent, batches, sample_targets
-from paraboloid.posteriors.sampled.tangent_curvature import TangentCurvature
-from paraboloid.posteriors.sampled.tangent_system import TangentSystem
 
 F64 = torch.float64
 OPTIONS = {"samples": 6, "em_steps": 0, "prior_precision": 5.0, "seed": 1, "batch_size": 20}
@@ -31,30 +27,6 @@ def test_both_objectives_have_the_solution_of_conjugate_gradients(objective, g_p
     off = (rows(found) - rows(exact)).norm() / rows(exact).norm()
     assert off < (0.02 if objective == "low-variance" else 0.08)
     assert found.history[-1].residual < (0.02 if objective == "low-variance" else 0.1)
-
-
-def test_the_noise_in_the_right_hand_side_leaves_less_in_the_gradients():
-    """At the solution: the variance over batches of either objective's gradient."""
-    model, x, y = classifier()
-    loss = Likelihood.of(nn.CrossEntropyLoss()).loss
-    data = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 40, 8)]
-    system = TangentSystem(TangentCurvature(model, loss, data), 1.0, 0, range(4))
-    precision = torch.full((system.size,), 5.0, dtype=F64)
-    b = system.right_hand_sides(precision)
-    H = pb.GGN(model, loss, data).to_dense()
-    w = torch.linalg.solve(H + precision.diag(), b.T).T
-    variances = {}
-    for noisy in (False, True):
-        targets, gradients = sample_targets(system, Descent(noisy=noisy)), []
-        right = system.right_hand_sides(precision, data=False) if noisy else b
-        for start, graph in batches(system, 0):
-            parts = dict(system.pulled(graph, targets(graph, start, system.pushed(graph, w))))
-            data_part = torch.stack([torch.cat([t.flatten() for t in parts[k]]) for k in range(4)])
-            gradients.append(len(data) * data_part + precision * w - right)
-        mean = torch.stack(gradients).mean(0)
-        torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-9, rtol=0)
-        variances[noisy] = torch.stack(gradients).square().mean().item()
-    assert variances[False] < 0.5 * variances[True]
 
 
 def test_em_by_descent_agrees_with_conjugate_gradients():

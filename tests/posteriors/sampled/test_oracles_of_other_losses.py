@@ -45,12 +45,13 @@ def dense(name, g_prior, precision, noise=1.0):
 @pytest.mark.parametrize(
     ("name", "g_prior", "solver", "dtype"),
     [("bce", True, "auto", F64), ("bce", False, "cg", torch.float32), ("mse", True, "block", F64),
-     ("mse", False, "dual", torch.float32), ("weighted", False, "auto", F64), ("ignored", True, "cg", F64)],
+     ("mse", False, "dual", torch.float32), ("weighted", False, "auto", F64), ("ignored", True, "cg", F64),
+     ("bce", False, "sgd", F64)],
 )  # fmt: skip
 def test_variances_and_the_effective_dimension(name, g_prior, solver, dtype):
     model, loss, x, y = problem(name, dtype)
     precision, noise = (0.3, 0.4) if g_prior else (2.0, 0.4)
-    options = {"noise_variance": noise} if name == "mse" else {}
+    options = {"noise_variance": noise} if name == "mse" else {"epochs": 20, "batch_size": 25}  # of descent
     posterior = pb.sampled_laplace(
         model,
         loss,
@@ -71,13 +72,15 @@ def test_variances_and_the_effective_dimension(name, g_prior, solver, dtype):
     close_within_errors(posterior.functional(x, diagonal=True)[1].double(), truth, 256)
 
 
-@pytest.mark.parametrize("solver", ["dual", "block"])
+@pytest.mark.filterwarnings("ignore:the relative")  # few epochs
+@pytest.mark.parametrize("solver", ["dual", "block", "sgd"])
 def test_the_fixed_point_of_em_by_other_solvers(solver):
     """Of a conjugate model, in the units of the features under the g-prior: theta_j = u_j / ||x_j||, u ~ N(0, noise / r)."""
     model, x, y = regression(n=150, inputs=9, outputs=3, seed=5)
     noise = 0.25
     posterior = pb.sampled_laplace(
         model, nn.MSELoss(), (x, y), 256, em_steps=30, prior_precision=0.5, noise_variance=noise, solver=solver, tol=1e-5,
+        batch_size=50,
     )  # fmt: skip
     X = x / x.norm(dim=0)
     e, U = torch.linalg.eigh(X.T @ X)
@@ -104,3 +107,29 @@ def test_rescaled_features_leave_predictions(per, match):
     one, two = (pb.sampled_laplace(m, loss, (z, y), **options) for m, z in ((relu, x), (other, scaled)))
     torch.testing.assert_close(two.predict(scaled), one.predict(x), rtol=1e-5, atol=0)
     torch.testing.assert_close(two.functional(2 * scaled)[1], one.functional(2 * x)[1], rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", ["cg", "dual"])
+@pytest.mark.parametrize("per", ["layer", "parameter"])
+def test_the_fixed_point_of_several_precisions(per, solver):
+    """MacKay's equations at dense matrices, lambda_g ||w*||_g^2 = gamma_g, of a conjugate model with a bias."""
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(120, 7, generator=g, dtype=F64)
+    y = 0.4 * x[:, :2] + 2.0 + 0.6 * torch.randn(120, 2, generator=g, dtype=F64)
+    model, noise = nn.Linear(7, 2).double(), 0.36
+    posterior = pb.sampled_laplace(
+        model, nn.MSELoss(), (x, y), 512, em_steps=40, g_prior=False, noise_variance=noise, solver=solver, per=per, seed=2,
+    )  # fmt: skip
+    found = posterior.prior_precision
+    found = {"weight": found, "bias": found} if per == "layer" else found  # of one layer, a number
+    X = torch.cat([x, torch.ones(120, 1, dtype=F64)], 1)
+    lam, bias = torch.ones(8, dtype=F64), torch.arange(8) == 7
+    for _ in range(500):  # MacKay's updates, exactly: both outputs have the same features
+        A = X.T @ X / noise + lam.diag()
+        w = torch.linalg.solve(A, X.T @ y / noise)
+        gamma = 2 * (1 - lam * torch.linalg.inv(A).diagonal())
+        squares = w.square().sum(1)
+        for at in [torch.ones(8, dtype=torch.bool)] if per == "layer" else [~bias, bias]:
+            lam[at] = gamma[at].sum() / squares[at].sum()
+    assert abs(found["weight"] / lam[0].item() - 1) < 0.03
+    assert abs(found["bias"] / lam[7].item() - 1) < 0.03
