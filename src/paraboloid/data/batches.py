@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset, default_collate
 
+from paraboloid.passes.random_state import RandomStream
 from paraboloid.passes.torch_internals import tree_leaves
 from paraboloid.passes.trees import mapped
 
@@ -90,6 +91,18 @@ def batches(data: Any) -> Iterator[Batch]:
     if not found:
         raise ValueError("the data is empty: it yielded no batch; expected at least one. (A generator can be read only "
                          "once: pass a list or a DataLoader.)")  # fmt: skip
+
+
+def in_order(data: Any, stream: RandomStream) -> Iterator[Batch]:
+    """The batches as every pass with the stream's random numbers sees them: a loader that shuffles draws."""
+    stream.rewind()
+    iterator = batches(data)
+    while True:
+        with stream:
+            batch = next(iterator, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def arguments(inputs: Inputs) -> tuple[tuple, dict]:

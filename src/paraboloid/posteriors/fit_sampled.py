@@ -110,14 +110,23 @@ def sampled_laplace(
     for name, value, choices in (
         ("match", match, ("auto", "exponent", None)), ("solver", solver, SOLVERS), ("objective", objective, OBJECTIVES),
         ("normalisation", normalisation, ("held", "free")), ("shard", shard, ("data", "samples")),
+        ("g_prior", g_prior, (True, False)),
     ):  # fmt: skip
         check_choice(name, value, choices)
     for name, value in (("prior_precision", prior_precision), ("tol", tol)):
         _check_positive(name, value)
+    if not tol < 1:
+        raise ValueError(f"tol is {tol}; expected a residual below 1, that of no solution at all.")
     if noise_variance is not None:
         _check_positive("noise_variance", noise_variance, ", or None to have EM find it")
     if lr is not None:
         _check_positive("lr", lr, ", or None to have it measured")
+        if solver not in ("sgd", "auto"):
+            raise ValueError(f"lr is {lr} with solver={solver!r}, which has no learning rate; expected 'sgd'.")
+    if max_memory is not None:
+        check_count("max_memory", max_memory)
+    if not (callback is None or callable(callback)):
+        raise ValueError(f"callback is {callback!r}; expected a function of a Progress.")
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise ValueError(f"seed is {seed!r}; expected an integer.")
     if objective == "noisy-targets" and solver != "sgd":

@@ -7,6 +7,7 @@ import torch
 from posteriors.dense import jacobian
 from posteriors.sampled.test_oracles import classifier, close_within_errors
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import paraboloid as pb
 
@@ -198,6 +199,11 @@ def test_bad_input(monkeypatch):
         ({"prior_precision": None}, "prior_precision is None; expected a positive number"),
         ({"noise_variance": math.inf}, "noise_variance is inf; expected a positive number, or None to have EM find it"),
         ({"tol": math.nan}, "tol is nan; expected a positive number"),
+        ({"tol": 2.0}, "tol is 2.0; expected a residual below 1"),
+        ({"lr": 0.1, "solver": "cg"}, "lr is 0.1 with solver='cg', which has no learning rate; expected 'sgd'"),
+        ({"g_prior": "yes"}, "g_prior is 'yes'; expected one of"),
+        ({"max_memory": "4GB"}, "max_memory is '4GB'; expected an integer of at least 1"),
+        ({"callback": 3}, "callback is 3; expected a function of a Progress"),
         ({"lr": "big"}, "lr is 'big'; expected a positive number, or None to have it measured"),
         ({"seed": "a"}, "seed is 'a'; expected an integer"),
         ({"checkpoint": "/nowhere/run"}, "checkpoint is '/nowhere/run'; expected the path of a file in a folder that"),
@@ -225,3 +231,18 @@ def test_bad_input(monkeypatch):
         model[0].weight[0, 0] = math.nan
     with pytest.raises(ValueError, match=r"'0.weight' holds NaN"):
         pb.sampled_laplace(model, loss, data, 2)
+
+
+@pytest.mark.parametrize("max_memory", [None, 1])
+def test_a_loader_that_shuffles(max_memory):
+    """Each data point's variance without it is found with the noise that it had, in whatever order it came."""
+    model, x, y = classifier(n=64)
+    options = {"samples": 256, "em_steps": 1, "solver": "cg", "seed": 4}
+    generator_state = torch.get_rng_state()
+    plain = pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), **options)
+    loader = DataLoader(TensorDataset(x, y), 16, shuffle=True)
+    shuffled = pb.sampled_laplace(model, nn.CrossEntropyLoss(), loader, max_memory=max_memory, **options)
+    assert torch.equal(torch.get_rng_state(), generator_state)
+    again = pb.sampled_laplace(model, nn.CrossEntropyLoss(), loader, max_memory=max_memory, **options)
+    assert again.confidence == shuffled.confidence
+    assert abs(shuffled.confidence.usual / plain.confidence.usual - 1) < 0.1

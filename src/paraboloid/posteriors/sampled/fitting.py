@@ -22,6 +22,7 @@ from paraboloid.operators.vectors import join
 from paraboloid.passes import trees
 from paraboloid.passes.memory import GIB, RECORDINGS, available
 from paraboloid.passes.parameter_layers import layer_of
+from paraboloid.passes.random_state import RandomStream
 from paraboloid.passes.wrappers import unwrapped
 from paraboloid.posteriors.fit import parameters_of
 from paraboloid.posteriors.likelihood import Likelihood
@@ -175,7 +176,8 @@ class Fitting:
         on the mean over the samples (and over classes that share one variance).  See `prediction.confidence`.
         """
         found, seen, root = [], 0, float(unweighted.likelihood.strength(unweighted.noise_variance)) ** 0.5
-        for inputs, _ in batch_data.batches(self.data):
+        device = next(iter(unweighted.weights.values())).device
+        for inputs, _ in batch_data.in_order(self.data, RandomStream(0, device)):  # that of the noise
             f = root * torch.cat([d for _, d in unweighted.outputs(inputs)], 1)  # [S, n, *shape]
             eps = noise.of_data(self.seed, self.first + seen, f.shape[1], range(self.samples), f[0, 0].numel(), f)
             rest = eps.view_as(f).sub_(f)
