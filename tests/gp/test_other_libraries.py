@@ -91,9 +91,10 @@ def test_kernels_of_gpytorch():
     first, second = k.RBFKernel(active_dims=[0]).double(), k.MaternKernel(nu=2.5, active_dims=[1]).double()
     product = first(X).to_dense() * second(X).to_dense()  # theirs of a product adds jitter
     torch.testing.assert_close(kernel_of(first * second)(X), product.detach())
-    summed = k.ScaleKernel(k.RBFKernel() + k.LinearKernel(), active_dims=[1])  # as it is, without samples
-    torch.testing.assert_close(kernel_of(summed.double())(X), summed(X).to_dense().detach())
-    with pytest.raises(ValueError, match=r"the RBFKernel has the batch shape \(2,\); expected one kernel"):
+    summed = k.ScaleKernel(k.RBFKernel() + k.RQKernel(), active_dims=[1]).double()  # as it is, without samples
+    inner = sum(part(X[:, 1:]).to_dense() for part in summed.base_kernel.kernels)
+    torch.testing.assert_close(kernel_of(summed)(X), (summed.outputscale * inner).detach())
+    with pytest.raises(ValueError, match=r"Kernel has the batch shape \(2,\); expected one kernel"):
         kernel_of(k.RBFKernel() + k.RBFKernel(batch_shape=torch.Size([2])))
 
 
