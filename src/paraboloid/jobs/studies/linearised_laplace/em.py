@@ -22,7 +22,7 @@ from paraboloid.posteriors import laplace, sampled_laplace
 from paraboloid.posteriors.prior import flat
 from paraboloid.posteriors.prior_tuning.evidence import mackay
 from paraboloid.posteriors.prior_tuning.linearised import LinearisedModel, optimum
-from paraboloid.report.axes import log_axis, whole_axis
+from paraboloid.report.axes import whole_axis
 from paraboloid.report.numbers import fixed, number
 from paraboloid.report.section import Panel, Section, Table
 from paraboloid.report.theme import SERIES, inline_svg
@@ -90,7 +90,7 @@ def claims(rows: Rows) -> list[Claim]:
     one, two = last["sampled"], last["exact"]
     found: list[Claim] = [
         (f"EM by samples finds the {label} that the exact matrix finds, within {CLOSE:.0%}",
-         abs(one[key] / two[key] - 1) <= CLOSE, f"{number(one[key])} against {number(two[key])}")
+         abs(one[key] / two[key] - 1) <= CLOSE, f"{number(one[key], 4)} against {number(two[key], 4)}")
         for key, label in MEASURES[:2]
     ]  # fmt: skip
     off = {key: max(abs(a[key] - b[key]) for a, b in _pairs(rows)) for key in ("nll", "ece")}
@@ -123,14 +123,12 @@ def section(rows: Rows, hidden: int) -> Section:
                 )
             axis.set(title=label, xlabel="EM step")
             whole_axis(axis.xaxis)
-            if key == "precision":
-                log_axis(axis.yaxis, [row[key] for row in rows])
         axes[0].legend(fontsize=7)
 
     table = Table(
         "EM step by step",
         ["by", "step", "precision", "effective dimension", "likelihood", "calibration", "noise told"],
-        [[row["kind"], str(row["step"]), number(row["precision"]), number(row["dimension"]),
+        [[row["kind"], str(row["step"]), number(row["precision"], 4), number(row["dimension"], 4),
           *(fixed(row[key], None, 3) for key in ("nll", "ece", "auroc"))] for row in rows],
     )  # fmt: skip
     about = f"EM of one precision on the 64-{hidden}-10 network, by the exact matrix and by samples; plain predictions."

@@ -120,4 +120,9 @@ def findings(results: dict[str, Any]) -> list[str]:
     found = claims(results)
     seen = sum(bool(s) for _, s, _ in found)
     return [f"{seen} of {len(found)} claims about linearised Laplace are seen on small networks and digits.",
-            *(f"{words[s]}: {claim[0].lower() + claim[1:]} ({what})." for claim, s, what in found)]  # fmt: skip
+            *(f"{words[s]}: {_inside(claim)} ({what})." for claim, s, what in found)]  # fmt: skip
+
+
+def _inside(claim: str) -> str:
+    """As it stands inside a sentence."""
+    return claim if claim[:2].isupper() else claim[0].lower() + claim[1:]
