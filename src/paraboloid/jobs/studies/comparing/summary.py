@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from paraboloid.jobs.studies.claims import Claim
-
-NAMES = ("K-BFGS", "KFAC", "KFLR", "KFRA", "Kronecker", "Monte Carlo", "Adam", "SGD", "Gauss-Newton")
+from paraboloid.jobs.studies.claims import Claim, inside
 
 
 @dataclass(frozen=True)
@@ -101,11 +99,6 @@ def best(found: dict[str, Summary], names: Any) -> Summary | None:
 def fastest(found: dict[str, Summary], family: str) -> Summary | None:
     known = [s for s in found.values() if s.family == family and s.to_adam is not None]
     return min(known, key=lambda s: s.to_adam or 0.0) if known else None
-
-
-def inside(claim: str) -> str:
-    """A claim in the middle of a sentence: its first word small, where it is no name."""
-    return claim if claim.startswith(NAMES) else claim[0].lower() + claim[1:]
 
 
 def judged(results: dict[str, Any], claims: Callable[[dict[str, Any]], Iterable[Claim]]) -> tuple[str, list[str]]:

@@ -6,10 +6,10 @@ import math
 from itertools import pairwise
 from typing import Any
 
+from paraboloid.jobs.studies.claims import Claim, inside
 from paraboloid.report.numbers import fixed, number, percent
 
 AVERAGE, NORMALISED = "average_variance", "normalized_variance"
-Finding = tuple[str, bool | None, str]  # claim, seen or not (None: not run), what was measured
 
 
 def ratio(points: list[dict[str, Any]], name: str, late: bool = True) -> float | None:
@@ -27,13 +27,13 @@ def mean(values: list[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def claims(results: dict[str, Any]) -> list[Finding]:
+def claims(results: dict[str, Any]) -> list[Claim]:
     """Every finding of the paper that can be looked at here."""
     features, images = results["features"], results["images"]
     shares = sorted({row["duplicated"] for row in features})
     gc = {share: mean([ratio(r["points"], "gc") for r in features if r["duplicated"] == share]) for share in shares}
     double = mean([ratio(r["points"], "sg2b") for r in features])
-    found: list[Finding] = [
+    found: list[Claim] = [
         ("Clustering lowers the variance of random-feature models without duplicates",
          _below(gc.get(0.0), 1), f"GC / SG-B {fixed(gc.get(0.0), None)}"),
         ("It lowers it more where many samples are duplicates, and more so the more are",
@@ -62,19 +62,19 @@ def claims(results: dict[str, Any]) -> list[Finding]:
     return found
 
 
-def _along(row: dict[str, Any]) -> Finding:
+def _along(row: dict[str, Any]) -> Claim:
     first, last = (row["points"][i]["sgb"][AVERAGE] for i in (1, -1))
     return (f"The variance falls along the training ({row['problem']}; in the paper on MNIST)", last < first,
             f"SG-B {number(first)} after {row['points'][1]['step']} steps, {number(last)} at the end")  # fmt: skip
 
 
-def _normalised(row: dict[str, Any]) -> Finding:
+def _normalised(row: dict[str, Any]) -> Claim:
     values = [p["sgb"][NORMALISED] for p in row["points"]]
     claim = f"Normalised variance stays below 1 ({row['problem']}; in the paper on MNIST and CIFAR-10)"
     return claim, max(values) < 1, f"{fixed(min(values), None)} to {fixed(max(values), None)}"
 
 
-def _drop(row: dict[str, Any]) -> Finding:
+def _drop(row: dict[str, Any]) -> Claim:
     points = row["points"]
     half = len(points) // 2
     before, after = points[half]["sgb"][AVERAGE], points[half + 1]["sgb"][AVERAGE]
@@ -82,7 +82,7 @@ def _drop(row: dict[str, Any]) -> Finding:
             after > before, f"SG-B {number(before)} before, {number(after)} after")  # fmt: skip
 
 
-def _variants(plain: dict[str, Any], other: dict[str, Any]) -> list[Finding]:
+def _variants(plain: dict[str, Any], other: dict[str, Any]) -> list[Claim]:
     name, found = plain["problem"], []
     base = ratio(plain["points"], "gc")
     if "duplicates" in other:
@@ -127,15 +127,10 @@ def _falling(values: list[float | None]) -> bool | None:
     return all(b < a for a, b in pairwise(known))
 
 
-def _inside(claim: str) -> str:
-    """A claim in the middle of a sentence."""
-    return claim if claim[:2].isupper() else claim[0].lower() + claim[1:]
-
-
 def findings(results: dict[str, Any]) -> list[str]:
     """The claims as sentences, those that were not seen here as plainly as the others."""
     found = claims(results)
     seen, judged = sum(s is True for _, s, _ in found), sum(s is not None for _, s, _ in found)
     words = {True: "Seen", False: "Not seen here", None: "Not run"}
     first = f"{seen} of {judged} findings of the paper were seen here."
-    return [first, *(f"{words[s]}: {_inside(claim)} ({measured})." for claim, s, measured in found)]
+    return [first, *(f"{words[s]}: {inside(claim)} ({measured})." for claim, s, measured in found)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import mean
 from typing import Any
 
-from paraboloid.jobs.studies.claims import Claim
+from paraboloid.jobs.studies.claims import Claim, inside
 from paraboloid.jobs.studies.linearised_laplace import em, growth
 from paraboloid.report.numbers import fixed, number
 
@@ -120,9 +120,4 @@ def findings(results: dict[str, Any]) -> list[str]:
     found = claims(results)
     seen = sum(bool(s) for _, s, _ in found)
     return [f"{seen} of {len(found)} claims about linearised Laplace are seen on small networks and digits.",
-            *(f"{words[s]}: {_inside(claim)} ({what})." for claim, s, what in found)]  # fmt: skip
-
-
-def _inside(claim: str) -> str:
-    """As it stands inside a sentence."""
-    return claim if claim[:2].isupper() else claim[0].lower() + claim[1:]
+            *(f"{words[s]}: {inside(claim)} ({what})." for claim, s, what in found)]  # fmt: skip
