@@ -167,6 +167,9 @@ def test_without_noise_the_data_is_interpolated():
 
 
 class Indefinite(pb.gp.RBF):
+    def __call__(self, x, z=None):
+        return -super().__call__(x, z)
+
     def tile(self, left, right, buffers):
         return super().tile(left, right, buffers).neg_()
 
@@ -180,6 +183,12 @@ class Negative(pb.gp.RBF):
 def test_a_kernel_that_is_not_positive_definite_is_refused(solver):
     with pytest.raises((ValueError, torch.linalg.LinAlgError), match="expected a positive"):
         pb.gp.condition(Indefinite(), X, Y, NOISE, solver=solver, samples=0)
+    with pytest.raises(
+        torch.linalg.LinAlgError, match=r"K \+ noise of Indefinite.* has no Cholesky factor at the start"
+    ):
+        pb.gp.fit_hyperparameters(Indefinite(), X, Y, NOISE)
+    with pytest.raises(torch.linalg.LinAlgError, match=r"a block of 60 rows of K .* has the eigenvalue -"):
+        pb.gp.condition(Indefinite(), X, Y, NOISE, samples=0, inducing=10)
     with pytest.raises(ValueError, match="the kernel Negative is -1 at input 0 with itself; expected"):
         pb.gp.condition(Negative(), X, Y, NOISE, solver=solver, samples=0)
 
@@ -225,6 +234,24 @@ def test_what_would_not_fit_is_said_before_it_is_tried(monkeypatch):
         ValueError, match=r"a Cholesky factor of 60 inputs takes 0\.0 GiB with its matrix; expected at most"
     ):
         pb.gp.condition(KERNEL, X, Y, NOISE, solver="cholesky")
+
+
+@pytest.mark.parametrize("options, what", [
+    ({"samples": 10**9}, "2048 random features of 1000000000 functions"),
+    ({"features": 10**9}, "1000000000 random features of 64 functions"),
+    ({"inducing": 10**6}, "1000000 inducing inputs"),
+])  # fmt: skip
+def test_more_than_there_is_is_said_before_it_is_tried(options, what):
+    with pytest.raises(ValueError, match=rf"conditioning would take .* GiB, most of it for {what}; .* that are free"):
+        pb.gp.condition(KERNEL, X, Y, NOISE, **options)
+
+
+def test_hardly_any_noise_is_answered():
+    exactly = pb.gp.condition(KERNEL, X, Y, 1e-300, "cholesky", 0).mean(NEW)
+    for solver in ("cg", "block", "auto"):
+        torch.testing.assert_close(
+            pb.gp.condition(KERNEL, X, Y, 1e-300, solver, 0, tol=1e-8).mean(NEW), exactly, rtol=1e-3, atol=1e-3
+        )
 
 
 def test_a_tolerance_that_is_not_met_is_told():

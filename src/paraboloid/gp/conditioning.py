@@ -15,6 +15,7 @@ from paraboloid.gp.kernel import Kernel
 from paraboloid.gp.other_libraries import kernel_of
 from paraboloid.gp.prior import PriorFunctions
 from paraboloid.gp.process import GaussianProcess
+from paraboloid.gp.sizes import check_fits
 from paraboloid.gp.solvers import Settings, Solved, check_settings, solve
 from paraboloid.linalg.operand import check_count
 from paraboloid.linalg.probes import generator_of
@@ -76,6 +77,10 @@ def condition(
         raise ValueError(f"max_memory is {max_memory!r}; expected a number of bytes, or None.")
     generator = generator_of(seed, x.device)
     outputs = 1 if y.dim() == 1 else y.shape[1]
+    if not isinstance(inducing, int | None):
+        inducing = inputs_of(inducing, x, "inducing")
+    few = len(inducing) if isinstance(inducing, Tensor) else inducing
+    check_fits(x, samples * outputs, outputs, features, rank or 0, few)
     prior = PriorFunctions(kernel, samples * outputs, features, x, generator) if samples else None
     shape = samples * outputs, len(x)
     draws = torch.randn(shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)

@@ -16,7 +16,7 @@ from paraboloid.gp.inputs import inputs_of, numbers, targets_of
 from paraboloid.gp.kernel import Kernel
 from paraboloid.gp.other_libraries import kernel_of
 from paraboloid.gp.starting import in_units_of
-from paraboloid.linalg.operand import check_choice, check_count
+from paraboloid.linalg.operand import LinAlgError, check_choice, check_count
 from paraboloid.linalg.probes import generator_of
 
 LEAST_NOISE = 1e-6  # times the targets' mean square
@@ -115,6 +115,9 @@ def _by_evidence(kernel: Kernel, x: Tensor, y: Tensor, noise: float, steps: int)
     found = optimize.minimize(
         loss, start.flat.numpy(), jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": steps}
     )
+    if not trace:
+        raise LinAlgError(f"K + noise of {kernel} has no Cholesky factor at the start, with a noise of {noise:.3g}; "
+                          "expected a positive definite matrix. Raise noise_variance.")  # fmt: skip
     best, variance = start.at(torch.from_numpy(found.x))
     return Hyperparameters(best, float(variance) + least, trace)
 

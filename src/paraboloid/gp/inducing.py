@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paraboloid.gp.definite import check_definite
 from paraboloid.gp.gram import Gram
 from paraboloid.gp.inputs import inputs_of
 from paraboloid.gp.kernel import Kernel
 from paraboloid.gp.solvers import Solved, quadratic
 from paraboloid.linalg.column_nystrom import pivoted_columns
 from paraboloid.linalg.operand import LinAlgError, check_count
+from paraboloid.linalg.probes import generator_of
 from paraboloid.linalg.solution import Solution
 
 ROWS = 2048  # rows of k(x, Z) that are formed at a time
@@ -29,9 +31,10 @@ def solve_inducing(
     Explained variance: k_Z.(K_ZZ^-1 - (K_ZZ + K_ZX K_XZ / noise)^-1) k_Z.  Sources: Titsias 2009; Lin et al. 2023,
     arXiv:2306.11589, section 3.3.
     """
+    everything = Gram(kernel, x, torch.zeros_like(noise.sum()))
+    check_definite(everything, noise, generator_of(seed, x.device))
     if isinstance(inducing, int):
         check_count("inducing", inducing, most=len(x))
-        everything = Gram(kernel, x, torch.zeros_like(noise.sum()))
         Z = x[pivoted_columns(everything, everything.diagonal, inducing, seed=seed).pivots]
         reason = f"{len(Z)} inducing inputs, from the data by pivoted columns"
     else:

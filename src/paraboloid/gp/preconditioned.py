@@ -61,7 +61,7 @@ class Preconditioned:
 
     def _iterations(self, taken: float) -> float:
         root = (1 + max(taken / self.damping, 1e-6)) ** 0.5
-        return math.log(2 / self.tol) / math.log((root + 1) / (root - 1))
+        return math.log(2 / self.tol) / math.log1p(2 / (root - 1))  # exact for large roots too
 
     def _set_up(self, rank: int) -> float:
         N = self.gram.shape[0]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paraboloid.gp.definite import check_definite
 from paraboloid.linalg.column_nystrom import pivoted_columns
 from paraboloid.linalg.dual_descent import largest_eigenvalue
-from paraboloid.linalg.operand import LinAlgError
 from paraboloid.linalg.probes import Seed, generator_of
 from paraboloid.linalg.row_blocks import columns_like
 from paraboloid.linalg.solution import Solution
@@ -63,7 +63,7 @@ def sgd(
     generator = generator_of(seed, K.device)
     b = columns_like(values + shifts)
     N, B = len(b), min(batch_size, len(b))
-    _check_definite(K, noise, B, generator)
+    check_definite(K, noise, generator, B)
     most = min(N, rank or max(RANK, ENTRIES // N))
     look = pivoted_columns(K, diagonal, most, seed=generator, enough=lambda r, left: left < LEFT * noise).nystrom()
     rates = look.values * (look.values + noise)
@@ -118,17 +118,6 @@ def sgd(
                 break
             best = min(best, error)
     return Solution(average, error, t, passes, step, history, notes)
-
-
-def _check_definite(K: Any, noise: float, B: int, generator: torch.Generator) -> None:
-    """LinAlgError where a block of K + noise is not positive definite: descent would find a solution all the same."""
-    I = torch.randperm(K.shape[0], generator=generator, device=generator.device)[:B].to(K.device)
-    block = K.block(I, I)
-    block.diagonal().add_(noise)
-    if torch.linalg.cholesky_ex(block).info:
-        least = float(torch.linalg.eigvalsh(block.double())[0])
-        raise LinAlgError(f"a block of {len(I)} rows of K + noise has the eigenvalue {least:.4g}; expected a positive "
-                          "definite matrix. Raise noise_variance, or use float64.")  # fmt: skip
 
 
 def _safe_step(
