@@ -1,5 +1,6 @@
 """The door of sampled posteriors: checkpoints, progress, normalisation, the unweighted curvature, and bad input."""
 
+import copy
 import math
 
 import pytest
@@ -90,6 +91,23 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
         pb.sampled_laplace(model, loss, (x[1:], y[1:]), 2, em_steps=0, checkpoint=path)
     with pytest.raises(ValueError, match="other settings: samples was 2 and is 3"):
         pb.sampled_laplace(model, loss, (x, y), 3, em_steps=0, checkpoint=path)
+    found = torch.load(path, weights_only=True)
+    for part, name, change in (
+        ("model", "0.bias", 1e-13),
+        ("model", "0.bias", 1e-6),
+        ("data", 1, 1e-8),
+        ("data", 1, 1e-3),
+    ):
+        edited = copy.deepcopy(found)
+        at = edited["belongs"][part] if part == "data" else edited["belongs"][part][name]
+        at[1] += change * (abs(at[1]) if part == "data" else 1)
+        torch.save(edited, path)
+        if change in (1e-13, 1e-8):  # rounded otherwise
+            pb.sampled_laplace(model, loss, (x, y), 2, em_steps=0, checkpoint=path)
+        else:
+            with pytest.raises(ValueError, match=f"a checkpoint of (an)?other {part}"):
+                pb.sampled_laplace(model, loss, (x, y), 2, em_steps=0, checkpoint=path)
+    torch.save(found, path)
     for content in (b"hello", b"", path.read_bytes()[:1000]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="is no checkpoint of sampled_laplace"):

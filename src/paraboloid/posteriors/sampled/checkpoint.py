@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,8 @@ from paraboloid.posteriors.sampled.solvers import Position
 from paraboloid.posteriors.sampled.state import EMStep, State
 
 VERSION = 2
+ROUNDED = 1e-5  # relative difference of two summed losses that is rounding: they are in the model's type
+TINY = 1e-12  # of sums of weights, in double, for each of them
 
 
 def fingerprint(weights: dict[str, Tensor], replay: Any, settings: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +90,7 @@ def load(path: Path, belongs: dict[str, Any], device: torch.device) -> State:
                          "wrote, or a path where there is none.")  # fmt: skip
     for part in ("model", "data", "settings"):
         mine, its = belongs[part], found["belongs"][part]
-        if mine != its:
+        if not _same(part, mine, its):
             raise ValueError(f"{path} is a checkpoint of {_other(part, mine, its)}; expected the {part} that it was "
                              "begun with. Take another path to begin anew.")  # fmt: skip
     state = found["state"]
@@ -98,10 +101,26 @@ def load(path: Path, belongs: dict[str, Any], device: torch.device) -> State:
     return State(**{**state, "history": history, "position": position})
 
 
+def _same(part: str, mine: Any, its: Any) -> bool:
+    """Sums may be rounded otherwise, by another number of threads or on another machine."""
+    if part == "data":
+        return mine[0] == its[0] and math.isclose(mine[1], its[1], rel_tol=ROUNDED)
+    if part == "settings" or mine.keys() != its.keys():
+        return mine == its
+    return all(_close(mine[name], its[name]) for name in mine)
+
+
+def _close(mine: list[Any], its: list[Any]) -> bool:
+    (shape, *sums), (its_shape, *its_sums) = mine, its
+    within = TINY * math.prod(shape)
+    pairs = zip(sums, its_sums, strict=True)
+    return shape == its_shape and all(math.isclose(a, b, rel_tol=TINY, abs_tol=within) for a, b in pairs)
+
+
 def _other(part: str, mine: Any, its: Any) -> str:
     if part == "data":
         return f"other data, of {its[0]} samples with the summed loss {its[1]:.6g} (here {mine[0]} with {mine[1]:.6g})"
-    names = [k for k in {**mine, **its} if mine.get(k) != its.get(k)]
+    names = [k for k in {**mine, **its} if k not in mine or k not in its or not _same(part, {k: mine[k]}, {k: its[k]})]
     if part == "model":
         return f"another model, or of other weights of it: {names[:5]} differ"
     return "other settings: " + ", ".join(f"{k} was {its.get(k)!r} and is {mine.get(k)!r}" for k in names)
