@@ -10,8 +10,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help report test lint types format docs figures bench-statistics bench-floors bench-operators bench-resnet \
-	bench-gp bench-gp-million bench-tomography bench-tomography-quality bench-noise bench-optimisers bench-defaults \
-	bench-posteriors bench-quality bench-sampled bench-bias bench-cuda peers install clean
+	bench-gp bench-gp-million bench-tomography bench-tomography-quality bench-tomography-phantom bench-noise bench-optimisers \
+	bench-defaults bench-posteriors bench-quality bench-sampled bench-bias bench-cuda peers install clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -71,6 +71,9 @@ bench-tomography: $(STAMP) ## time products with a projector against MIRTorch's 
 
 bench-tomography-quality: $(STAMP) ## reconstruct the published protocol's 50 characters, going on where it stopped
 	$(BIN)/python -m benchmarks.tomography_quality
+
+bench-tomography-phantom: $(STAMP) ## reconstruct scikit-image's phantom at 128 x 128 (after: pip install scikit-image)
+	$(BIN)/python -m benchmarks.tomography_phantom
 
 bench-bias: $(STAMP) ## time pb.bias on digits-cnn, and two-batch curvature in gradients
 	$(BIN)/python -m benchmarks.bias

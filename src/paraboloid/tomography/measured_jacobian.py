@@ -23,9 +23,9 @@ class MeasuredJacobian:
     forth  B v for v [K, *shape] of each weight: [K, m]
     back   B^T u for u [K, m]: [K, *shape] of each weight
 
-    Where it fits it is formed once, at m products, and every later product is one of dense matrices, which take a tenth
-    of the time. Its rows have the fit's precision and all products that of J, float64: forth and back are each other's
-    transpose to rounding, which is what conjugate gradients need.
+    Where it fits it is formed once, at m products; later ones are of dense matrices, which take an eighth of the time.
+    Its rows have the fit's precision and all products that of J, float64: forth and back are each other's transpose to
+    rounding, which is what conjugate gradients need.
     """
 
     def __init__(self, J: ImageJacobian, A: Projector, gives: tuple[int, ...]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -27,7 +28,7 @@ def sections(results: dict[str, Any]) -> list[Section]:
 
 def _maps(row: dict[str, Any]) -> Panel:
     top = max(max(line) for line in row["maps"]["true"])
-    wide = max(max(line) for key in ("error", "std") for line in row["maps"][key])
+    wide = max(_high(row["maps"][key]) for key in ("error", "std"))
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, 4)
@@ -48,15 +49,24 @@ def _maps(row: dict[str, Any]) -> Panel:
         ("network's image", f"{fixed(row['network'], None, 1)} dB"),
         ("total variation", f"{fixed(row['tv'], None, 1)} dB"),
         ("log density per pixel", fixed(found["density"], None)),
-        ("the same, best one variance", fixed(row["isotropic"], None)),
+        ("the same in 4 x 4 patches", fixed(found["patches 4"], None)),
+        ("of the best one variance", fixed(row["isotropic"], None)),
+        ("of Monte Carlo dropout", fixed(row["dropout"]["density"], None)),
         ("50 % intervals cover", percent(found["inside"]["50"])),
         ("90 % intervals cover", percent(found["inside"]["90"])),
         ("correlation of error and std", fixed(found["correlation"], None)),
         ("noise variance, learned over true", fixed(row["noise_variance"] / row["true_noise_variance"], None)),
     ]
     table = Table("This picture", ["", "value"], values)
-    return Panel(inline_svg(name, title, (10.5, 2.9), draw), f"{title}. Error and standard deviation share one scale.",
+    return Panel(inline_svg(name, title, (10.5, 2.9), draw), f"{title}. Error and standard deviation share one scale; "
+                 "the largest hundredth of a map may lie above it.",
                  [table], wide=True)  # fmt: skip
+
+
+def _high(image: list[list[float]]) -> float:
+    """The value that a hundredth of the pixels exceed."""
+    values = sorted(value for line in image for value in line)
+    return values[math.ceil(0.99 * len(values)) - 1]
 
 
 def _cells(results: dict[str, Any]) -> list[Panel]:

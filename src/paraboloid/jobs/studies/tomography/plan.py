@@ -31,6 +31,6 @@ class Plan:
     @staticmethod
     def tiny() -> Plan:
         """For tests."""
-        return Plan(images=1, size=10, angles=(5,), noise=(0.05,), iterations=40, samples=8, phantom=10,
+        return Plan(images=1, size=10, angles=(5,), noise=(0.05,), iterations=20, samples=8, phantom=10,
                     phantom_angles=(6,), phantom_noise=(0.05,), chosen=(2,), candidates=8, characters=1,
                     probes=4)  # fmt: skip

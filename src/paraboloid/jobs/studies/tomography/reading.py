@@ -69,7 +69,8 @@ def findings(results: dict[str, Any]) -> list[str]:
             f"Phantom, {row['case']} ({row['angles']} angles, {percent(row['noise'])} noise, {row['size']} x "
             f"{row['size']}): {fixed(found['psnr'], None, 1)} dB (total variation {fixed(row['tv'], None, 1)}, network "
             f"{fixed(row['network'], None, 1)}), log density {fixed(found['density'], None)} per pixel against "
-            f"{fixed(row['isotropic'], None)} for the best one variance."
+            f"{fixed(row['isotropic'], None)} for the best one variance and "
+            f"{fixed(row['dropout']['density'], None)} for dropout."
         )
     return [*said, _chosen(results["choices"]), _agrees(results["agreement"][0])]
 
