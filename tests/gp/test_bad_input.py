@@ -79,6 +79,10 @@ def test_kernels_that_do_not_fit_the_data(samples):
 def test_wrong_labels_and_starts():
     with pytest.raises(ValueError, match="labels is a list that is no array of numbers"):
         pb.gp.classify(KERNEL, X, ["a", "b"] * 30)
+    with pytest.raises(ValueError, match=r"labels have dtype torch\.complex128; expected integers"):
+        pb.gp.classify(KERNEL, X, Y + 1j)
+    with pytest.raises(ValueError, match="every one of the 60 labels is a class of its own; expected classes"):
+        pb.gp.classify(KERNEL, X, Y)
     with pytest.raises(ValueError, match="labels hold 60 that are not finite"):
         pb.gp.classify(KERNEL, X, torch.full((60,), float("nan")), likelihood="softmax")
     with pytest.raises(ValueError, match=r"noise_variance is tensor[^;]*; expected a positive number to start from"):

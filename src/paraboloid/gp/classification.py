@@ -19,6 +19,7 @@ from paraboloid.linalg.operand import check_choice, check_count
 
 TOL = 1e-5  # of a Newton step, relative to the function
 TOGETHER = {"samples": 64, "seed": 0, "features": 2048, "max_memory": None}  # options of "softmax"
+MANY = 20  # real labels from which it is a mistake that all differ
 LARGEST = 1e6  # noise variance of a sample whose likelihood is flat
 
 
@@ -74,10 +75,15 @@ def classify(
     if labels.shape != (len(x),):
         raise ValueError(f"labels have shape {tuple(labels.shape)}; expected [{len(x)}]: one for each input.")
     check_count("max_newton", max_newton)
+    if labels.is_complex():
+        raise ValueError(f"labels have dtype {labels.dtype}; expected integers, booleans or other real numbers.")
     if labels.is_floating_point() and not bool(labels.isfinite().all()):
         raise ValueError(f"labels hold {int((~labels.isfinite()).sum())} that are not finite; expected a class for "
                          "each input.")  # fmt: skip
     classes = labels.unique()
+    if len(classes) == len(x) > MANY and labels.is_floating_point():
+        raise ValueError(f"every one of the {len(x)} labels is a class of its own; expected classes, not the "
+                         "targets of a regression.")  # fmt: skip
     if len(classes) < 2:
         raise ValueError(f"all labels are {classes.tolist()}; expected at least two classes.")
     if likelihood == "softmax":
