@@ -275,7 +275,8 @@ def main() -> None:
         part, rows = ("peers", against_gpytorch(options.sizes, options.kernels, options.noises, options.patience))
     for row in rows:  # kept as they come, and instead of those of earlier runs
         print(json.dumps(row), flush=True)
-        record[part] = [r for r in record[part] if _place(r) != _place(row)] + [row]
+        rest = [r for r in record[part] if _place(r) != _place(row)]
+        record[part] = sorted([*rest, row], key=lambda r: r["n"])
         path.write_text(json.dumps({**record, "machine": machine()}, indent=1, allow_nan=False) + "\n")
     text = markdown(record["peers"], record["scale"])
     (options.out / "gp.md").write_text(text)
