@@ -26,7 +26,7 @@ from paraboloid.passes.random_state import RandomStream
 from paraboloid.passes.wrappers import unwrapped
 from paraboloid.posteriors.fit import parameters_of
 from paraboloid.posteriors.likelihood import Likelihood
-from paraboloid.posteriors.prediction.confidence import SAMPLES, Confidence, shared
+from paraboloid.posteriors.prediction.confidence import RARE, SAMPLES, Confidence, shared
 from paraboloid.posteriors.prior_tuning.evidence import groups_of
 from paraboloid.posteriors.sampled import checkpoint as checkpoints
 from paraboloid.posteriors.sampled import noise
@@ -41,7 +41,6 @@ from paraboloid.posteriors.sampled.tangent_system import TangentSystem, feature_
 from paraboloid.posteriors.weights import only
 
 LARGE = 1_000_000  # weights from which the graphs of all data at once would not fit
-RARE = 0.98  # quantile of the variances on the data that others leave, beyond which confidence is lowered
 ITERATIONS = 100  # of conjugate gradients that a solution counts as, in the choice of a solver
 NORMALISATION = (
     nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.RMSNorm,
@@ -189,7 +188,7 @@ class Fitting:
         variances = torch.cat(found)
         if self.group is not None and self.shard == "data":
             variances = torch.cat([torch.tensor(part) for part in collectives.gathered(variances.tolist(), self.group)])
-        return Confidence.of(variances, RARE)
+        return Confidence.of(variances, RARE)  # beyond which confidence is lowered
 
 
 def input_scales(parameters: Sequence[Tensor]) -> Tensor:
