@@ -11,7 +11,14 @@ from torch import nn
 
 import paraboloid as pb
 from paraboloid.problems.pictures import draw_characters
-from paraboloid.tomography import best_angles, deep_image_prior, linearised, measured_jacobian
+from paraboloid.tomography import (
+    best_angles,
+    deep_image_prior,
+    image_posterior,
+    linearised,
+    measured_jacobian,
+    sampled_evidence,
+)
 from paraboloid.tomography.evidence_ascent import Objective, ascend
 from paraboloid.tomography.image_jacobian import ImageJacobian
 from paraboloid.tomography.kernel_grams import packed_grams, unpacked
@@ -236,6 +243,22 @@ def test_products_alone_find_the_same_prior(fit, weights):
     first = value(KernelPrior.of(fit.model, "per_block"), fit.noise_variance)
     best = value(exact.prior, exact.noise_variance)
     assert value(prior, s2) > best - 0.05 * (best - first)
+
+
+@pytest.mark.parametrize("weights", ["both", "trained", "optimum"])
+def test_beyond_small_images_the_evidence_is_exact_as_long_as_its_measurements_fit(fit, weights, monkeypatch):
+    """By matrices of the measurements alone: the same prior and noise, posterior images by products."""
+    exact = linearised(fit, weights=weights, steps=40)
+    monkeypatch.setattr(image_posterior, "LARGEST", 1e9)  # no matrix of pixels fits
+    found = linearised(fit, weights=weights, steps=40, samples=3)
+    assert exact.exact and not found.exact
+    torch.testing.assert_close(found.prior.log_variance, exact.prior.log_variance, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.prior.log_length, exact.prior.log_length, rtol=1e-3, atol=1e-3)
+    assert found.noise_variance == pytest.approx(exact.noise_variance, rel=1e-4)
+    torch.testing.assert_close(found.mean, exact.mean, rtol=1e-2, atol=1e-3)
+    monkeypatch.setattr(sampled_evidence, "KEPT", 1e9)  # nor one of measurements: the probes' ascent
+    fewer = linearised(fit, weights=weights, steps=2, samples=3)
+    assert not torch.equal(fewer.prior.log_variance, exact.prior.log_variance)
 
 
 def test_the_true_image_is_likelier_than_under_equal_variances():

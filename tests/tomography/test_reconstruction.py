@@ -10,6 +10,7 @@ from torch import nn
 
 import paraboloid as pb
 from paraboloid.tomography import ParallelBeam, as_projector, deep_image_prior, total_variation, training
+from paraboloid.tomography.reconstruction import iterations_for
 from paraboloid.tomography.sinograms import noise_variance_of
 from paraboloid.tomography.u_net import UNet
 from paraboloid.tomography.variation import scale_of, squared_norm, variation
@@ -217,3 +218,8 @@ ERRORS = [
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(("size", "expected"), [(8, 600), (40, 600), (80, 2400), (128, 6144)])
+def test_larger_images_are_trained_longer(size, expected):
+    assert iterations_for(ParallelBeam(size, 2)) == expected

@@ -1,4 +1,4 @@
-"""The evidence of the linearised reconstruction with every matrix formed: exact, for small images."""
+"""The evidence of the linearised reconstruction by matrices that are formed: exact."""
 
 from __future__ import annotations
 
@@ -17,45 +17,26 @@ from paraboloid.tomography.reconstruction import Reconstruction
 SHARES = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)  # of the mean diagonal that are added where rounding made a matrix indefinite
 
 
-class DenseEvidence:
+class GramEvidence:
     """log N(r; 0, S) for S = A K A^T + s2 I, K = J Sigma J^T, with A K A^T = sum_br c_br G_br and G_br formed once.
 
     r = y - A x + A J w are the measurements of the linear model whose weights w have the prior N(0, Sigma): with w_0
     their posterior mean, -2 log N = ||y - A x(w_0)||^2 / s2 + w_0 . Sigma^-1 w_0 + log det S and constants.
 
-    Where there are more measurements m than pixels n, A = Q R, and the matrices are those of R [n, n]: S is s2 on what
-    Q leaves out.  J and G have the fit's precision, which is enough to find the prior; everything else is of float64:
-    S is much less on what A sees least than A K A^T's rounding in float32.
+    grams    the lower triangles of G_br where S is not s2 alone, [R in all, k (k + 1) / 2] of float64
+    inside   r there, [k];  outside: its square elsewhere, in `left` more dimensions
     """
 
-    @torch.no_grad()
-    def __init__(self, fit: Reconstruction, J: ImageJacobian, prior: KernelPrior):
-        self.rows, self.A, self.image = J.rows(), fit.A, fit.image.shape
-        self.residual = linear_residual(fit, self.push([w.unsqueeze(0) for w in J.weights])[0]).flatten()
-        eye = torch.eye(J.pixels, dtype=torch.float64, device=self.residual.device)
-        seen = (fit.A @ eye.view(-1, *fit.image.shape)).reshape(J.pixels, -1).T
-        self.Q, self.R = torch.linalg.qr(seen) if len(seen) > J.pixels else (None, seen)
-        measured = [torch.tensordot(self.R.to(rows), rows, 1) for rows in self.rows]
-        self.grams = packed_grams(measured, prior.blocks)
-        self.inside = self.within(self.residual)
-        self.outside = max(0.0, float(self.residual.square().sum() - self.inside.square().sum()))
-
-    def push(self, v: Sequence[Tensor]) -> Tensor:
-        """J v for v [K, *shape] of each weight, [K, n] of float64."""
-        pairs = zip(v, self.rows, strict=True)
-        return torch.stack([t.flatten(1).double() @ rows.flatten(1).double().T for t, rows in pairs]).sum(0)
-
-    def within(self, r: Tensor) -> Tensor:
-        """Q^T r for rows [..., m]."""
-        return r if self.Q is None else r @ self.Q
+    def __init__(self, grams: Tensor, inside: Tensor, outside: float = 0.0, left: int = 0):
+        self.grams, self.inside, self.outside, self.left = grams, inside, outside, left
 
     def factor(self, prior: KernelPrior, noise_variance: Tensor) -> Tensor:
-        """The Cholesky factor of S inside Q's range."""
+        """The Cholesky factor of S inside."""
         return factor(unpacked(prior.coefficients().detach() @ self.grams), float(noise_variance))
 
     def value(self, prior: KernelPrior, noise_variance: Tensor) -> Tensor:
         """The log evidence, 0-dimensional; differentiable once in the prior's tensors and the noise variance."""
-        return -(self.terms(prior, noise_variance) + len(self.residual) * math.log(2 * math.pi)) / 2
+        return -(self.terms(prior, noise_variance) + (len(self.inside) + self.left) * math.log(2 * math.pi)) / 2
 
     def terms(self, prior: KernelPrior, noise_variance: Tensor, fit: bool = True) -> Tensor:
         """r . S^-1 r + log det S, or log det S alone, 0-dimensional; differentiable once.
@@ -63,7 +44,7 @@ class DenseEvidence:
         d/dc (r . S^-1 r + log det S) = <S^-1 - a a^T, dS/dc> for a = S^-1 r.
         """
         with torch.no_grad():
-            s2, left = noise_variance.detach(), len(self.residual) - len(self.R)
+            s2, left = noise_variance.detach(), self.left
             L = self.factor(prior, s2)
             found = 2 * L.diagonal().log().sum() + left * s2.log()
             a = torch.cholesky_solve(self.inside.unsqueeze(1), L)
@@ -78,6 +59,36 @@ class DenseEvidence:
             by_c = self.grams @ (slope[i, j] * torch.where(i == j, 1.0, 2.0))
         c = prior.coefficients()
         return found + ((c - c.detach()) * by_c).sum() + (noise_variance - s2) * noise
+
+
+class DenseEvidence(GramEvidence):
+    """The same with the image's matrices formed too, for small images.
+
+    Where there are more measurements m than pixels n, A = Q R, and the matrices are those of R [n, n]: S is s2 on what
+    Q leaves out.  J and G have the fit's precision, which is enough to find the prior; everything else is of float64:
+    S is much less on what A sees least than A K A^T's rounding in float32.
+    """
+
+    @torch.no_grad()
+    def __init__(self, fit: Reconstruction, J: ImageJacobian, prior: KernelPrior):
+        self.rows, self.A, self.image = J.rows(), fit.A, fit.image.shape
+        self.residual = linear_residual(fit, self.push([w.unsqueeze(0) for w in J.weights])[0]).flatten()
+        eye = torch.eye(J.pixels, dtype=torch.float64, device=self.residual.device)
+        seen = (fit.A @ eye.view(-1, *fit.image.shape)).reshape(J.pixels, -1).T
+        self.Q, self.R = torch.linalg.qr(seen) if len(seen) > J.pixels else (None, seen)
+        measured = [torch.tensordot(self.R.to(rows), rows, 1) for rows in self.rows]
+        inside = self.within(self.residual)
+        outside = max(0.0, float(self.residual.square().sum() - inside.square().sum()))
+        super().__init__(packed_grams(measured, prior.blocks), inside, outside, len(self.residual) - len(self.R))
+
+    def push(self, v: Sequence[Tensor]) -> Tensor:
+        """J v for v [K, *shape] of each weight, [K, n] of float64."""
+        pairs = zip(v, self.rows, strict=True)
+        return torch.stack([t.flatten(1).double() @ rows.flatten(1).double().T for t, rows in pairs]).sum(0)
+
+    def within(self, r: Tensor) -> Tensor:
+        """Q^T r for rows [..., m]."""
+        return r if self.Q is None else r @ self.Q
 
     def at(self, prior: KernelPrior, noise_variance: float) -> DenseSolution:
         return DenseSolution(self, prior, noise_variance)

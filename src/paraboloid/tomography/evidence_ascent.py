@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paraboloid.tomography.dense_evidence import DenseEvidence
+from paraboloid.tomography.dense_evidence import GramEvidence
 from paraboloid.tomography.kernel_prior import KernelPrior
 
 WEIGHTS = ("both", "optimum", "trained")
@@ -48,7 +48,7 @@ class Objective:
             return torch.zeros(len(prior.blocks), dtype=torch.float64)
         return prior.square(self.trained)
 
-    def dense(self, evidence: DenseEvidence, prior: KernelPrior, s2: Tensor) -> Tensor:
+    def dense(self, evidence: GramEvidence, prior: KernelPrior, s2: Tensor) -> Tensor:
         """The objective, 0-dimensional."""
         if self.at_optimum:
             return evidence.value(prior, s2) - self.square(prior).sum() / 2
@@ -62,7 +62,7 @@ def ascend(
     """The prior and the noise variance at a maximum of the objective, from where they are."""
     if steps == 0:
         return prior, noise_variance
-    climb = _dense if isinstance(evidence, DenseEvidence) else _sampled
+    climb = _dense if isinstance(evidence, GramEvidence) else _sampled
     return climb(evidence, objective, prior, noise_variance, learn_noise, steps)
 
 

@@ -175,7 +175,8 @@ def linearised(
                  that keeps the prior as wide as the trained weights ask for.  From few angles the optimum alone is
                  far too sure; the trained weights alone take their own misfit for noise
     evidence     "exact": with every matrix formed (images of up to some 45 x 45); "sampled": by conjugate gradients
-                 with `probes` random signs; "auto": exact where it fits
+                 with `probes` random signs; "auto": exact where it fits, and beyond that the evidence alone by matrices
+                 of the measurements, exactly, where these fit (some 4,000), with sampled images
     learn_noise  False keeps the fit's noise variance
     steps        of the evidence's ascent
 
@@ -193,8 +194,8 @@ def linearised(
     if max_memory is not None and not (isinstance(max_memory, int | float) and max_memory >= 0):
         raise ValueError(f"max_memory is {max_memory!r}; expected a number of bytes, or None.")
     first = KernelPrior.of(fit.model, prior)
-    J = ImageJacobian(fit, first.names, max_memory)
-    if evidence == "auto":
+    J, automatic = ImageJacobian(fit, first.names, max_memory), evidence == "auto"
+    if automatic:
         evidence = "exact" if _dense_bytes(J, first) <= DENSE.of() / LARGEST else "sampled"
     if evidence == "sampled":  # conjugate gradients do not converge on a float32 Jacobian's products
         J = ImageJacobian(fit, first.names, max_memory, torch.float64)
@@ -206,7 +207,8 @@ def linearised(
         found = SampledEvidence(J, fit.A, linear_residual(fit, at_weights), probes, seed)
     misfit = float((fit.sinogram - fit.A @ fit.image).double().square().sum())
     objective, steps = Objective(weights, J.weights, misfit), check_count("steps", steps, least=0)
-    learned, s2 = ascend(found, objective, first, fit.noise_variance, learn_noise, steps)
+    climbed = found.formed(first) if automatic and evidence == "sampled" and steps else None
+    learned, s2 = ascend(climbed or found, objective, first, fit.noise_variance, learn_noise, steps)
     return ImagePosterior(fit, J, found, learned, s2, samples, seed, mean)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from paraboloid.passes.memory import DENSE
 from paraboloid.tomography.image_jacobian import ImageJacobian
+from paraboloid.tomography.kernel_grams import packed_grams
 from paraboloid.tomography.kernel_prior import KernelPrior
 from paraboloid.tomography.projector import Projector
 
@@ -60,6 +61,13 @@ class MeasuredJacobian:
             half = (rows.view(self.size, -1, len(C)) @ torch.linalg.cholesky(C).to(rows)).view(self.size, shape.numel())
             found.addmm_(half, half.T)
         return found
+
+    def grams(self, prior: KernelPrior) -> Tensor:
+        """B S_br B^T for every block and distance, packed; where B is formed."""
+        assert self.rows is not None
+        own = self.J.fit.input.dtype
+        rows = [t.to(own).view(self.size, -1, s[-1] * s[-2]) for t, s in zip(self.rows, self.shapes, strict=True)]
+        return packed_grams(rows, prior.blocks)
 
     def _pulled(self, J: ImageJacobian, u: Tensor) -> list[Tensor]:
         return J.pull((self.A.T @ u.view(len(u), *self.gives)).reshape(len(u), -1))

@@ -22,6 +22,7 @@ from paraboloid.tomography.training import Training
 from paraboloid.tomography.u_net import LEAST, UNet
 from paraboloid.tomography.variation import SHARE, scale_of, total_variation
 
+ITERATIONS, SMALL = 600, 40 * 40  # of training, for images of so many pixels
 HEADROOM = 1.2  # the upper bound of the image, over the largest value of a reconstruction by total variation
 
 
@@ -62,7 +63,7 @@ def deep_image_prior(
     *,
     bounds: tuple[float, float] | None = None,
     tv: float = SHARE,
-    iterations: int = 600,
+    iterations: int | None = None,
     lr: float = 1e-2,
     stop: str | None = "discrepancy",
     model: nn.Module | None = None,
@@ -81,6 +82,8 @@ def deep_image_prior(
     noise_variance  of y's entries; by default estimated from y, see `noise_variance_of`; `linearised` learns it
     bounds          (low, high) of the image's values; by default 0 and 1.2 times the largest value of the
                     reconstruction by total variation; infinite ones for none
+    iterations      None: 600 for images of up to 40 x 40 pixels, and in proportion to the pixels beyond, which a
+                    network takes longer to learn
     stop            "discrepancy": at the first iterate whose mean squared misfit is at most the noise variance
                     (Morozov's principle), or after `iterations`; None: after `iterations`
     model, input    a network of your own, [1, ...] to [1, H, W], which is trained in place, and what it takes
@@ -94,7 +97,8 @@ def deep_image_prior(
     y = as_sinogram(y)
     A = as_projector(A, y)
     _check_options(noise_variance, bounds, tv, lr, stop, model, checkpoint, progress)
-    check_count("iterations", iterations)
+    if iterations is not None:
+        check_count("iterations", iterations)
     if len(A.takes) != 2:
         raise ValueError(f"A takes volumes of shape {A.takes}; expected images [H, W]: the network is two-dimensional. "
                          "Reconstruct slices, or use total_variation.")  # fmt: skip
@@ -119,6 +123,7 @@ def deep_image_prior(
             limits = bounds or (0.0, HEADROOM * float(seen.max()))
             model = UNet(z.shape[1], lead, limits, scale, float(z.mean())).to(z)
     _check_output(model, z, (*lead, *A.takes))
+    iterations = iterations_for(A) if iterations is None else iterations
     training = Training(A, y, s2, tv / scale, iterations, lr, model, z)
     if checkpoint is not None:
         training.resume(Path(checkpoint))
@@ -127,6 +132,11 @@ def deep_image_prior(
         image = model(z)[0].detach()
     kept = model.bounds if isinstance(model, UNet) else bounds or (-math.inf, math.inf)
     return Reconstruction(image, model, z, A, y, s2, training.misfit, stopped, kept)
+
+
+def iterations_for(A: Projector) -> int:
+    """Of training, by default."""
+    return max(ITERATIONS, ITERATIONS * math.prod(A.takes) // SMALL)
 
 
 def _input(A: Projector, y: Tensor, given: Any, weight: float) -> Tensor:

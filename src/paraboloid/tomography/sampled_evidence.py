@@ -14,10 +14,11 @@ from paraboloid import linalg
 from paraboloid.linalg.estimate import Estimate
 from paraboloid.linalg.nystrom_approximation import LowRank
 from paraboloid.linalg.probes import generator_of, signs
-from paraboloid.tomography.dense_evidence import factor
+from paraboloid.passes.memory import DENSE
+from paraboloid.tomography.dense_evidence import GramEvidence, factor
 from paraboloid.tomography.image_jacobian import ImageJacobian
 from paraboloid.tomography.kernel_prior import KernelPrior
-from paraboloid.tomography.measured_jacobian import MeasuredJacobian
+from paraboloid.tomography.measured_jacobian import KEPT, MeasuredJacobian
 from paraboloid.tomography.projector import Projector
 
 RANK = 60  # of the preconditioner
@@ -112,6 +113,13 @@ class SampledEvidence:
         volume = float((low.values.double() + s2).log().sum()) + (r.numel() - len(low.values)) * math.log(s2)
         value = -(float((r * a).sum()) + volume + float(rest) + r.numel() * math.log(2 * math.pi)) / 2
         return Estimate(value, rest.standard_error / 2)
+
+    def formed(self, prior: KernelPrior) -> GramEvidence | None:
+        """The same without probes, where matrices of the measurements fit; else None."""
+        m = self.B.size
+        if self.B.rows is None or 4 * m * (m + 1) * len(prior.coefficients()) > DENSE.of() // KEPT:
+            return None
+        return GramEvidence(self.B.grams(prior), self.residual.flatten().double())
 
     def at(self, prior: KernelPrior, noise_variance: float) -> SampledSolution:
         return SampledSolution(self, prior, noise_variance)

@@ -13,7 +13,7 @@ from torch import Tensor
 from paraboloid.linalg.operand import check_count
 from paraboloid.passes.random_state import seeded
 from paraboloid.tomography.measurement import as_projector
-from paraboloid.tomography.reconstruction import HEADROOM, Reconstruction
+from paraboloid.tomography.reconstruction import HEADROOM, Reconstruction, iterations_for
 from paraboloid.tomography.sinograms import as_sinogram
 from paraboloid.tomography.training import Training, rate
 from paraboloid.tomography.u_net import UNet
@@ -44,7 +44,7 @@ class SideBySide:
 @torch.inference_mode(False)
 def deep_image_priors(
     A: Sequence[Any], y: Sequence[Tensor], noise_variances: Sequence[float], seeds: Sequence[int], *,
-    iterations: int = 600, lr: float = 1e-2, stop: bool = True, dropout: float = 0.0,
+    iterations: int | None = None, lr: float = 1e-2, stop: bool = True, dropout: float = 0.0,
 ) -> SideBySide:  # fmt: skip
     """`deep_image_prior` of each sinogram [angles, detectors], for images of one size: to rounding what it gives alone.
 
@@ -52,7 +52,8 @@ def deep_image_priors(
     that reached its noise keeps the weights of that iterate while the others go on (stop=True); dropout is of channels,
     with masks from the first of the seeds.
     """
-    check_count("iterations", iterations)
+    if iterations is not None:
+        check_count("iterations", iterations)
     y = [as_sinogram(one) for one in y]
     alone = [
         _training(as_projector(B, one), one, s2, seed, iterations, lr)
@@ -69,11 +70,12 @@ def deep_image_priors(
     return SideBySide(fits, network, z)
 
 
-def _training(A: Any, y: Tensor, s2: float, seed: int, iterations: int, lr: float) -> Training:
+def _training(A: Any, y: Tensor, s2: float, seed: int, iterations: int | None, lr: float) -> Training:
     scale = scale_of(A, y)
     z = total_variation(A, y, SHARE * s2 / scale).reshape(1, 1, *A.takes)
     with seeded(seed):
         model = UNet(1, (), (0.0, HEADROOM * float(z.max())), scale, float(z.mean())).to(z)
+    iterations = iterations_for(A) if iterations is None else iterations
     return Training(A, y, s2, SHARE / scale, iterations, lr, model, z)
 
 

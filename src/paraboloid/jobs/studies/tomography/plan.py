@@ -13,7 +13,7 @@ class Plan:
     size: int = 28  # of the characters
     angles: tuple[int, ...] = (5, 10, 20, 30)
     noise: tuple[float, ...] = (0.05, 0.10)
-    iterations: int = 600
+    iterations: int | None = None  # of training: by the image's size
     samples: int = 64
     phantom: int = 40  # the largest round size whose evidence is formed exactly
     phantom_angles: tuple[int, ...] = (10, 24)
