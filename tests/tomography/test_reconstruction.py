@@ -220,6 +220,6 @@ def test_errors(call, message):
         call()
 
 
-@pytest.mark.parametrize(("size", "expected"), [(8, 600), (40, 600), (80, 2400), (128, 6144)])
+@pytest.mark.parametrize(("size", "expected"), [(8, 600), (40, 600), (80, 2400), (128, 6144), (200, 6144)])
 def test_larger_images_are_trained_longer(size, expected):
     assert iterations_for(ParallelBeam(size, 2)) == expected

@@ -22,7 +22,7 @@ from paraboloid.tomography.training import Training
 from paraboloid.tomography.u_net import LEAST, UNet
 from paraboloid.tomography.variation import SHARE, scale_of, total_variation
 
-ITERATIONS, SMALL = 600, 40 * 40  # of training, for images of so many pixels
+ITERATIONS, SMALL, LARGE = 600, 40**2, 128**2  # of training, for images of so many pixels; and up to how many they grow
 HEADROOM = 1.2  # the upper bound of the image, over the largest value of a reconstruction by total variation
 
 
@@ -83,7 +83,7 @@ def deep_image_prior(
     bounds          (low, high) of the image's values; by default 0 and 1.2 times the largest value of the
                     reconstruction by total variation; infinite ones for none
     iterations      None: 600 for images of up to 40 x 40 pixels, and in proportion to the pixels beyond, which a
-                    network takes longer to learn
+                    network takes longer to learn, up to the 6,144 of 128 x 128
     stop            "discrepancy": at the first iterate whose mean squared misfit is at most the noise variance
                     (Morozov's principle), or after `iterations`; None: after `iterations`
     model, input    a network of your own, [1, ...] to [1, H, W], which is trained in place, and what it takes
@@ -136,7 +136,7 @@ def deep_image_prior(
 
 def iterations_for(A: Projector) -> int:
     """Of training, by default."""
-    return max(ITERATIONS, ITERATIONS * math.prod(A.takes) // SMALL)
+    return max(ITERATIONS, ITERATIONS * min(math.prod(A.takes), LARGE) // SMALL)
 
 
 def _input(A: Projector, y: Tensor, given: Any, weight: float) -> Tensor:
