@@ -4,7 +4,7 @@
     python -m benchmarks.tomography_phantom --cases 0     the table again
 
 From 10 and 20 angles with 5 and 10 per cent of noise, as `paraboloid reproduce tomography --full` has it: evidence by
-conjugate gradients with probes, samples by Matheron's rule.  One line for each case in
+matrices of the measurements, samples by conjugate gradients and Matheron's rule.  One line for each case in
 results/tomography-phantom.jsonl; an interrupted training goes on where it stopped, and dropout comes last.  Needs
 scikit-image, whose 400 x 400 pixels are resized with its own anti-aliasing.  One thread.
 """
