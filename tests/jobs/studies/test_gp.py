@@ -92,3 +92,11 @@ def test_uci_sets_in_the_papers_splits(tmp_path):
     (place / "index_target.txt").unlink()
     with pytest.raises(ValueError, match=r"index_target\.txt is missing; a UCI set has"):
         next(regression.uci(plan.data, "song", 1))
+
+
+def test_each_iterative_solver_is_judged_by_its_own_likelihood():
+    rows = {f"paraboloid, {m}": {"nll": nll} for m, nll in
+            [("cholesky", -0.168), ("cg", -0.167), ("sdd", 1.499), ("100 inducing", -0.166)]}  # fmt: skip
+    found = {claim: seen for claim, seen, _ in reading._of_predictions(rows)}
+    assert found["conjugate gradients predict as a Cholesky factor does"]
+    assert not found["dual descent does so after 100 passes"]

@@ -6,6 +6,7 @@ from typing import Any
 
 from paraboloid.jobs.studies.claims import Claim
 from paraboloid.jobs.studies.gp.gpytorch_models import MISSING
+from paraboloid.jobs.studies.gp.regression import SWEEPS
 from paraboloid.report.numbers import fixed, number
 
 CLOSE = 0.01  # of two likelihoods that are alike
@@ -52,10 +53,10 @@ def _of_solvers(results: dict[str, Any]) -> list[Claim]:
 
 def _of_predictions(rows: dict[str, dict[str, Any]]) -> list[Claim]:
     """Of one set, by method: our conjugate gradients against the others."""
-    exact, mine, few = (rows[f"paraboloid, {m}"] for m in ("cholesky", "cg", "100 inducing"))
-    alike = abs(mine["nll"] - exact["nll"]) < CLOSE
+    exact, mine, dual, few = (rows[f"paraboloid, {m}"] for m in ("cholesky", "cg", "sdd", "100 inducing"))
     found: list[Claim] = [
-        ("iterative solvers predict as a Cholesky factor does", alike, _likelihoods(mine, exact)),
+        ("conjugate gradients predict as a Cholesky factor does", _alike(mine, exact), _likelihoods(mine, exact)),
+        (f"dual descent does so after {SWEEPS} passes", _alike(dual, exact), _likelihoods(dual, exact)),
         (f"all data is better than inducing inputs {MARGIN}", _better(mine, few), _likelihoods(mine, few)),
     ]
     if "GPyTorch" in rows:
@@ -68,6 +69,10 @@ def _of_predictions(rows: dict[str, dict[str, Any]]) -> list[Claim]:
              not _better(theirs, mine), _likelihoods(mine, theirs) + times),
         ]  # fmt: skip
     return found
+
+
+def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return abs(one["nll"] - other["nll"]) < CLOSE
 
 
 def _better(one: dict[str, Any], other: dict[str, Any]) -> bool:
