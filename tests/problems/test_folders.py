@@ -1,5 +1,6 @@
 """Files of MNIST, CIFAR and ImageNet, written here in their own formats, are read as they are."""
 
+import gzip
 import pickle
 
 import numpy as np
@@ -82,6 +83,24 @@ def test_a_pickle_that_would_run_something_is_refused(tmp_path):
         cifar10(tmp_path)
 
 
+DATA = np.zeros((2, 3072), np.uint8)
+
+
+@pytest.mark.parametrize("written, said", [
+    (b"\x8c\x04\xff\xff\xff\xff.", "is not a file of the Python version of CIFAR"),
+    (b"\x8d" + 8 * b"\xff", "is not a file of the Python version of CIFAR"),
+    (pickle.dumps({b"data": DATA[:, :3000], b"labels": [1, 2]}), r"its data are \[2, 3000\] of uint8 for 2 labels"),
+    (pickle.dumps({b"data": DATA / 2, b"labels": [1, 2]}), r"its data are \[2, 3072\] of float64"),
+    (pickle.dumps({b"data": DATA, b"labels": ["a", "b"]}), "is not a file of the Python version of CIFAR"),
+    (pickle.dumps({b"data": DATA, b"labels": [1, -100]}), "hold labels from -100 to 9; expected 0 to 9"),
+])  # fmt: skip
+def test_damaged_pickles(tmp_path, written, said):
+    write_cifar10(tmp_path, N=10)
+    (tmp_path / "data_batch_2").write_bytes(written)
+    with pytest.raises(ValueError, match=said):
+        cifar10(tmp_path)
+
+
 def test_pictures(tmp_path):
     write_pictures(tmp_path)
     dataset = Pictures(tmp_path / "train", size=28)
@@ -93,6 +112,14 @@ def test_pictures(tmp_path):
     (tmp_path / "train" / "cat" / "0.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"0.png is no picture that can be read"):
         dataset[0]
+    header = (tmp_path / "train" / "cat" / "1.png").read_bytes()
+    (tmp_path / "train" / "cat" / "1.bmp").write_bytes(
+        b"BM" + bytes(12) + b"(\0\0\0" + b"\0\0\4\0" * 2 + b"\1\0\x18\0" + bytes(24)
+    )
+    (tmp_path / "train" / "cat" / "1.png").write_bytes(header[:60])
+    for i in (1, 2):  # too large to be opened, and cut off
+        with pytest.raises(ValueError, match=r"1.(bmp|png) is no picture that can be read"):
+            Pictures(tmp_path / "train", size=28)[i]
     (tmp_path / "val" / "emu").mkdir()
     with pytest.raises(ValueError, match=r"has the classes \['emu'\]"):
         Pictures(tmp_path / "val", classes=dataset.classes)
@@ -120,6 +147,12 @@ def test_errors(tmp_path):
     path.write_bytes(whole)
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.zeros(3, np.uint8), 2049))
     with pytest.raises(ValueError, match="train files hold 6 images and 3 labels"):
+        mnist(tmp_path)
+    path.write_bytes(whole[:9])
+    with pytest.raises(ValueError, match="has 9 bytes; expected at least the 16 of an idx file's header"):
+        mnist(tmp_path)
+    (tmp_path / f"{path.name}.gz").write_bytes(gzip.compress(whole)[:-40])
+    with pytest.raises(ValueError, match=r"ubyte.gz cannot be decompressed .*; expected a whole file of gzip"):
         mnist(tmp_path)
     (tmp_path / "train.bin").write_bytes(b"123")
     with pytest.raises(ValueError, match=r"has 3 bytes; expected a multiple of 3074"):

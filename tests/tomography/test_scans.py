@@ -35,6 +35,13 @@ def test_numpy_in_any_order_of_axes(tmp_path, axes):
     found = read_scan(tmp_path / "a.npz", axes="angles detectors", key="sinogram", angles="theta", unit="radians",
                       log=False, centre=1.5)  # fmt: skip
     check(found, DATA[0], -0.5)
+    np.savez(tmp_path / "c.npz", sinogram=DATA[0], axis=[[2.5]], two=[1.0, 2.0], far=9, word="a")
+    given = {"axes": "angles detectors", "key": "sinogram"}
+    check(read_scan(tmp_path / "c.npz", **given, **GIVEN | {"centre": "axis"}), DATA[0], 0.5)
+    for name, said in (("two", r"'two' has shape \[2\]"), ("far", r"centre is 'far', 9.0 in the file; expected a detector"),
+                       ("word", "the numbers 'word' are .* expected real numbers"), ("left", "has no array 'left'")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            read_scan(tmp_path / "c.npz", **given, **GIVEN | {"centre": name})
     assert read_scan(tmp_path / "a.npy", axes=axes, dtype=torch.float64, **GIVEN).sinogram.dtype == torch.float64
 
 
@@ -85,6 +92,8 @@ def test_tiff_stacks(tmp_path):
     plain.mkdir()
     for i, number in enumerate((0, 2, 9, 10)):  # by value, not as words
         tifffile.imwrite(plain / f"v{number}.tif", DATA[:, i].astype(np.float32), photometric="minisblack")
+    check(read_scan(plain, axes="angles slices detectors", **GIVEN))
+    (plain / "v10.tif").rename(plain / "v10\u00b21.tif")  # a digit, but no number
     check(read_scan(plain, axes="angles slices detectors", **GIVEN))
     tifffile.imwrite(tmp_path / "rgb.tif", np.zeros((4, 5, 3), np.uint8), photometric="rgb")
     with pytest.raises(ValueError, match="has 3 numbers a pixel, such as colours"):
@@ -164,7 +173,7 @@ ERRORS = [
     ({"log": None}, "does not say whether it holds intensities"),
     ({"centre": None}, "does not say the detector of the axis of rotation"),
     ({"centre": 9}, r"centre is 9; expected a detector in 0..4, or 'middle'"),
-    ({"centre": "left"}, "centre is 'left'; expected a detector"),
+    ({"centre": "left"}, r"has no array 'left'; expected one of \['data'\]"),
     ({"angles": None}, "does not say the 4 angles; expected angles="),
     ({"unit": None}, "does not say the unit of the angles"),
     ({"unit": "turns"}, "unit is 'turns'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import pickle
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def mnist(folder: str | Path) -> tuple[Split, Split]:
         labels = _idx(
             _find(places, [f"{part}-labels-idx1-ubyte", f"{part}-labels.idx1-ubyte"], (".gz", "")), IDX_LABELS
         )
-        splits.append(_checked(images.unsqueeze(1), labels.long(), f"MNIST's {part} files"))
+        splits.append(_checked(images.unsqueeze(1), labels.long(), f"MNIST's {part} files", 10))
     return splits[0], splits[1]
 
 
@@ -42,15 +43,15 @@ def cifar10(folder: str | Path) -> tuple[Split, Split]:
     The pickled files are read without running what they may contain.  Raises as `mnist`.
     """
     names = [f"data_batch_{i}" for i in range(1, 6)]
-    return _cifar(folder, "cifar-10-batches", names, ["test_batch"], "labels", "py", "bin", 1)
+    return _cifar(folder, "cifar-10-batches", names, ["test_batch"], "labels", "py", "bin", 1, 10)
 
 
 def cifar100(folder: str | Path) -> tuple[Split, Split]:
     """The same of CIFAR-100, with its 100 fine labels."""
-    return _cifar(folder, "cifar-100", ["train"], ["test"], "fine_labels", "python", "binary", 2)
+    return _cifar(folder, "cifar-100", ["train"], ["test"], "fine_labels", "python", "binary", 2, 100)
 
 
-def _cifar(folder, stem, train, test, key, python, binary, bytes_before) -> tuple[Split, Split]:
+def _cifar(folder, stem, train, test, key, python, binary, bytes_before, classes) -> tuple[Split, Split]:
     tried = [Path(folder), Path(folder) / f"{stem}-{python}", Path(folder) / f"{stem}-{binary}"]
     for place in tried:
         if (place / train[0]).is_file():
@@ -65,7 +66,7 @@ def _cifar(folder, stem, train, test, key, python, binary, bytes_before) -> tupl
     splits = []
     for files in parts:
         images, labels = (torch.cat(each) for each in zip(*files, strict=True))
-        splits.append(_checked(images, labels, stem))
+        splits.append(_checked(images, labels, stem, classes))
     return splits[0], splits[1]
 
 
@@ -108,7 +109,7 @@ class Pictures:
         try:
             with Image.open(path) as opened:
                 image = opened.convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path} is no picture that can be read: {error}") from error
         scale = self.size * 8 / 7 / min(image.size)
         width, height = (max(self.size, round(side * scale)) for side in image.size)
@@ -130,12 +131,19 @@ def _find(places: Iterable[Path], names: list[str], endings: tuple[str, ...] = (
 
 def _idx(path: Path, magic: int) -> Tensor:
     """An idx file of unsigned bytes: big-endian magic number, sizes, data."""
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be decompressed ({error}); expected a whole file of gzip.") from error
     found = int.from_bytes(raw[:4], "big")
     if found != magic:
         raise ValueError(f"{path} begins with the magic number {found}; expected {magic}, that of an idx file of "
                          f"{'images' if magic == IDX_IMAGES else 'labels'}.")  # fmt: skip
     axes = magic % 256
+    if len(raw) < 4 * (axes + 1):
+        raise ValueError(
+            f"{path} has {len(raw)} bytes; expected at least the {4 * (axes + 1)} of an idx file's header."
+        )
     shape = [int.from_bytes(raw[4 * (i + 1) : 4 * (i + 2)], "big") for i in range(axes)]
     data = np.frombuffer(raw, np.uint8, offset=4 * (axes + 1))
     if data.size != int(np.prod(shape)):
@@ -160,11 +168,13 @@ class _ArraysOnly(pickle.Unpickler):
 def _pickled(path: Path, key: str) -> Split:
     try:
         found = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-        images, labels = np.asarray(found[b"data"]), found[key.encode()]
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, IndexError, AttributeError) as error:
+        images, labels = np.asarray(found[b"data"]), torch.tensor(found[key.encode()], dtype=torch.int64)
+        if images.dtype != np.uint8 or images.shape != (len(labels), 3072):
+            raise ValueError(f"its data are {list(images.shape)} of {images.dtype} for {len(labels)} labels")
+    except Exception as error:  # whatever pickle says to bytes that are none of its own
         raise ValueError(f"{path} is not a file of the Python version of CIFAR ({error}); expected a pickled dict with "
                          f"'data' and {key!r}, made of numbers and arrays.") from error  # fmt: skip
-    return torch.from_numpy(images.copy()).view(-1, 3, 32, 32), torch.tensor(labels, dtype=torch.int64)
+    return torch.from_numpy(images.copy()).view(-1, 3, 32, 32), labels
 
 
 def _records(path: Path, labels: int) -> Split:
@@ -177,7 +187,10 @@ def _records(path: Path, labels: int) -> Split:
     return data[:, labels:].reshape(-1, 3, 32, 32), data[:, labels - 1].long()
 
 
-def _checked(images: Tensor, labels: Tensor, what: str) -> Split:
+def _checked(images: Tensor, labels: Tensor, what: str, classes: int) -> Split:
     if len(images) != len(labels):
         raise ValueError(f"{what} hold {len(images)} images and {len(labels)} labels; expected as many.")
+    if bool(((labels < 0) | (labels >= classes)).any()):
+        raise ValueError(f"{what} hold labels from {int(labels.min())} to {int(labels.max())}; expected 0 to "
+                         f"{classes - 1}.")  # fmt: skip
     return images, labels

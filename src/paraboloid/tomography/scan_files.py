@@ -123,7 +123,7 @@ def _tiff(path: Path) -> NDArray[Any]:
 
 def _by_number(path: Path) -> list[Any]:
     """view_2 before view_10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name)]
 
 
 def _tiff_folder(path: Path) -> Arrays:

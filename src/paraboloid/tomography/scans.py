@@ -64,7 +64,8 @@ def read_scan(
             own order); Data Exchange fixes it
     log     whether the data are intensities, of which -log is taken, or line integrals already; a file with flat fields
             holds intensities
-    centre  the detector, counted from 0, that the axis of rotation projects on (it may lie between two), or "middle"
+    centre  the detector, counted from 0, that the axis of rotation projects on (it may lie between two), "middle", or
+            the name of that number in the file
     angles  numbers, or the name of an array in the file; Data Exchange has its own (exchange/theta)
     unit    of the angles, "radians" or "degrees", unless the file says it
     key     the name of the data, where there are several arrays
@@ -90,15 +91,7 @@ def read_scan(
     flat, dark = (None if f is None else _field_in_order(f, order, moved) for f in (flat, dark))
     values = _integrals(moved, flat, dark, log, least)
     found = _angles(file, angles, unit, values.shape[-2])
-    middle = (values.shape[-1] - 1) / 2
-    if centre is None:
-        raise _missing(file, "centre", "the detector of the axis of rotation (a number from 0, or centre='middle')")
-    is_middle = isinstance(centre, str) and centre == "middle"
-    if not is_middle and (isinstance(centre, bool) or not isinstance(centre, Real)):
-        raise ValueError(f"centre is {centre!r}; expected a detector in 0..{values.shape[-1] - 1}, or 'middle'.")
-    off = 0.0 if isinstance(centre, str) else float(centre) - middle
-    if not abs(off) <= middle + 0.5:
-        raise ValueError(f"centre is {centre!r}; expected a detector in 0..{values.shape[-1] - 1}, or 'middle'.")
+    off = _off_middle(file, centre, values.shape[-1])
     return Scan(torch.from_numpy(np.ascontiguousarray(values)).to(dtype), found, off)
 
 
@@ -198,6 +191,28 @@ def _integrals(
                          "they have no logarithm; expected counts above the dark field. Give least=, such as 1e-4, to "
                          "raise those that noise makes.")  # fmt: skip
     return -np.log(share)
+
+
+def _off_middle(file: Arrays, given: Any, detectors: int) -> float:
+    if given is None:
+        raise _missing(file, "centre", "the detector of the axis of rotation (a number from 0, the name of one in the "
+                       "file, or centre='middle')")  # fmt: skip
+    if isinstance(given, str) and given == "middle":
+        return 0.0
+    value = _number(file, given) if isinstance(given, str) else given
+    middle = (detectors - 1) / 2
+    if isinstance(value, bool) or not isinstance(value, Real) or not abs(float(value) - middle) <= middle + 0.5:
+        found = f"centre is {given!r}" + (f", {value!r} in the file" if isinstance(given, str) else "")
+        raise ValueError(f"{found}; expected a detector in 0..{detectors - 1}, or 'middle'.")
+    return float(value) - middle
+
+
+def _number(file: Arrays, name: str) -> float:
+    found = _reals(f"numbers {name!r}", file.get(name))
+    if found.size != 1:
+        raise ValueError(f"{name!r} has shape {list(found.shape)} in {str(file.path)!r}; expected one number, the "
+                         "detector of the axis of rotation.")  # fmt: skip
+    return float(found.reshape(()))
 
 
 def _angles(file: Arrays, given: Any, unit: str | None, count: int) -> Tensor:
