@@ -1,5 +1,7 @@
 """Sums over lists of tensors: the same for few entries, which are joined, and for many, which are read one by one."""
 
+import math
+
 import pytest
 import torch
 
@@ -29,3 +31,16 @@ def test_dot_and_along_are_those_of_all_entries(few, dtypes, monkeypatch):
     close(foreach.along(xs, ys, zs), flat[0] @ (flat[1] - flat[2]))
     for part, before in zip((xs, ys, zs), kept, strict=True):
         assert all(torch.equal(t, b) for t, b in zip(part, before, strict=True))
+
+
+def test_what_is_joined_is_read_as_the_list_is(monkeypatch):
+    xs, ys, _ = lists([torch.float64] * 4)
+    whole = foreach.joined(xs)
+    assert whole is not None and torch.equal(whole, torch.cat([x.flatten() for x in xs]))
+    torch.testing.assert_close(foreach.dot(xs, ys, whole), foreach.dot(xs, ys), rtol=1e-14, atol=0)
+    assert foreach.finite(xs, whole)
+    assert foreach.finite([torch.full((3,), 1e200, dtype=torch.float64)], torch.full((3,), 1e200, dtype=torch.float64))
+    whole[-1] = math.inf
+    assert not foreach.finite(xs, whole)
+    monkeypatch.setattr(foreach, "FEW", 0)
+    assert foreach.joined(xs) is None and foreach.joined([]) is None

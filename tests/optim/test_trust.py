@@ -1,5 +1,6 @@
 """Steps that go wrong are noticed, taken back or followed by shorter ones, and `diagnostics` says why."""
 
+import copy
 import io
 import math
 import warnings
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import paraboloid as pb
+from paraboloid.optim import foreach
 from paraboloid.optim.trust import Trust
 
 LOSS = nn.CrossEntropyLoss()
@@ -288,3 +290,51 @@ def test_steps_that_keep_all_they_promise_grow_beyond_one_where_they_may():
         free.overshoots(-0.5)
         free.grow()
     assert free.rate == 1.0
+
+
+def eventful(kind, few, monkeypatch):
+    """Steps in which parameters lose their gradients, are clamped from outside, or come back from a checkpoint."""
+    monkeypatch.setattr(foreach, "FEW", few)
+    model = mlp()
+    groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters()), "lr": 0.2}]
+    wide = {} if kind is pb.optim.Preconditioned else {"kl_clip": 10.0}
+    opt = kind(model, LOSS, params=groups, rise_factor=1.5, **wide, lr=0.3)
+    rates = []
+    for i in range(14):
+        if i == 4:
+            model[0].weight.requires_grad_(False)
+        if i == 6:
+            model[0].weight.requires_grad_(True)
+        if i == 8:
+            with torch.no_grad():
+                model[2].weight.data.clamp_(-0.2, 0.2)  # no version tells of it
+        if i == 10:
+            state = copy.deepcopy(opt.state_dict())
+            opt.remove()
+            opt = kind(model, LOSS, params=groups, rise_factor=1.5, **wide, lr=0.3)
+            opt.load_state_dict(state)
+        if i == 12:
+            throw(model, 3.0)
+        take_step(model, opt, i, closure=False)
+        rates.append((opt.trust.rate, opt.trust.slope, dict(opt.trust.events)))
+    return flat(model), rates
+
+
+@pytest.mark.parametrize("kind", MEASURING)
+def test_steps_of_few_parameters_are_those_of_many(kind, monkeypatch):
+    few, many = eventful(kind, 10**6, monkeypatch), eventful(kind, 0, monkeypatch)
+    torch.testing.assert_close(few[0], many[0], rtol=1e-9, atol=1e-10)
+    for a, b in zip(few[1], many[1], strict=True):
+        assert (a[0], a[1] is None, a[2]) == (b[0], b[1] is None, b[2])
+        assert a[1] is None or a[1] == pytest.approx(b[1], rel=1e-7)
+
+
+def test_what_a_step_remembers_is_the_parameters_before_it():
+    model = mlp()
+    opt = pb.optim.KFAC(model, LOSS)
+    for i in range(4):
+        if i == 2:
+            model[0].weight.data.mul_(1.001)  # no version tells of it
+        before = [p.detach().clone() for p in model.parameters()]
+        take_step(model, opt, i, closure=False)
+        assert all(torch.equal(opt.state[p]["before"], b) for p, b in zip(model.parameters(), before, strict=True))

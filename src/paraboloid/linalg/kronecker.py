@@ -244,16 +244,25 @@ class Kron:
 
     # --- products and numbers ------------------------------------------------------------------------------------
 
-    def applied(self, g: Tensor) -> Tensor:
-        """`@` with one gradient, of its dtype; for one group without bookkeeping, and in the arithmetic that is on."""
+    @cached_property
+    def _plain(self) -> tuple[Tensor, Tensor] | None:
+        """Both factors without their groups; None where there are several, or one is known by rows."""
         first, second = self.sides
         if self.groups > 1 or first.kind in FEW or second.kind in FEW:
+            return None
+        return first.data[0], second.data[0]
+
+    def applied(self, g: Tensor) -> Tensor:
+        """`@` with one gradient, of its dtype; for one group without bookkeeping, and in the arithmetic that is on."""
+        if (plain := self._plain) is None:
             return (self @ g.to(self.dtype)).to(g.dtype)
-        left, right = first.data[0], second.data[0]
-        V = g.to(left.dtype).reshape(left.shape[0], right.shape[0])
-        V = V * right if right.dim() == 1 or right.shape[0] == 1 else V @ right
+        left, right = plain
+        V = g if g.dtype == left.dtype else g.to(left.dtype)
+        V = V if V.shape == (len(left), len(right)) else V.reshape(len(left), len(right))  # no view in channels_last
+        V = V * right if right.dim() == 1 or len(right) == 1 else V @ right
         V = left @ V if left.dim() == 2 else left.unsqueeze(1) * V
-        return V.view(g.shape).to(g.dtype)
+        V = V if V.shape == g.shape else V.view(g.shape)
+        return V if V.dtype == g.dtype else V.to(g.dtype)
 
     def product(self, rows: Tensor) -> Tensor:
         """Products with the K rows of a [K, D] tensor, as rows."""

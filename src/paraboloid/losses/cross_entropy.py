@@ -113,8 +113,10 @@ class CrossEntropy(Loss):
         f = full(f)
         p = f.softmax(axis)
         # H 1 = 0: less its value at the surest class, whose p rounds to 1, u leaves the others' p their digits.
-        surest = f.argmax(axis, keepdim=True).expand(*u.shape[: u.dim() - f.dim()], *f.shape[:1], 1, *f.shape[2:])
-        u = u - u.gather(axis, surest)
+        surest = f.argmax(axis, keepdim=True)
+        u = u - u.gather(
+            axis, surest if u.dim() == f.dim() else surest.expand(*u.shape[: u.dim() - f.dim()], *surest.shape)
+        )
         pu = p * u
         return self._mass(f, y) * (pu - p * pu.sum(axis, keepdim=True))
 

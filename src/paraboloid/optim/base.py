@@ -18,7 +18,7 @@ from paraboloid.optim.closures import Closure, Evaluation
 from paraboloid.optim.direction import AUTO, Move
 from paraboloid.optim.options import TORCHS, check_made
 from paraboloid.optim.sealed_state import KEY, opened, sealed
-from paraboloid.optim.trust import LOST, START, Trust, go_back, remember, slope, stop
+from paraboloid.optim.trust import LOST, START, LastStep, Trust, go_back, stop
 from paraboloid.passes import trees, wrappers
 from paraboloid.passes.torch_internals import versions
 
@@ -68,6 +68,7 @@ class Frame(torch.optim.Optimizer):
         rate = START if getattr(self, "kl_clip", None) == AUTO else 1.0
         self._composed = True
         self.trust = None if self.rise_factor is None else Trust(self.rise_factor, rate, self._short())
+        self._last_step, self._gradients = LastStep(), (list[Tensor](), None)
         self._left = list[int]()  # versions of the parameters after the last step; those that came later are not in it
 
     def _short(self) -> float | None:
@@ -154,9 +155,13 @@ class Frame(torch.optim.Optimizer):
             if m.params:
                 moves.append(m)
                 gradients += m.gradient
-        if not foreach.finite(gradients):
+        whole = foreach.joined(gradients)
+        if not foreach.finite(gradients, whole):
             bad = [name for m in moves for name, g in zip(m.names, m.gradient, strict=True) if not g.isfinite().all()]
             return self._skip(f"the gradient of {_some(bad)} has NaN or infinite entries")
+        self._gradients = gradients, whole
+        if len(moves) == 1:
+            moves[0].joined = whole
         return moves
 
     def _moved(self, p: Tensor, kept: Tensor) -> RuntimeError:
@@ -235,8 +240,10 @@ class Frame(torch.optim.Optimizer):
             return True
         trust.lost, pending, trust.pending = 0, trust.pending, None
         step = self.counters["steps"]
+        params, states = [p for m in moves for p in m.params], [state for m in moves for state in m.states]
+        now = foreach.joined(params)
         if trust.slope is not None and self._are_as_left():
-            change = (trust.slope + slope(self._states())) / 2
+            change = (trust.slope + self._slope(params, now)) / 2
             if trust.is_far_off(change):
                 go_back(self._states())
                 self._distrust(
@@ -251,14 +258,22 @@ class Frame(torch.optim.Optimizer):
             trust.note(pending)
         for m in moves:
             m.rate, m.loss_scale = trust.rate, trust.scale()
-        for m in moves:
-            remember(zip(m.params, m.states, strict=True))
+        self._last_step.begin(params, states, now)
         return True
 
-    def _end(self) -> None:
+    def _slope(self, params: list[Tensor], now: Tensor | None) -> float:
+        """The slope along the last step, by the gradients that the step in the making found."""
+        gradients, whole = self._gradients
+        if not all(p.grad is g for p, g in zip(params, gradients, strict=True)):
+            whole = None
+        return self._last_step.slope(self._states(), params, now, whole)
+
+    def _end(self, moves: list[Move]) -> None:
         """After the parameters moved."""
         if self.trust is not None:
-            self.trust.slope = slope(self._states())
+            params = [p for m in moves for p in m.params]
+            self.trust.slope = self._slope(params, foreach.joined(params))
+            self._gradients = [], None
             self._left = versions(list(self.names))
 
     def _lose(self) -> None:

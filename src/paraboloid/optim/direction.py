@@ -33,6 +33,7 @@ class Move:
         self.params: list[Tensor] = []
         self.states: list[dict[str, Any]] = []
         self.gradient: list[Tensor] = []
+        self.joined: Tensor | None = None  # the gradient as one vector, where that is there
         self.direction = self.gradient
 
     def add(self, name: str, p: Tensor, state: dict[str, Any], g: Tensor) -> None:
@@ -56,6 +57,7 @@ def coupled_decay(m: Move) -> None:
     """The gradient of loss + weight_decay ||theta||^2 / 2, where decay is not decoupled."""
     if m.group["weight_decay"] and not m.group.get("decoupled"):
         m.gradient = m.direction = foreach.added(m.gradient, m.params, alpha=m.group["weight_decay"])
+        m.joined = None
 
 
 def decoupled_decay(m: Move) -> None:
@@ -141,7 +143,7 @@ class TrustRegion:
     def __call__(self, m: Move) -> None:
         factor, lr = 1.0, rate(m.group)
         if self.kl_clip is not None:
-            size, clip = lr**2 * float(foreach.dot(m.gradient, m.direction)), self.kl_clip
+            size, clip = lr**2 * float(foreach.dot(m.gradient, m.direction, m.joined)), self.kl_clip
             clip = self.share * (1.0 if m.loss_scale is None else m.loss_scale) if isinstance(clip, str) else clip
             factor = min(factor, (clip / size) ** 0.5 if size > 0 else 1.0)
         if self.max_step is not None:

@@ -21,8 +21,8 @@ from paraboloid.passes.torch_internals import foreach_sqrt as roots
 
 FEW = 2**18  # entries
 
-__all__ = ["add_", "addcmul_", "added", "along", "dot", "finite", "lerp_", "norm", "norms", "quotients", "roots",
-           "scale_", "scaled", "shift_"]  # fmt: skip
+__all__ = ["add_", "addcmul_", "added", "along", "dot", "finite", "joined", "lerp_", "norm", "norms", "quotients",
+           "roots", "scale_", "scaled", "shift_"]  # fmt: skip
 
 
 def norm(xs: Sequence[Tensor]) -> Tensor:
@@ -38,17 +38,19 @@ def norms(xs: Sequence[Tensor]) -> list[float]:
     return torch.stack([n.double() for n in foreach_norm(xs)]).tolist()
 
 
-def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
-    """The sum of all products, [], in float64."""
+def dot(xs: Sequence[Tensor], ys: Sequence[Tensor], joined_xs: Tensor | None = None) -> Tensor:
+    """The sum of all products, [], in float64; `joined_xs` is `joined(xs)`, where that is there."""
+    if joined_xs is not None:
+        return _whole(ys).mul_(joined_xs).sum(dtype=torch.float64)
     if _are_few(xs):
-        return _joined(xs).mul_(_joined(ys)).sum(dtype=torch.float64)
+        return _whole(xs).mul_(_whole(ys)).sum(dtype=torch.float64)
     return torch.stack([product.sum(dtype=torch.float64) for product in scaled(xs, ys)]).sum()
 
 
 def along(xs: Sequence[Tensor], ys: Sequence[Tensor], zs: Sequence[Tensor]) -> Tensor:
     """The sum of all x (y - z), [], in float64."""
     if _are_few(xs):
-        return _joined(ys).sub_(_joined(zs)).mul_(_joined(xs)).sum(dtype=torch.float64)
+        return _whole(ys).sub_(_whole(zs)).mul_(_whole(xs)).sum(dtype=torch.float64)
     return dot(xs, added(ys, zs, alpha=-1))
 
 
@@ -60,11 +62,18 @@ def _are_few(xs: Sequence[Tensor]) -> bool:
     return sum([x.numel() for x in xs]) <= FEW and len({x.dtype for x in xs}) == 1
 
 
-def _joined(xs: Sequence[Tensor]) -> Tensor:
+def joined(xs: Sequence[Tensor]) -> Tensor | None:
+    """All entries in one new vector; None where the tensors are sooner read one by one."""
+    return _whole(xs) if xs and _are_few(xs) else None
+
+
+def _whole(xs: Sequence[Tensor]) -> Tensor:
     return torch.cat([x.reshape(-1) for x in xs])
 
 
-def finite(xs: Sequence[Tensor]) -> bool:
-    """Whether no entry is NaN or infinite."""
+def finite(xs: Sequence[Tensor], joined_xs: Tensor | None = None) -> bool:
+    """Whether no entry is NaN or infinite; `joined_xs` is `joined(xs)`, where that is there."""
     # a norm is many times faster than isfinite(), but may overflow where no entry does
+    if joined_xs is not None:
+        return math.isfinite(torch.linalg.vector_norm(joined_xs).item()) or bool(joined_xs.isfinite().all())
     return not xs or math.isfinite(norm(xs).item()) or all(bool(x.isfinite().all()) for x in xs)

@@ -135,14 +135,19 @@ class HessianFree(Frame):
                              "or KBFGS there.")  # fmt: skip
         self.counters["taken_back"] = 0
         self._left_at: float | None = None  # see `_mark`
+        self._found: dict[str, Any] | None = None  # the model's parameters, during a step
         self.loss = Loss.from_torch(loss_fn)
         self._last: dict[str, Any] = {"iterations": 0, "reduction_ratio": None, "rate": None, "iterate": None}
 
     # --- vectors over all trainable parameters -------------------------------------------------------------------
 
+    def _all(self) -> dict[str, Any]:
+        """The model's parameters by name; looked up once in a step."""
+        return trees.parameters(self.model) if self._found is None else self._found
+
     def _by_group(self, option: str | None) -> Tensor:
         """An option of the groups as a flat vector; None: 1 for the optimiser's parameters, 0 for others."""
-        parameters = trees.parameters(self.model)
+        parameters = self._all()
         self._check_model(parameters)
         values = {
             self.names[p]: torch.full_like(p, 1.0 if option is None else float(group[option]))
@@ -151,7 +156,7 @@ class HessianFree(Frame):
         return _wide(trees.flatten({k: values.get(k, torch.zeros_like(p)) for k, p in parameters.items()}, parameters))
 
     def _vector(self) -> Tensor:
-        parameters = trees.parameters(self.model)
+        parameters = self._all()
         return _wide(trees.flatten({k: p.detach() for k, p in parameters.items()}, parameters))
 
     def _write(self, theta: Tensor) -> None:
@@ -159,8 +164,7 @@ class HessianFree(Frame):
             p.copy_(value)
 
     def _pieces(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
-        parameters = trees.parameters(self.model)
-        values = trees.unflatten(flat, parameters)
+        values = trees.unflatten(flat, self._all())
         return [(p, values[name]) for p, name in self.names.items() if name in values]
 
     # --- the step ------------------------------------------------------------------------------------------------
@@ -184,8 +188,15 @@ class HessianFree(Frame):
                              f"'labels': {ALONE}")  # fmt: skip
         if other is None and self.debias:
             pair, other = halves(pair)
+        self._found = trees.parameters(self.model)
+        try:
+            return self._stepped(pair, other)
+        finally:
+            self._found = None
+
+    def _stepped(self, pair: Any, other: Any) -> Any:
         seed = self.seed + self.counters["steps"]
-        self._judge_last(other or pair, seed)
+        start = self._judge_last(other or pair, seed)
         self._move_statistics(pair, seed)
         try:
             q = self._quadratic(pair, seed)
@@ -198,33 +209,37 @@ class HessianFree(Frame):
         if not all(bool(g.isfinite().all()) for each in (q, measuring) for g in each.gradient.values()):
             self._skip("the gradient has NaN or infinite entries")
             return measuring.value
-        self._take(q, measuring, pair, other or pair, seed)
+        self._take(q, measuring, pair, other or pair, seed, start)
         self.counters["steps"] += 1
         return measuring.value
 
-    def _judge_last(self, batch: Any, seed: int) -> None:
-        """Take the last step back, and raise the damping, where the loss of a batch that did not choose it rose."""
+    def _judge_last(self, batch: Any, seed: int) -> float | None:
+        """Take the last step back, and raise the damping, where the loss of a batch that did not choose it rose; the
+        objective of that batch where the parameters are now, or None where it was not evaluated."""
         states = [(p, self.state[p]) for p in self.names]
         now = self._vector()
         if not self.judge or self._left_at != _mark(now) or not all("before" in state for _, state in states):
-            return  # somebody else changed the parameters
+            return None  # somebody else changed the parameters
         objective = self._objective(batch, self._by_group("weight_decay"), seed)
         go_back(states)
-        if objective(self._vector()) < objective(now):
+        before, after = objective(self._vector()), objective(now)
+        if before < after:
             self.counters["taken_back"] += 1
             for group in self.param_groups:
                 group["damping"] *= AGAIN
             for _, state in states:
                 state["direction"].zero_()
-        else:
-            self._write(now)
+            return before
+        self._write(now)
+        return after
 
     def _quadratic(self, batch: Any, seed: int) -> Quadratic:
         with torch.enable_grad():
             return quadratic(self.model, self.loss, batch, self.curvature, blocks=self.blocks, output=self.output,
                              seed=seed, max_memory=self.max_memory)  # fmt: skip
 
-    def _take(self, q: Quadratic, measuring: Quadratic, batch: Any, measured: Any, seed: int) -> None:
+    def _take(self, q: Quadratic, measuring: Quadratic, batch: Any, measured: Any, seed: int,
+              start: float | None = None) -> None:  # fmt: skip
         mask, decay = self._by_group(None), self._by_group("weight_decay")
         theta, damping = self._vector(), self.param_groups[0]["damping"]
         A, b = self._system(q, mask, decay, theta, damping)
@@ -237,7 +252,7 @@ class HessianFree(Frame):
         lr = self._by_group("lr")
         predictions = self._predictions(run, c, xs, lr, B, damping)  # before the parameters move
         objective = self._objective(measured, decay, seed)
-        start = objective(theta)
+        start = objective(theta) if start is None else start
         place, value = self._best(objective, theta, lr, xs)
         p = lr * xs[place]
         rate = self._rate(objective, theta, p, value, start, -float(c @ p)) if self.line_search else 1.0
@@ -267,7 +282,7 @@ class HessianFree(Frame):
         share = self.param_groups[0].get("momentum", self.warm_start)  # states of old have none
         if not share or not all("direction" in self.state[p] for p in self.names):
             return None
-        parameters = trees.parameters(self.model)
+        parameters = self._all()
         last = {self.names[p]: self.state[p]["direction"] for p in self.names}
         full = {k: last.get(k, torch.zeros_like(p)) for k, p in parameters.items()}
         return share * trees.flatten(full, parameters)
@@ -276,7 +291,7 @@ class HessianFree(Frame):
         if self.preconditioner is None:
             return None
         moments = statistics(self.model, self.loss, batch, ["second_moment"], output=self.output, seed=seed)
-        flat = trees.flatten(moments["second_moment"], trees.parameters(self.model))
+        flat = trees.flatten(moments["second_moment"], self._all())
         return (mask * flat + damping + decay).clamp(min=torch.finfo(flat.dtype).tiny) ** -POWER
 
     def _objective(self, batch: Any, decay: Tensor, seed: int) -> Callable[[Tensor], float]:

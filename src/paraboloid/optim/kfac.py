@@ -238,7 +238,7 @@ class KFAC(Frame):
             elif self._begin(moves):
                 self._curvature.update(self.counters["steps"], self._measured, self._dampings(), measure_on)
                 self._take(moves, first)
-                self._end()
+                self._end(moves)
                 self.counters["steps"] += 1
         finally:
             self._measured.forget()

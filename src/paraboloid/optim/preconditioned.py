@@ -162,7 +162,7 @@ class Preconditioned(Frame):
                 for m in moves:
                     for part in self._parts:
                         part(m)
-                self._end()
+                self._end(moves)
                 self.counters["steps"] += 1
         finally:
             self._measured.forget()
@@ -215,22 +215,21 @@ class BatchCurvature(Curvature):
                 value = Kron(value.flatten().clone(), value.new_ones(1, 1))
             block.average(value, self.decay)
             if block.structure == "diagonal":
-                block.damping = dampings[name] * (_mean(block.kron) if self.relative else 1.0)
-                block.inverse = diagonal_inverse(block.kron, block.damping, name)
+                assert block.kron is not None
+                c = block.kron.left * block.kron.right.reshape(())
+                scale = (float(c.mean()) or 1.0) if self.relative else 1.0  # 1 behind a layer that nothing reaches
+                block.damping = dampings[name] * scale
+                block.inverse = Kron(diagonal_inverse(c, block.damping, name), torch.ones_like(block.kron.right))
             elif block.decompose(carried=False):
                 block.invert(dampings[name], split=False)
 
 
-def _mean(kron: Any) -> float:
-    """Of a diagonal's entries; 1 where all are 0, as behind a layer that nothing reaches."""
-    return float(kron.left.mean() * kron.right.reshape(())) or 1.0
-
-
-def diagonal_inverse(kron: Any, damping: float, name: str) -> Any:
+def diagonal_inverse(c: Tensor, damping: float, name: str) -> Tensor:
     """1 / (c + damping), elementwise; 1 / (|c| + damping) where less than a tenth of the damping would be left."""
-    c = kron.left * kron.right.reshape(())
-    c = torch.where(c + damping < LEAST * damping, c.abs(), c)
-    if not (c + damping > 0).all():
-        raise ValueError(f"parameter {name!r}: curvature and damping + weight_decay are both 0 somewhere (these "
-                         f"are {damping}); expected damping > 0.")  # fmt: skip
-    return Kron(1 / (c + damping), torch.ones_like(kron.right))
+    shifted = c + damping
+    if damping <= 0 or not float(shifted.min()) >= LEAST * damping:
+        shifted = torch.where(shifted < LEAST * damping, c.abs() + damping, shifted)
+        if not (shifted > 0).all():
+            raise ValueError(f"parameter {name!r}: curvature and damping + weight_decay are both 0 somewhere (these "
+                             f"are {damping}); expected damping > 0.")  # fmt: skip
+    return shifted.reciprocal_()

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from paraboloid.optim import foreach
@@ -154,6 +155,38 @@ def slope(states: States) -> float:
             before.append(state["before"])
             gradients.append(p.grad)
     return float(foreach.along(gradients, params, before)) if params else 0.0
+
+
+class LastStep:
+    """The parameters before a step, as "before" of each one's state, and slopes along it; where they are few, parts of
+    one vector, which is read and written at once."""
+
+    def __init__(self):
+        self._params: list[Tensor] = []  # whose values are parts of
+        self._before: Tensor | None = None
+
+    def slope(self, states: States, params: list[Tensor], now: Tensor | None, gradient: Tensor | None) -> float:
+        """g . (p - before), as `slope` has it; now and gradient: those of the step's parameters, each joined."""
+        if now is None or gradient is None or self._before is None or not self._is_of(params):
+            return slope(states)
+        return float((now - self._before).mul_(gradient).sum(dtype=torch.float64))
+
+    def begin(self, params: list[Tensor], states: list[dict[str, Any]], now: Tensor | None) -> None:
+        """Before the parameters move."""
+        if now is None:
+            self._params, self._before = [], None
+            remember(zip(params, states, strict=True))
+        elif self._before is not None and self._is_of(params):
+            self._before.copy_(now)
+        else:
+            self._params, self._before = params, now
+            parts = now.split([p.numel() for p in params])
+            for p, state, part in zip(params, states, parts, strict=True):
+                state["before"] = part.view(p.shape)
+
+    def _is_of(self, params: list[Tensor]) -> bool:
+        own = self._params
+        return len(own) == len(params) and all(a is b for a, b in zip(own, params, strict=True))
 
 
 def go_back(states: States) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +25,30 @@ def depends(t: Tensor, leaves: Iterable[Tensor]) -> bool:
     """Whether some path of t's graph ends at one of the leaves, or t is one."""
     wanted = {id(leaf) for leaf in leaves}
     return id(t) in wanted or any(id(getattr(node, LEAF, None)) in wanted for node in nodes(t))
+
+
+def depending(ts: Mapping[int, Tensor], leaf: Tensor) -> set[int]:
+    """The keys of those tensors from whose graphs a path ends at the leaf: one walk through all of them."""
+    above: dict[Any, list[Any]] = {}  # the nodes that lead to a node
+    stack = [t.grad_fn for t in ts.values() if t.grad_fn is not None]
+    seen = set(stack)
+    ends = []
+    while stack:
+        node = stack.pop()
+        if getattr(node, LEAF, None) is leaf:
+            ends.append(node)
+        for below, _ in node.next_functions:
+            if below is not None:
+                above.setdefault(below, []).append(node)
+                if below not in seen:
+                    seen.add(below)
+                    stack.append(below)
+    leading = set(ends)
+    while ends:
+        new = [node for node in above.get(ends.pop(), ()) if node not in leading]
+        leading.update(new)
+        ends += new
+    return {i for i, t in ts.items() if t is leaf or t.grad_fn in leading}
 
 
 def custom_functions(t: Tensor) -> list[str]:

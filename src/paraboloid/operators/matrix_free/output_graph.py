@@ -15,7 +15,7 @@ from paraboloid.losses import Loss
 from paraboloid.operators.matrix_free.certificate import lacks_derivative
 from paraboloid.operators.matrix_free.jacobian_rows import by_pulls
 from paraboloid.operators.vectors import dot
-from paraboloid.passes.autograd_walks import depends
+from paraboloid.passes.autograd_walks import depending
 from paraboloid.passes.memory import RECORDINGS
 
 
@@ -67,7 +67,7 @@ class OutputGraph:
                 raise
             self.take_rows()
             return
-        reached = {i for i, t in parts.items() if depends(t, [u])}
+        reached = depending(parts, u)
         if len(reached) < len(self.parameters):
             w = normal(tuple(self.f.shape), self.f, torch.Generator(self.f.device).manual_seed(0))
             if any(bool(t.any()) for i, t in enumerate(self.pull(w)) if i not in reached):
