@@ -220,18 +220,20 @@ class HessianFree(Frame):
         now = self._vector()
         if not self.judge or self._left_at != _mark(now) or not all("before" in state for _, state in states):
             return None  # somebody else changed the parameters
-        objective = self._objective(batch, self._by_group("weight_decay"), seed)
+        decay = self._by_group("weight_decay")
         go_back(states)
-        before, after = objective(self._vector()), objective(now)
-        if before < after:
-            self.counters["taken_back"] += 1
-            for group in self.param_groups:
-                group["damping"] *= AGAIN
-            for _, state in states:
-                state["direction"].zero_()
-            return before
+        before = self._value(batch, decay, seed)
         self._write(now)
-        return after
+        after = self._value(batch, decay, seed)
+        if not before < after:
+            return after
+        go_back(states)
+        self.counters["taken_back"] += 1
+        for group in self.param_groups:
+            group["damping"] *= AGAIN
+        for _, state in states:
+            state["direction"].zero_()
+        return before
 
     def _quadratic(self, batch: Any, seed: int) -> Quadratic:
         with torch.enable_grad():
@@ -294,20 +296,26 @@ class HessianFree(Frame):
         flat = trees.flatten(moments["second_moment"], self._all())
         return (mask * flat + damping + decay).clamp(min=torch.finfo(flat.dtype).tiny) ** -POWER
 
+    def _value(self, batch: Any, decay: Tensor, seed: int) -> float:
+        """Loss with weight decay of the batch, at the parameters as they are."""
+        with isolated(self.model, self.device, seed), torch.no_grad():
+            loss = self.loss.value(batches.evaluate(unwrapped(self.model), batch[0], self.output), batch[1])
+        value = float(loss)
+        if any(group["weight_decay"] for group in self.param_groups):
+            value += float(decay @ self._vector().square()) / 2
+        return value if value == value else float("inf")
+
     def _objective(self, batch: Any, decay: Tensor, seed: int) -> Callable[[Tensor], float]:
-        """Loss with weight decay of the batch at given parameters, which are put back."""
+        """`_value` at given parameters; its own are put back."""
 
         def objective(theta: Tensor) -> float:
             before = [(p, p.clone()) for p in self.names]
             self._write(theta)
             try:
-                with isolated(self.model, self.device, seed), torch.no_grad():
-                    loss = self.loss.value(batches.evaluate(unwrapped(self.model), batch[0], self.output), batch[1])
+                return self._value(batch, decay, seed)
             finally:
                 for p, value in before:
                     p.copy_(value)
-            value = float(loss) + float(decay @ theta.square()) / 2
-            return value if value == value else float("inf")
 
         return objective
 
