@@ -9,7 +9,6 @@ hand.  Peers that are not installed (laplace-torch, ivon-opt, vbll) are left out
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import paraboloid as pb
+from benchmarks.null_space import null_space
 from benchmarks.quality_data import ALL, BLURS, FEW, NOISES, SHIFTS, TURNS, Pair, network, split, trained, unlike
 from benchmarks.quality_peers import Fitted, Method, Predict, Task, methods, temperature
 from paraboloid.jobs.uncertainty.scores import area, of_classes
@@ -46,16 +46,6 @@ def posterior(structure: str, weights: str, match: str | None = "auto", **option
     return fit
 
 
-def null_space(task: Task) -> Fitted:
-    """Variance only where the training outputs do not move (arXiv:2410.16901), and one exponent."""
-    model, (x, y) = copy.deepcopy(task.model).double(), task.train
-    found: Any = pb.laplace(
-        model, nn.CrossEntropyLoss(), (x.double(), y), "functional", curvature="jacobian", temperature=1e-4
-    )
-    found.match_confidence()
-    return Fitted(lambda x: found.predict(x.double()))
-
-
 CHEAP: dict[str, Method] = {
     "kron": posterior("kron", "all"), "ekfac": posterior("ekfac", "all"),
     "kron, last layer": posterior("kron", "last_layer"), "diag": posterior("diag", "all"),
@@ -69,7 +59,7 @@ DEAR: dict[str, Method] = {
     "null space": null_space,
     **methods(),
 }
-SHORT = ("functional", "null space")  # tested on fewer kinds of inputs: a prediction takes long  # fmt: skip
+SHORT = ("null space",)  # tested on fewer kinds of inputs: a prediction takes long
 
 
 @torch.no_grad()

@@ -65,6 +65,7 @@ HASHED = Limit("inputs times random features that are hashed at a time", 32 * MI
 MEASURED = Limit("directions that are collected before they are measured on the full data", 256 * MIB)
 LEFT_OUT = Limit("sums over groups of draws, for a jackknife", 512 * MIB)
 JOINED = Limit("inputs of small batches that are joined", 512 * KIB)
+HELD = Limit("batches of a loader that are kept from pass to pass", 256 * MIB)
 BUCKETS = Limit("what ranks sum by one message", 64 * MIB)
 POOLED = Limit("memory of results that have gone, kept for those to come", GIB)
 LARGE = Limit("results below it take torch's own memory, not the pool's", 256 * KIB)

@@ -97,6 +97,10 @@ class Fitting:
             self.said.append(True)
         return found
 
+    def factors_of(self, data: Data) -> dict[str, Factors]:
+        """Those of some data, small batches of which are joined."""
+        return self.factors(self.over(joined(data, self.model, self.max_memory, self.output, self.cuts)))
+
     def scales(self, passes: OverData, forms: Mapping[str, Eigenform]) -> dict[str, Tensor]:
         """The exact eigenvalues along given eigenvectors."""
         return measured_scales(passes, forms, self.fisher, self.samples, separate=True, tol=self.tol)[0]

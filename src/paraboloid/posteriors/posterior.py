@@ -31,6 +31,7 @@ from paraboloid.posteriors.prediction.moments import moments
 from paraboloid.posteriors.prior_tuning import tuning
 from paraboloid.posteriors.structures.dense import Dense
 from paraboloid.posteriors.structures.eigenbasis import CrossFitted, InEigenbasis, Kronecker, Mixture
+from paraboloid.posteriors.structures.leading_rows import Leading, LeadingRows
 from paraboloid.posteriors.structures.rows import Rows, Woodbury
 from paraboloid.posteriors.structures.subnetwork import InSubnetwork, Subnetwork
 from paraboloid.posteriors.weights import only
@@ -40,7 +41,7 @@ from paraboloid.reductions.kronecker_factors import MAX_FACTOR
 
 PRECISIONS: dict[type, type[Precision]] = {  # by what the curvature is kept as
     BlockDiagonal: Dense, Diagonalised: InEigenbasis, Kronecker: InEigenbasis, CrossFitted: Mixture, Rows: Woodbury,
-    Subnetwork: InSubnetwork,
+    LeadingRows: Leading, Subnetwork: InSubnetwork,
 }  # fmt: skip
 
 

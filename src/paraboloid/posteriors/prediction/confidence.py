@@ -90,12 +90,6 @@ def novelty(posterior: Posterior, x: Inputs) -> Tensor:
     return found.squeeze(1) if kind == "categorical" else found
 
 
-def measured(unweighted: Posterior, data: Data) -> Confidence:
-    """The quantiles on the data that `unweighted` was fitted to."""
-    found, exact = seen(unweighted, data)
-    return Confidence.of(found, RARE_LEFT_OUT if exact else RARE, exact)
-
-
 def seen(posterior: Posterior, data: Data) -> tuple[Tensor, bool]:
     """Variances of the outputs on the data that the posterior was fitted to, flat, and whether they are left by others.
 

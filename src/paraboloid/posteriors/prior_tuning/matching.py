@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from paraboloid.data import batches as batch_data
 from paraboloid.data.batches import Data
 from paraboloid.data.cutting import Cuts
 from paraboloid.posteriors.fit import Fitting, curvature
-from paraboloid.posteriors.prediction.confidence import RARE_LEFT_OUT, Confidence, measured, seen
-from paraboloid.posteriors.prior_tuning.folds import FOLDS, Fold, Together
+from paraboloid.posteriors.prediction.confidence import RARE, RARE_LEFT_OUT, Confidence, seen
+from paraboloid.posteriors.prior_tuning.folds import FOLDS, Fold, Together, held
 from paraboloid.posteriors.prior_tuning.unit_information import unit_information
+from paraboloid.posteriors.structures.eigenbasis import Kronecker
 from paraboloid.posteriors.weights import only
-from paraboloid.reductions.kronecker_factors import MAX_FACTOR
+from paraboloid.reductions.kronecker_factors import MAX_FACTOR, merged
 
 if TYPE_CHECKING:
     from paraboloid.posteriors.posterior import Posterior
@@ -45,58 +47,112 @@ def matched(
     elif match == "exponent":
         posterior.match_confidence(data)
     else:
-        own = posterior.likelihood.curvature == "jacobian"
-        posterior.unweighted = posterior if own else unweighted(posterior, data)
-        posterior.confidence = confidence_of(posterior.unweighted, data)
+        posterior.unweighted, posterior.confidence = by_variance(posterior, data)
 
 
-def confidence_of(unweighted: Posterior, data: Data) -> Confidence:
+def by_variance(posterior: Posterior, data: Data) -> tuple[Posterior, Confidence]:
+    """The posterior whose variances tell what the data says little of, and their quantiles on the data.
+
+    It has curvature="jacobian", over the same weights, and a prior that knows as much as one sample; as Kronecker
+    factors, whatever the structure, as `spread` has them: they cost a few passes over the data, and see more than a
+    diagonal.  Single weights and halves of the data (debias=True) keep their own structure, and so does a posterior
+    that has this curvature already, which is the one taken.
+    """
+    data, same = held(data)
+    if posterior.likelihood.curvature == "jacobian":
+        return posterior, _quantiles(posterior, data, None)
+    base = _unfitted(posterior)
+    apart = base.structure == "kron" and not base.options["debias"] and same and _count(data) >= LEAST
+    whole, rest = _both(base, data) if apart else (refitted(base, data), None)
+    whole.prior_precision = unit_information(whole)
+    return whole, _quantiles(whole, data, rest)
+
+
+def _both(base: Posterior, data: Data) -> tuple[Posterior, Posterior | None]:
+    """Fitted to the data and to the data without a fold, each sample in one pass; the whole alone where samples cannot
+    be left out."""
+    cut = partial(base._cuts.of, base.model, output=base.output)
+    fitting = fitting_of(base)
+    try:
+        with only(base.model, list(base.weights)), torch.no_grad():
+            others = fitting.factors_of(Fold(data, cut, 0, False))
+            rest = _of(base, Kronecker.of_factors(base.weights, others), fitting)
+            own = fitting.factors_of(Fold(data, cut, 0, True))
+    except Together:
+        return refitted(base, data), None
+    both = {k: merged(v, own[k]) for k, v in others.items()}
+    return _of(base, Kronecker.of_factors(base.weights, both), fitting), rest
+
+
+def _count(data: Data) -> int:
+    return sum(len(y) for _, y in batch_data.batches(data))
+
+
+def _quantiles(unweighted: Posterior, data: Data, rest: Posterior | None) -> Confidence:
     """The quantiles on the data, times what the data's own samples hold their variances down by.
 
-    That is measured on one fold: the median variance under a posterior without it over that under the whole one, less
-    what the whole one's larger number of samples accounts for.  Where samples are many it is 1, where there are more
-    weights than outputs much more.  The tail of new inputs may be longer yet: the fold's own 95th percentile is the
-    least that counts as rare.  Exact structures leave each sample out in closed form; where samples cannot be left
-    out, nodes of a graph say, the quantiles are those on the data as they are.
+    That is measured on one fold: the median variance under a posterior without it, the `rest`, over that under the
+    whole one, less what the whole one's larger number of samples accounts for.  Where samples are many it is 1, where
+    there are more weights than outputs much more.  The tail of new inputs may be longer yet: the fold's own 95th
+    percentile is the least that counts as rare.  Exact structures leave each sample out in closed form; where samples
+    cannot be left out, nodes of a graph say, the quantiles are those on the data as they are.
     """
-    found = measured(unweighted, data)
-    if found.left_out or unweighted.count < LEAST:
-        return found
     cut = partial(unweighted._cuts.of, unweighted.model, output=unweighted.output)
-    fold = Fold(data, cut, 0, True)
-    try:
-        within = measured(unweighted, fold).usual
-    except Together:  # nodes of a graph
-        return found
-    variances, _ = seen(refitted(unweighted, Fold(data, cut, 0, False), **PLAIN), fold)
-    apart = Confidence.of((1 - 1 / FOLDS) * variances, RARE_LEFT_OUT)
-    held = max(1.0, apart.usual / within) if within > 0 else 1.0
-    return Confidence(held * found.usual, max(held * found.rare, apart.rare))
+    fold, others = (Fold(data, cut, 0, inside) for inside in (True, False))
+    if rest is None:
+        found, exact = seen(unweighted, data)
+        if exact or unweighted.count < LEAST:
+            return Confidence.of(found, RARE_LEFT_OUT if exact else RARE, exact)
+        try:
+            rest = refitted(unweighted, others, **PLAIN)
+            within, _ = seen(unweighted, fold)
+        except Together:
+            return Confidence.of(found)
+    else:
+        within, _ = seen(unweighted, fold)
+        found = torch.cat([within, seen(unweighted, others)[0]])
+    apart = replace(rest, **PLAIN)
+    apart.prior_precision = unweighted.prior_precision
+    left = Confidence.of((1 - 1 / FOLDS) * seen(apart, fold)[0], RARE_LEFT_OUT)
+    usual = Confidence.of(within).usual
+    factor = max(1.0, left.usual / usual) if usual > 0 else 1.0
+    whole = Confidence.of(found)
+    return Confidence(factor * whole.usual, max(factor * whole.rare, left.rare))
 
 
-def unweighted(posterior: Posterior, data: Data) -> Posterior:
-    """The posterior with curvature="jacobian" over the same weights, in the same structure, and a prior that knows as
-    much as one sample."""
+def _unfitted(posterior: Posterior) -> Posterior:
+    """What `unweighted` is fitted as."""
     options = dict(posterior.options, curvature="jacobian", tol=0.0, left_out=[0.0, 0.0])
     if options["fisher"] == "empirical":  # made of the loss's gradients
         options["fisher"] = "mc"
+    if options["fisher"] == "hessian":
+        options["fisher"] = "exact"
+    keeps = options["at"] is not None or options["debias"]
     likelihood = replace(posterior.likelihood, curvature="jacobian")
-    found = refitted(posterior, data, likelihood=likelihood, options=options, _prior=1.0, **PLAIN)
-    found.prior_precision = unit_information(found)
-    return found
+    structure = posterior.structure if keeps else "kron"
+    return replace(posterior, structure=structure, likelihood=likelihood, options=options, _prior=1.0, **PLAIN)
 
 
 def refitted(posterior: Posterior, data: Data, **changes: Any) -> Posterior:
     """The same posterior but for `changes`, fitted to `data`."""
     base = replace(posterior, **changes)
+    fitting = fitting_of(base)
+    with only(base.model, list(base.weights)):
+        fitted = curvature(base.structure, fitting, base.weights, data, base.options)
+    return _of(base, fitted, fitting)
+
+
+def fitting_of(base: Posterior) -> Fitting:
+    """What it was fitted with, to fit again; nothing is said a second time."""
     options, device = base.options, next(iter(base.weights.values())).device
-    fitting = Fitting(
+    return Fitting(
         base.model, base.likelihood, options["fisher"], options["samples"],
         torch.Generator(device).manual_seed(options["seed"]), base.output, base.max_memory,
-        options.get("max_factor", MAX_FACTOR), tol=options.get("tol", 0.0),
+        options.get("max_factor", MAX_FACTOR), said=[True], tol=options.get("tol", 0.0),
     )  # fmt: skip
-    with only(base.model, list(base.weights)):
-        fitted = curvature(base.structure, fitting, base.weights, data, options)
+
+
+def _of(base: Posterior, fitted: Any, fitting: Fitting) -> Posterior:
     return replace(
         base, curvature=fitted, loss=fitting.loss, constant=fitting.constant, count=fitting.count, data=None,
         elements=fitting.elements, _sizes={}, _cuts=Cuts(), _precision=None,

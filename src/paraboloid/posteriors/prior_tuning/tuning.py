@@ -13,6 +13,7 @@ from torch import Tensor
 
 from paraboloid.data import batches as batch_data
 from paraboloid.data.batches import Data, Inputs
+from paraboloid.data.joined import joined
 from paraboloid.linalg.operand import check_choice, check_count
 from paraboloid.losses import BCE
 from paraboloid.passes import trees
@@ -21,10 +22,11 @@ from paraboloid.posteriors.prediction.predictive import Prediction
 from paraboloid.posteriors.prior_tuning.evidence import groups_of, mackay
 from paraboloid.posteriors.prior_tuning.folds import FOLDS, Fold
 from paraboloid.posteriors.prior_tuning.linearised import LinearisedModel, Restricted, optimum
-from paraboloid.posteriors.prior_tuning.matching import MATCHES, PLAIN, matched, refitted
+from paraboloid.posteriors.prior_tuning.matching import MATCHES, PLAIN, fitting_of, matched, refitted
 from paraboloid.posteriors.prior_tuning.progress import Line
 from paraboloid.posteriors.prior_tuning.spread import spread
 from paraboloid.posteriors.prior_tuning.unit_information import unit_information
+from paraboloid.posteriors.structures.leading_rows import LeadingRows
 from paraboloid.posteriors.structures.subnetwork import Subnetwork
 from paraboloid.posteriors.weights import only
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from paraboloid.posteriors.posterior import Posterior
 
 METHODS = ("adapted", "evidence", "grid", "cross_validation", "unit")
+MANY = 1000  # weights, with fewer of which an exact curvature is quickly solved for
+MISSING = 0.15  # of the trace that the longest rows may leave out
 ABOUT, PRODUCTS, PASSES = 0.05, 6, 16  # of the quick form: change that ends it, products a step, passes over the data
 
 
@@ -89,7 +93,8 @@ def by_evidence(posterior: Posterior, data: Data | None, per: str, noise: bool, 
 
     In float64, and for squared errors, to a fixed point.  In float32 the optimum of another loss is followed by one
     Newton step of few products for each update, from the fixed point at the trained weights on, until the updates
-    change little: within some percent of the fixed point, for the price of a few epochs.
+    change little: within some percent of the fixed point, for the price of a few epochs.  An exact curvature of many
+    weights is then known by its longest rows.
     """
     linear = None if data is None else LinearisedModel.of(
         posterior.model, posterior.likelihood.loss, data, posterior.output, posterior.max_memory
@@ -98,10 +103,30 @@ def by_evidence(posterior: Posterior, data: Data | None, per: str, noise: bool, 
         linear = Restricted(linear, posterior.curvature.at)
     exact = next(iter(posterior.weights.values())).dtype == torch.float64
     updates = _Updates(posterior, per, noise, linear, 1e-6 if exact else 1e-3)
-    if linear is not None and not exact and not linear.is_quadratic:
-        replace(updates, linear=None, roughly=True).run(steps)
-        updates = replace(updates, tolerance=ABOUT, most=(1, PRODUCTS), roughly=True)
-    updates.run(steps)
+    if data is None or linear is None or exact or linear.is_quadratic:
+        updates.run(steps)
+        return
+    quick = replace(updates, posterior=by_leading_rows(posterior, data, per), roughly=True)
+    replace(quick, linear=None).run(steps)
+    replace(quick, tolerance=ABOUT, most=(1, PRODUCTS)).run(steps)
+    posterior.prior_precision = quick.posterior.prior_precision
+
+
+def by_leading_rows(posterior: Posterior, data: Data, per: str) -> Posterior:
+    """The same with an exact curvature of many weights by its longest rows, where these have most of the trace; other
+    posteriors as they are."""
+    structure, options = posterior.structure, posterior.options
+    many = structure in ("full", "functional") and posterior.curvature.shape[0] > MANY
+    if not many or per != "all" or options["at"] is not None or options["fisher"] == "hessian":
+        return posterior
+    if structure == "functional":
+        pieces = iter([posterior.curvature.A])
+    else:
+        fitting = fitting_of(posterior)
+        pieces = fitting.rows(joined(data, posterior.model, posterior.max_memory, posterior.output, fitting.cuts))
+    with torch.no_grad():
+        leading = LeadingRows.of(posterior.curvature.parameters, pieces)
+    return posterior if leading.missing > MISSING else replace(posterior, curvature=leading, _precision=None)
 
 
 @dataclass

@@ -8,15 +8,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from paraboloid.linalg.probes import Seed, generator_of, signs
+from paraboloid.linalg.probes import Seed
 from paraboloid.operators.structured.low_rank import LowRank
 from paraboloid.posteriors.precision import Precision
 from paraboloid.posteriors.prediction.jacobian import Jacobian
 from paraboloid.posteriors.prior import Prior, flat
 from paraboloid.reductions.contractions import weighted_grams
-
-FEW = 1000  # rows whose eigenvalues are taken one by one where some percent would do
-SAMPLES, STEPS = 8, 40  # of the quadrature over those of more rows
 
 
 class Rows(LowRank):
@@ -53,27 +50,6 @@ class Rows(LowRank):
         """Of A A^T, [R]: with one precision for all weights every log determinant is a sum over them."""
         return torch.linalg.eigvalsh(self.gram).clamp(min=0)
 
-    @cached_property
-    def spectrum(self) -> tuple[Tensor, Tensor]:
-        """Nodes, and how many of the eigenvalues of A A^T each stands for: a sum over them within some percent."""
-        A, size = self.gram, len(self.A)
-        steps = min(STEPS, size)
-        q = signs((size, SAMPLES), A, generator_of(0, A.device)) / size**0.5
-        T, basis = A.new_zeros(SAMPLES, steps, steps), [q]
-        for j in range(steps):  # Lanczos from each column, re-orthogonalised; one that is exhausted goes on as zero
-            w = A @ q
-            T[:, j, j] = (q * w).sum(0)
-            for known in (*basis, *basis):
-                w = w - known * (known * w).sum(0)
-            if j + 1 < steps:
-                beta = w.norm(dim=0)
-                beta = torch.where(beta > 1e-5 * T.diagonal(dim1=1, dim2=2).amax(1), beta, 0)
-                q = torch.where(beta > 0, w / beta.clamp(min=torch.finfo(w.dtype).tiny), 0)
-                T[:, j, j + 1] = T[:, j + 1, j] = beta
-                basis.append(q)
-        values, vectors = torch.linalg.eigh(T.double())
-        return values.clamp(min=0).flatten(), vectors[:, 0].square().flatten() * (size / SAMPLES)
-
     def diagonal(self, samples: int | None = None, seed: Seed = 0) -> Tensor:
         return super().diagonal(samples, seed) if samples is not None else self.A.square().sum(0)
 
@@ -97,7 +73,7 @@ class Woodbury(Precision):
     @cached_property
     def _factor(self) -> Tensor:
         """The Cholesky factor of I + B B^T, [R, R], for B = sqrt(strength) A Lambda^-1/2."""
-        (s, root), precision = self._root, _shared(self.prior)
+        (s, root), precision = self._root, shared_precision(self.prior)
         if precision is None:
             B = root * self.curvature.A * s
             M = B @ B.T
@@ -108,7 +84,7 @@ class Woodbury(Precision):
     @cached_property
     def _ratios(self) -> Tensor | None:
         """strength times the eigenvalues of A A^T over the one precision of all weights; None where they have more."""
-        precision = _shared(self.prior)
+        precision = shared_precision(self.prior)
         return None if precision is None else self.strength * self.curvature.gram_eigenvalues / precision
 
     def log_det(self) -> Tensor:
@@ -120,14 +96,6 @@ class Woodbury(Precision):
         if (e := self._ratios) is None or [set(names) for names in groups] != [set(self.curvature.parameters)]:
             return super().effective_dimension(groups)
         return [(e / (1 + e)).sum().clamp(min=torch.finfo(e.dtype).eps)]
-
-    def roughly_determined(self, groups: Sequence[Sequence[str]]) -> list[Tensor]:
-        A, whole = self.curvature.A, [set(names) for names in groups] == [set(self.curvature.parameters)]
-        if (precision := _shared(self.prior)) is None or not whole or len(A) <= FEW or A.dtype == torch.float64:
-            return self.effective_dimension(groups)
-        nodes, counts = self.curvature.spectrum
-        e = float(self.strength) * nodes / float(precision)
-        return [(counts * e / (1 + e)).sum().clamp(min=torch.finfo(A.dtype).eps).to(A)]
 
     def left_by_others(self) -> Tensor | None:
         """[N, V]: the diagonal of S (I - S)^-1 = ((I + B B^T)^-1)_nn^-1 - I of each sample's rows, S = B_n Sigma B_n^T.
@@ -189,7 +157,7 @@ class Woodbury(Precision):
         return found - (torch.linalg.vector_norm(left_out, dim=2).square() if diagonal else left_out @ left_out.mT)
 
 
-def _shared(prior: Prior) -> Tensor | None:
+def shared_precision(prior: Prior) -> Tensor | None:
     """The one precision of all weights, []; None where they are not one and the same tensor."""
     first = next(iter(prior.values()))
     return first if first.dim() == 0 and all(t is first for t in prior.values()) else None
