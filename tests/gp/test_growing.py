@@ -5,6 +5,7 @@ import torch
 from gp.test_conditioning import KERNEL, NEW, NOISE, data, exact
 
 import paraboloid as pb
+from paraboloid.gp.gram import Gram
 
 
 @pytest.mark.parametrize("solver", ["cholesky", "cg", "block", "sdd"])
@@ -41,3 +42,21 @@ def test_noise_of_new_data_may_differ():
         gp.append(x[:2], torch.zeros(2, 3))
     with pytest.raises(ValueError, match="x has 1 dimensions; expected 2"):
         gp.append(torch.zeros(2), y[:2])
+
+
+@pytest.mark.parametrize("max_memory", [0, 4_000_000, 10_000_000, None])
+def test_products_with_kept_tiles_that_were_taken_over(max_memory):
+    x, _ = data(1100)
+    old, noise = Gram(KERNEL, x[:900], torch.tensor(NOISE).double(), max_memory), torch.tensor(NOISE).double()
+    v = torch.randn(1100, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    old @ v[:900]
+    new = Gram(KERNEL, x, noise, max_memory, old.shift)
+    new.take_over(old)
+    expected = (KERNEL(x) + NOISE * torch.eye(1100)) @ v
+    for _ in range(2):
+        torch.testing.assert_close(new @ v, expected)
+        torch.testing.assert_close((new @ v[:, None])[:, 0], expected)
+    assert (new.square is not None) == (max_memory in (10_000_000, None))  # 1100^2 numbers of 8 bytes
+    held = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in new.kept.values()}.values())
+    assert max_memory is None or held <= max_memory
+    assert new.keeps_all == (max_memory != 0 and max_memory != 4_000_000)

@@ -91,6 +91,21 @@ def test_the_preconditioner_saves_iterations():
     torch.testing.assert_close(helped.x, torch.linalg.solve(system, B), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("damping", [1e-2, 1e-4, 3e-6, 1e-6, 1e-9])
+def test_the_inverse_of_the_columns_is_positive_where_rounding_hides_the_damping(damping):
+    low = matrix(least=1e-8).float()
+    found = pivoted_columns(low, low.diagonal(), 60)
+    P = found.preconditioner(damping)
+    dense = (P @ torch.eye(120)).double()
+    torch.testing.assert_close(dense, dense.T, rtol=0, atol=1e-5)
+    F = found.F.double()
+    values, U = torch.linalg.eigh(F @ F.T)
+    told = (U * (dense @ U)).sum(0) * (values + damping)  # 1 by 1: the inverse, to a factor
+    told = told / told[-60:].median()
+    assert float(torch.linalg.eigvalsh((dense + dense.T) / 2)[0]) > 0
+    assert float(told[-60:].min()) > 0.2 and float(told[-60:].max()) < 12
+
+
 def test_repeated_columns_are_taken_once():
     rows = torch.randn(30, 4, generator=G, dtype=torch.float64)
     low = rows @ rows.T  # rank 4

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from paraboloid.gp.buffers import Buffers
 from paraboloid.gp.kernel import Kernel
+from paraboloid.linalg import lower_triangle
 from paraboloid.linalg.threads import side_by_side, workers
 from paraboloid.passes.memory import KERNEL_TILES, pooled
 
 ROWS, COLUMNS = 512, 512  # of a tile: 1 MiB in float32, which stays in the cache of one core
+FEW = 2  # threads with tiles of their own that are no faster than one which reads each entry once
 Use = Callable[[int, slice, slice, Tensor], None]  # of a tile: worker, rows, columns, values
 
 
@@ -20,8 +22,9 @@ class Gram:
     """K(x, x) + diag(noise) as an operator on vectors [N] or [N, S], with rows by index (`linalg.row_blocks`).
 
     Memory is that of x, of the vectors and of a few tiles; tiles of the lower triangle are kept from product to product
-    as far as `max_memory` bytes hold them.  A product with all of it forms each tile once and uses it for both of its
-    places.  Threads take tiles of their own, each with a result of its own.  noise is a number or a vector [N].
+    as far as `max_memory` bytes hold them, as parts of one square where it holds that.  A product with all of it forms
+    each tile once and uses it for both of its places.  Threads take tiles of their own, each with a result of its own.
+    noise is a number or a vector [N].
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class Gram:
         self.buffers = Buffers(ROWS * COLUMNS, x.dtype, x.device)
         self.budget = KERNEL_TILES.default if max_memory is None else max_memory
         self.kept: dict[int, Tensor] = {}  # first row -> rows up to the diagonal
+        self.square: Tensor | None = None  # [N, N], whose lower triangle they all are
         self.evaluated = 0  # entries of the matrix that were formed so far
 
     def without_noise(self) -> Gram:
@@ -44,15 +48,31 @@ class Gram:
         other.noise = torch.zeros_like(self.noise)
         return other
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether tiles are formed once, and kept."""
+        return self.square is not None or len(self.kept) == self._panels or (
+            self.shape[0] ** 2 * self.dtype.itemsize / 2 <= self.budget)  # fmt: skip
+
     def take_over(self, old: Gram) -> None:
         """The tiles that `old`, of the first of these inputs and with the same shift, has kept."""
+        self._make_square()
         for start, panel in old.kept.items():
-            if panel.shape[0] == ROWS and panel.nbytes <= self.budget:  # the last one may have grown
-                self.kept[start] = panel
+            if panel.shape[0] != ROWS:  # the last one may have grown
+                continue
+            if self.square is not None:
+                self.kept[start] = self.square[start : start + ROWS, : start + ROWS].copy_(panel)
+            elif panel.nbytes <= self.budget:
+                self.kept[start] = panel if old.square is None else panel.clone()
                 self.budget -= panel.nbytes
 
     def __matmul__(self, v: Tensor) -> Tensor:
         N, rows = self.shape[0], _rows(v)
+        whole = self.square is not None and len(self.kept) == self._panels
+        if whole and len(rows) == 1 and self._workers(N * N // 2) <= FEW:
+            assert self.square is not None
+            out = lower_triangle.product(self.square, rows[0]).addcmul_(rows[0], self.noise)
+            return out.unsqueeze(1) if v.dim() == 2 else out
         out = (rows * self.noise).contiguous()
         parts = [out, *(torch.zeros_like(out) for _ in range(1, self._workers(N * N // 2)))]
 
@@ -171,8 +191,21 @@ class Gram:
         side_by_side(work, count)
         self.kept.update(new)
 
+    @property
+    def _panels(self) -> int:
+        return -(-self.shape[0] // ROWS)
+
+    def _make_square(self) -> None:
+        """Room for all of K, where it may be kept."""
+        size = self.shape[0] ** 2 * self.dtype.itemsize
+        if not self.kept and size <= self.budget and lower_triangle.multiplies(self.dtype, self.device):
+            self.budget -= size
+            self.square = pooled(self.shape, self.points[0])
+
     def _new_panels(self, panels: list[slice]) -> dict[int, Tensor]:
         """Room for the rows that are to be kept from now on, by first row."""
+        if self.square is None:
+            self._make_square()
         new = {}
         for here in panels:
             if here.start in self.kept:
@@ -180,7 +213,9 @@ class Gram:
             shape = here.stop - here.start, here.stop
             self.evaluated += shape[0] * shape[1]
             size = shape[0] * shape[1] * self.dtype.itemsize
-            if size <= self.budget:
+            if self.square is not None:
+                new[here.start] = self.square[here, : here.stop]
+            elif size <= self.budget:
                 self.budget -= size
                 new[here.start] = pooled(shape, self.points[0])
         return new

@@ -15,9 +15,10 @@ from paraboloid.passes.memory import GIB
 
 LIMIT = 1000  # iterations at most
 
-# Nanoseconds on one core, float32, measured: an entry of a tile; an entry times one right-hand side, alone (reading it)
-# and among many; an operation of a factorisation, and of the columns.  Only their ratios matter.
-TILE, READ, PRODUCT, OPERATION, COLUMN = 1.2, 0.15, 0.04, 0.015, 0.06
+# Nanoseconds on one core, float32, measured: an entry of a tile; an entry times one right-hand side, alone (reading it,
+# once for both of its places) and among many; an operation of a factorisation, and of the columns.  Only their ratios
+# matter.
+TILE, READ, PRODUCT, OPERATION, COLUMN = 1.2, 0.12, 0.03, 0.015, 0.05
 
 
 class Preconditioned:
@@ -30,9 +31,8 @@ class Preconditioned:
     def __init__(self, gram: Gram, rank: int | None, seed: int, tol: float = 1e-4, S: int = 1):
         self.gram, N, noise = gram, gram.shape[0], gram.noise
         self.tol, self.seen = tol, list[tuple[int, float]]()
-        kept = N**2 * gram.dtype.itemsize / 2 <= gram.budget
-        self.product = N**2 * (max(READ, PRODUCT * S) + (0 if kept else TILE / 2))  # one with all of K
-        self.per_column = N * max(READ, 2 * PRODUCT * S)  # what each column adds to an iteration
+        self.product = N**2 * (max(READ, PRODUCT * S) + (0 if gram.keeps_all else TILE / 2))  # one with all of K
+        self.per_column = N * max(4 * READ, 2 * PRODUCT * S)  # what each column, read twice, adds to an iteration
         if noise.dim():
             self.scale: Tensor | None = noise.rsqrt()
             self.A: Any = Scaled(gram, self.scale)

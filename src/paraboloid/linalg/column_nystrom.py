@@ -15,6 +15,8 @@ from paraboloid.linalg.probes import Seed, generator_of
 from paraboloid.linalg.row_blocks import row_blocks
 
 FIRST = 16  # columns of the first blocks
+SQUARE = 256  # of a Gram matrix at a time
+ROUNDED = 4  # times the rounding of 1: what an eigenvalue of Q Q^T may be above it
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,32 +42,42 @@ class Columns:
 
     def preconditioner(self, damping: float) -> LowRank | Inverse:
         """An approximate inverse of A + damping I: that of F F^T + damping I where rounding allows it, which is cheap
-        to set up, else by eigenvalues (`Nystrom.preconditioner`)."""
+        to set up, else by eigenvalues (`Nystrom.preconditioner`).
+
+        It is (I - Q Q^T) / damping with Q = F L^-T, L L^T = F^T F + damping I.  The eigenvalues of Q Q^T, l / (l +
+        damping), come so close to 1 that rounding would take some of them across, where the damping is below eps l.
+        """
         if not damping > 0:
             raise ValueError(f"damping is {damping}; expected a positive number: F F^T alone has no inverse.")
-        core = (self.F.T @ self.F).double()
-        if damping < 100 * torch.finfo(self.F.dtype).eps * float(core.norm()):
-            return self.nystrom().preconditioner(damping)
+        F, eps = self.F.T, torch.finfo(self.F.dtype).eps
+        core = torch.zeros(len(F), len(F), dtype=torch.float64, device=F.device)
+        for i in range(0, len(F), SQUARE):
+            core[i : i + SQUARE, : i + SQUARE] = F[i : i + SQUARE] @ F[: i + SQUARE].T  # its lower triangle is enough
         core.diagonal().add_(damping)
-        return Inverse(self.F, torch.cholesky_inverse(torch.linalg.cholesky(core)).to(self.F))
+        L, failed = torch.linalg.cholesky_ex(core)
+        if failed or damping < eps * float(core.norm()):
+            return self.nystrom().preconditioner(damping)
+        one = torch.eye(len(L), dtype=L.dtype, device=L.device)
+        return Inverse(torch.linalg.solve_triangular(L, one, upper=False).to(F) @ F, 1 + ROUNDED * eps)
 
 
 class Inverse:
-    """I - F M F^T, M = (F^T F + damping I)^-1: the inverse of F F^T + damping I, times damping, on vectors [D], [D, K].
+    """shift I - Q Q^T on vectors [D], [D, K], with rows Q^T [r, D]: the inverse of F F^T + damping I, times damping.
 
     Conjugate gradients do not see the factor.
     """
 
-    def __init__(self, F: Tensor, M: Tensor):
-        self.F, self.M, self.shape, self.dtype, self.device = F, M, (len(F), len(F)), F.dtype, F.device
+    def __init__(self, rows: Tensor, shift: float):
+        D = rows.shape[1]
+        self.rows, self.shift, self.shape, self.dtype, self.device = rows, shift, (D, D), rows.dtype, rows.device
 
     def __matmul__(self, v: Tensor) -> Tensor:
         if v.dim() == 2 and v.shape[1] == 1:  # much faster as a vector
             return (self @ v[:, 0]).unsqueeze(1)
         if v.dim() == 1:
-            return v - self.F @ (self.M @ (self.F.T @ v))
-        rows = v.T  # contiguous ones in the solvers
-        return (rows - rows @ self.F @ self.M @ self.F.T).T
+            return torch.addmv(v, self.rows.T, self.rows @ v, beta=self.shift, alpha=-1)
+        columns = v.T  # contiguous ones in the solvers
+        return torch.addmm(columns, columns @ self.rows.T, self.rows, beta=self.shift, alpha=-1).T
 
 
 def pivoted_columns(
