@@ -182,6 +182,24 @@ def test_evidence_mean_and_covariance_are_those_of_the_linear_model(fit, evidenc
         )
 
 
+@pytest.mark.parametrize("evidence", ["exact", "sampled"])
+def test_three_quarters_of_a_step_are_a_mixture_of_it_and_none(fit, evidence):
+    count = 2000 if evidence == "exact" else 500
+    bounded = replace(fit, bounds=(0.0, 0.9 * float(fit.image.max())))
+    found = linearised(bounded, evidence=evidence, steps=0, samples=count)
+    whole = linearised(bounded, evidence="exact", steps=0, mean="linearised")
+    step = whole.optimum.clamp(*bounded.bounds) - fit.image
+    assert not whole.undecided.any()
+    torch.testing.assert_close(found.mean, fit.image + 0.75 * step, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(whole.mean, fit.image + step)
+    parts = [(0.75, 0.25 * step.flatten()), (0.25, -0.75 * step.flatten())]  # how far each is from the mixture's mean
+    covariance = whole.covariance + sum(p * torch.outer(d, d) for p, d in parts)
+    draws = (found.sample(count, seed=5) - found.mean).flatten(1)
+    assert (draws.T @ draws / count - covariance).norm() / covariance.norm() < 0.2
+    assert (found.covariance - covariance).norm() / covariance.norm() < (1e-10 if found.exact else 0.2)
+    assert (found.root().T @ found.root() - covariance).norm() / covariance.norm() < (1e-10 if found.exact else 0.2)
+
+
 def test_with_independent_weights_it_is_the_functional_posterior_behind_the_measurement(fit):
     first = linearised(fit, "shared", steps=0)
     prior = replace(

@@ -30,6 +30,7 @@ class ImagePosterior:
 
     mean            [H, W], [slices, H, W] for a stack; see `linearised`
     optimum         the linear model's posterior mean as it is
+    undecided       [H, W]: how far the mean may be off for not taking the whole step, see `linearised`
     std             of each pixel: exact where the dense matrices fit, else that of `samples` draws
     samples         [samples, *mean.shape], draws made once
     noise_variance  s2, learned or given
@@ -42,8 +43,9 @@ class ImagePosterior:
         self.count, self.seed = count, seed
         self._solution = evidence.at(prior, s2)
         self.optimum = self._optimum()
-        share = STEP[mean]
-        self.mean = share * self.optimum.clamp(*fit.bounds) + (1 - share) * fit.image if share else fit.image
+        share, step = STEP[mean], self.optimum.clamp(*fit.bounds) - fit.image
+        self.mean = fit.image + share * step if share else fit.image
+        self.undecided = math.sqrt(share * (1 - share)) * step
 
     @property
     def exact(self) -> bool:
@@ -64,7 +66,8 @@ class ImagePosterior:
         if not self.exact:
             deviations = (self.samples - self.mean).flatten(1)
             return deviations.T @ deviations / len(deviations)
-        return self._solution.covariance().to(self.fit.image)
+        undecided = self.undecided.flatten()
+        return self._solution.covariance().to(self.fit.image) + torch.outer(undecided, undecided)
 
     def root(self) -> Tensor:
         """F [R, n] with F^T F the covariance: R = n, or the number of samples."""
@@ -86,9 +89,10 @@ class ImagePosterior:
     def sample(self, k: int, seed: Seed = 0) -> Tensor:
         """k images drawn from the posterior, [k, *mean.shape], by Matheron's rule:
 
-        mean + x_0 - K A^T (A K A^T + s2 I)^-1 (A x_0 + e),   x_0 = J w_0,  w_0 ~ N(0, Sigma),  e ~ N(0, s2 I).
+        mean + x_0 - K A^T (A K A^T + s2 I)^-1 (A x_0 + e) + z undecided,
+        x_0 = J w_0,  w_0 ~ N(0, Sigma),  e ~ N(0, s2 I),  z ~ N(0, 1).
 
-        Source: arXiv:2203.00479, section 4.
+        Source: arXiv:2203.00479, section 4, without the last term.
         """
         check_count("k", k)
         like = self.fit.image
@@ -97,8 +101,9 @@ class ImagePosterior:
         drawn = self._solution.push(weights)
         seen = self._solution.measured(weights, drawn)
         noisy = seen + math.sqrt(self.noise_variance) * normal(tuple(seen.shape), seen, generator)
-        deviations = drawn - self._solution.gain(noisy)
-        return self.mean + deviations.view(k, *like.shape).to(like)
+        deviations = (drawn - self._solution.gain(noisy)).view(k, *like.shape).to(like)
+        z = normal((k, *[1] * like.dim()), like, generator)
+        return self.mean + deviations + z * self.undecided
 
     def log_likelihood(self, image: Any, patch: int = 1) -> float:
         """log p(image | y) of another image, such as the truth, per pixel: mean over `patch` x `patch` patches.
@@ -167,9 +172,10 @@ def linearised(
     prior        "per_block": a variance and a length for each block of convolutions; "shared": for all of one size
     samples      images drawn for `samples`, and for `std` where it is not exact
     mean         "linearised": the linear model's posterior mean, one Gauss-Newton step from the network's image with
-                 the prior found, put between the fit's bounds; "damped": three quarters of that step, which also keeps
-                 some of the total variation that the network was trained with and the linear model knows nothing of;
-                 "network": none
+                 the prior found, put between the fit's bounds; "network": none.  "damped": three quarters of that step,
+                 which also keeps some of the total variation that the network was trained with and the linear model
+                 knows nothing of: mean and covariance of a mixture of the two, of weights 3/4 and 1/4, whose
+                 covariance is the linear model's and 3/16 step step^T
     weights      where the first two terms are taken: "optimum" of the linear model, which makes it -2 times its log
                  evidence and constants; "trained"; "both": at the optimum, and w* . Sigma^-1 w* once more, a hyperprior
                  that keeps the prior as wide as the trained weights ask for.  From few angles the optimum alone is

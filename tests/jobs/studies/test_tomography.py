@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import paraboloid as pb
 from paraboloid.jobs import studies
 from paraboloid.jobs.studies.tomography import Plan, pieces, reading, scores
 from paraboloid.problems import pictures
@@ -50,6 +51,12 @@ def test_scores_of_an_image():
     mse = float(error.square().mean())
     assert scores.isotropic(mse, []) == pytest.approx(-math.log(2 * math.pi * math.e * mse) / 2)
     assert scores.isotropic(mse, [2 * mse]) < scores.isotropic(mse, [])
+    A = pb.tomography.ParallelBeam(16, 9)  # of more than 100 rays
+    values = torch.linalg.svdvals(torch.from_numpy(A.to_scipy().toarray()))[:100]
+    assert scores.carried(A, 0.3) == pytest.approx(0.3 * float((values**-2).sum()) / 256, rel=1e-3)
+    few = pb.tomography.ParallelBeam(8, 3)  # some of whose rays miss the image
+    inverse = torch.linalg.pinv(torch.from_numpy((few.to_scipy().T @ few.to_scipy()).toarray()), rtol=1e-12)
+    assert scores.carried(few, 0.3) == pytest.approx(0.3 * float(inverse.diagonal().mean()), rel=0.05)
 
 
 def test_pictures():

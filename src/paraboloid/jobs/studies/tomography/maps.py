@@ -42,7 +42,8 @@ def reconstructed(
     return {
         "angles": angles, "noise": level, "size": truth.shape[-1], "exact": posterior.exact, "stopped": fit.stopped,
         "noise_variance": posterior.noise_variance, "true_noise_variance": s2, "posterior": found,
-        "isotropic": scores.isotropic(best, []), "network": scores.psnr(fit.image, truth),
+        "isotropic": scores.isotropic(best, []), "carried": scores.isotropic(best, [scores.carried(A, s2)]),
+        "network": scores.psnr(fit.image, truth),
         "tv": scores.psnr(tomography.total_variation(A, y, noise_variance=s2), truth),
         "maps": {key: _numbers(value) for key, value in maps.items()},
     }  # fmt: skip

@@ -51,6 +51,7 @@ def _maps(row: dict[str, Any]) -> Panel:
         ("log density per pixel", fixed(found["density"], None)),
         ("the same in 4 x 4 patches", fixed(found["patches 4"], None)),
         ("of the best one variance", fixed(row["isotropic"], None)),
+        ("of the noise's variance alone", fixed(row["carried"], None)),
         ("of Monte Carlo dropout", fixed(row["dropout"]["density"], None)),
         ("50 % intervals cover", percent(found["inside"]["50"])),
         ("90 % intervals cover", percent(found["inside"]["90"])),

@@ -6,9 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.sparse.linalg import svds
 from torch import Tensor
 
+from paraboloid.tomography.projector import Projector
+
+RANK, SEEN = 100, 1e-6  # of the published protocol's pseudo-inverse: its rank, and singular values that count as 0
 INSIDE = {"50": 0.6744897501960817, "90": 1.6448536269514722}  # standard deviations on each side of an interval
 
 
@@ -33,6 +38,16 @@ def of(mean: Tensor, std: Tensor, truth: Tensor, floor: float) -> dict[str, Any]
     mse, spread = float(error.square().mean()), float(std.square().mean().sqrt())
     return {"psnr": psnr(mean, truth), "density": density(error, std, floor), "inside": inside,
             "correlation": correlation, "mse": mse, "std": spread}  # fmt: skip
+
+
+def carried(A: Projector, noise_variance: float) -> float:
+    """The one variance of the published protocol: noise_variance times the mean diagonal of (A^T A)^+ of rank 100."""
+    matrix: Any = A.to_scipy()
+    rank = min(RANK, min(matrix.shape) - 1)
+    options: dict[str, Any] = {"tol": 1e-4, "v0": np.ones(min(matrix.shape)), "return_singular_vectors": False}
+    values: Any = svds(matrix, k=rank, **options)
+    seen = values[values > SEEN * values.max()]
+    return noise_variance * float((seen**-2.0).sum()) / matrix.shape[1]
 
 
 def isotropic(mse: float, others: Sequence[float]) -> float:
