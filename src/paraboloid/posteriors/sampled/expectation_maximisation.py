@@ -18,6 +18,7 @@ from paraboloid.linalg.stochastic_descent import Diverged
 from paraboloid.operators.vectors import split
 from paraboloid.posteriors.prior_tuning.evidence import HIGHEST, LOWEST
 from paraboloid.posteriors.prior_tuning.linearised import optimum
+from paraboloid.posteriors.sampled.dual_optimum import dual_optimum
 from paraboloid.posteriors.sampled.scaled_model import ScaledModel
 from paraboloid.posteriors.sampled.sketch import Sketch, rank_of
 from paraboloid.posteriors.sampled.solvers import (
@@ -273,9 +274,13 @@ class Run:
         """The M step, in place: the linearised optimum, the precisions, and the right-hand sides that follow."""
         before, linear = self.expanded(state.precision), ScaledModel(self.system, self.loss)
         if not self._descends(state):
-            most = None if self.descent is None else (NEWTON_STEPS, max(1, self.descent.epochs // NEWTON_STEPS))
-            M, tol = self._covariance(state, before), min(self.tol, OPTIMUM)
-            found = optimum(linear, before, self.system.strength, state.delta, M, tol, most)
+            M, tol, most, start = self._covariance(state, before), min(self.tol, OPTIMUM), None, state.delta
+            if self.descent is not None:
+                most = NEWTON_STEPS, max(1, self.descent.epochs // NEWTON_STEPS)
+            if self.dual is not None and not self.blocks and (kernel := self.dual.outputs) is not None:
+                factor, most = self.dual.factor(before), (NEWTON_STEPS, FEW)  # for what rounding leaves of it
+                start = dual_optimum(kernel, linear, before, self.system.strength, start, factor)
+            found = optimum(linear, before, self.system.strength, start, M, tol, most)
         else:
             found = self._descended_optimum(state, linear, before, after)
         state.delta, state.slope = found, self._slope(linear, found, before)
@@ -319,7 +324,7 @@ class Run:
         else:
             self.system.scale = scale * ratio**0.5
         if self.dual is not None:
-            self.dual = TangentKernel(self.system)
+            self.dual = self.dual.renewed()
 
     def _slope(self, linear: ScaledModel, delta: Tensor, precision: Tensor) -> float:
         data, prior = self.system.strength * linear.gradient(delta), precision * (linear.theta + delta)

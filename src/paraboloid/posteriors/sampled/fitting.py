@@ -86,11 +86,13 @@ class Fitting:
             theta = parameters_of(self.model)
             check_memory(theta, len(self.mine), 5 if self.solver == "sgd" else 4)
             system = self._system(likelihood, theta)
-            solver = cheapest(system, self.max_memory) if self.solver == "auto" else self.solver
+            unit = likelihood.curvature == "jacobian" and em_steps > 0
+            solver, kernel = self.solver, None if rows_of(system) is None else TangentKernel(system)
+            if solver == "auto":
+                solver = cheapest(system, self.max_memory, kernel, g_prior and not unit)
             probes = self.solver == "auto" and solver == "sgd"
             descent = Descent(self.epochs, self.lr, noisy=self.noisy) if solver == "sgd" else None
             self.first = system.first
-            unit = likelihood.curvature == "jacobian" and em_steps > 0
             groups, places = groups_of(theta, "parameter" if unit else per), {name: i for i, name in enumerate(theta)}
             at = [[places[k] for k in members] for members in groups]
             across = self.group if self.shard == "samples" else None
@@ -118,7 +120,7 @@ class Fitting:
                 parameters = system.parameters
                 system.scale = input_scales(parameters) if unit else feature_scales(diagonal, parameters)
                 diagonal = (diagonal * system.scale).mul_(system.scale)
-            dual = dual_of(system, solver) if solver in ("dual", "block") else None  # of rows in the units of the scale
+            dual = dual_of(kernel, solver) if solver in ("dual", "block") else None  # of rows in the units of the scale
             run = Run(
                 system, at, join(list(theta.values())), diagonal, self.tol, descent, dual, solver == "block", across,
                 probes, elements, first, likelihood.loss,
@@ -220,38 +222,40 @@ def unit_information(run: Run) -> list[float]:
     return [(mean if mean > 0 else instead) / run.system.count for mean in means]
 
 
-def cheapest(system: TangentSystem, max_memory: int | None) -> str:
+def cheapest(system: TangentSystem, max_memory: int | None, kernel: TangentKernel | None, varied: bool) -> str:
     """The solver: "sgd" where graphs are not kept, which is probed against "cg"; else "dual" or "cg", by the
     multiplications of forming and of products.
 
     A product takes about four forward passes for each sample; `ITERATIONS` of them stand for a solution.
+    varied: whether the g-prior gives each weight a scale of its own.
     """
-    rows = rows_of(system)
-    if system.replay.kept is None or rows is None:
+    if system.replay.kept is None or kernel is None:
         return "sgd" if system.replay.kept is None else "cg"
-    fits = rows * system.size * system.like.element_size() <= RECORDINGS.of(max_memory) - system.replay.size
-    dual = 2 * rows**2 * system.size + rows**3
-    return (
-        "dual"
-        if fits and rows <= MOST_ROWS and dual < ITERATIONS * 4 * system.replay.flops * len(system.everyone)
-        else "cg"
-    )
+    if kernel.size > MOST_ROWS:
+        return "cg"
+    if kernel.outputs is not None:
+        forming = kernel.outputs.multiplications(varied)
+    else:  # by all rows
+        forming, size = kernel.size**2 * system.size, kernel.size * system.size * system.like.element_size()
+        if size > RECORDINGS.of(max_memory) - system.replay.size:
+            return "cg"
+    dual = 2 * forming + kernel.size**3
+    return "dual" if dual < ITERATIONS * 4 * system.replay.flops * len(system.everyone) else "cg"
 
 
-def dual_of(system: TangentSystem, solver: str) -> TangentKernel:
+def dual_of(kernel: TangentKernel | None, solver: str) -> TangentKernel:
     """Raises ValueError where the tangent kernel would be too large, or its graphs or its rows are not at hand."""
-    rows = rows_of(system)
-    if rows is None:
+    if kernel is None:
         raise ValueError(
             f"solver={solver!r} needs the graphs of all data in this process, and they do not fit into max_memory or "
             "the data is shared out; expected less data. Take solver='sgd' or 'cg'."
         )
+    system, rows = kernel.system, kernel.size
     if solver == "dual" and rows > MOST_ROWS:
         raise ValueError(
             f"solver='dual' with {rows} outputs times data points; expected at most {MOST_ROWS}, whose tangent kernel "
             "has a Cholesky factor. Take solver='cg' or 'sgd'."
         )
-    kernel = TangentKernel(system)
     if solver == "block" and kernel.B is None:
         raise ValueError(
             f"solver='block' keeps the tangent kernel's {rows} rows of {system.size} numbers, "
