@@ -89,6 +89,9 @@ def state_numbers(opt: Any) -> int:
         elif isinstance(tree, dict):
             for value in tree.values():
                 count(value)
+        elif isinstance(tree, list | tuple):
+            for value in tree:
+                count(value)
 
     count(opt.state_dict()["state"])
     count(opt.state_dict().get("paraboloid", {}))

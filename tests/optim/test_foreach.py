@@ -44,3 +44,16 @@ def test_what_is_joined_is_read_as_the_list_is(monkeypatch):
     assert not foreach.finite(xs, whole)
     monkeypatch.setattr(foreach, "FEW", 0)
     assert foreach.joined(xs) is None and foreach.joined([]) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [1, foreach.RUN - 1, foreach.RUN, 3 * foreach.RUN + 5])
+def test_dots_of_long_vectors_keep_their_digits(dtype, n, monkeypatch):
+    monkeypatch.setattr(foreach, "FEW", 0)
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, generator=g, dtype=torch.float64).to(dtype) for _ in range(2))
+    found = foreach.dot([x, x], [y, x])
+    assert found.dtype == torch.float64
+    exact = x.double() @ (y.double() + x.double())
+    size = x.double().abs() @ (y.double().abs() + x.double().abs())
+    assert abs(found - exact) < (1e-6 if dtype == torch.float32 else 1e-14) * size

@@ -20,6 +20,7 @@ from paraboloid.passes.torch_internals import foreach_norm
 from paraboloid.passes.torch_internals import foreach_sqrt as roots
 
 FEW = 2**18  # entries
+RUN = 2**11  # products that are summed in float32
 
 __all__ = ["add_", "addcmul_", "added", "along", "dot", "finite", "joined", "lerp_", "norm", "norms", "quotients",
            "roots", "scale_", "scaled", "shift_"]  # fmt: skip
@@ -44,14 +45,30 @@ def dot(xs: Sequence[Tensor], ys: Sequence[Tensor], joined_xs: Tensor | None = N
         return _whole(ys).mul_(joined_xs).sum(dtype=torch.float64)
     if _are_few(xs):
         return _whole(xs).mul_(_whole(ys)).sum(dtype=torch.float64)
-    return torch.stack([product.sum(dtype=torch.float64) for product in scaled(xs, ys)]).sum()
+    if xs[0].is_cuda:
+        return torch.stack([product.sum(dtype=torch.float64) for product in scaled(xs, ys)]).sum()
+    return torch.stack([_dot(x, y) for x, y in zip(xs, ys, strict=True)]).sum()
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """x . y in float64; on a CPU a tenth of the time that a product and its sum take, which go through memory."""
+    x, y = x.reshape(-1), y.reshape(-1)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    x, y = x.to(dtype), y.to(dtype)
+    n = 0 if dtype == torch.float64 else len(x) // RUN * RUN
+    rest = torch.dot(x[n:], y[n:]).double()
+    if n == 0:
+        return rest
+    return rest + torch.linalg.vecdot(x[:n].view(-1, RUN), y[:n].view(-1, RUN)).sum(dtype=torch.float64)
 
 
 def along(xs: Sequence[Tensor], ys: Sequence[Tensor], zs: Sequence[Tensor]) -> Tensor:
     """The sum of all x (y - z), [], in float64."""
     if _are_few(xs):
         return _whole(ys).sub_(_whole(zs)).mul_(_whole(xs)).sum(dtype=torch.float64)
-    return dot(xs, added(ys, zs, alpha=-1))
+    if xs[0].is_cuda:
+        return dot(xs, added(ys, zs, alpha=-1))
+    return torch.stack([_dot(x, y - z) for x, y, z in zip(xs, ys, zs, strict=True)]).sum()  # one difference at a time
 
 
 def _are_few(xs: Sequence[Tensor]) -> bool:
