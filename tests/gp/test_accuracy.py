@@ -77,8 +77,11 @@ def test_many_directions_made_alike_do_not_diverge():
     assert gp.notes == [] and gp.residual < 0.05
 
 
-SLOW = {("lengthscales of their own", "sdd"), ("a sum", "sdd"), ("a product", "sgd")}  # their means are above
-SAMPLED = [(p, s) for s in ("cholesky", *MET) for p in PROBLEMS if (p, s) not in SLOW]
+SLOW = {("lengthscales of their own", "sdd"), ("a sum", "sdd")}
+SAMPLED = [
+    pytest.param(p, s, marks=pytest.mark.slow if (p, s) in SLOW else ())
+    for s in ("cholesky", *MET) for p in PROBLEMS
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("problem, solver", SAMPLED)
