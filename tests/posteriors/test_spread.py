@@ -66,3 +66,26 @@ def test_where_it_is_left_alone():
     assert fitted()[0].tune_prior(match=None).spread == 1.0
     assert fitted()[0].tune_prior(noise=False).spread == 1.0
     assert fitted(weights=torch.tensor([0, 3, 25]))[0].tune_prior().spread == 1.0
+
+
+@pytest.mark.parametrize("structure", ["kron", "full"])
+def test_single_precision_tunes_the_same_noise(structure):
+    """A network that was trained until it fits its noise is far from the optimum of its linearisation; a squared
+    error is solved for whatever it is multiplied by, in float32 too, where a few products left the noise 85 times too
+    large."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(80, 4, generator=g)
+    y = 2 * (6 * x[:, :1]).sin() + x[:, 1:2] + 0.5 * torch.randn(80, 1, generator=g)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 30), nn.Tanh(), nn.Linear(30, 1))
+    optimizer = torch.optim.Adam(model.parameters(), 2e-2)
+    for _ in range(1500):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+    single = laplace(model, nn.MSELoss(), (x, y), structure).tune_prior(match=None)
+    found = single.noise_variance, single.prior_precision
+    double = laplace(model.double(), nn.MSELoss(), (x.double(), y.double()), structure).tune_prior(match=None)
+    assert found == pytest.approx((double.noise_variance, double.prior_precision), rel=0.02)
+    trained = nn.functional.mse_loss(model(x.double()), y.double()).item()
+    assert double.noise_variance > 1.5 * trained  # the network has learned some of the noise

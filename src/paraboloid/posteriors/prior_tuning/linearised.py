@@ -15,13 +15,14 @@ from torch import Tensor
 from paraboloid import linalg
 from paraboloid.data.batches import Data, Output
 from paraboloid.linalg.operand import LinAlgError
-from paraboloid.losses import MSE
+from paraboloid.losses import MSE, Observed, Scaled
 from paraboloid.operators.matrix_free.output_graph import OutputGraph
 from paraboloid.operators.matrix_free.replay import Replay
 from paraboloid.operators.vectors import join, split
 
 NEWTON_STEPS = 50
 HALVINGS = 30
+ROUGH_PRODUCTS = 200  # of a step in float32, beyond which rounding lets it come no closer
 
 
 class LinearisedModel:
@@ -39,7 +40,7 @@ class LinearisedModel:
 
     @property
     def is_quadratic(self) -> bool:
-        return all(isinstance(term, MSE) for term in self.loss.terms)
+        return all(isinstance(_bare(term), MSE) for term in self.loss.terms)
 
     def _passes(self, delta: Tensor, visit: Callable[[Any, Tensor], Tensor]) -> Tensor:
         total: Any = 0.0
@@ -77,6 +78,13 @@ class LinearisedModel:
             return found[0] if v.dim() == 1 else torch.stack(found, 1)
 
         return self._passes(delta, visit)
+
+
+def _bare(loss: Any) -> Any:
+    """Without multiples and measurements of the output, which leave a squared error one."""
+    while isinstance(loss, Scaled | Observed):
+        loss = loss.loss
+    return loss
 
 
 class Restricted:
@@ -149,7 +157,8 @@ def optimum(
         return strength * model.value(d) + (precision * (theta + d).square()).sum() / 2
 
     value = objective(delta)
-    newton_steps, products = most or (NEWTON_STEPS, len(theta))
+    exact = theta.dtype == torch.float64
+    newton_steps, products = most or (NEWTON_STEPS, len(theta) if exact else min(len(theta), ROUGH_PRODUCTS))
     for _ in range(newton_steps):
         of_data = strength * model.gradient(delta)
         g = of_data + precision * (theta + delta)
