@@ -85,9 +85,9 @@ def sampled_laplace(
     solver           "dual" (exact, by the tangent kernel of all outputs and data points), "block" (solves on blocks of
                      that kernel, to the relative residual `tol`), "cg" (all data in each product, to `tol`), "sgd"
                      (`epochs` passes with Nesterov's momentum and averaging, in batches of `batch_size` where `data` is
-                     one batch, at the rate `lr` or one measured by the curvature), or "auto": the cheapest of "dual"
-                     and "cg" by the operations that each takes; where the graphs of the data do not fit into
-                     `max_memory`, the better of "sgd" and "cg" after a few passes by each
+                     one batch, at the rate `lr` or one measured by the curvature), or "auto": "sgd" where an `lr` is
+                     given, else the cheapest of "dual" and "cg" by the operations that each takes; where the graphs of
+                     the data do not fit into `max_memory`, the better of "sgd" and "cg" after a few passes by each
     objective        of "sgd": "low-variance" has the noise of the targets in the right-hand side, by one pass before;
                      "noisy-targets" has it in each batch, with the same solution and noisier gradients where the data
                      determines less than half of its outputs
@@ -123,6 +123,7 @@ def sampled_laplace(
         _check_positive("lr", lr, ", or None to have it measured")
         if solver not in ("sgd", "auto"):
             raise ValueError(f"lr is {lr} with solver={solver!r}, which has no learning rate; expected 'sgd'.")
+        solver = "sgd"  # a rate is for a descent: "auto" would not look at it
     if max_memory is not None:
         check_count("max_memory", max_memory)
     if not (callback is None or callable(callback)):

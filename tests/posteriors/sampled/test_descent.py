@@ -38,12 +38,14 @@ def test_em_by_descent_agrees_with_conjugate_gradients():
     assert abs(found.effective_dimension / exact.effective_dimension - 1) < 0.15
 
 
-def test_a_learning_rate_set_by_hand_that_diverges():
+@pytest.mark.parametrize("options", [{"solver": "sgd"}, {}, {"max_memory": 1}])
+def test_a_learning_rate_set_by_hand_that_diverges(options):
+    """Also where no solver is named: a rate asks for a descent."""
     model, x, y = classifier()
     with pytest.raises(
         ValueError, match=r"lr is 100, with which the descent diverges .* expected at most about 0\.\d+"
     ):
-        pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), solver="sgd", lr=100.0, **OPTIONS)
+        pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), lr=100.0, **options, **OPTIONS)
 
 
 def test_a_measured_rate_that_diverges_is_halved_and_told(monkeypatch):
