@@ -113,6 +113,9 @@ def test_axes_types_and_kinds_of_arrays():
     torch.testing.assert_close(A.T @ y, torch.stack([torch.stack([A.T @ y[i, j] for j in range(3)]) for i in (0, 1)]))
     assert (A @ x.float()).dtype == torch.float32
     assert (A @ x.bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(A @ x, y, rtol=0, atol=0)
+        torch.testing.assert_close(A.T @ y[0, 0].float(), (A.T @ y[0, 0]).float())
     assert (A @ torch.ones(6, 6, dtype=torch.int64)).dtype == torch.float32
     assert (ParallelBeam(6, 4, dtype=torch.float64) @ torch.ones(6, 6, dtype=torch.int64)).dtype == torch.float64
     assert isinstance(A @ x.numpy(), np.ndarray)

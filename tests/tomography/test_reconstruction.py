@@ -155,6 +155,20 @@ def test_modes_without_gradients_change_nothing(mode):
         assert deep_image_prior(A, y, s2, model=own, input=made, iterations=1).image.shape == (6, 6)
 
 
+def test_autocast_changes_nothing():
+    A, x, y, s2 = scanned(angles=4, size=6, dtype=torch.float32)
+
+    def found():
+        fit = deep_image_prior(A, y, s2, iterations=3)
+        ours = [pb.tomography.linearised(fit, steps=1, samples=2, evidence=kind) for kind in ("exact", "sampled")]
+        return [fit.image, *(t for one in ours for t in (one.mean, one.std, one.sample(2), one.log_likelihood(x, 2)))]
+
+    expected = found()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for ours, theirs in zip(found(), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
 def test_the_network_takes_any_size_and_starts_at_its_level():
     for size in (4, 9, 13):
         x = UNet(1, (), (0.0, 2.0), level=0.5)(torch.randn(1, 1, size, size))

@@ -85,6 +85,17 @@ def precisely(method: Callable[P, R]) -> Callable[P, R]:
     return inside
 
 
+def in_own_arithmetic(function: Callable[P, R]) -> Callable[P, R]:
+    """The function under `own_arithmetic` on every device."""
+
+    @wraps(function)
+    def inside(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False), autocast(torch.device("cpu"), None), autocast(torch.device("cuda"), None):
+            return function(*args, **kwargs)
+
+    return inside
+
+
 def evaluating(model: Any) -> AbstractContextManager[None]:
     """The model in evaluation mode, and afterwards each of its modules in the mode it was in; a plain callable, or a
     model that is in evaluation mode, as it is."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from paraboloid.linalg.operand import check_choice, check_count
 from paraboloid.linalg.probes import Seed, generator_of, normal
 from paraboloid.passes.memory import DENSE
+from paraboloid.passes.modes import in_own_arithmetic
 from paraboloid.tomography.dense_evidence import DenseEvidence
 from paraboloid.tomography.evidence_ascent import STEPS, WEIGHTS, Objective, ascend
 from paraboloid.tomography.image_jacobian import ImageJacobian, linear_residual
@@ -61,6 +62,7 @@ class ImagePosterior:
     # --- what is asked for ------------------------------------------------------------------------------------------
 
     @cached_property
+    @in_own_arithmetic
     def covariance(self) -> Tensor:
         """Of all pixels, [n, n]: exact, or that of `samples`."""
         if not self.exact:
@@ -69,6 +71,7 @@ class ImagePosterior:
         undecided = self.undecided.flatten()
         return self._solution.covariance().to(self.fit.image) + torch.outer(undecided, undecided)
 
+    @in_own_arithmetic
     def root(self) -> Tensor:
         """F [R, n] with F^T F the covariance: R = n, or the number of samples."""
         if not self.exact:
@@ -86,6 +89,7 @@ class ImagePosterior:
             return self.covariance.diagonal().clamp(min=0).sqrt().view_as(self.mean)
         return (self.samples - self.mean).square().mean(0).sqrt()
 
+    @in_own_arithmetic
     def sample(self, k: int, seed: Seed = 0) -> Tensor:
         """k images drawn from the posterior, [k, *mean.shape], by Matheron's rule:
 
@@ -105,6 +109,7 @@ class ImagePosterior:
         z = normal((k, *[1] * like.dim()), like, generator)
         return self.mean + deviations + z * self.undecided
 
+    @in_own_arithmetic
     def log_likelihood(self, image: Any, patch: int = 1) -> float:
         """log p(image | y) of another image, such as the truth, per pixel: mean over `patch` x `patch` patches.
 
@@ -140,12 +145,13 @@ class ImagePosterior:
         kept = len(deviations) / (len(deviations) + len(pixels))
         return kept * found + (1 - kept) * found.diagonal().diag()
 
+    @in_own_arithmetic
     def log_evidence(self) -> Any:
         """log p(y) of the linear model: a float, or an `Estimate` with its standard error where it is sampled."""
         return self._solution.log_evidence()
 
 
-@torch.inference_mode(False)
+@in_own_arithmetic
 def linearised(
     fit: Reconstruction,
     prior: str = "per_block",

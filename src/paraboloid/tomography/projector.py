@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from paraboloid.passes.modes import autocast
+
 Shape = tuple[int, ...]
 
 
@@ -69,7 +71,8 @@ class Matrix:
         narrow = x.dtype in (torch.float16, torch.bfloat16)
         A = self.on(torch.float32 if narrow else x.dtype, x.device)
         columns = x.to(A.dtype)
-        found = (A @ columns[0]).unsqueeze(0) if len(columns) == 1 else (A @ columns.T.contiguous()).T
+        with autocast(x.device, None):  # there are no sparse products of 16 bits
+            found = (A @ columns[0]).unsqueeze(0) if len(columns) == 1 else (A @ columns.T.contiguous()).T
         return found.to(x.dtype)
 
     def __getstate__(self) -> dict[str, Any]:

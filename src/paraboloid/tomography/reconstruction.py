@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from paraboloid.linalg.operand import check_choice, check_count
 from paraboloid.losses import MSE, Loss, Observed
+from paraboloid.passes.modes import in_own_arithmetic
 from paraboloid.passes.random_state import seeded
 from paraboloid.tomography.measurement import as_projector
 from paraboloid.tomography.projector import Projector
@@ -54,7 +55,7 @@ class Reconstruction:
         return Observed(MSE("sum"), self.A)
 
 
-@torch.inference_mode(False)
+@in_own_arithmetic
 def deep_image_prior(
     A: Any,
     y: Any,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from paraboloid.linalg.operand import check_count
+from paraboloid.passes.modes import in_own_arithmetic
 from paraboloid.passes.random_state import seeded
 from paraboloid.tomography.measurement import as_projector
 from paraboloid.tomography.reconstruction import HEADROOM, Reconstruction, iterations_for
@@ -41,7 +42,7 @@ class SideBySide:
         return torch.stack([fit.model.image(h) for fit, h in zip(self.fits, found, strict=True)])  # pyright: ignore
 
 
-@torch.inference_mode(False)
+@in_own_arithmetic
 def deep_image_priors(
     A: Sequence[Any], y: Sequence[Tensor], noise_variances: Sequence[float], seeds: Sequence[int], *,
     iterations: int | None = None, lr: float = 1e-2, stop: bool = True, dropout: float = 0.0,
