@@ -266,7 +266,7 @@ class Frame(torch.optim.Optimizer):
         gradients, whole = self._gradients
         if not all(p.grad is g for p, g in zip(params, gradients, strict=True)):
             whole = None
-        return self._last_step.slope(self._states(), params, now, whole)
+        return self._last_step.slope(self._states, params, now, whole)
 
     def _end(self, moves: list[Move]) -> None:
         """After the parameters moved."""

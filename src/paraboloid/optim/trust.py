@@ -9,7 +9,7 @@ larger than the model says, because the weights have moved on or because it was 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -165,10 +165,12 @@ class LastStep:
         self._params: list[Tensor] = []  # whose values are parts of
         self._before: Tensor | None = None
 
-    def slope(self, states: States, params: list[Tensor], now: Tensor | None, gradient: Tensor | None) -> float:
+    def slope(
+        self, states: Callable[[], States], params: list[Tensor], now: Tensor | None, gradient: Tensor | None
+    ) -> float:
         """g . (p - before), as `slope` has it; now and gradient: those of the step's parameters, each joined."""
         if now is None or gradient is None or self._before is None or not self._is_of(params):
-            return slope(states)
+            return slope(states())
         return float((now - self._before).mul_(gradient).sum(dtype=torch.float64))
 
     def begin(self, params: list[Tensor], states: list[dict[str, Any]], now: Tensor | None) -> None:
