@@ -56,6 +56,23 @@ def test_no_unit_counts(kind, solver, per):
     assert two.history[-1].precision == pytest.approx(one.history[-1].precision, rel=1e-5)
 
 
+@pytest.mark.parametrize("solver", ["dual", "cg"])
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_units_apart_by_powers_of_two_round_alike_in_single(kind, solver):
+    """What other units change in float32 is the rounding of the features, and nothing that is made of them."""
+    model, x, new = problem(3 if kind == "classification" else 2)
+    model, x, new = model.float(), x.float(), new.float()
+    loss = nn.CrossEntropyLoss() if kind == "classification" else nn.MSELoss()
+    y = torch.arange(50) % 3 if kind == "classification" else x[:, :2].sin()
+    c, d = 2.0 ** torch.tensor([-9, 0, 3, 5, 11]), 2.0 ** torch.arange(-4, 4)
+    one, two = (
+        pb.sampled_laplace(m, loss, (z, y), 4, em_steps=2, solver=solver, noise_variance=0.01, seed=3)
+        for m, z in ((model, x), (rescaled(model, c, d), x * c))
+    )
+    assert torch.equal(one.functional(new)[1], two.functional(new * c)[1])
+    assert one.history == two.history
+
+
 def test_scales_of_what_the_data_does_not_see():
     d = torch.tensor([[4.0, 0.0], [16.0, 1e-30]], dtype=F64)
     w = torch.tensor([[1.0, 3.0], [0.5, 0.0]], dtype=F64)
