@@ -94,6 +94,8 @@ bench-sampled: $(STAMP) ## measure sampled Laplace of ResNet-50: a step in gradi
 bench-quality: $(STAMP) ## measure likelihood, calibration and detection of noise on few digits (after: make peers)
 	$(BIN)/python -m benchmarks.posterior_quality
 	$(BIN)/python -m benchmarks.posterior_use
+	$(BIN)/python -m benchmarks.posterior_untouched
+	$(BIN)/python -m benchmarks.posterior_tuning
 
 bench-cuda: $(STAMP) ## time everything on a CUDA device (in an environment whose torch has one)
 	$(BIN)/python -m benchmarks.cuda
