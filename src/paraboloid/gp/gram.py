@@ -14,6 +14,7 @@ from paraboloid.linalg.threads import side_by_side, workers
 from paraboloid.passes.memory import KERNEL_TILES, pooled
 
 ROWS, COLUMNS = 512, 512  # of a tile: 1 MiB in float32, which stays in the cache of one core
+SQUARE = 2**28  # bytes of a kept matrix up to which memory is taken from the pool
 FEW = 2  # threads with tiles of their own that are no faster than one which reads each entry once
 Use = Callable[[int, slice, slice, Tensor], None]  # of a tile: worker, rows, columns, values
 
@@ -200,7 +201,8 @@ class Gram:
         size = self.shape[0] ** 2 * self.dtype.itemsize
         if not self.kept and size <= self.budget and lower_triangle.multiplies(self.dtype, self.device):
             self.budget -= size
-            self.square = pooled(self.shape, self.points[0])
+            again = size <= SQUARE  # a larger one takes its own pages: those above the diagonal are never touched
+            self.square = pooled(self.shape, self.points[0]) if again else self.points[0].new_empty(self.shape)
 
     def _new_panels(self, panels: list[slice]) -> dict[int, Tensor]:
         """Room for the rows that are to be kept from now on, by first row."""
