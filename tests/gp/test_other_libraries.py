@@ -1,5 +1,7 @@
 """Kernels and estimators of other libraries: the same values, and scikit-learn's own checks."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +98,17 @@ def test_kernels_of_gpytorch():
     torch.testing.assert_close(kernel_of(summed)(X), (summed.outputscale * inner).detach())
     with pytest.raises(ValueError, match=r"Kernel has the batch shape \(2,\); expected one kernel"):
         kernel_of(k.RBFKernel() + k.RBFKernel(batch_shape=torch.Size([2])))
+
+
+def test_estimators_can_be_pickled_with_kernels_of_other_libraries():
+    x, y = (t.numpy() for t in data(40))
+    for kernel, samples in ((sk.Matern(nu=0.8) + sk.DotProduct(), 2), (sk.Exponentiation(sk.RBF(), 2), 0)):
+        model = pb.gp.GPRegressor(kernel, optimize=False, samples=samples).fit(x, y)
+        again = pickle.loads(pickle.dumps(model))
+        assert np.array_equal(again.predict(x), model.predict(x))
+        assert np.array_equal(again.sample_y(x, samples), model.sample_y(x, samples))
+    with pytest.raises(ValueError, match="noise_variance has 40 entries; expected a number"):
+        pb.gp.GPRegressor(noise_variance=np.full(40, 0.1), optimize=False).fit(x, y)
 
 
 def test_the_estimator():

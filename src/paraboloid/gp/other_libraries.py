@@ -75,11 +75,12 @@ def _in_dims(kernel: Any, dims: list[int] | None) -> Kernel:
 
 
 def _values(kernel: Any) -> Any:
-    def values(x: Tensor, z: Tensor) -> Tensor:
-        with torch.no_grad():
-            return kernel.to(x.dtype)(x, z).to_dense()
+    return partial(_gpytorchs_values, kernel)
 
-    return values
+
+def _gpytorchs_values(kernel: Any, x: Tensor, z: Tensor) -> Tensor:
+    with torch.no_grad():
+        return kernel.to(x.dtype)(x, z).to_dense()
 
 
 def _of_sklearn(kernel: Any) -> Kernel:
@@ -102,15 +103,20 @@ def _of_sklearn(kernel: Any) -> Kernel:
         spectrum.nu = float(kernel.nu)  # whose frequencies have a distribution for every nu
         features = RBF(spectrum.lengthscale).features if np.isinf(kernel.nu) else spectrum.features
 
-    def values(x: Tensor, z: Tensor) -> Tensor:
-        return torch.from_numpy(np.asarray(kernel(x.cpu().numpy(), z.cpu().numpy()))).to(x)
+    return Foreign(partial(_sklearns_values, kernel), features, name)
 
-    return Foreign(values, features, name)
+
+def _sklearns_values(kernel: Any, x: Tensor, z: Tensor) -> Tensor:
+    return torch.from_numpy(np.asarray(kernel(x.cpu().numpy(), z.cpu().numpy()))).to(x)
 
 
 def _linear(variance: float, offset: float, count: int, d: int, generator: torch.Generator, like: Tensor) -> Features:
     """The inputs themselves and a constant: exact, whatever `count` is."""
-    return lambda x: torch.cat([variance**0.5 * x, torch.full_like(x[:, :1], offset)], 1).unsqueeze(2)
+    return partial(_inputs_and_one, variance**0.5, offset)
+
+
+def _inputs_and_one(root: float, offset: float, x: Tensor) -> Tensor:
+    return torch.cat([root * x, torch.full_like(x[:, :1], offset)], 1).unsqueeze(2)
 
 
 class Foreign(Kernel):

@@ -66,6 +66,9 @@ class GPRegressor(RegressorMixin, BaseEstimator):
         self._scale = np.where(scale > 0, scale, 1.0).astype(y.dtype)
         x, t = torch.tensor(X), torch.from_numpy((y - self._mean) / self._scale)
         kernel, noise = self.kernel, self.noise_variance
+        if np.size(noise) != 1:
+            raise ValueError(f"noise_variance has {np.size(noise)} entries; expected a number: that of new inputs is "
+                             "not known otherwise. Take pb.gp.condition for noise that differs.")  # fmt: skip
         if kernel is None:
             kernel = Matern(1.5, x.std(0, correction=0).clamp(min=1e-6).double() * X.shape[1] ** 0.5)
         if self.optimize and bool(t.any()):
