@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from paraboloid.optim.trust import LOST, START, LastStep, Trust, go_back, stop
 from paraboloid.passes import trees, wrappers
 from paraboloid.passes.torch_internals import versions
 
+_GRADIENT = attrgetter("grad")
 FRAME = ("optimizer", "names", "shapes", "options", "counters", "generator", "trust")  # the rest is the subclass's
 
 
@@ -264,7 +266,7 @@ class Frame(torch.optim.Optimizer):
     def _slope(self, params: list[Tensor], now: Tensor | None) -> float:
         """The slope along the last step, by the gradients that the step in the making found."""
         gradients, whole = self._gradients
-        if not all(p.grad is g for p, g in zip(params, gradients, strict=True)):
+        if list(map(id, map(_GRADIENT, params))) != list(map(id, gradients)):
             whole = None
         return self._last_step.slope(self._states, params, now, whole)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import attrgetter, methodcaller
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from paraboloid.passes.torch_internals import foreach_mul_ as scale_
 from paraboloid.passes.torch_internals import foreach_norm
 from paraboloid.passes.torch_internals import foreach_sqrt as roots
 
+_DTYPE, _FLAT = attrgetter("dtype"), methodcaller("reshape", -1)
 FEW = 2**18  # entries
 RUN = 2**11  # products that are summed in float32
 
@@ -76,7 +78,7 @@ def _are_few(xs: Sequence[Tensor]) -> bool:
     first = xs[0]
     if first.is_cuda or first.dtype not in (torch.float32, torch.float64):
         return False
-    return sum([x.numel() for x in xs]) <= FEW and len({x.dtype for x in xs}) == 1
+    return sum(map(Tensor.numel, xs)) <= FEW and len(set(map(_DTYPE, xs))) == 1
 
 
 def joined(xs: Sequence[Tensor]) -> Tensor | None:
@@ -85,7 +87,7 @@ def joined(xs: Sequence[Tensor]) -> Tensor | None:
 
 
 def _whole(xs: Sequence[Tensor]) -> Tensor:
-    return torch.cat([x.reshape(-1) for x in xs])
+    return torch.cat(list(map(_FLAT, xs)))
 
 
 def finite(xs: Sequence[Tensor], joined_xs: Tensor | None = None) -> bool:
