@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -41,6 +42,10 @@ from paraboloid.posteriors.sampled.tangent_system import TangentSystem
 OPTIMUM = 1e-3  # of the gradient's norm, to which the linearised optimum is found
 PROBED = 4  # passes over the data by which descent and conjugate gradients are compared
 NEWTON_STEPS = 3  # of the linearised optimum, where passes are counted
+REFINED, TOGETHER = (
+    4,
+    2**26,
+)  # times that the kernel is asked for what rounding left; numbers that are asked for at once
 FEW = 10  # iterations that are worth more than a sketch
 SETTLED = 1e-3  # relative change of every precision that ends the updates
 
@@ -131,7 +136,7 @@ class Run:
         if self.dual is not None and self.blocks:
             state.w = by_blocks(self.dual, precision, state.b, state.w, self.tol)
         elif self.dual is not None:
-            state.w = self.dual.apply(precision, state.b)
+            state.w = self._refined(self.dual, precision, state.b)
         elif not self._descends(state):
             state.w = self._conjugate(state, precision)
         else:
@@ -142,6 +147,24 @@ class Run:
             EMStep(state.steps, tuple(state.precision), tuple(state.gammas), residual, state.slope, state.noise)
         )
         state.sampled = True
+
+    @torch.no_grad()
+    def _refined(self, dual: TangentKernel, precision: Tensor, b: Tensor) -> Tensor:
+        """By the kernel, and again for what rounding left of the right-hand sides, while that helps: where precisions
+        are tiny, small weights are differences of large ones."""
+        w = torch.empty_like(b)
+        for part, found in zip(b.split(some := max(1, TOGETHER // b.shape[1])), w.split(some), strict=True):
+            found.copy_(dual.apply(precision, part))
+            left, step = math.inf, None
+            for again in range(REFINED + 1):
+                rest = (part - self.system.product(found)).addcmul_(precision, found, value=-1)
+                before, left = left, float((rest.norm(dim=1) / part.norm(dim=1)).max())
+                if step is not None and not left < before:
+                    found.sub_(step)
+                if not self.tol < left < before or again == REFINED:
+                    break
+                found.add_(step := dual.apply(precision, rest))
+        return w
 
     def _descends(self, state: State) -> bool:
         return self.descent is not None and state.chosen != "cg"
