@@ -11,10 +11,9 @@ from paraboloid.gp.buffers import Buffers
 from paraboloid.gp.kernel import Kernel
 from paraboloid.linalg import lower_triangle
 from paraboloid.linalg.threads import side_by_side, workers
-from paraboloid.passes.memory import KERNEL_TILES, pooled
+from paraboloid.passes.memory import KERNEL_POOLED, KERNEL_TILES, pooled
 
 ROWS, COLUMNS = 512, 512  # of a tile: 1 MiB in float32, which stays in the cache of one core
-SQUARE = 2**28  # bytes of a kept matrix up to which memory is taken from the pool
 FEW = 2  # threads with tiles of their own that are no faster than one which reads each entry once
 Use = Callable[[int, slice, slice, Tensor], None]  # of a tile: worker, rows, columns, values
 
@@ -201,7 +200,9 @@ class Gram:
         size = self.shape[0] ** 2 * self.dtype.itemsize
         if not self.kept and size <= self.budget and lower_triangle.multiplies(self.dtype, self.device):
             self.budget -= size
-            again = size <= SQUARE  # a larger one takes its own pages: those above the diagonal are never touched
+            again = (
+                size <= KERNEL_POOLED.of()
+            )  # a larger one takes its own pages: those above the diagonal are never touched
             self.square = pooled(self.shape, self.points[0]) if again else self.points[0].new_empty(self.shape)
 
     def _new_panels(self, panels: list[slice]) -> dict[int, Tensor]:

@@ -60,6 +60,9 @@ CACHED = Limit("what is formed and used at once, to stay in the cache", MIB, dev
 COMPARED = Limit("gradients that are compared to certify sample independence", 4 * MIB)
 PROBES = Limit("random vectors that are multiplied together", 64 * MIB)
 RESIDUALS = Limit("residuals against which the next one is orthogonalised", 256 * MIB)
+KERNEL_POOLED = Limit(
+    "a kept kernel matrix whose memory is the pool's: a larger one leaves half of its pages untouched", 256 * MIB
+)
 KERNEL_TILES = Limit("tiles of a kernel matrix that are kept from product to product", 2 * GIB)
 HASHED = Limit("inputs times random features that are hashed at a time", 32 * MIB)
 MEASURED = Limit("directions that are collected before they are measured on the full data", 256 * MIB)
