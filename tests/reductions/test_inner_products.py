@@ -2,23 +2,13 @@
 
 import pytest
 import torch
+from reductions.test_contractions import MODELS as SIMPLE
 from torch import nn
 
 import paraboloid as pb
 from paraboloid.passes.memory import PIECES, ROWS
 from paraboloid.posteriors.prediction.jacobian import pull_outputs
 from paraboloid.reductions import inner_products as products
-
-
-class Flipped(nn.Module):
-    """x W + b, with W stored input first."""
-
-    def __init__(self):
-        super().__init__()
-        self.W, self.b = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3))
-
-    def forward(self, x):
-        return torch.addmm(self.b, x, self.W)
 
 
 class Pooled(nn.Module):
@@ -41,17 +31,7 @@ class Table(nn.Module):
         return self.outer(torch.tanh(self.table((x.abs() * 3).long().clamp(max=5)).sum(1)))
 
 
-def shared():
-    linear = nn.Linear(4, 4)
-    return nn.Sequential(linear, nn.Tanh(), linear, nn.Linear(4, 3))
-
-
-MODELS = {
-    "mlp": lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4, bias=False), nn.Linear(4, 3)),
-    "flipped": Flipped,
-    "used twice": shared,
-    "scale": lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)),
-    "convolution": lambda: nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Conv1d(2, 3, 2), nn.Flatten()),
+MODELS = SIMPLE | {
     "groups": lambda: nn.Sequential(nn.Unflatten(1, (4, 1)), nn.Conv1d(4, 6, 1, groups=2), nn.Flatten()),
     "positions": Pooled,
     "table": Table,
