@@ -31,7 +31,7 @@ from benchmarks import defaults_nets
 from paraboloid.passes.random_state import copied_buffers, seeded
 
 FILE = Path("benchmarks/results/defaults.jsonl")
-OURS = ("KFAC", "EKFAC", "Preconditioned", "KBFGS", "KBFGSL", "HessianFree")
+OURS = ("KFAC", "EKFAC", "Preconditioned", "KBFGS", "KBFGSL", "HessianFree", "Polar")
 FACTORS = (0.3, 1.0, 3.0)
 SEEDS = range(5)
 Key = tuple[str, str, float, int]

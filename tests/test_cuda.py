@@ -130,7 +130,7 @@ def test_the_last_layer_in_closed_form():
         )
 
 
-@pytest.mark.parametrize("name", ["KFAC", "EKFAC", "Preconditioned", "KBFGS", "KBFGSL", "HessianFree"])
+@pytest.mark.parametrize("name", ["KFAC", "EKFAC", "Preconditioned", "KBFGS", "KBFGSL", "HessianFree", "Polar"])
 def test_optimisers(name):
     """The loss falls; where no label is sampled, the steps are those on the CPU."""
     losses = {}

@@ -134,7 +134,7 @@ def _report(
 @main.command()
 @click.argument("problem", default="digits-mlp")
 @click.option("--optimizer", default="adam", show_default=True,
-              help="sgd, adam, adamw, kfac, ekfac, diag-ggn, kbfgs, kbfgsl or hessian-free.")  # fmt: skip
+              help="sgd, adam, adamw, kfac, ekfac, diag-ggn, kbfgs, kbfgsl, polar or hessian-free.")  # fmt: skip
 @click.option("--sampler", default="uniform", show_default=True,
               help="uniform, or gc: one sample of each gradient cluster, with loss weights.")  # fmt: skip
 @click.option("--lr", type=float, help="Learning rate  [default: the problem's, or the optimizer's].")

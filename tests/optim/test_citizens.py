@@ -282,7 +282,7 @@ def test_a_changed_model_and_an_empty_layer(make):
         make(empty)
 
 
-@pytest.mark.parametrize("name", ["KFAC", "EKFAC", "Preconditioned", "KBFGS", "KBFGSL", "HessianFree"])
+@pytest.mark.parametrize("name", ["KFAC", "EKFAC", "Preconditioned", "KBFGS", "KBFGSL", "HessianFree", "Polar"])
 def test_a_model_that_is_cast_after_a_step(name):
     """Its parameters are the same objects, whose numbers are of another type."""
     model, (x, y) = mlp().double(), batch()

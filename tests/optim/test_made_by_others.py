@@ -13,6 +13,7 @@ LOSS = nn.CrossEntropyLoss()
 EVERY = {
     "KFAC": pb.optim.KFAC, "EKFAC": pb.optim.EKFAC, "Preconditioned": pb.optim.Preconditioned,
     "KBFGS": pb.optim.KBFGS, "KBFGSL": pb.optim.KBFGSL, "HessianFree": pb.optim.HessianFree,
+    "Polar": pb.optim.Polar,
 }  # fmt: skip
 ALL = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY.keys())
 OPTIONS = [
@@ -21,7 +22,7 @@ OPTIONS = [
     (pb.optim.KFAC, {"adapt_damping": True, "reject": True, "nesterov": True}), (pb.optim.EKFAC, {}),
     (pb.optim.EKFAC, {"graft": "sgd", "weight_decay": 0.1}), (pb.optim.Preconditioned, {"momentum": 0.9}),
     (pb.optim.Preconditioned, {"curvature": "kflr"}), (pb.optim.Preconditioned, {"curvature": "diag_hessian"}),
-    (pb.optim.KBFGS, {}), (pb.optim.KBFGSL, {"memory": 2}),
+    (pb.optim.KBFGS, {}), (pb.optim.KBFGSL, {"memory": 2}), (pb.optim.Polar, {}), (pb.optim.Polar, {"graft": None}),
     (pb.optim.HessianFree, {"preconditioner": "second_moment", "warm_start": 0.5}),
 ]  # fmt: skip
 

@@ -30,6 +30,7 @@ FREE = [
     {"progress": 1e-2, "damping": 0.3}, {"backtrack": False, "line_search": False, "adapt_damping": False, "lr": 0.5},
     {"warm_start": 0.5, "preconditioner": "second_moment", "weight_decay": 0.1},
 ]  # fmt: skip
+POLAR = [{}, {"graft": None, "nesterov": False}, {"momentum": 0.5, "weight_decay": 0.1, "decoupled": True}]
 CASES = [
     *((pb.optim.KFAC, options) for options in KRONECKER),
     *((pb.optim.EKFAC, options) for options in KRONECKER if "split" not in options),
@@ -37,8 +38,10 @@ CASES = [
     *((pb.optim.KBFGS, options) for options in QUASI_NEWTON),
     *((pb.optim.KBFGSL, options) for options in [*QUASI_NEWTON, {"memory": 2}]),
     *((pb.optim.HessianFree, options) for options in FREE),
+    *((pb.optim.Polar, options) for options in POLAR),
 ]
-EVERY = [pb.optim.KFAC, pb.optim.EKFAC, pb.optim.Preconditioned, pb.optim.KBFGS, pb.optim.KBFGSL, pb.optim.HessianFree]
+EVERY = [pb.optim.KFAC, pb.optim.EKFAC, pb.optim.Preconditioned, pb.optim.KBFGS, pb.optim.KBFGSL, pb.optim.HessianFree,
+         pb.optim.Polar]  # fmt: skip
 SAVED, STEPS = 4, 8
 
 
@@ -214,7 +217,8 @@ def test_distributed_checkpoints_hold_everything(make, tmp_path):
     """get_state_dict keeps `state` and `param_groups` alone, and set_state_dict begins with a fresh optimiser."""
     model = mlp()
     options = {} if make is pb.optim.HessianFree else {"momentum": 0.7}
-    opt = make(model, LOSS, damping=0.2, **options)
+    given = {} if make is pb.optim.Polar else {"damping": 0.2}
+    opt = make(model, LOSS, **given, **options)
     train(model, opt, schedule(opt), range(SAVED))
     own, states = get_state_dict(model, opt)
     before = flat(model).clone()

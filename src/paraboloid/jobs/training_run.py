@@ -40,10 +40,11 @@ OPTIMIZERS: dict[str, tuple[float, Make]] = {
     "diag-ggn": (0.1, lambda m, loss, o: optim.Preconditioned(m, loss, **o)),
     "kbfgs": (0.3, lambda m, loss, o: optim.KBFGS(m, loss, graft="adam", **o)),
     "kbfgsl": (0.3, lambda m, loss, o: optim.KBFGSL(m, loss, graft="adam", **o)),
+    "polar": (5e-3, lambda m, loss, o: optim.Polar(m, loss, **o)),
     "hessian-free": (1.0, lambda m, loss, o: optim.HessianFree(m, loss, **o)),
 }
 DAMPED = {"kfac", "ekfac", "diag-ggn", "kbfgs", "kbfgsl", "hessian-free"}
-WITH_MOMENTUM = {"sgd", "kfac", "ekfac", "diag-ggn", "kbfgs", "kbfgsl"}
+WITH_MOMENTUM = {"sgd", "kfac", "ekfac", "diag-ggn", "kbfgs", "kbfgsl", "polar"}
 
 
 @dataclass(frozen=True)

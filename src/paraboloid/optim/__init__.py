@@ -3,6 +3,7 @@
 from paraboloid.optim.hessian_free import HessianFree
 from paraboloid.optim.kbfgs import KBFGS, KBFGSL
 from paraboloid.optim.kfac import EKFAC, KFAC
+from paraboloid.optim.polar import Polar
 from paraboloid.optim.preconditioned import Preconditioned
 
-__all__ = ["EKFAC", "KBFGS", "KBFGSL", "KFAC", "HessianFree", "Preconditioned"]
+__all__ = ["EKFAC", "KBFGS", "KBFGSL", "KFAC", "HessianFree", "Polar", "Preconditioned"]

@@ -31,6 +31,13 @@ class AdamLength:
 
     def measure(self, m: Move) -> None:
         """Of the group's averages as they are now."""
+        steps, corrections = self.steps(m)
+        norms = zip(foreach.norms(steps), corrections, strict=True)
+        self._lengths[id(m)] = [self.share * n * c for n, c in norms]
+
+    def steps(self, m: Move) -> tuple[list[Tensor], list[float]]:
+        """Adam's for a learning rate of 1, each before it is multiplied by the number beside it: the correction for the
+        averages' zero start."""
         g = [_full(t) for t in m.gradient]
         squares = [self._squares(state, t) for state, t in zip(m.states, g, strict=True)]
         foreach.scale_(squares, DECAY)
@@ -39,9 +46,8 @@ class AdamLength:
         count, mu = [int(state["graft_step"]) for state in m.states], m.group["momentum"]
         whole = [math.sqrt(1 - DECAY**t) for t in count]  # of the roots: averages start at zero
         foreach.shift_(roots, [EPS * w for w in whole])
-        norms = foreach.norms(foreach.quotients([_full(t) for t in m.direction], roots))
-        corrected = (n * w / (1 - mu**t) for n, w, t in zip(norms, whole, count, strict=True))
-        self._lengths[id(m)] = [self.share * n for n in corrected]
+        steps = foreach.quotients([_full(t) for t in m.direction], roots)
+        return steps, [w / (1 - mu**t) for w, t in zip(whole, count, strict=True)]
 
     def _squares(self, state: dict, g: Tensor) -> Tensor:
         """Adam's average of squares, and one more of what it is of; in float32 also where a loaded state is not."""

@@ -64,6 +64,7 @@ AS_ADAM = pairs("damping", (1e-2, 0.1), (3e-3, 0.1), (1e-2, 0.01), (3e-3, 1.0), 
                 (3e-3, 0.01), (3e-2, 1.0))  # fmt: skip
 AS_LONG = pairs("damping", (1.0, 0.3), (0.3, 0.3), (3.0, 0.3), (1.0, 3.0), (1.0, 1.0), (0.3, 3.0), (3.0, 3.0),
                 (0.1, 0.3), (1.0, 0.1))  # fmt: skip
+POLAR = grid(1e-2, 3e-2, 3e-3, 1e-1, momentum=(0.95, 0.9, 0.8))
 DIAGONAL = grid(0.3, 0.1, 1.0, 0.03, decay=(0.95, 0.5, 0.99))
 STEPS = pairs("damping", (1.0, 1.0), (1.0, 0.1), (1.0, 10.0), (1.0, 0.01), (0.5, 1.0), (0.5, 0.1), (0.5, 10.0),
               (1.0, 100.0), (0.5, 0.01))  # fmt: skip
@@ -84,6 +85,7 @@ METHODS: dict[str, Method] = {
     "Shampoo": Method("peers", _of_peers("ScalableShampoo", preconditioning_compute_steps=10,
                                          start_preconditioning_step=5, weight_decay=0.0),
                       grid(*RATES, betas=((0.9, 0.999), (0.9, 0.99), (0.9, 0.9))), needs=PEERS),
+    "Polar": Method("ours", _ours("Polar"), POLAR),
     "KFAC": Method("ours", _ours("KFAC", kl_clip=None, **OFTEN), FISHER),
     "KFAC, clipped": Method("ours", _ours("KFAC"), CLIPPED),
     "KFAC, grafted": Method("ours", _ours("KFAC", **GRAFTED), AS_ADAM),
