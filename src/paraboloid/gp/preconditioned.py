@@ -18,7 +18,7 @@ LIMIT = 1000  # iterations at most
 # Nanoseconds on one core, float32, measured: an entry of a tile; an entry times one right-hand side, alone (reading it,
 # once for both of its places) and among many; an operation of a factorisation, and of the columns.  Only their ratios
 # matter.
-TILE, READ, PRODUCT, OPERATION, COLUMN = 1.2, 0.12, 0.03, 0.015, 0.05
+TILE, READ, PRODUCT, OPERATION, COLUMN = 1.2, 0.15, 0.03, 0.015, 0.05
 
 
 class Preconditioned:

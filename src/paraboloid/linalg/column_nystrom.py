@@ -15,8 +15,8 @@ from paraboloid.linalg.probes import Seed, generator_of
 from paraboloid.linalg.row_blocks import row_blocks
 
 FIRST = 16  # columns of the first blocks
-SQUARE = 256  # of a Gram matrix at a time
-ROUNDED = 4  # times the rounding of 1: what an eigenvalue of Q Q^T may be above it
+SQUARE = 64  # rows of a Gram matrix at a time
+ROUNDED = 4  # times the rounding of 1: what an eigenvalue of F (F^T F + damping I)^-1 F^T may be above it
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +44,8 @@ class Columns:
         """An approximate inverse of A + damping I: that of F F^T + damping I where rounding allows it, which is cheap
         to set up, else by eigenvalues (`Nystrom.preconditioner`).
 
-        It is (I - Q Q^T) / damping with Q = F L^-T, L L^T = F^T F + damping I.  The eigenvalues of Q Q^T, l / (l +
-        damping), come so close to 1 that rounding would take some of them across, where the damping is below eps l.
+        It is (I - F (F^T F + damping I)^-1 F^T) / damping.  The eigenvalues of what is taken off, l / (l + damping),
+        come so close to 1 that rounding would take some of them across, where the damping is below eps l.
         """
         if not damping > 0:
             raise ValueError(f"damping is {damping}; expected a positive number: F F^T alone has no inverse.")
@@ -58,26 +58,31 @@ class Columns:
         if failed or damping < eps * float(core.norm()):
             return self.nystrom().preconditioner(damping)
         one = torch.eye(len(L), dtype=L.dtype, device=L.device)
-        return Inverse(torch.linalg.solve_triangular(L, one, upper=False).to(F) @ F, 1 + ROUNDED * eps)
+        return Inverse(F, torch.linalg.solve_triangular(L, one, upper=False), 1 + ROUNDED * eps)
 
 
 class Inverse:
-    """shift I - Q Q^T on vectors [D], [D, K], with rows Q^T [r, D]: the inverse of F F^T + damping I, times damping.
+    """shift I - F (L L^T)^-1 F^T on vectors [D], [D, K], with rows F^T [r, D], L L^T = F^T F + damping I and `root` =
+    L^-1 in float64: the inverse of F F^T + damping I, times damping.
 
-    Conjugate gradients do not see the factor.
+    Conjugate gradients do not see the factor.  The r numbers F^T v go through L in float64, whose condition float32
+    does not carry; F L^-T itself would cost as much to form as F^T F.
     """
 
-    def __init__(self, rows: Tensor, shift: float):
+    def __init__(self, rows: Tensor, root: Tensor, shift: float):
         D = rows.shape[1]
-        self.rows, self.shift, self.shape, self.dtype, self.device = rows, shift, (D, D), rows.dtype, rows.device
+        self.rows, self.root, self.shift = rows, root, shift
+        self.shape, self.dtype, self.device = (D, D), rows.dtype, rows.device
 
     def __matmul__(self, v: Tensor) -> Tensor:
         if v.dim() == 2 and v.shape[1] == 1:  # much faster as a vector
             return (self @ v[:, 0]).unsqueeze(1)
         if v.dim() == 1:
-            return torch.addmv(v, self.rows.T, self.rows @ v, beta=self.shift, alpha=-1)
+            inner = self.root.T @ (self.root @ (self.rows @ v).double())
+            return torch.addmv(v, self.rows.T, inner.to(v), beta=self.shift, alpha=-1)
         columns = v.T  # contiguous ones in the solvers
-        return torch.addmm(columns, columns @ self.rows.T, self.rows, beta=self.shift, alpha=-1).T
+        inner = (columns @ self.rows.T).double() @ self.root.T @ self.root
+        return torch.addmm(columns, inner.to(v), self.rows, beta=self.shift, alpha=-1).T
 
 
 def pivoted_columns(
@@ -111,15 +116,14 @@ def pivoted_columns(
             cumulated = weights.cumsum(0)
             u = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64).to(A.device)
             S = torch.searchsorted(cumulated, u * cumulated[-1]).clamp(max=D - 1).unique()
-        G = A.block(S) - F[:r, S].T @ F[:r]
+        G = torch.addmm(A.block(S), F[:r, S].T, F[:r], alpha=-1)
         chosen, L = _independent(G[:, S].double())
         S, G = S[chosen], G[chosen]
         if not len(S):
             break
         one = torch.eye(len(S), dtype=L.dtype, device=L.device)
-        part = torch.linalg.solve_triangular(L, one, upper=False).to(G) @ G  # L is well conditioned
-        k = len(S)
-        F[r : r + k] = part
+        k, inverse = len(S), torch.linalg.solve_triangular(L, one, upper=False).to(G)  # L is well conditioned
+        part = torch.mm(inverse, G, out=F[r : r + k])
         less = (d - part.square().sum(0)).clamp(min=0)
         less[S] = 0
         taken, d = float((d - less).sum()) / k, less
