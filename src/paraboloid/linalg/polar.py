@@ -10,6 +10,8 @@ from torch import Tensor
 from paraboloid.linalg.operand import LinAlgError
 
 LEAST = 1e-7  # of the largest squared singular value: those below it grow less
+SMALL = 1e-25  # of a largest squared singular value that float32 carries well
+EMPTY = 1e-30  # of all of them where X is 0
 STACKED = 2**14  # entries, up to which matrices of one shape are copied into one
 
 
@@ -35,22 +37,30 @@ def polar_factors(matrices: Sequence[Tensor], least: float = LEAST) -> list[Tens
 
 def _wide(X: Tensor, least: float) -> Tensor:
     """[..., p, q] with p <= q."""
-    size = X.abs().amax((-2, -1), keepdim=True)
-    X = X / torch.where(size > 0, size, 1.0)  # its squares neither vanish nor overflow
-    values, vectors = _eigh(X @ X.mT)
+    if (found := _eigh(X @ X.mT)) is None:
+        X = _scaled(X)
+        gram = (X @ X.mT).double()
+        values, vectors = (t.to(X.dtype) for t in torch.linalg.eigh(gram))
+    else:
+        values, vectors = found
+    values = values.clamp_(min=0)
     largest = values[..., -1:]
-    weights = torch.where(largest > 0, values.clamp(min=0) + least * largest, 1.0).rsqrt()
+    weights = values.add(largest, alpha=least).clamp_(min=EMPTY).rsqrt_()
     return ((vectors * weights.unsqueeze(-2)) @ vectors.mT) @ X
 
 
-def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """In float64 where float32 fails: LAPACK's eigenvalues of a matrix of low rank may be NaN, without an error."""
+def _eigh(gram: Tensor) -> tuple[Tensor, Tensor] | None:
+    """None where squares vanished or overflowed, and where LAPACK failed: in float32 its eigenvalues of a matrix of low
+    rank may be NaN, without an error."""
     try:
         values, vectors = torch.linalg.eigh(gram)
-        if gram.dtype == torch.float64 or bool(values.isfinite().all()):
-            return values, vectors
     except LinAlgError:
-        if gram.dtype == torch.float64:
-            raise
-    values, vectors = torch.linalg.eigh(gram.double())
-    return values.to(gram.dtype), vectors.to(gram.dtype)
+        return None
+    safe = values[..., -1].amin() > SMALL
+    return (values, vectors) if bool(safe) and float(values.sum()) < 1 / SMALL else None
+
+
+def _scaled(X: Tensor) -> Tensor:
+    """With largest entries of one."""
+    size = X.abs().amax((-2, -1), keepdim=True)
+    return X / torch.where(size > 0, size, 1.0)

@@ -1,9 +1,9 @@
 """Kronecker-factored quasi-Newton methods against the optimisers that count now (after arXiv:2006.08877).
 
 Deep autoencoders trained by SGD with momentum, Adam, AdamW, Muon, SOAP and Shampoo, and by K-BFGS, K-BFGS(L), KFAC,
-EKFAC (as they are, clipped, grafted to Adam, with KL factors), by steps of Adam's length and by Gauss-Newton steps
-(whole, and layer by layer).  Every method has a grid of the same number of settings; the one that ends lowest in
-training loss runs again from other initial parameters.
+EKFAC (as they are, clipped, grafted to Adam, with KL factors), by steps of Adam's length (along K-BFGS's direction, a
+diagonal's, polar factors) and by Gauss-Newton steps (whole, and layer by layer).  Every method has a grid of the same
+number of settings; the one that ends lowest in training loss runs again from other initial parameters.
 Training and test loss are shown against epochs and against the seconds that the process computed.  The findings of the
 paper and the goals of this package are listed with what was measured here, seen or not.
 """

@@ -64,11 +64,11 @@ AS_ADAM = pairs("damping", (1e-2, 0.1), (3e-3, 0.1), (1e-2, 0.01), (3e-3, 1.0), 
                 (3e-3, 0.01), (3e-2, 1.0))  # fmt: skip
 AS_LONG = pairs("damping", (1.0, 0.3), (0.3, 0.3), (3.0, 0.3), (1.0, 3.0), (1.0, 1.0), (0.3, 3.0), (3.0, 3.0),
                 (0.1, 0.3), (1.0, 0.1))  # fmt: skip
-POLAR = grid(1e-2, 3e-2, 3e-3, 1e-1, momentum=(0.95, 0.9, 0.8))
 DIAGONAL = grid(0.3, 0.1, 1.0, 0.03, decay=(0.95, 0.5, 0.99))
 STEPS = pairs("damping", (1.0, 1.0), (1.0, 0.1), (1.0, 10.0), (1.0, 0.01), (0.5, 1.0), (0.5, 0.1), (0.5, 10.0),
               (1.0, 100.0), (0.5, 0.01))  # fmt: skip
 RATES = (1e-2, 3e-3, 3e-2, 1e-3)
+POLAR = grid(*RATES, momentum=(0.95, 0.9, 0.8))
 OFTEN: dict[str, Any] = {"factor_interval": 10, "inverse_interval": 20}
 GRAFTED: dict[str, Any] = {"graft": "adam", "kl_clip": None, **OFTEN}
 FREE: dict[str, Any] = {"max_iterations": 20, "warm_start": 0.9}

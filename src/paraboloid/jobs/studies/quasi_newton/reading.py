@@ -38,6 +38,7 @@ def claims(problem: dict[str, Any]) -> list[Claim]:
         _lower("Steps of Adam's length lower K-BFGS(L)'s loss", found.get("K-BFGS(L), Adam's length"),
                found.get("K-BFGS(L)")),
         _lower("A diagonal with steps of Adam's length ends below Adam", found.get("Diagonal, Adam's length"), adam),
+        _lower("Polar factors with Adam's length end below Muon", found.get("Polar"), found.get("Muon")),
         _alike("Layer by layer, Gauss-Newton steps are as good as whole ones", found.get("Gauss-Newton by layer"),
                found.get("Gauss-Newton")),
         _lower("The best of this package ends below SOAP, Muon and Shampoo", own, peers),
