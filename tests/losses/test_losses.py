@@ -337,5 +337,26 @@ def test_curvature_keeps_its_digits_where_a_prediction_is_sure():
     for loss, target in ((CrossEntropy(), y), (BCEWithLogits(), (f > 0).to(f))):
         want = loss.curvature_product(f, target, u)
         single = target if target.dtype == torch.int64 else target.float()
-        found = loss.curvature_product(f.float(), single, u.float())
-        torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=0)
+        again = loss.curvature_at(f.float(), single)
+        for found in (loss.curvature_product(f.float(), single, u.float()), again(u.float())):
+            torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=0)
+
+
+def test_curvature_of_what_a_subclass_overrides():
+    """What is kept for many products is what one product would take: of the subclass's own definition."""
+
+    class Doubled(CrossEntropy):
+        def hessian_product(self, f, y, u):
+            return 2 * super().hessian_product(f, y, u)
+
+    class Damped(CrossEntropy):
+        def curvature_product(self, f, y, u):
+            return super().curvature_product(f, y, u) + u
+
+    generator = torch.Generator().manual_seed(0)
+    f, u = (torch.randn(*shape, 4, generator=generator, dtype=torch.float64) for shape in ((3,), (5, 3)))
+    y = torch.tensor([0, 2, -100])
+    weighted = CrossEntropy(weight=torch.tensor([0.5, 2.0, 1.0, 0.0]).double(), label_smoothing=0.1)
+    for loss in (Doubled(), Damped(), 3 * CrossEntropy(), CrossEntropy() + CrossEntropy(), weighted):
+        torch.testing.assert_close(loss.curvature_at(f, y)(u), loss.curvature_product(f, y, u))
+        torch.testing.assert_close(loss.curvature_at(f, y)(u[0]), loss.curvature_product(f, y, u[:1])[0])

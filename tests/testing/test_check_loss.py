@@ -83,6 +83,10 @@ WRONG = {
         lambda self, f, y, u: u,
         r"Wrong.curvature_product, \[vectors, \*outputs\],: .* by hessian_root: off by",
     ),
+    "curvature_at": (
+        lambda self, f, y: lambda u: u,
+        r"Wrong.curvature_at, one vector,: entry .* by hessian_root: off by",
+    ),
     "normalizer": (
         lambda self, f, y: float(len(f)) ** 2,
         r"Wrong.normalizer is|Wrong.normalizer: entry \[\] is 9, expected 5 by adding up those of two parts of the batch",

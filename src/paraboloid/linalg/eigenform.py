@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from paraboloid.linalg.eigen import eigh
 from paraboloid.linalg.operand import LinAlgError, check_damping
 from paraboloid.passes.modes import precisely
 
+Pair = tuple[Tensor, Tensor] | None  # a matrix and its transpose
 BATCHED = 32  # groups up to this size are decomposed by one call
 
 
@@ -188,18 +190,31 @@ class Eigenform:
         (r, s), p, q = self.values.shape[1:], self.left.size, self.right.size
         return q * r * (p + s) <= p * s * (q + r)
 
+    @cached_property
+    def _plain(self) -> tuple[Pair, Pair, Tensor] | None:
+        """(U, U^T) and (W, W^T) without their groups, None for unit vectors, and the values of the shape of what they
+        multiply: [p, q], or [p] for a vector; None where there are several groups, or a basis is thin."""
+        if len(self.values) > 1 or not self.full:
+            return None
+        U, W = (None if basis.vectors is None else (basis.vectors[0], basis.vectors[0].mT) for basis in
+                (self.left, self.right))  # fmt: skip
+        if self.right.size == 1:  # a basis of length one: its sign is there twice
+            return U, None, self.values.view(-1)
+        return U, W, self.values[0]
+
     def applied(self, g: Tensor) -> Tensor:
         """`@` with one gradient, of its dtype; for one group without bookkeeping, and in the arithmetic that is on."""
-        left, right, values = self.left, self.right, self.values
-        if len(values) > 1 or not self.full:
-            return (self @ g.to(values.dtype)).to(g.dtype)
-        U, W = left.vectors, None if right.size == 1 else right.vectors  # of length one, its sign is there twice
-        c = g.to(values.dtype).reshape(left.size, right.size)  # channels_last has no such view
-        c = c if U is None else U[0].mT @ c
-        c = (c if W is None else c @ W[0]) * values[0]
-        c = c if W is None else c @ W[0].mT
-        c = c if U is None else U[0] @ c
-        return c.reshape(g.shape).to(g.dtype)
+        if (plain := self._plain) is None:
+            return (self @ g.to(self.values.dtype)).to(g.dtype)
+        left, right, values = plain
+        c = g if g.dtype == values.dtype else g.to(values.dtype)
+        c = c if c.shape == values.shape else c.reshape(values.shape)  # channels_last has no such view
+        c = c if left is None else left[1] @ c
+        c = (c if right is None else c @ right[0]) * values
+        c = c if right is None else c @ right[1]
+        c = c if left is None else left[0] @ c
+        c = c if c.shape == g.shape else c.view(g.shape)
+        return c if c.dtype == g.dtype else c.to(g.dtype)
 
     @precisely
     def product(self, rows: Tensor) -> Tensor:

@@ -245,22 +245,29 @@ class Kron:
     # --- products and numbers ------------------------------------------------------------------------------------
 
     @cached_property
-    def _plain(self) -> tuple[Tensor, Tensor] | None:
-        """Both factors without their groups; None where there are several, or one is known by rows."""
+    def _plain(self) -> tuple[Tensor, Tensor | float, tuple[int, int]] | None:
+        """Both factors without their groups, the right one as a number where it is one for a dense left one, and their
+        sizes; None where there are several groups, or a factor is known by rows."""
         first, second = self.sides
         if self.groups > 1 or first.kind in FEW or second.kind in FEW:
             return None
-        return first.data[0], second.data[0]
+        left, right = first.data[0], second.data[0]
+        number = right.numel() == 1 and left.dim() == 2
+        return left, float(right) if number else right, (len(left), len(right))
 
     def applied(self, g: Tensor) -> Tensor:
         """`@` with one gradient, of its dtype; for one group without bookkeeping, and in the arithmetic that is on."""
         if (plain := self._plain) is None:
             return (self @ g.to(self.dtype)).to(g.dtype)
-        left, right = plain
+        left, right, sizes = plain
         V = g if g.dtype == left.dtype else g.to(left.dtype)
-        V = V if V.shape == (len(left), len(right)) else V.reshape(len(left), len(right))  # no view in channels_last
-        V = V * right if right.dim() == 1 or len(right) == 1 else V @ right
-        V = left @ V if left.dim() == 2 else left.unsqueeze(1) * V
+        if not isinstance(right, Tensor):
+            V = V if V.dim() == 1 else V.reshape(-1)
+            V = torch.addmv(V, left, V, beta=0, alpha=right)
+        else:
+            V = V if V.shape == sizes else V.reshape(sizes)  # no view in channels_last
+            V = V * right if right.dim() == 1 or right.numel() == 1 else V @ right
+            V = left @ V if left.dim() == 2 else left.unsqueeze(1) * V
         V = V if V.shape == g.shape else V.view(g.shape)
         return V if V.dtype == g.dtype else V.to(g.dtype)
 

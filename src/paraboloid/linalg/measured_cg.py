@@ -38,7 +38,8 @@ def measured_iterates(
     """
     x = torch.zeros_like(b) if x0 is None else x0.clone()
     own, r = x.clone(), b - A @ x if x0 is not None else b.clone()
-    r_other = c - B @ x if x0 is not None else c.clone()
+    alone = B is A and c is b
+    r_other = r.clone() if alone else c - B @ x if x0 is not None else c.clone()
     start = r_other.clone()
     M = torch.ones_like(b) if preconditioner is None else preconditioner
     stop = stopping_rule("martens", tol, progress)

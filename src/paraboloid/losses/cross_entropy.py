@@ -109,16 +109,18 @@ class CrossEntropy(Loss):
         return mass.masked_fill(ignored, 0.0).unsqueeze(1)
 
     def hessian_product(self, f, y, u):
-        axis = 1 - f.dim()
-        f = full(f)
-        p = f.softmax(axis)
-        # H 1 = 0: less its value at the surest class, whose p rounds to 1, u leaves the others' p their digits.
-        surest = f.argmax(axis, keepdim=True)
-        u = u - u.gather(
-            axis, surest if u.dim() == f.dim() else surest.expand(*u.shape[: u.dim() - f.dim()], *surest.shape)
-        )
-        pu = p * u
-        return self._mass(f, y) * (pu - p * pu.sum(axis, keepdim=True))
+        return _hessian_product(*self._at(f, y), u)
+
+    def curvature_at(self, f, y):
+        own = type(self).hessian_product is CrossEntropy.hessian_product
+        if not own or type(self).curvature_product is not Loss.curvature_product or self.psd != "raise":
+            return super().curvature_at(f, y)
+        return partial(_hessian_product, *self._at(f, y))
+
+    def _at(self, f: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The probabilities, the surest class and W, of each position."""
+        axis, f = 1 - f.dim(), full(f)
+        return f.softmax(axis), f.argmax(axis, keepdim=True), self._mass(f, y)
 
     def root_columns(self, f):
         return f[0].numel() // f.shape[1] * max(f.shape[1] - 1, 1)
@@ -210,6 +212,17 @@ class CrossEntropy(Loss):
             raise ValueError(f"target {int(y[tuple(where)])} at index {where if len(where) > 1 else where[0]} is out "
                              f"of range; expected class indices 0..{f.shape[1] - 1} for {f.shape[1]} outputs"
                              f" (or ignore_index={self.ignore_index}).")  # fmt: skip
+
+
+def _hessian_product(p: Tensor, surest: Tensor, mass: Tensor, u: Tensor) -> Tensor:
+    """W (diag(p) - p p^T) u, for p [N, C, ...] and u with any leading axes.
+
+    H 1 = 0: less its value at the surest class, whose p rounds to 1, u leaves the others' p their digits.
+    """
+    axis, leading = 1 - p.dim(), u.shape[: u.dim() - p.dim()]
+    u = u - u.gather(axis, surest.expand(*leading, *surest.shape) if leading else surest)
+    pu = p * u
+    return mass * (pu - p * pu.sum(axis, keepdim=True))
 
 
 def class_indices(y: Tensor) -> Tensor:

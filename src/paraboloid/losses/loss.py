@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -126,6 +127,10 @@ class Loss:
         root = torch.stack(list(self.hessian_root(f, y))).flatten(2)  # [V N C]
         flat = u.to(root).reshape(-1, len(f), root.shape[2])
         return torch.einsum("vnc,vnd,knd->knc", root, root, flat).reshape(u.shape)
+
+    def curvature_at(self, f: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+        """u -> curvature_product(f, y, u), again and again; a loss may keep what it makes of f and y alone."""
+        return partial(self.curvature_product, f, y)
 
     def root_columns(self, f: Tensor) -> int:
         """Number of vectors that `hessian_root` yields."""

@@ -103,7 +103,8 @@ class LinearOperator:
             raise ValueError(f"the vector has dtype {v.dtype}; expected a real type.")
         if v.device != self.device:
             raise ValueError(f"the vector is on {v.device}; expected {self.device}, where the parameters are.")
-        return v.detach().to(self.dtype)
+        dtype = self.dtype
+        return v if v.dtype == dtype and not v.requires_grad else v.detach().to(dtype)
 
     def like(self, flat: Tensor, v: Vector) -> Any:
         """A flat [D] or [D, K] result in the form of v."""

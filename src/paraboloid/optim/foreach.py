@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from operator import attrgetter, methodcaller
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
+from paraboloid.passes.torch_internals import flattened, foreach_norm
 from paraboloid.passes.torch_internals import foreach_add as added  # (xs, ys, alpha=): x + alpha y
 from paraboloid.passes.torch_internals import foreach_add_ as add_
 from paraboloid.passes.torch_internals import foreach_add_ as shift_  # (xs, cs): x + c
@@ -17,10 +18,9 @@ from paraboloid.passes.torch_internals import foreach_div as quotients
 from paraboloid.passes.torch_internals import foreach_lerp_ as lerp_  # (xs, ys, w): xs + w (ys - xs)
 from paraboloid.passes.torch_internals import foreach_mul as scaled  # (xs, factor): factor x; or a list of them
 from paraboloid.passes.torch_internals import foreach_mul_ as scale_
-from paraboloid.passes.torch_internals import foreach_norm
 from paraboloid.passes.torch_internals import foreach_sqrt as roots
 
-_DTYPE, _FLAT = attrgetter("dtype"), methodcaller("reshape", -1)
+_DTYPE = attrgetter("dtype")
 FEW = 2**18  # entries
 RUN = 2**11  # products that are summed in float32
 
@@ -87,7 +87,7 @@ def joined(xs: Sequence[Tensor]) -> Tensor | None:
 
 
 def _whole(xs: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(map(_FLAT, xs)))
+    return flattened(xs) if len(xs) > 1 else xs[0].reshape(-1).clone()
 
 
 def finite(xs: Sequence[Tensor], joined_xs: Tensor | None = None) -> bool:

@@ -149,6 +149,9 @@ class HessianFree(Frame):
         """An option of the groups as a flat vector; None: 1 for the optimiser's parameters, 0 for others."""
         parameters = self._all()
         self._check_model(parameters)
+        if len(self.param_groups) == 1 and len(self.names) == len(parameters):
+            value = 1.0 if option is None else float(self.param_groups[0][option])
+            return torch.full_like(self._vector(), value)
         values = {
             self.names[p]: torch.full_like(p, 1.0 if option is None else float(group[option]))
             for group in self.param_groups for p in group["params"] if self.names[p] in parameters

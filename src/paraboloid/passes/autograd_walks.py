@@ -28,27 +28,32 @@ def depends(t: Tensor, leaves: Iterable[Tensor]) -> bool:
 
 
 def depending(ts: Mapping[int, Tensor], leaf: Tensor) -> set[int]:
-    """The keys of those tensors from whose graphs a path ends at the leaf: one walk through all of them."""
-    above: dict[Any, list[Any]] = {}  # the nodes that lead to a node
-    stack = [t.grad_fn for t in ts.values() if t.grad_fn is not None]
-    seen = set(stack)
-    ends = []
-    while stack:
-        node = stack.pop()
-        if getattr(node, LEAF, None) is leaf:
-            ends.append(node)
-        for below, _ in node.next_functions:
-            if below is not None:
-                above.setdefault(below, []).append(node)
-                if below not in seen:
-                    seen.add(below)
-                    stack.append(below)
-    leading = set(ends)
-    while ends:
-        new = [node for node in above.get(ends.pop(), ()) if node not in leading]
-        leading.update(new)
-        ends += new
-    return {i for i, t in ts.items() if t is leaf or t.grad_fn in leading}
+    """The keys of those tensors from whose graphs a path ends at the leaf: no node is walked twice, and none once a
+    path is found."""
+    known: dict[Any, bool] = {}  # whether a path leads from a node to the leaf
+    return {i for i, t in ts.items() if t is leaf or (t.grad_fn is not None and _leads(t.grad_fn, leaf, known))}
+
+
+def _leads(root: Any, leaf: Tensor, known: dict[Any, bool]) -> bool:
+    if root in known:
+        return known[root]
+    path = [(root, iter(root.next_functions))]
+    while path:
+        node, rest = path[-1]
+        for below, _ in rest:
+            if below is None:
+                continue
+            leads = True if getattr(below, LEAF, None) is leaf else known.get(below)
+            if leads:
+                known.update((above, True) for above, _ in path)
+                return True
+            if leads is None:
+                path.append((below, iter(below.next_functions)))
+                break
+        else:
+            known[node] = False
+            path.pop()
+    return False
 
 
 def custom_functions(t: Tensor) -> list[str]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
-from torch.utils.flop_counter import flop_registry as flop_registry
+from torch.utils.flop_counter import flop_registry
 
 _torch: Any = torch  # some names below are not among its typed ones
 
@@ -33,7 +33,27 @@ foreach_mul, foreach_mul_ = _torch._foreach_mul, _torch._foreach_mul_
 foreach_norm = _torch._foreach_norm
 foreach_lerp_ = _torch._foreach_lerp_
 foreach_addcmul_, foreach_div, foreach_sqrt = _torch._foreach_addcmul_, _torch._foreach_div, _torch._foreach_sqrt
-packet_of = attrgetter("_overloadpacket")  # of an operation that a dispatch mode sees: the key of `flop_registry`
+flattened: Callable[[Sequence[Tensor]], Tensor] = _torch._C._nn.flatten_dense_tensors  # entries in turn; of one: a view
+
+
+class DispatchMode(TorchDispatchMode):
+    """torch's, whose handler is called as it is: torch wraps it for code that is compiled, at twice the time of a small
+    operation.  For blocks in which nothing is compiled (`eager_code`)."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+def flops_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> int:
+    """Floating-point operations of what a dispatch mode sees, by torch's formula; 0 where it has none."""
+    count = flop_registry.get(func._overloadpacket)
+    if count is None:
+        return 0
+    by_shapes = getattr(count, "__wrapped__", None)  # without the search for tensors in nested arguments
+    if by_shapes is None or kwargs or not isinstance(result, Tensor):
+        return count(*args, **kwargs, out_val=result)
+    return by_shapes(*[a.shape if isinstance(a, Tensor) else a for a in args], out_shape=result.shape)
 
 
 def seen_inside(op: Callable) -> Callable | None:

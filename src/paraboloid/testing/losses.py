@@ -25,7 +25,8 @@ def check_loss(loss: Loss | nn.Module, outputs: Tensor, targets: Tensor, *, draw
     In float64: one number for each sample, which stays the same alone and in a batch; the value as their sum over
     `normalizer`, which adds up over batches; `gradient`; `hessian_product` for several vectors; `hessian_root`, whose
     squares add up to the Hessian (with psd = "clip", to the Hessian without its negative eigenvalues; or where it is
-    indefinite, to the Fisher information that the labels show), and `curvature_product` to match; multiples and sums.
+    indefinite, to the Fisher information that the labels show), `curvature_product` and `curvature_at` to match;
+    multiples and sums.
     Of sampled labels: that they follow the generator alone; that their gradients have mean zero and a mean square equal
     to the mean Hessian at these labels (or, where the class gives `sampled_gradients`, to the root's squares), all
     within 5 standard errors.  What raises NotImplementedError is left out.
@@ -120,6 +121,9 @@ class _Check:
         product = torch.einsum("ncd,knd->knc", self.squares, _flat(u)).reshape(u.shape)
         self._equal(loss.curvature_product(f, self.y, u), product, "curvature_product, [vectors, *outputs],",
                     "hessian_root")  # fmt: skip
+        again = loss.curvature_at(f, self.y)
+        for what, v, expected in (("one vector", u[0], product[0]), ("[vectors, *outputs]", u, product)):
+            self._equal(again(v), expected, f"curvature_at, {what},", "hessian_root")
 
     def _near(self, moments: tuple[Tensor, Tensor] | None) -> bool:
         if moments is None or self.squares is None:

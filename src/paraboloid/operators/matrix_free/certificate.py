@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +26,8 @@ ROUNDING = 50  # units of rounding of the gradient that a product with the Hessi
 Elsewhere = Callable[[Sequence[Tensor]], AbstractContextManager[Any]]  # the first batch's graph at other parameters
 
 
-@runtime_checkable
-class Differenced(Protocol):
-    """A graph of gradients, whose products a difference of two gradients tells too."""
+class Differenced:
+    """A graph of gradients, whose products a difference of two gradients tells too: what those graphs derive from."""
 
     f: Tensor
     g: list[Tensor]
@@ -36,7 +35,9 @@ class Differenced(Protocol):
     """v and H v of the last `adjoint_pair`."""
     direction: list[Tensor]
 
-    def gradient(self) -> list[Tensor]: ...
+    def gradient(self) -> list[Tensor]:
+        """The gradient of the unreduced loss, one tensor for each parameter."""
+        raise NotImplementedError
 
 
 class Certificate:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from paraboloid.linalg.probes import normal
 from paraboloid.losses import Loss
-from paraboloid.operators.matrix_free.certificate import lacks_derivative, without_derivative
+from paraboloid.operators.matrix_free.certificate import Differenced, lacks_derivative, without_derivative
 from paraboloid.operators.matrix_free.recorded import Recorded
 from paraboloid.operators.vectors import dot
 
@@ -28,7 +28,7 @@ def twice() -> Iterator[None]:
         raise
 
 
-class GradientGraph:
+class GradientGraph(Differenced):
     """The gradient of one batch's unreduced loss, with its graph: a product is one backward pass through it."""
 
     def __init__(self, f: Tensor, y: Any, loss: Loss, parameters: list[Tensor], index: int = 0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,6 +18,8 @@ from paraboloid.operators.matrix_free.jacobian_rows import by_pulls
 from paraboloid.operators.vectors import dot
 from paraboloid.passes.autograd_walks import depending
 from paraboloid.passes.memory import RECORDINGS
+
+KEPT = 2**16  # outputs, of which what the loss's curvature needs is kept: its making is most of a small product
 
 
 @contextmanager
@@ -134,7 +137,13 @@ class OutputGraph:
 
     def hessian(self, u: Tensor) -> Tensor:
         """H u, the (positive semi-definite) curvature of the unreduced loss in the output; u with any leading axes."""
-        return self.loss.curvature_product(self.f.detach(), self.y, u)
+        if self.f.numel() > KEPT:
+            return self.loss.curvature_product(self.f.detach(), self.y, u)
+        return self._curvature(u)
+
+    @cached_property
+    def _curvature(self) -> Callable[[Tensor], Tensor]:
+        return self.loss.curvature_at(self.f.detach(), self.y)
 
     def root(self) -> Iterator[Tensor]:
         """Vectors s_v of the output's shape with sum_v s_v[n] s_v[n]^T = H_n for each sample."""
@@ -149,10 +158,12 @@ class OutputGraph:
         v = [normal(tuple(p.shape), p, generator) for p in self.parameters]
         w = normal(tuple(self.f.shape), self.f, generator)
         jv, jw = self.push(v), self.pull(w)
-        if self.rows is None and not jv.isfinite().all() and all(bool(t.isfinite().all()) for t in jw):
+        size, transposed = jv.norm(), dot(jw, jw).sqrt()
+        if self.rows is None and not math.isfinite(size) and all(bool(t.isfinite().all()) for t in jw):
             self.take_rows()  # J is finite, but not what a derivative of g makes of it
             jv = self.push(v)
-        return (w * jv).sum(), dot(jw, v), jv.norm() + dot(jw, jw).sqrt()
+            size = jv.norm()
+        return (w * jv).sum(), dot(jw, v), size + transposed
 
     def gradient(self) -> list[Tensor]:
         return self.pull(self.loss.gradient(self.f.detach(), self.y))

@@ -23,10 +23,9 @@ from paraboloid.passes.autograd_walks import depends
 from paraboloid.passes.frozen_encoders import fused_as_usual
 from paraboloid.passes.memory import RECORDINGS
 from paraboloid.passes.torch_internals import (
+    DispatchMode,
     StorageWeakRef,
-    TorchDispatchMode,
-    flop_registry,
-    packet_of,
+    flops_of,
     storage_place,
     tree_leaves,
     version,
@@ -269,7 +268,7 @@ class Replay(Passes[Any]):
         return [(version(p), p.data_ptr()) for p in self.parameters.values()]
 
 
-class Footprint(TorchDispatchMode):
+class Footprint(DispatchMode):
     """What a piece of work costs: notes every storage that operations inside produce, and counts operations.
 
     `bytes_kept` sums up the storages that still live.  What lives after a forward pass is what autograd saved, however
@@ -294,8 +293,8 @@ class Footprint(TorchDispatchMode):
                 place = storage_place(storage)
                 if place not in self.besides and place not in self.seen:
                     self.seen[place] = (StorageWeakRef(storage), storage.nbytes())
-        if self.counts and (count := flop_registry.get(packet_of(func))) is not None:
-            self.flops += count(*args, **kwargs, out_val=result)
+        if self.counts:
+            self.flops += flops_of(func, args, kwargs, result)
         return result
 
     def bytes_kept(self) -> int:
