@@ -150,8 +150,7 @@ class HessianFree(Frame):
         parameters = self._all()
         self._check_model(parameters)
         if len(self.param_groups) == 1 and len(self.names) == len(parameters):
-            value = 1.0 if option is None else float(self.param_groups[0][option])
-            return torch.full_like(self._vector(), value)
+            return torch.full_like(self._vector(), 1.0 if option is None else float(self.param_groups[0][option]))
         values = {
             self.names[p]: torch.full_like(p, 1.0 if option is None else float(group[option]))
             for group in self.param_groups for p in group["params"] if self.names[p] in parameters
@@ -391,8 +390,7 @@ def halves(batch: Any) -> tuple[Any, Any]:
 
     Raises ValueError for fewer than two samples.
     """
-    inputs, targets = batch
-    N = len(targets)
+    (inputs, targets), N = batch, len(batch[1])
     if N < 2:
         raise ValueError(f"debias=True splits the batch in two folds, but it has {N} sample; expected at least 2.")
 
