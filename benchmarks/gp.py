@@ -2,7 +2,8 @@
 
 Against GPyTorch: seconds of CPU time to a relative error of the predicted mean of 1e-3 (against conjugate gradients in
 float64 to 1e-7), one thread, one process; each side with the loosest of its tolerances that reaches it, in float32, and
-in float64 where GPyTorch does not get there in float32.  It is given up after `--patience` times our own seconds.
+in float64 where GPyTorch does not get there in float32.  Ours is the solver that `condition` chooses by itself;
+GPyTorch is given up after `--patience` times our own seconds.
 `--scale N`: N generated points, `--samples` functions, to a relative residual of 1e-2, with `--solvers` side by side
 (inducing: 500 random inputs); sdd is given up after `--longer` times the first solver's time, and block, sdd and sgd
 after about `--seconds` of CPU time: a few steps tell how many these are.  The error is that of the mean at new inputs,
@@ -54,8 +55,11 @@ def problem(n: int, noise: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, T
     return x, y, new, functions(new)[0]
 
 
-def ours(kernel: pb.gp.Kernel, x: Tensor, y: Tensor, new: Tensor, noise: float, tol: float) -> Tensor:
-    return pb.gp.condition(kernel, x, y, noise, "cg", 0, tol=tol).mean(new)
+def ours(kernel: pb.gp.Kernel, x: Tensor, y: Tensor, new: Tensor, noise: float, taken: list[str], tol: float) -> Tensor:
+    """The mean by the solver that is chosen by itself, which is added to `taken`; the choice is in the time."""
+    gp = pb.gp.condition(kernel, x, y, noise, samples=0, tol=tol)
+    taken.append(gp.solver)
+    return gp.mean(new)
 
 
 def gpytorchs(name: str, rank: int, x: Tensor, y: Tensor, new: Tensor, noise: float, tol: float) -> Tensor:
@@ -153,8 +157,9 @@ def one(
 ) -> dict[str, Any]:  # fmt: skip
     row: dict[str, Any] = {"n": n, "kernel": name, "noise": noise, "dtype": str(x.dtype).removeprefix("torch.")}
     repeats, data = 3 if n <= 5000 else 1, (x[:n], y[:n], x[n:], noise)
-    start = time.process_time()
-    row["paraboloid"] = fastest(partial(ours, KERNELS[name](), *data), exact, repeats, OURS)
+    start, taken = time.process_time(), list[str]()
+    row["paraboloid"] = fastest(partial(ours, KERNELS[name](), *data, taken), exact, repeats, OURS)
+    row["by"] = taken[-1] if taken else None
     mine = row["paraboloid"]["seconds"]
     limit = time.process_time() - start if mine is None else patience * mine
     for label, rank in PEERS if installed("gpytorch") else ():
@@ -236,6 +241,7 @@ def markdown(rows: list[dict[str, Any]], scale: list[dict[str, Any]]) -> str:
                   "|---|" + "---|" * (len(columns) + 2)]  # fmt: skip
         for r in rows:
             cells = [*(cell(r.get(c)) for c in columns), *(times(r, c) for c in columns[1:])]
+            cells[0] += f" ({r['by']})" if r.get("by") else ""
             dtype = ", float64" * (r.get("dtype") == "float64")
             lines.append(f"| {r['n']}, {r['kernel']}, {r['noise']:g}{dtype} | {' | '.join(cells)} |")
     if scale:

@@ -14,7 +14,7 @@ class Buffers:
         self.free: list[Tensor] = []
 
     def take(self, rows: int, columns: int) -> Tensor:
-        """[rows, columns], contiguous."""
+        """[rows, columns], each row contiguous."""
         try:
             flat = self.free.pop()
         except IndexError:  # asking first would leave time for another thread
@@ -27,3 +27,20 @@ class Buffers:
         """What was taken is not needed any more."""
         whole = tile.new_empty(0).set_(tile.untyped_storage())  # the buffer that the tile is the head of
         self.free.append(whole)
+
+
+class Placed:
+    """Buffers whose first matrix of that shape is `out`, where a tile shall stay: kernels take their result first."""
+
+    def __init__(self, buffers: Buffers, out: Tensor):
+        self.buffers, self.out, self.free = buffers, out, True
+
+    def take(self, rows: int, columns: int) -> Tensor:
+        if self.free and self.out.shape == (rows, columns):
+            self.free = False
+            return self.out
+        return self.buffers.take(rows, columns)
+
+    def give(self, tile: Tensor) -> None:
+        if tile.data_ptr() != self.out.data_ptr():
+            self.buffers.give(tile)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 from torch import Tensor
 
@@ -39,9 +40,9 @@ def choose(gram: Gram, b: Tensor, tol: float, rank: int | None, seed: int) -> Ch
         return Choice("cholesky", f"{N} inputs, at most {SMALL}: a factor is the fastest, and exact")
     if not bool((gram.noise > 0).all()):
         return Choice("cholesky", "without noise only a factor tells whether there is a solution")
-    system = Preconditioned(gram, rank, seed, tol, S)
-    iterations, by_cg = system.iterations, system.predicted() + N**2 * TILE / 2
     by_factor = N**3 / 3 * OPERATION + N**2 * (TILE / 2 + SOLVE * S)
+    system = Preconditioned(gram, rank, seed, tol, S, by_factor if fits else inf)
+    iterations, by_cg = system.iterations, system.predicted() + N**2 * TILE / 2
     said = f"{system.rank} columns of K predict {iterations:.0f} iterations of conjugate gradients"
     if fits and by_factor < by_cg:
         return Choice("cholesky", f"{said}; a factor of {N} inputs is faster, and exact")

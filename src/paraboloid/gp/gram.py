@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from paraboloid.gp.buffers import Buffers
+from paraboloid.gp.buffers import Buffers, Placed
 from paraboloid.gp.kernel import Kernel
 from paraboloid.linalg import lower_triangle
 from paraboloid.linalg.threads import side_by_side, workers
@@ -227,13 +227,15 @@ class Gram:
         left = [t[here] for t in self.points]
         for j in range(0, here.stop, COLUMNS):
             there = slice(j, min(j + COLUMNS, here.stop))
-            tile = self.kernel.tile(left, [t[there] for t in self.points], self.buffers)
+            out = None if panel is None else panel[:, there]
+            buffers = self.buffers if out is None else Placed(self.buffers, out)
+            tile = self.kernel.tile(left, [t[there] for t in self.points], buffers)
             if j == here.start:  # distances of 0 may have been rounded
                 tile.diagonal().copy_(self.diagonal[here])
-            if panel is not None:
-                panel[:, there] = tile
+            if out is not None and tile.data_ptr() != out.data_ptr():
+                out.copy_(tile)
             use(worker, here, there, tile)
-            self.buffers.give(tile)
+            buffers.give(tile)
 
 
 def _add_product(out: Tensor, rows: Tensor, tile: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paraboloid.gp.buffers import Buffers
+from paraboloid.gp.buffers import Buffers, Placed
 
 Features = Callable[[Tensor], Tensor]  # x [N, d] -> [N, F, p] with E[sum_fp phi(x)_fp phi(z)_fp] = k(x, z)
 
@@ -40,8 +40,9 @@ class Kernel(ABC):
         where that changes no value (rounding is smallest around 0)."""
 
     @abstractmethod
-    def tile(self, left: Sequence[Tensor], right: Sequence[Tensor], buffers: Buffers) -> Tensor:
-        """k for rows of two lists of points, [B, C], in a matrix taken from the buffers."""
+    def tile(self, left: Sequence[Tensor], right: Sequence[Tensor], buffers: Buffers | Placed) -> Tensor:
+        """k for rows of two lists of points, [B, C], in a matrix taken from the buffers: the first, which may be where
+        the tile is kept."""
 
     def features(self, count: int, d: int, generator: torch.Generator, like: Tensor) -> Features:
         """Random features with `count` columns or a few less, in all."""
@@ -85,7 +86,7 @@ class Constant(Kernel):
     def points(self, x: Tensor, shift: Tensor) -> list[Tensor]:
         return [x.new_empty(len(x), 0)]
 
-    def tile(self, left: Sequence[Tensor], right: Sequence[Tensor], buffers: Buffers) -> Tensor:
+    def tile(self, left: Sequence[Tensor], right: Sequence[Tensor], buffers: Buffers | Placed) -> Tensor:
         return buffers.take(len(left[0]), len(right[0])).fill_(float(self.outputscale))
 
     def features(self, count: int, d: int, generator: torch.Generator, like: Tensor) -> Features:
@@ -116,7 +117,7 @@ class _Pair(Kernel):
         self._split = len(mine)
         return mine + self.second.points(x, shift)
 
-    def tile(self, left: Sequence[Tensor], right: Sequence[Tensor], buffers: Buffers) -> Tensor:
+    def tile(self, left: Sequence[Tensor], right: Sequence[Tensor], buffers: Buffers | Placed) -> Tensor:
         k = self._split
         tile = self.first.tile(left[:k], right[:k], buffers)
         other = self.second.tile(left[k:], right[k:], buffers)

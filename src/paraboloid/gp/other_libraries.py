@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paraboloid.gp.buffers import Buffers
+from paraboloid.gp.buffers import Buffers, Placed
 from paraboloid.gp.kernel import Constant, Features, Kernel, Product, Sum
 from paraboloid.gp.rational_quadratic import RationalQuadratic
 from paraboloid.gp.stationary import RBF, Matern
@@ -144,5 +144,5 @@ class Foreign(Kernel):
     def points(self, x: Tensor, shift: Tensor) -> list[Tensor]:
         return [x]
 
-    def tile(self, left: Sequence[Tensor], right: Sequence[Tensor], buffers: Buffers) -> Tensor:
+    def tile(self, left: Sequence[Tensor], right: Sequence[Tensor], buffers: Buffers | Placed) -> Tensor:
         return buffers.take(len(left[0]), len(right[0])).copy_(self.values(left[0], right[0]))

@@ -14,6 +14,7 @@ from paraboloid.linalg.solution import Solution
 from paraboloid.passes.memory import GIB
 
 LIMIT = 1000  # iterations at most
+TRIED = 0.1  # of the time of what is done instead
 
 # Nanoseconds on one core, float32, measured: an entry of a tile; an entry times one right-hand side, alone (reading it,
 # once for both of its places) and among many; an operation of a factorisation, and of the columns.  Only their ratios
@@ -26,11 +27,15 @@ class Preconditioned:
 
     rank  of the preconditioner; None: as long as more columns are predicted to cost less than the iterations that they
           save, to the tolerance `tol` of S right-hand sides; at most N / 2 columns and 1 GiB
+    instead  nanoseconds of what is done where this is slower: no more columns are made once they took a tenth of it and
+             the iterations would still take twice as long
     """
 
-    def __init__(self, gram: Gram, rank: int | None, seed: int, tol: float = 1e-4, S: int = 1):
+    def __init__(
+        self, gram: Gram, rank: int | None, seed: int, tol: float = 1e-4, S: int = 1, instead: float = math.inf
+    ):
         self.gram, N, noise = gram, gram.shape[0], gram.noise
-        self.tol, self.seen = tol, list[tuple[int, float]]()
+        self.instead, self.tol, self.seen = instead, tol, list[tuple[int, float]]()
         self.product = N**2 * (max(READ, PRODUCT * S) + (0 if gram.keeps_all else TILE / 2))  # one with all of K
         self.per_column = N * max(4 * READ, 2 * PRODUCT * S)  # what each column, read twice, adds to an iteration
         if noise.dim():
@@ -69,13 +74,16 @@ class Preconditioned:
 
     def _enough(self, r: int, taken: float) -> bool:
         """Whether the next columns would cost more than they save, if what they take falls on as a power of r."""
+        now = self._iterations(taken)
+        if self._set_up(r) > TRIED * self.instead and now * (self.product + r * self.per_column) > 2 * self.instead:
+            return True
         self.seen.append((r, taken))
         r0, before = next(pair for pair in self.seen if 3 * pair[0] > r)
         if r0 == r:
             return False
         more = r + max(16, r // 4)
         power = math.log(max(before, 1e-300) / max(taken, 1e-300)) / math.log(r / r0)
-        now, then = self._iterations(taken), self._iterations(taken * (r / more) ** max(power, 0.0))
+        then = self._iterations(taken * (r / more) ** max(power, 0.0))
         saved = now * (self.product + r * self.per_column) - then * (self.product + more * self.per_column)
         return saved < self._set_up(more) - self._set_up(r)
 

@@ -9,7 +9,7 @@ import torch
 from scipy import special
 from torch import Tensor
 
-from paraboloid.gp.buffers import Buffers
+from paraboloid.gp.buffers import Buffers, Placed
 from paraboloid.gp.kernel import Kernel, positive
 from paraboloid.gp.stationary import Stationary
 
@@ -59,7 +59,7 @@ class RationalQuadratic(Stationary):
         square, one = u.square().sum(1, keepdim=True), torch.ones_like(u[:, :1])
         return [torch.cat([-2 * u, square, one], 1), torch.cat([u, one, square], 1)]
 
-    def tile(self, left: Sequence[Tensor], right: Sequence[Tensor], buffers: Buffers) -> Tensor:
+    def tile(self, left: Sequence[Tensor], right: Sequence[Tensor], buffers: Buffers | Placed) -> Tensor:
         tile = torch.mm(left[0], right[1].T, out=buffers.take(len(left[0]), len(right[0])))
         tile.clamp_(min=0).log1p_().mul_(-float(self.alpha)).exp_()
         scale = float(self.outputscale)

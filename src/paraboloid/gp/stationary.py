@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from paraboloid.gp.buffers import Buffers
+from paraboloid.gp.buffers import Buffers, Placed
 from paraboloid.gp.kernel import Features, Kernel, positive
 
 LOG2E = math.log2(math.e)
@@ -122,7 +122,7 @@ class RBF(Stationary):
         half, one = -0.5 * u.square().sum(1, keepdim=True), torch.ones_like(u[:, :1])
         return [torch.cat([u, half, one], 1), torch.cat([u, one, half], 1)]
 
-    def tile(self, left: Sequence[Tensor], right: Sequence[Tensor], buffers: Buffers) -> Tensor:
+    def tile(self, left: Sequence[Tensor], right: Sequence[Tensor], buffers: Buffers | Placed) -> Tensor:
         """2^(u.v - |u|^2 / 2 - |v|^2 / 2 + log2 outputscale): exp2 is several times faster than exp."""
         tile = torch.mm(left[0], right[1].T, out=buffers.take(len(left[0]), len(right[0])))
         scale = float(self.outputscale.log2())
@@ -179,9 +179,9 @@ class Matern(Stationary):
         """exp(-r) has a corner at 0, where the rounding of |u|^2 + |v|^2 - 2 u.v would show as its root."""
         return self.nu == 0.5 and u.shape[1] <= FEW
 
-    def tile(self, left: Sequence[Tensor], right: Sequence[Tensor], buffers: Buffers) -> Tensor:
+    def tile(self, left: Sequence[Tensor], right: Sequence[Tensor], buffers: Buffers | Placed) -> Tensor:
         shape = len(left[0]), len(right[0])
-        q, k = buffers.take(*shape), buffers.take(*shape)
+        k, q = buffers.take(*shape), buffers.take(*shape)
         if len(left) == 1:
             _differences(left[0], right[0], q, k)
         else:

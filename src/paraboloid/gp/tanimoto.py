@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from paraboloid.gp.buffers import Buffers
+from paraboloid.gp.buffers import Buffers, Placed
 from paraboloid.gp.kernel import Features, Kernel, positive
 from paraboloid.passes.memory import HASHED
 
@@ -35,7 +35,7 @@ class Tanimoto(Kernel):
     def points(self, x: Tensor, shift: Tensor) -> list[Tensor]:
         return [_checked(x), x.sum(1)]
 
-    def tile(self, left: Sequence[Tensor], right: Sequence[Tensor], buffers: Buffers) -> Tensor:
+    def tile(self, left: Sequence[Tensor], right: Sequence[Tensor], buffers: Buffers | Placed) -> Tensor:
         (x, a), (z, b) = left, right
         lower, total = buffers.take(len(x), len(z)), buffers.take(len(x), len(z))
         torch.add(a.unsqueeze(1), b, out=total)

@@ -213,6 +213,7 @@ def _iterate(
         x = x0.clone().view(b.shape)
         r = b - A @ x
     norms = b.norm(dim=0)
+    valued = keep is not None or stop.progress is not None
 
     def run(iterations: int, flat: tuple[int, float] | None = None) -> _Run:
         residual = (r.norm(dim=0) / torch.where(norms > 0, norms, 1)).max().item()
@@ -220,28 +221,35 @@ def _iterate(
 
     z = M(r)
     p, rz = z.clone(), (r * z).sum(0)
-    done = stop.start(_value(x, r, b), r, norms)
+    value = _value(x, r, b)
+    done = stop.start(value, r, norms)
     for iteration in range(limit):
         if done.all():
             return run(iteration)
-        active = ~done
+        active = ~done if bool(done.any()) else None  # None: all of them, which saves a pass over each vector
         Ap = A @ p
         curvature = (p * Ap).sum(0)
         if not torch.isfinite(curvature).all():
             raise LinAlgError("a product with A, or with the preconditioner, holds NaN or infinity; expected finite "
                               "numbers.")  # fmt: skip
-        if (bad := active & ~(curvature > 0)).any():
+        bad = ~(curvature > 0) if active is None else active & ~(curvature > 0)
+        if bad.any():
             return run(iteration, (iteration, curvature[bad][0].item()))
-        alpha = torch.where(active, rz / curvature, 0)  # a column that is done stays where it is
-        x += alpha * p
-        r -= alpha * Ap
-        value = _value(x, r, b)
+        alpha = rz / curvature
+        if active is not None:
+            alpha = torch.where(active, alpha, 0)  # a column that is done stays where it is
+        x.addcmul_(alpha, p)
+        r.addcmul_(alpha, Ap, value=-1)
+        if valued:
+            value = _value(x, r, b)
         if keep is not None:
             keep(iteration + 1, x, value)
         done = done | stop.after(iteration + 1, value, r)
         z = M(r)
-        rz, previous = torch.where(active, (r * z).sum(0), rz), rz
-        p = torch.where(active, z + rz / previous * p, p)
+        previous, found = rz, (r * z).sum(0)
+        rz = found if active is None else torch.where(active, found, rz)
+        to = torch.addcmul(z, rz / previous, p)
+        p = to if active is None else torch.where(active, to, p)
     return run(limit)
 
 
