@@ -113,3 +113,36 @@ def test_errors():
         pb.gp.classify(pb.gp.RBF(), x, labels, max_newton=1, samples=0, likelihood="softmax")
     with pytest.warns(UserWarning, match="in step 1; expected 1e-05: raise max_newton"):
         pb.gp.classify(pb.gp.RBF(), x, labels, max_newton=1, samples=0)
+
+
+def test_factor_of_softmax_system_solves_as_conjugate_gradients(monkeypatch):
+    x, labels = _three()
+    by_factor = pb.gp.classify(pb.gp.RBF(), x, labels, likelihood="softmax", samples=8, features=64)
+    monkeypatch.setattr("paraboloid.gp.softmax.FACTOR", 0)
+    by_gradients = pb.gp.classify(pb.gp.RBF(), x, labels, likelihood="softmax", samples=8, features=64)
+    torch.testing.assert_close(by_factor.weights, by_gradients.weights, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(by_factor.sample(x), by_gradients.sample(x), rtol=1e-2, atol=1e-2)
+
+
+def test_large_kernel_behind_softmax_finds_the_labels():
+    x, labels = _three()
+    found = pb.gp.classify(1e6 * pb.gp.RBF(), x, labels, likelihood="softmax", samples=0)
+    assert bool((found.mean(x).argmax(1) == labels).all())
+
+
+@pytest.mark.parametrize("limit", [0, 2000])
+def test_indefinite_kernel_behind_softmax_is_refused(monkeypatch, limit):
+    class Parabola(pb.gp.RBF):
+        def tile(self, left, right, buffers):
+            return super().tile(left, right, buffers).log_().add_(1)
+
+    monkeypatch.setattr("paraboloid.gp.softmax.FACTOR", limit)
+    x, labels = _three()
+    with pytest.raises(torch.linalg.LinAlgError, match=r"30 inputs and 3 classes.*lower its outputscale"):
+        pb.gp.classify(Parabola(), x, labels, likelihood="softmax", samples=0)
+
+
+def _three():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 2, generator=g, dtype=torch.float64)
+    return x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
