@@ -82,8 +82,9 @@ def factored(name: str, dtype: torch.dtype = settings.F64) -> dict[str, Any]:
 
 
 def matrix() -> Tensor:
-    """[20, 20], with a spectrum that falls."""
-    Q = torch.linalg.qr((torch.arange(400.0, dtype=settings.F64).view(20, 20) * 0.7).sin())[0]
+    """[20, 20], with a spectrum that falls; the eigenvectors by a reflection, which every processor forms alike."""
+    u = (torch.arange(20.0, dtype=settings.F64) * 0.7).sin().unsqueeze(1)
+    Q = torch.eye(20, dtype=settings.F64) - 2 / u.square().sum() * u @ u.T
     return Q @ torch.diag(0.6 ** torch.arange(20.0, dtype=settings.F64)) @ Q.T
 
 
