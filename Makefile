@@ -95,6 +95,7 @@ bench-quality: $(STAMP) ## measure likelihood, calibration and detection of nois
 	$(BIN)/python -m benchmarks.posterior_quality
 	$(BIN)/python -m benchmarks.posterior_use
 	$(BIN)/python -m benchmarks.posterior_untouched
+	$(BIN)/python -m benchmarks.posterior_threshold
 	$(BIN)/python -m benchmarks.posterior_tuning
 
 bench-cuda: $(STAMP) ## time everything on a CUDA device (in an environment whose torch has one)
