@@ -97,10 +97,12 @@ def sampled_laplace(
     all_reduce       a process group (True: the default one) whose ranks share the work: shard="data", each with its own
                      part of the data, or shard="samples", all with the same data and some of the samples each
 
-    The model is run in evaluation mode and left in the mode it is in.
+    The model is run in evaluation mode and left in the mode it is in.  Where float32 does not carry the samples of
+    "dual", as under tiny precisions, a copy of it in float64 takes its place, in the posterior too.
 
     Raises ValueError for arguments that do not fit, a checkpoint of something else, an `lr` with which the descent
-    diverges, and samples that would not fit into memory (saying what they take); TypeError for an unknown loss.
+    diverges, and samples that would not fit into memory (saying what they take); LinAlgError for those of "dual" that
+    rounding leaves no solutions at all; TypeError for an unknown loss.
     Sources: Antoran et al. 2023, arXiv:2210.04994 (samples, EM, g-prior); Lin et al. 2023, arXiv:2306.11589 (descent);
     Antoran et al. 2022, arXiv:2206.08900 (the optimum of the linearised model).
     """

@@ -20,7 +20,9 @@ from paraboloid.operators.vectors import split
 from paraboloid.posteriors.prior_tuning.evidence import HIGHEST, LOWEST
 from paraboloid.posteriors.prior_tuning.linearised import optimum
 from paraboloid.posteriors.sampled.dual_optimum import dual_optimum
+from paraboloid.posteriors.sampled.in_float64 import NotCarried
 from paraboloid.posteriors.sampled.scaled_model import ScaledModel
+from paraboloid.posteriors.sampled.shortfall import EXACT
 from paraboloid.posteriors.sampled.sketch import Sketch, rank_of
 from paraboloid.posteriors.sampled.solvers import (
     HALVINGS,
@@ -78,6 +80,7 @@ class Run:
     elements: float = 0.0  # of all targets, and the noise variance that the system was made with, where EM finds it
     first: float = 1.0
     loss: Any = None  # of the linearised optimum; None: that of the system
+    carried: bool = False  # whether samples that rounding keeps from being solved by a Cholesky factor are refused
     made: list[Sketch] | None = None  # empty where there is none to be had
 
     def __post_init__(self) -> None:
@@ -142,6 +145,8 @@ class Run:
         else:
             self._descend_samples(state, precision, after)
         forms, wholes, residual = self._measured(state.b, state.w, precision)
+        if self.carried and not self.blocks and self.dual is not None and not residual <= max(2 * self.tol, EXACT):
+            raise NotCarried
         state.gammas = [n * form / whole for form, whole, n in zip(forms, wholes, self.counts, strict=True)]
         state.history.append(
             EMStep(state.steps, tuple(state.precision), tuple(state.gammas), residual, state.slope, state.noise)

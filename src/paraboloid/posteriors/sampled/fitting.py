@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from paraboloid.posteriors.prior_tuning.evidence import groups_of
 from paraboloid.posteriors.sampled import checkpoint as checkpoints
 from paraboloid.posteriors.sampled import noise
 from paraboloid.posteriors.sampled.expectation_maximisation import Run, as_prior
+from paraboloid.posteriors.sampled.in_float64 import NotCarried, in_float64
 from paraboloid.posteriors.sampled.sampled_posterior import SampledPosterior, by_name
 from paraboloid.posteriors.sampled.shortfall import tell
 from paraboloid.posteriors.sampled.solvers import Descent
@@ -81,7 +82,30 @@ class Fitting:
         path: Path | None, callback: Callable[[Progress], Any] | None,
     ) -> SampledPosterior:  # fmt: skip
         """A posterior under a likelihood; with the identity for the loss's Hessian EM is replaced by the prior of
-        `unit_information`."""
+        `unit_information`.
+
+        Where float32 does not carry samples by a Cholesky factor, all is done anew in float64.
+        """
+        options = g_prior, prior_precision, per, em_steps
+        beside = None if path is None else path.with_name(path.name + ".float64")
+        begun = beside is not None and checkpoints.of_process(beside, self.group).exists()
+        if begun and (other := self._in_float64(likelihood)) is not None:
+            return other._drawn(likelihood, *options, beside, callback)
+        try:
+            return self._drawn(likelihood, *options, path, callback, carried=True)
+        except NotCarried:
+            if (other := self._in_float64(likelihood)) is None:
+                return self._drawn(likelihood, *options, path, callback)
+        return other._drawn(likelihood, *options, beside, callback)
+
+    def _in_float64(self, likelihood: Likelihood) -> Fitting | None:
+        model = in_float64(self.model, likelihood.curved, self.data, self.output)
+        return None if model is None else replace(self, model=model)
+
+    def _drawn(
+        self, likelihood: Likelihood, g_prior: bool, prior_precision: float, per: str, em_steps: int,
+        path: Path | None, callback: Callable[[Progress], Any] | None, carried: bool = False,
+    ) -> SampledPosterior:  # fmt: skip
         with only(self.model, self.names):
             theta = parameters_of(self.model)
             check_memory(theta, len(self.mine), 5 if self.solver == "sgd" else 4)
@@ -123,7 +147,7 @@ class Fitting:
             dual = dual_of(kernel, solver) if solver in ("dual", "block") else None  # of rows in the units of the scale
             run = Run(
                 system, at, join(list(theta.values())), diagonal, self.tol, descent, dual, solver == "block", across,
-                probes, elements, first, likelihood.loss,
+                probes, elements, first, likelihood.loss, carried and system.like.dtype == torch.float32,
             )  # fmt: skip
             if state.noise is not None:
                 run.place(state.noise)

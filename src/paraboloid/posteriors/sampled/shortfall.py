@@ -6,6 +6,7 @@ import warnings
 
 import torch
 
+from paraboloid.linalg.operand import LinAlgError
 from paraboloid.posteriors.sampled.solvers import MOST_ITERATIONS
 from paraboloid.posteriors.sampled.state import State
 from paraboloid.posteriors.sampled.tangent_blocks import PASSES
@@ -14,11 +15,17 @@ ROUGH, EXACT = 0.1, 1e-2  # residuals above which descent, and a Cholesky factor
 
 
 def tell(state: State, solver: str, tol: float, epochs: int, dtype: torch.dtype) -> None:
-    """Warn of samples, or of a linearised optimum, that fall short.
+    """Warn of samples, or of a linearised optimum, that fall short; LinAlgError for those of a Cholesky factor that are
+    no solutions at all.
 
     solver  that of the run; "passes" for conjugate gradients that made no more than `epochs` of them
     """
     last = state.history[-1]
+    if solver == "dual" and not last.residual < 1:
+        raise LinAlgError(
+            f"the relative residual of a sample by a Cholesky factor in {dtype} is {last.residual:.2g}; expected less "
+            "than 1, that of no solution at all. Take a larger prior_precision, or the model in float64."
+        )
     larger = "Take a larger prior_precision" + ", or the model in float64" * (dtype != torch.float64)
     cause, instead = {
         "sgd": (f"{epochs} epochs of descent", "Take more epochs, or solver='cg'"),
