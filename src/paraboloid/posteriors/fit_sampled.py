@@ -20,6 +20,7 @@ from paraboloid.losses import LossFunction
 from paraboloid.passes import trees
 from paraboloid.passes.parameter_layers import layer_of
 from paraboloid.posteriors.likelihood import Likelihood
+from paraboloid.posteriors.sampled import checkpoint as checkpoints
 from paraboloid.posteriors.sampled.fitting import Fitting, normalisation_layers
 from paraboloid.posteriors.sampled.sampled_posterior import SampledPosterior
 from paraboloid.posteriors.sampled.state import Progress
@@ -156,6 +157,8 @@ def sampled_laplace(
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise ValueError(f"checkpoint is {str(path)!r}; expected the path of a file in a folder that exists.")
+    if path is not None:
+        checkpoints.check_processes(path, group)
     posterior = fitting.drawn(likelihood, g_prior, float(prior_precision), per, em_steps, path, callback)
     if em_steps and match is not None and likelihood.kind in ("categorical", "bernoulli"):
         if match == "exponent":

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -115,6 +116,78 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     torch.save({"epoch": 3}, path)
     with pytest.raises(ValueError, match="is no checkpoint of sampled_laplace"):
         pb.sampled_laplace(model, loss, (x, y), 2, em_steps=0, checkpoint=path)
+
+
+ORDERS = {
+    "reversed": (lambda x, y: (x.flip(0), y.flip(0)), "from data point 0 on"),
+    "two exchanged": (lambda x, y: (x[[*range(30), 31, 30, *range(32, 40)]], y[[*range(30), 31, 30, *range(32, 40)]]),
+                      "from data point 30 on"),
+    "batches exchanged": (lambda x, y: [(x[20:], y[20:]), (x[:20], y[:20])], "from data point 0 on"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_a_checkpoint_of_the_same_data_in_another_order_is_refused(tmp_path, name):
+    model, x, y = classifier()
+    changed, where = ORDERS[name]
+    options = {"samples": 2, "em_steps": 0, "checkpoint": tmp_path / "run"}
+    pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), **options)
+    with pytest.raises(ValueError, match=f"a checkpoint of the same data in another order, {where}"):
+        pb.sampled_laplace(model, nn.CrossEntropyLoss(), changed(x, y), **options)
+    pb.sampled_laplace(model, nn.CrossEntropyLoss(), [(x[:7], y[:7]), (x[7:], y[7:])], **options)  # otherwise cut
+
+
+def test_loaders_that_shuffle(tmp_path):
+    """By torch's generator the order is that of every pass and run; by one of their own it never is."""
+    model, x, y = classifier()
+    data, loss, options = TensorDataset(x, y), nn.CrossEntropyLoss(), {"samples": 2, "em_steps": 1}
+    plain = DataLoader(data, 8, shuffle=True)
+    whole = pb.sampled_laplace(model, loss, plain, **options)
+    torch.randn(3)
+    callback, _ = kill_at(2)
+    with pytest.raises(Killed):
+        pb.sampled_laplace(model, loss, plain, checkpoint=tmp_path / "run", callback=callback, **options)
+    same(pb.sampled_laplace(model, loss, plain, checkpoint=tmp_path / "run", **options), whole)
+    own = DataLoader(data, 8, shuffle=True, generator=torch.Generator().manual_seed(0))
+    for solver in ("dual", "cg"):
+        with pytest.raises(
+            RuntimeError, match=r"data point \d+ is another one than in the first pass.*no generator of its"
+        ):
+            pb.sampled_laplace(model, loss, own, solver=solver, **options)
+    kernel = pb.sampled_laplace(model, loss, own, solver="dual", match=None, **options)  # of the graphs that are kept
+    assert kernel.residual < 1e-6
+    options["solver"] = "cg"
+    for match in ("exponent", None):
+        pb.sampled_laplace(model, loss, own, match=match, checkpoint=tmp_path / "own", **options)
+        with pytest.raises(ValueError, match=r"in another order.*by a generator of its own"):
+            pb.sampled_laplace(model, loss, own, match=match, checkpoint=tmp_path / "own", **options)
+        (tmp_path / "own").unlink()
+
+
+def test_a_checkpoint_of_another_type_batch_or_number_of_processes_is_refused(tmp_path):
+    model, x, y = classifier()
+    loss, path = nn.CrossEntropyLoss(), tmp_path / "run"
+    pb.sampled_laplace(model, loss, (x, y), 2, em_steps=0, checkpoint=path)
+    with pytest.raises(
+        ValueError, match=r"other settings: dtype was 'torch\.float64' and is 'torch\.float32'|other model"
+    ):
+        pb.sampled_laplace(copy.deepcopy(model).float(), loss, (x.float(), y), 2, em_steps=0, checkpoint=path)
+    path.rename(tmp_path / "run.0-of-2")
+    with pytest.raises(ValueError, match="is a checkpoint of 2 processes, and these are 1"):
+        pb.sampled_laplace(model, loss, (x, y), 2, em_steps=0, checkpoint=path)
+    options = {
+        "samples": 2,
+        "em_steps": 0,
+        "solver": "sgd",
+        "checkpoint": tmp_path / "descent",
+        "epochs": 20,
+        "lr": 1e-3,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pb.sampled_laplace(model, loss, (x, y), batch_size=8, **options)
+        with pytest.raises(ValueError, match="other settings: batches was 5 and is 10"):
+            pb.sampled_laplace(model, loss, (x, y), batch_size=4, **options)
 
 
 def normalised():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,26 +16,40 @@ from paraboloid.distributed import collectives
 from paraboloid.distributed.collectives import Group
 from paraboloid.posteriors.sampled.solvers import Position
 from paraboloid.posteriors.sampled.state import EMStep, State
+from paraboloid.posteriors.sampled.tangent_curvature import TangentCurvature, displaced, same_in_another_order
 
-VERSION = 2
+VERSION = 3
 ROUNDED = 1e-5  # relative difference of two summed losses that is rounding: they are in the model's type
 TINY = 1e-12  # of sums of weights, in double, for each of them
 
 
-def fingerprint(weights: dict[str, Tensor], replay: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """What a state belongs to: the weights by two sums each, the data by its size and loss, and the settings."""
+def fingerprint(weights: dict[str, Tensor], curvature: TangentCurvature, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a state belongs to: the weights by two sums each, the data by its size, its loss and a mark of each data
+    point in their order, to which the samples' noise belongs, and the settings."""
+    replay = curvature.replay
     sums = {}
     for name, w in weights.items():
         flat = w.detach().reshape(-1).double()
         ramp = torch.linspace(1, 2, len(flat), dtype=flat.dtype, device=flat.device)
         sums[name] = [list(w.shape), flat.sum().item(), torch.dot(flat, ramp).item()]
-    return {"model": sums, "data": [replay.samples, replay.total], "settings": settings}
+    return {"model": sums, "data": [replay.samples, replay.total, curvature.order], "settings": settings}
 
 
 def of_process(path: Path, group: Group) -> Path:
     """Each process has a file of its own."""
     size = collectives.size_of(group)
     return path if size == 1 else path.with_name(f"{path.name}.{collectives.rank_of(group)}-of-{size}")
+
+
+def check_processes(path: Path, group: Group) -> None:
+    """Raise ValueError where there are files of another number of processes alone, that would be begun anew."""
+    size = collectives.size_of(group)
+    named = re.compile(re.escape(path.name) + r"\.\d+-of-(\d+)")
+    counts = {int(found[1]) for p in path.parent.iterdir() if (found := named.fullmatch(p.name))}
+    counts |= {1} if path.exists() else set()
+    if counts and size not in counts:
+        raise ValueError(f"{path} is a checkpoint of {max(counts)} processes, and these are {size}; expected as many "
+                         "as it was begun with. Take another path to begin anew.")  # fmt: skip
 
 
 def save(path: Path, state: State, belongs: dict[str, Any], keep: bool = False) -> None:
@@ -104,7 +119,8 @@ def load(path: Path, belongs: dict[str, Any], device: torch.device) -> State:
 def _same(part: str, mine: Any, its: Any) -> bool:
     """Sums may be rounded otherwise, by another number of threads or on another machine."""
     if part == "data":
-        return mine[0] == its[0] and math.isclose(mine[1], its[1], rel_tol=ROUNDED)
+        known = mine[0] == its[0] and math.isclose(mine[1], its[1], rel_tol=ROUNDED)
+        return known and displaced(mine[2], its[2]) is None
     if part == "settings" or mine.keys() != its.keys():
         return mine == its
     return all(_close(mine[name], its[name]) for name in mine)
@@ -119,6 +135,10 @@ def _close(mine: list[Any], its: list[Any]) -> bool:
 
 def _other(part: str, mine: Any, its: Any) -> str:
     if part == "data":
+        at = displaced(mine[2], its[2]) if mine[0] == its[0] else None
+        if at is not None and same_in_another_order(mine[2], its[2]):
+            return (f"the same data in another order, from data point {at} on, to which the samples' noise belongs (a "
+                    "loader that shuffles by a generator of its own has another order on every pass)")  # fmt: skip
         return f"other data, of {its[0]} samples with the summed loss {its[1]:.6g} (here {mine[0]} with {mine[1]:.6g})"
     names = [k for k in {**mine, **its} if k not in mine or k not in its or not _same(part, {k: mine[k]}, {k: its[k]})]
     if part == "model":

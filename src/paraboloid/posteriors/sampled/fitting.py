@@ -36,7 +36,7 @@ from paraboloid.posteriors.sampled.sampled_posterior import SampledPosterior, by
 from paraboloid.posteriors.sampled.shortfall import tell
 from paraboloid.posteriors.sampled.solvers import Descent
 from paraboloid.posteriors.sampled.state import Progress, State
-from paraboloid.posteriors.sampled.tangent_curvature import TangentCurvature
+from paraboloid.posteriors.sampled.tangent_curvature import TangentCurvature, displaced, marks_of
 from paraboloid.posteriors.sampled.tangent_kernel import MOST_ROWS, TangentKernel, rows_of
 from paraboloid.posteriors.sampled.tangent_system import TangentSystem, feature_scales
 from paraboloid.posteriors.weights import only
@@ -69,6 +69,7 @@ class Fitting:
     group: Group
     shard: str
     first: int = 0  # the number of this process's first data point
+    order: Tensor | None = None  # the marks of its data, to which the noise belongs
 
     @cached_property
     def mine(self) -> range:
@@ -89,14 +90,16 @@ class Fitting:
         options = g_prior, prior_precision, per, em_steps
         beside = None if path is None else path.with_name(path.name + ".float64")
         begun = beside is not None and checkpoints.of_process(beside, self.group).exists()
-        if begun and (other := self._in_float64(likelihood)) is not None:
-            return other._drawn(likelihood, *options, beside, callback)
-        try:
-            return self._drawn(likelihood, *options, path, callback, carried=True)
-        except NotCarried:
-            if (other := self._in_float64(likelihood)) is None:
-                return self._drawn(likelihood, *options, path, callback)
-        return other._drawn(likelihood, *options, beside, callback)
+        other = self._in_float64(likelihood) if begun else None
+        if other is None:
+            try:
+                return self._drawn(likelihood, *options, path, callback, carried=True)
+            except NotCarried:
+                if (other := self._in_float64(likelihood)) is None:
+                    return self._drawn(likelihood, *options, path, callback)
+        found = other._drawn(likelihood, *options, beside, callback)
+        self.first, self.order = other.first, other.order
+        return found
 
     def _in_float64(self, likelihood: Likelihood) -> Fitting | None:
         model = in_float64(self.model, likelihood.curved, self.data, self.output)
@@ -116,18 +119,21 @@ class Fitting:
                 solver = cheapest(system, self.max_memory, kernel, g_prior and not unit)
             probes = self.solver == "auto" and solver == "sgd"
             descent = Descent(self.epochs, self.lr, noisy=self.noisy) if solver == "sgd" else None
-            self.first = system.first
+            self.first, self.order = system.first, system.curvature.order
             groups, places = groups_of(theta, "parameter" if unit else per), {name: i for i, name in enumerate(theta)}
             at = [[places[k] for k in members] for members in groups]
             across = self.group if self.shard == "samples" else None
             settings = {
+                "dtype": str(system.like.dtype), "likelihood": likelihood.kind,
                 "samples": self.samples, "here": [self.mine.start, self.mine.step], "seed": self.seed,
                 "g_prior": g_prior, "per": per, "curvature": likelihood.curvature,
                 "solver": "either" if probes else solver, "tol": self.tol,
                 "noise_variance": self.noise_variance, "prior_precision": "unit" if unit else prior_precision,
-                **({} if descent is None else {"epochs": self.epochs, "lr": self.lr, "noisy": self.noisy}),
+                **({} if descent is None else {
+                    "epochs": self.epochs, "lr": self.lr, "noisy": self.noisy, "batches": system.steps,
+                }),
             }  # fmt: skip
-            belongs = checkpoints.fingerprint(theta, system.replay, settings)
+            belongs = checkpoints.fingerprint(theta, system.curvature, settings)
             path = None if path is None else checkpoints.of_process(path, self.group)
             state = None if path is None else checkpoints.resumed(path, belongs, system.like.device, self.group)
             state = State([prior_precision] * len(groups)) if state is None else state
@@ -184,8 +190,9 @@ class Fitting:
             pieces = in_pieces(self.data, self.batch_size, self.model, self.output)
         else:
             pieces = joined(self.data, self.model, self.max_memory, self.output)
+        ordered = self.noisy or self.solver not in ("cg", "sgd")  # else a kernel made on another pass is of other data
         curvature = TangentCurvature(
-            self.model, likelihood.curved, pieces, output=self.output, max_memory=self.max_memory, ordered=self.noisy
+            self.model, likelihood.curved, pieces, output=self.output, max_memory=self.max_memory, ordered=ordered
         )
         strength = float(likelihood.strength(self.noise_variance or 1.0))
         group = self.group if self.shard == "data" else None
@@ -202,8 +209,10 @@ class Fitting:
         """
         found, seen, root = [], 0, float(unweighted.likelihood.strength(unweighted.noise_variance)) ** 0.5
         device = next(iter(unweighted.weights.values())).device
-        for inputs, _ in batch_data.in_order(self.data, RandomStream(0, device)):  # that of the noise
-            f = root * torch.cat([d for _, d in unweighted.outputs(inputs)], 1)  # [S, n, *shape]
+        for inputs, y in batch_data.in_order(self.data, RandomStream(0, device)):  # that of the noise
+            means, draws = zip(*unweighted.outputs(inputs), strict=True)
+            self._check_order(marks_of(unweighted.likelihood.curved, torch.cat(means), y), seen)
+            f = root * torch.cat(draws, 1)  # [S, n, *shape]
             eps = noise.of_data(self.seed, self.first + seen, f.shape[1], range(self.samples), f[0, 0].numel(), f)
             rest = eps.view_as(f).sub_(f)
             own, left = (shared(t.square().mean(0), unweighted.likelihood.kind) for t in (f, rest))
@@ -215,6 +224,17 @@ class Fitting:
         if self.group is not None and self.shard == "data":
             variances = torch.cat([torch.tensor(part) for part in collectives.gathered(variances.tolist(), self.group)])
         return Confidence.of(variances, RARE)  # beyond which confidence is lowered
+
+    def _check_order(self, marks: Tensor, start: int) -> None:
+        assert self.order is not None
+        known = self.order[start : start + len(marks)]
+        at = 0 if len(known) < len(marks) else displaced(marks, known)
+        if at is not None:
+            raise RuntimeError(
+                f"data point {start + at} is another one than in the first pass over the data, so that the samples' "
+                "noise, by which confidence is matched, is not its own; expected the same order on every pass. Give "
+                "the loader no generator of its own, turn shuffling off, or take match='exponent' or match=None."
+            )
 
 
 def input_scales(parameters: Sequence[Tensor]) -> Tensor:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from paraboloid.data.batches import Data, Output
 from paraboloid.losses import Loss
 from paraboloid.operators.matrix_free.jacobian_form import GGN
 from paraboloid.operators.matrix_free.output_graph import OutputGraph
 from paraboloid.operators.matrix_free.tangent_convolutions import convolutions_for
 from paraboloid.passes import trees
+
+ROUNDED = 1e-5  # of the largest mark of a data point, below which two are the same: they are in the model's type
 
 
 class TangentCurvature(GGN):
@@ -22,8 +27,15 @@ class TangentCurvature(GGN):
         self, model: Any, loss: Loss, data: Data, *, ordered: bool = False,
         output: Output | None = None, max_memory: int | None = None,
     ):  # fmt: skip
+        marks = self.marks = list[Tensor]()  # of each batch of the first pass
+
+        def marked(f: Tensor, y: Any, loss: Loss, parameters: list[Tensor], index: int) -> OutputGraph:
+            if index == len(marks):
+                marks.append(marks_of(loss, f, y))
+            return OutputGraph(f, y, loss, parameters, index)
+
         self._record(
-            OutputGraph, model, loss, data, "all", output=output, max_memory=max_memory,
+            marked, model, loss, data, "all", output=output, max_memory=max_memory,
             ordered=ordered, inside=convolutions_for(trees.parameters(model).values()),
         )  # fmt: skip
         self.root.after(10**9)  # made now or never: what a product rounds to must not depend on those before
@@ -32,3 +44,27 @@ class TangentCurvature(GGN):
             self.starts.append(self.starts[-1] + len(graph.f))
         with self.replay.graphs() as graphs:
             self.target = tuple(next(iter(graphs)).y.shape[1:])  # of a sample
+
+    @property
+    def order(self) -> Tensor:
+        """The marks of all data points in the order of the first pass, [N]."""
+        return torch.cat(self.marks)
+
+
+@torch.no_grad()
+def marks_of(loss: Loss, f: Tensor, y: Any) -> Tensor:
+    """A number for each data point, [n] in float64, by which it is known again: its loss and a sum over its outputs."""
+    f = f.detach()
+    flat = f.reshape(len(f), -1).double()
+    ramp = torch.linspace(1, 2, flat.shape[1], dtype=flat.dtype, device=flat.device)
+    return (loss.sample_losses(f, y).double().reshape(len(f), -1).sum(1) + flat @ ramp).cpu()
+
+
+def displaced(marks: Tensor, others: Tensor) -> int | None:
+    """The first data point whose mark is another one; None where all are the same, up to rounding."""
+    off = (marks - others).abs() > ROUNDED * others.abs().max()
+    return int(off.nonzero()[0]) if off.any() else None
+
+
+def same_in_another_order(marks: Tensor, others: Tensor) -> bool:
+    return displaced(marks.sort().values, others.sort().values) is None
