@@ -27,7 +27,7 @@ class TangentCurvature(GGN):
         self, model: Any, loss: Loss, data: Data, *, ordered: bool = False,
         output: Output | None = None, max_memory: int | None = None,
     ):  # fmt: skip
-        marks = self.marks = list[Tensor]()  # of each batch of the first pass
+        marks = self.marks = list[Tensor]()  # of each batch
 
         def marked(f: Tensor, y: Any, loss: Loss, parameters: list[Tensor], index: int) -> OutputGraph:
             if index == len(marks):
@@ -42,12 +42,14 @@ class TangentCurvature(GGN):
         self.starts = [0]  # of kept graphs, the number of each one's first sample, and of them all
         for graph in self.replay.kept or []:
             self.starts.append(self.starts[-1] + len(graph.f))
+        self.target: tuple[int, ...] = ()  # the shape of a sample's
         with self.replay.graphs() as graphs:
-            self.target = tuple(next(iter(graphs)).y.shape[1:])  # of a sample
+            for graph in graphs:  # those that are not kept have not all been made, and marked, yet
+                self.target = tuple(graph.y.shape[1:])
 
     @property
     def order(self) -> Tensor:
-        """The marks of all data points in the order of the first pass, [N]."""
+        """The marks of all data points in the order of every pass that a process can repeat, [N]."""
         return torch.cat(self.marks)
 
 
