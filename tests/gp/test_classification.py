@@ -130,6 +130,20 @@ def test_large_kernel_behind_softmax_finds_the_labels():
     assert bool((found.mean(x).argmax(1) == labels).all())
 
 
+def test_sure_labels_keep_their_digits_in_float32():
+    """t - softmax(f) has none left where a probability rounds to 1: the mean was 91% off, in silence."""
+    x, labels = _three()
+    new = x + 0.1
+    for scale, within in ((1e2, 1e-4), (1e4, 1e-3)):
+        exact, found = (
+            pb.gp.classify(scale * pb.gp.RBF(), t, labels, likelihood="softmax", samples=0).mean(new.to(t)).double()
+            for t in (x, x.float())
+        )
+        assert float((found - exact).abs().max() / exact.abs().max()) < within
+    with pytest.warns(UserWarning, match=r"sure to 0\.\d+ of themselves in torch.float32; expected 0.001: give x"):
+        pb.gp.classify(1e7 * pb.gp.RBF(), x.float(), labels, likelihood="softmax", samples=0)
+
+
 @pytest.mark.parametrize("limit", [0, 2000])
 def test_indefinite_kernel_behind_softmax_is_refused(monkeypatch, limit):
     class Parabola(pb.gp.RBF):

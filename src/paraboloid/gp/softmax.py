@@ -20,6 +20,7 @@ from paraboloid.linalg.operand import LinAlgError
 from paraboloid.linalg.probes import generator_of
 
 TOL, SOLVED = 1e-5, 1e-7  # of a Newton step, relative to the function; of its linear system
+CARRIED = 1e-3  # of the functions, that rounding may take without a word
 HALVED = 30  # times that a step which does not climb is made shorter
 FACTOR = 2000  # numbers in a system up to which it is factorised: exact, and no slower where the kernel is large
 COLUMNS = 2**22  # numbers in right-hand sides of exact variances at a time
@@ -84,7 +85,8 @@ class SoftmaxClassifier:
     """What `classify(likelihood="softmax")` returns: latent functions f_c ~ GP(0, kernel), p(c | f) = softmax(f)_c.
 
     classes  the labels, sorted
-    weights  t - softmax(f) at the mode, [N, C] with one-hot labels t: mean(x) = k(x, X) weights
+    weights  K^-1 f at the mode, [N, C]: mean(x) = k(x, X) weights; in exact arithmetic t - softmax(f) with one-hot
+             labels t, whose digits are lost where a probability rounds to 1
     """
 
     kernel: Kernel
@@ -157,14 +159,17 @@ def softmax_classifier(
     else:
         warnings.warn(f"Newton's method moved the latent functions by {moved:.2g} of themselves in step {max_newton}; "
                       f"expected {TOL}: raise max_newton.", stacklevel=3)  # fmt: skip
-    H, weights = Curvature(gram, f), t - torch.softmax(f, 1)
+    if (lost := float((gram @ a - f).norm() / f.norm())) > CARRIED:
+        warnings.warn(f"the latent functions are sure to {lost:.2g} of themselves in {x.dtype}; expected {CARRIED}: give x "
+                      "in float64, or lower the kernel's outputscale.", stacklevel=3)  # fmt: skip
+    H = Curvature(gram, f)
     if not samples:
-        return SoftmaxClassifier(kernel, x, classes, weights, H, None, None)
+        return SoftmaxClassifier(kernel, x, classes, a, H, None, None)
     C, generator = t.shape[1], generator_of(seed, x.device)
     prior = PriorFunctions(kernel, samples * C, features, x, generator)
     at = prior(x).view(samples, C, len(x)).permute(2, 1, 0)  # [N, C, samples]
     z = torch.randn(at.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)
-    return SoftmaxClassifier(kernel, x, classes, weights, H, prior, H.solve(H.transposed(at) + z, 1e-4))
+    return SoftmaxClassifier(kernel, x, classes, a, H, prior, H.solve(H.transposed(at) + z, 1e-4))
 
 
 def _climbed(
