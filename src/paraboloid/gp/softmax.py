@@ -160,8 +160,8 @@ def softmax_classifier(
         warnings.warn(f"Newton's method moved the latent functions by {moved:.2g} of themselves in step {max_newton}; "
                       f"expected {TOL}: raise max_newton.", stacklevel=3)  # fmt: skip
     if (lost := float((gram @ a - f).norm() / f.norm())) > CARRIED:
-        warnings.warn(f"the latent functions are sure to {lost:.2g} of themselves in {x.dtype}; expected {CARRIED}: give x "
-                      "in float64, or lower the kernel's outputscale.", stacklevel=3)  # fmt: skip
+        warnings.warn(f"the latent functions are sure to {lost:.2g} of themselves in {x.dtype}; expected {CARRIED}: "
+                      "give x in float64, or lower the kernel's outputscale.", stacklevel=3)  # fmt: skip
     H = Curvature(gram, f)
     if not samples:
         return SoftmaxClassifier(kernel, x, classes, a, H, None, None)
