@@ -252,7 +252,7 @@ class Kron:
         if self.groups > 1 or first.kind in FEW or second.kind in FEW:
             return None
         left, right = first.data[0], second.data[0]
-        number = right.numel() == 1 and left.dim() == 2
+        number = right.numel() == 1 and left.dim() == 2 and not right.is_cuda  # reading it would wait for the device
         return left, float(right) if number else right, (len(left), len(right))
 
     def applied(self, g: Tensor) -> Tensor:
