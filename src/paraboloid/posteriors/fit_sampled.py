@@ -158,7 +158,7 @@ def sampled_laplace(
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise ValueError(f"checkpoint is {str(path)!r}; expected the path of a file in a folder that exists.")
     if path is not None:
-        checkpoints.check_processes(path, group)
+        checkpoints.begun(path, group)
     posterior = fitting.drawn(likelihood, g_prior, float(prior_precision), per, em_steps, path, callback)
     if em_steps and match is not None and likelihood.kind in ("categorical", "bernoulli"):
         if match == "exponent":

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import paraboloid as pb
+from paraboloid.posteriors.sampled.tangent_curvature import displaced
 
 F64 = torch.float64
 
@@ -164,6 +165,12 @@ def test_loaders_that_shuffle(tmp_path):
         (tmp_path / "own").unlink()
 
 
+def test_two_points_change_places_beside_a_far_larger_one():
+    marks = torch.tensor([1.0, 1.001, 1e6, 1.1, 1.2], dtype=torch.float64)
+    assert displaced(marks * (1 + 1e-7), marks) is None
+    assert displaced(marks[[1, 0, 2, 3, 4]], marks) == 0
+
+
 def test_a_checkpoint_of_another_type_batch_or_number_of_processes_is_refused(tmp_path):
     model, x, y = classifier()
     loss, path = nn.CrossEntropyLoss(), tmp_path / "run"
@@ -174,6 +181,9 @@ def test_a_checkpoint_of_another_type_batch_or_number_of_processes_is_refused(tm
         pb.sampled_laplace(copy.deepcopy(model).float(), loss, (x.float(), y), 2, em_steps=0, checkpoint=path)
     path.rename(tmp_path / "run.0-of-2")
     with pytest.raises(ValueError, match="is a checkpoint of 2 processes, and these are 1"):
+        pb.sampled_laplace(model, loss, (x, y), 2, em_steps=0, checkpoint=path)
+    (tmp_path / "run.0-of-2").rename(tmp_path / "run.float64.0-of-2")
+    with pytest.raises(ValueError, match=r"run\.float64 is a checkpoint of 2 processes, and these are 1"):
         pb.sampled_laplace(model, loss, (x, y), 2, em_steps=0, checkpoint=path)
     options = {
         "samples": 2,

@@ -41,15 +41,20 @@ def of_process(path: Path, group: Group) -> Path:
     return path if size == 1 else path.with_name(f"{path.name}.{collectives.rank_of(group)}-of-{size}")
 
 
-def check_processes(path: Path, group: Group) -> None:
-    """Raise ValueError where there are files of another number of processes alone, that would be begun anew."""
+def begun(path: Path, group: Group) -> bool:
+    """Whether a process of the group has a file, which one that was ended before its first does not have.
+
+    Raises ValueError where there are files of another number of processes alone, that would be begun anew.
+    """
     size = collectives.size_of(group)
     named = re.compile(re.escape(path.name) + r"\.\d+-of-(\d+)")
     counts = {int(found[1]) for p in path.parent.iterdir() if (found := named.fullmatch(p.name))}
     counts |= {1} if path.exists() else set()
-    if counts and size not in counts:
-        raise ValueError(f"{path} is a checkpoint of {max(counts)} processes, and these are {size}; expected as many "
+    every = [counts] if size == 1 else collectives.gathered(counts, group)
+    if others := {count for found in every if size not in found for count in found}:
+        raise ValueError(f"{path} is a checkpoint of {max(others)} processes, and these are {size}; expected as many "
                          "as it was begun with. Take another path to begin anew.")  # fmt: skip
+    return any(every)
 
 
 def save(path: Path, state: State, belongs: dict[str, Any], keep: bool = False) -> None:

@@ -89,7 +89,7 @@ class Fitting:
         """
         options = g_prior, prior_precision, per, em_steps
         beside = None if path is None else path.with_name(path.name + ".float64")
-        begun = beside is not None and checkpoints.of_process(beside, self.group).exists()
+        begun = beside is not None and checkpoints.begun(beside, self.group)
         other = self._in_float64(likelihood) if begun else None
         if other is None:
             try:

@@ -14,7 +14,7 @@ from paraboloid.operators.matrix_free.output_graph import OutputGraph
 from paraboloid.operators.matrix_free.tangent_convolutions import convolutions_for
 from paraboloid.passes import trees
 
-ROUNDED = 1e-5  # of the largest mark of a data point, below which two are the same: they are in the model's type
+ROUNDED = 1e-5  # of a mark and their median, below which two are the same: they are in the model's type
 
 
 class TangentCurvature(GGN):
@@ -64,7 +64,8 @@ def marks_of(loss: Loss, f: Tensor, y: Any) -> Tensor:
 
 def displaced(marks: Tensor, others: Tensor) -> int | None:
     """The first data point whose mark is another one; None where all are the same, up to rounding."""
-    off = (marks - others).abs() > ROUNDED * others.abs().max()
+    size = others.abs()
+    off = (marks - others).abs() > ROUNDED * (size + size.median())
     return int(off.nonzero()[0]) if off.any() else None
 
 
