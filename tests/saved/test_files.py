@@ -43,7 +43,7 @@ def test_a_posterior_answers_as_when_it_was_saved(version, name, tmp_path):
 def test_an_operator_answers_as_when_it_was_saved(version, name):
     expected = kept(f"{version}/operators.pt.xz", name)
     loaded = pb.operators.load(expected["state"], operators.setting_of(name).model)
-    check_close(operators.answers(name, loaded), expected["answers"], tolerances(name))
+    operators.check_answers(name, loaded, expected["answers"], tolerances(name))
 
 
 @cases([name for name in operators.CASES if name in ("KFAC", "EKFAC of few samples", "blocks of layers", "low rank")])
@@ -51,7 +51,7 @@ def test_an_operator_becomes_the_saved_one(version, name):
     expected = kept(f"{version}/operators.pt.xz", name)
     found = operators.make(name)
     found.load_state_dict(expected["state"])
-    check_close(operators.answers(name, found), expected["answers"], tolerances(name))
+    operators.check_answers(name, found, expected["answers"], tolerances(name))
 
 
 @cases(optimisers.CASES)
