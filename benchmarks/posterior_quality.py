@@ -9,7 +9,6 @@ hand.  Peers that are not installed (laplace-torch, ivon-opt, vbll) are left out
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ import paraboloid as pb
 from benchmarks.null_space import null_space
 from benchmarks.quality_data import ALL, BLURS, FEW, NOISES, SHIFTS, TURNS, Pair, network, split, trained, unlike
 from benchmarks.quality_peers import Fitted, Method, Predict, Task, methods, temperature
+from benchmarks.records import Record, Row
 from paraboloid.jobs.uncertainty.scores import area, of_classes
 
 NETWORK, AREAS = "the network", ("noise", "letters", "turned 30°", "turned 90°", "shifted 2", "noisy 0.3", "blurred 2")
@@ -30,7 +30,6 @@ CURVES = {
     "turned": [f"turned {v}°" for v in TURNS], "shifted": [f"shifted {v}" for v in SHIFTS],
     "noisy": [f"noisy {v}" for v in NOISES], "blurred": [f"blurred {v}" for v in BLURS],
 }  # fmt: skip
-Row = dict[str, Any]
 
 
 def posterior(structure: str, weights: str, match: str | None = "auto", **options: Any) -> Method:
@@ -142,7 +141,10 @@ def likelihood(rows: list[Row], key: str) -> str:
 
 def order(rows: list[Row]) -> list[str]:
     known = [NETWORK, *CHEAP, *DEAR]
-    return sorted({row["method"] for row in rows}, key=lambda name: known.index(name) if name in known else len(known))
+    return sorted(
+        dict.fromkeys(row["method"] for row in rows),
+        key=lambda name: known.index(name) if name in known else len(known),
+    )
 
 
 def header(columns: list[str]) -> list[str]:
@@ -162,25 +164,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    record = options.out / "posterior-quality.jsonl"
-    rows = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
-    rows = [row for row in rows if row["method"] not in options.again]
-
-    def note(row: Row) -> None:
-        rows.append(row)
-        record.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (options.out / "posterior-quality.md").write_text("\n".join(tables(rows)))
+    record = Record(options.out, "posterior-quality", tables)
+    record.rows = [row for row in record.rows if row["method"] not in options.again]
 
     for seed in range(options.first, max(options.seeds, options.cheap_seeds)):
         for size in options.sizes:
             for net in options.nets:
                 wanted = {NETWORK: network_alone, **CHEAP} if seed < options.cheap_seeds else {}
                 wanted |= DEAR if seed < options.seeds else {}
-                done = {r["method"] for r in rows if (r["net"], r["size"], r["seed"]) == (net, size, seed)}
+                done = {r["method"] for r in record.rows if (r["net"], r["size"], r["seed"]) == (net, size, seed)}
                 wanted = {k: m for k, m in wanted.items() if k not in done and k in (options.only or wanted)}
                 if wanted:
-                    measure(net, size, seed, wanted, note)
-    (options.out / "posterior-quality.md").write_text("\n".join(tables(rows)))
+                    measure(net, size, seed, wanted, lambda row: record.add([row]))
+    record.add([])
 
 
 if __name__ == "__main__":

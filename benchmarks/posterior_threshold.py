@@ -9,7 +9,6 @@ say why lowering costs anything.  Goes on where it was stopped.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -17,17 +16,17 @@ from typing import Any
 import torch
 
 from benchmarks.posterior_untouched import spread
+from benchmarks.records import Record, Row
 from paraboloid import problems
 from paraboloid.data.batches import Chunks, call, take
 from paraboloid.jobs.uncertainty import scores
-from paraboloid.jobs.uncertainty.job import BATCH, FITTED, TESTED
+from paraboloid.jobs.uncertainty.job import BATCH, FITTED, TESTED, chosen
 from paraboloid.jobs.uncertainty.methods import METHODS
 from paraboloid.jobs.uncertainty.unseen import unseen
 from paraboloid.posteriors.prediction.confidence import Confidence, shared
 
 PROBLEMS = ("digits-tanh", "digits-mlp", "digits-cnn")
 QUANTILES = (0.99, 0.995, 0.999, 1.0)
-Row = dict[str, Any]
 
 
 def thresholds(name: str, seed: int) -> list[Row]:
@@ -57,11 +56,6 @@ def thresholds(name: str, seed: int) -> list[Row]:
         areas = {k: scores.area(-p.amax(1), -posterior.predict(z).amax(1)) for k, z in unseen(x, seed).items()}
         rows.append({"quantile": q, **row, "added": scores.of_classes(p, y)["nll"] - network["nll"], "areas": areas})
     return rows
-
-
-def chosen(size: int, most: int, seed: int) -> torch.Tensor:
-    """The samples that `paraboloid uncertainty` takes."""
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:most].sort().values
 
 
 def tables(rows: list[Row]) -> list[str]:
@@ -96,14 +90,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    record = options.out / "posterior-threshold.jsonl"
-    rows = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    record = Record(options.out, "posterior-threshold", tables)
     for name in options.problems:
         for seed in range(options.seeds):
-            if not any((r["name"], r["seed"]) == (name, seed) for r in rows):
-                rows += [{"name": name, "seed": seed, **row} for row in thresholds(name, seed)]
-                record.write_text("".join(json.dumps(row) + "\n" for row in rows))
-                (options.out / "posterior-threshold.md").write_text("\n".join(tables(rows)))
+            if not record.holds(name=name, seed=seed):
+                record.add(thresholds(name, seed), name=name, seed=seed)
 
 
 if __name__ == "__main__":

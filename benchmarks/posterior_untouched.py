@@ -9,7 +9,6 @@ stopped early and trained long.  Nothing is set by hand.  Goes on where it was s
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import paraboloid as pb
+from benchmarks.records import Record, Row
 from paraboloid import problems
 from paraboloid.jobs.uncertainty import scores
 from paraboloid.jobs.uncertainty.job import uncertainty
@@ -29,7 +29,6 @@ PROBLEMS = {  # whether trained in full
 }  # fmt: skip
 STRUCTURES = ("kron", "diag", "full")
 EPOCHS = {"early": 60, "long": 600}
-Row = dict[str, Any]
 
 
 def untouched(name: str, seed: int, method: str) -> Row:
@@ -137,27 +136,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    record = options.out / "posterior-untouched.jsonl"
-    rows = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
-
-    def note(found: list[Row], part: str, name: str, seed: int) -> None:
-        rows.extend({"part": part, "name": name, "seed": seed, **row} for row in found)
-        record.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (options.out / "posterior-untouched.md").write_text("\n".join(tables(rows)))
-
-    def done(part: str, name: str, seed: int, method: str) -> bool:
-        return any((r["part"], r["name"], r["seed"], r["method"]) == (part, name, seed, method) for r in rows)
+    record = Record(options.out, "posterior-untouched", tables)
 
     for seed in range(options.seeds):
         for name in options.sets:
             for length in EPOCHS:
-                if not done("regression", f"{name}, {length}", seed, STRUCTURES[0]):
-                    note(regression(name, seed, length), "regression", f"{name}, {length}", seed)
+                place: Row = {"part": "regression", "name": f"{name}, {length}", "seed": seed}
+                if not record.holds(**place):
+                    record.add(regression(name, seed, length), **place)
     for name in options.problems:
         for seed in range(options.seeds):
             for method in options.methods:
-                if not done("problem", name, seed, method):
-                    note([{"method": method, **untouched(name, seed, method)}], "problem", name, seed)
+                place = {"part": "problem", "name": name, "seed": seed, "method": method}
+                if not record.holds(**place):
+                    record.add([untouched(name, seed, method)], **place)
 
 
 if __name__ == "__main__":

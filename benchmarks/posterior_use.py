@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 import paraboloid as pb
 from benchmarks.quality_data import Pair, network, split, trained, unlike
+from benchmarks.records import Record, Row
 from paraboloid.jobs.uncertainty.scores import area
 from paraboloid.passes.trees import unflatten
 
@@ -32,7 +32,6 @@ UNLIKE = ("noise", "letters", "turned 90°", "shifted 2", "noisy 0.3")
 REJECTED = 0.05
 START, ADDED, ROUNDS, AL_EPOCHS = 20, 20, 9, 60
 DELETED, WRONG, DECAY = 20, 20, 1e-3
-Row = dict[str, Any]
 Score = Callable[[Tensor], Tensor]
 
 
@@ -221,14 +220,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    record = options.out / "posterior-use.jsonl"
-    rows = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    record = Record(options.out, "posterior-use", tables)
     for seed in range(options.seeds):
         for part in options.parts:
-            if not any((row["part"], row["seed"]) == (part, seed) for row in rows):
-                rows += [{"part": part, "seed": seed, **row} for row in PARTS[part](seed)]
-                record.write_text("".join(json.dumps(row) + "\n" for row in rows))
-                (options.out / "posterior-use.md").write_text("\n".join(tables(rows)))
+            if not record.holds(part=part, seed=seed):
+                record.add(PARTS[part](seed), part=part, seed=seed)
 
 
 if __name__ == "__main__":

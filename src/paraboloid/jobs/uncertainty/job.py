@@ -57,12 +57,12 @@ def uncertainty(
         outputs = call(problem.model, x)[0].numel()
     fitted = samples or (QUICK_FITTED if quick else FITTED)
     tested = max(20, min(QUICK_TESTED if quick else TESTED, OUTPUTS // outputs))
-    data = Chunks(problem.train, BATCH, device, _chosen(len(problem.train), fitted, seed))
+    data = Chunks(problem.train, BATCH, device, chosen(len(problem.train), fitted, seed))
     report("posterior", 0, 1)
     posterior = METHODS[method](problem, data, outputs, seed)
     report("posterior", 1, 1)
     spent = time.perf_counter() - start - trained
-    x, y = take(problem.test, _chosen(len(problem.test), tested, seed), device)
+    x, y = take(problem.test, chosen(len(problem.test), tested, seed), device)
     results = {
         "problem": problem.name, "title": problem.title or problem.name, "description": problem.description,
         "method": method, "what": TITLES[method], "kind": posterior.likelihood.kind, "outputs": outputs,
@@ -84,7 +84,7 @@ def uncertainty(
     })  # fmt: skip
 
 
-def _chosen(size: int, most: int, seed: int) -> Tensor:
+def chosen(size: int, most: int, seed: int) -> Tensor:
     """At most so many of the indices, drawn without replacement, in order."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:most].sort().values
 
