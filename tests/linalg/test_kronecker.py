@@ -228,3 +228,30 @@ def test_a_failing_decomposition_names_the_layer_and_the_condition(monkeypatch):
         torch.linalg.LinAlgError, match=r"the right factor, \[2, 2\].*no convergence. Its condition number is 4"
     ):
         Kron(Side("diagonal", torch.ones(1, 3)), Side("matrix", torch.tensor([[[4.0, 0], [0, 1]]]))).eigenform()
+
+
+GRADIENTS = {
+    **{name: (block, ()) for name, block in BLOCKS.items()},
+    "a number beside a diagonal": (lambda: pb.Kron(random(5).abs(), 2 * ones()), (5,)),
+    "a number beside a matrix": (lambda: pb.Kron(factor(5), 2 * ones()), (5,)),
+    "a number and a trailing axis": (lambda: pb.Kron(factor(5), 2 * ones()), (5, 1)),
+    "a number on the left": (lambda: pb.Kron(2 * ones(), factor(4)), (1, 4)),
+    "images": (lambda: pb.Kron(factor(3), factor(8, seed=1)), (3, 2, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_one_gradient_takes_the_product_of_any_vector(name):
+    """`applied`, as optimisers call it, again and again, against `@`: for the block and for its eigenvalues."""
+    make, shape = GRADIENTS[name]
+    block = make()
+    dense = block.to_dense()
+    g = random(len(dense), seed=4).reshape(shape or (-1,))
+    forms = [g, g.to(memory_format=torch.channels_last) if g.dim() == 4 else g, g.float()]
+    for kind in (block, block.eigenform()):
+        for v in (*forms, *forms):
+            before, found = v.clone(), kind.applied(v)
+            assert (found.shape, found.dtype) == (v.shape, v.dtype) and torch.equal(v, before)
+            expected = (dense @ v.double().flatten()).view(v.shape).to(v.dtype)
+            bound = 1e-9 if v.dtype == torch.float64 else 1e-5
+            torch.testing.assert_close(found, expected, rtol=bound, atol=bound * float(expected.abs().max()))
