@@ -245,7 +245,11 @@ class Scaled(Loss):
         return self.scale * self.loss.hessian_product(f, y, u)
 
     def curvature_product(self, f, y, u):
-        return self.scale * self.loss.curvature_product(f, y, u)
+        return self.curvature_at(f, y)(u)
+
+    def curvature_at(self, f, y):
+        own = self.loss.curvature_at(f, y)
+        return lambda u: self.scale * own(u)
 
     def root_columns(self, f):
         return self.loss.root_columns(f)
@@ -318,7 +322,11 @@ class Sum(Loss):
         return self._combined(f, y, "hessian_product", u)
 
     def curvature_product(self, f, y, u):
-        return self._combined(f, y, "curvature_product", u)
+        return self.curvature_at(f, y)(u)
+
+    def curvature_at(self, f, y):
+        each = [(w, loss.curvature_at(f, y)) for w, loss in zip(self.weights(f, y), self.losses, strict=True)]
+        return lambda u: sum(w * own(u) for w, own in each)
 
     def root_columns(self, f):
         return sum(loss.root_columns(f) for loss in self.losses)

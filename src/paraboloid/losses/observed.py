@@ -49,7 +49,11 @@ class Observed(Loss):
         return self.A.T @ self.loss.hessian_product(self._measured(f), y, self.A @ u.to(full(f)))
 
     def curvature_product(self, f, y, u):
-        return self.A.T @ self.loss.curvature_product(self._measured(f), y, self.A @ u.to(full(f)))
+        return self.curvature_at(f, y)(u)
+
+    def curvature_at(self, f, y):
+        own, like = self.loss.curvature_at(self._measured(f), y), full(f)
+        return lambda u: self.A.T @ own(self.A @ u.to(like))
 
     def root_columns(self, f):
         return self.loss.root_columns(self._measured(f))
