@@ -31,18 +31,38 @@ def _walk(root: nn.Module) -> dict[nn.Module, str] | None:
 
 def modules_of(model: Any) -> list[nn.Module]:
     """`model.modules()` in its order, without a generator for each floor of the tree; none of a plain callable."""
-    if not isinstance(model, nn.Module):
-        return list(model.modules()) if hasattr(model, "modules") else []
-    found = _walk(model) if type(model).modules is nn.Module.modules else None
-    return list(model.modules()) if found is None else list(found)
+    found = _walk(model) if _names_its_modules_plainly(model) else None
+    return _modules(model) if found is None else list(found)
 
 
 def named_parameters_of(model: Any) -> dict[str, nn.Parameter]:
     """`model.named_parameters()`, each parameter by its first name."""
+    found = _walk(model) if _names_its_parameters_plainly(model) else None
+    return dict(model.named_parameters()) if found is None else _parameters(found)
+
+
+def modules_and_parameters_of(model: Any) -> tuple[list[nn.Module], list[nn.Parameter]]:
+    """The modules and the parameters, as `modules_of` and `named_parameters_of` have them, in one walk."""
+    plain = _names_its_modules_plainly(model) and _names_its_parameters_plainly(model)
+    if plain and (found := _walk(model)) is not None:
+        return list(found), list(_parameters(found).values())
+    return modules_of(model), list(named_parameters_of(model).values())
+
+
+def _names_its_modules_plainly(model: Any) -> bool:
+    return isinstance(model, nn.Module) and type(model).modules is nn.Module.modules
+
+
+def _names_its_parameters_plainly(model: Any) -> bool:
     kind = type(model)
-    plain = isinstance(model, nn.Module) and (kind.named_parameters, kind._named_members) == (_PARAMETERS, _MEMBERS)
-    if not plain or (found := _walk(model)) is None:
-        return dict(model.named_parameters())
+    return isinstance(model, nn.Module) and (kind.named_parameters, kind._named_members) == (_PARAMETERS, _MEMBERS)
+
+
+def _modules(model: Any) -> list[nn.Module]:
+    return list(model.modules()) if hasattr(model, "modules") else []
+
+
+def _parameters(found: dict[nn.Module, str]) -> dict[str, nn.Parameter]:
     named: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for module, prefix in found.items():

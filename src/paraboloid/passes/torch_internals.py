@@ -45,9 +45,18 @@ class DispatchMode(TorchDispatchMode):
         return False
 
 
+# Operation by id (hashing one is a call of its own) -> itself, kept alive for its id; the formulas known; its own.
+_FLOPS: dict[int, tuple[Any, int, Callable[..., int] | None]] = {}
+_NO_FLOPS = (None, 0, None)
+
+
 def flops_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> int:
     """Floating-point operations of what a dispatch mode sees, by torch's formula; 0 where it has none."""
-    count = flop_registry.get(func._overloadpacket)
+    packet = func._overloadpacket
+    held, formulas, count = _FLOPS.get(id(packet), _NO_FLOPS)
+    if held is None or formulas != len(flop_registry):  # first seen, or a formula was registered since
+        count = flop_registry.get(packet)
+        _FLOPS[id(packet)] = packet, len(flop_registry), count
     if count is None:
         return 0
     by_shapes = getattr(count, "__wrapped__", None)  # without the search for tensors in nested arguments

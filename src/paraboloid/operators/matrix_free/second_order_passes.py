@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from paraboloid.engine.twice_differentiable import TwiceDifferentiable as TwiceDifferentiable
 from paraboloid.passes.modes import eager_code
-from paraboloid.passes.module_tree import modules_of, named_parameters_of
+from paraboloid.passes.module_tree import modules_and_parameters_of
 from paraboloid.passes.random_state import copied_buffers
 from paraboloid.passes.tensor_hooks import unhooked
 from paraboloid.passes.torch_internals import compiled_in_place, inside_compiled
@@ -26,7 +26,7 @@ def undisturbed(model: Any) -> Iterator[None]:
     training mode get copies of their buffers, so running statistics are not touched, neither by a forward pass nor by a
     checkpoint that is recomputed during a backward pass.
     """
-    modules = modules_of(model)
+    modules, parameters = modules_and_parameters_of(model)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -39,7 +39,7 @@ def undisturbed(model: Any) -> Iterator[None]:
         if any(compiled_in_place(m) or inside_compiled(m) for m in modules):
             stack.enter_context(eager_code())
         stack.enter_context(copied_buffers(model, modules))
-        stack.enter_context(unhooked(named_parameters_of(model).values()))
+        stack.enter_context(unhooked(parameters))
         yield
 
 
