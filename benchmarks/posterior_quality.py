@@ -52,6 +52,7 @@ CHEAP: dict[str, Method] = {
 }  # fmt: skip
 DEAR: dict[str, Method] = {
     "functional": posterior("functional", "all"),
+    "kron, early": posterior("kron", "all", "early"),
     "kron, exponent": posterior("kron", "all", "exponent"),
     "kron, plain": posterior("kron", "all", None),
     "kron, last layer, plain": posterior("kron", "last_layer", None),

@@ -11,6 +11,7 @@ from torch import nn
 from paraboloid.jobs import uncertainty as job
 from paraboloid.jobs.uncertainty import scores
 from paraboloid.jobs.uncertainty.reading import findings
+from paraboloid.jobs.uncertainty.sections import limits
 from paraboloid.jobs.uncertainty.unseen import unseen
 from paraboloid.problems import Problem, Training
 
@@ -132,3 +133,11 @@ def test_the_headline_of_a_regression_knows_how_many_targets_it_rests_on(half, m
     results = {"matched": scores, "network": {"nll": 1.0}, "model_variance": 0.1, "test_noise_variance": 0.3}
     results["posterior"] = {"effective_dimension": 3.0, "parameters": 7, "samples": 5, "layers": []}
     assert said in findings({**results, "unseen": []})[0]
+
+
+def test_a_band_that_would_hide_the_rest_is_cut_off():
+    band = {"x": [0.0, 1.0], "mean": [0.0, 1.0], "std": [0.1, 0.2], "model_std": [0.1, 0.1], "seen_x": [0.5],
+            "seen_y": [2.0]}  # fmt: skip
+    assert limits(band) == (None, "")
+    found, said = limits({**band, "std": [0.1, 40.0]})
+    assert found == (-4.0, 6.0) and "at its widest it is ± 80" in said

@@ -9,7 +9,7 @@ from posteriors.test_against_dense import problem
 from torch import nn
 
 from paraboloid.passes.memory import HELD
-from paraboloid.posteriors import laplace, load_posterior
+from paraboloid.posteriors import Posterior, laplace, load_posterior
 
 F64 = torch.float64
 STRUCTURES = ["full", "functional", "lowrank", "diag", "kron", "ekfac"]
@@ -98,13 +98,14 @@ OUT = torch.arange(0, 30, 5)  # the fold of thirty samples that is left out
     ("structure", "curvature"),
     [("full", "jacobian"), ("functional", "jacobian"), ("diag", "jacobian"), *((s, "ggn") for s in STRUCTURES)],
 )
-def test_predictions_are_the_networks_with_lowered_log_odds(structure, curvature):
+@pytest.mark.parametrize("match", ["auto", "early"])
+def test_predictions_are_the_networks_with_lowered_log_odds(structure, curvature, match):
     """By the posterior's own variances where it has this curvature, and else by those of Kronecker factors."""
     model, x, y = classes()
-    new = torch.cat([x, 3 * torch.randn(40, 3, dtype=F64)])
+    new = torch.cat([x, 9 * torch.randn(40, 3, dtype=F64)])
     batches = [(x[:11], y[:11]), (x[11:], y[11:])]
     fit = lambda: laplace(model, nn.CrossEntropyLoss(), batches, structure, curvature=curvature)  # noqa: E731
-    bayesian, posterior = fit().tune_prior(match=None), fit().tune_prior()
+    bayesian, posterior = fit().tune_prior(match=None), fit().tune_prior(match=match)
     plain = bayesian.predict(new)
     f, J = jacobian(model, new)
     exact = curvature == "jacobian" and structure != "diag"
@@ -131,8 +132,9 @@ def test_predictions_are_the_networks_with_lowered_log_odds(structure, curvature
         apart = (J[OUT] @ torch.linalg.inv(H(kept) + prior.diag()) @ J[OUT].mT).diagonal(dim1=1, dim2=2).mean(1)
         held = max(1.0, 0.8 * (apart.quantile(0.5) / u[OUT].quantile(0.5)).item())
         usual, rare = held * usual, max(held * rare, 0.8 * apart.quantile(0.95))
-    c = 2 ** -((u / rare).log() / (rare / usual).log()).clamp(min=0)
-    assert (c < 0.9).any() and (c == 1).sum() >= 28
+    steps = (u / rare).log() / (rare / usual).log()
+    c = 2 ** -steps.clamp(min=0) if match == "early" else 4 ** -(steps - 1).clamp(min=0)
+    assert (c < 0.9).any() and (c == 1).sum() >= (28 if match == "early" else 30)
     close(posterior.predict(new), (c.unsqueeze(1) * f).softmax(1), 1e-7)
     assert not torch.allclose(plain, posterior.predict(new), rtol=1e-2)
     # The Bayesian part is what it was.
@@ -213,6 +215,20 @@ def test_files_keep_everything(structure, curvature, tmp_path):
     loaded.prior_precision = 1.0
     plain = laplace(model, nn.CrossEntropyLoss(), (x, y), structure, curvature=curvature).update((x, y))
     close(loaded.predict(new), plain.predict(new))
+
+
+def test_files_of_before_are_lowered_early():
+    """Those of version 4 know neither where lowering starts nor how fast it goes: as they were predicted with."""
+    model, x, y = classes()
+    posterior = laplace(model, nn.CrossEntropyLoss(), (x, y)).tune_prior(match="early")
+    new = 4 * torch.randn(9, 3, dtype=F64)
+    early = posterior.predict(new)
+    later = posterior.tune_prior().state_dict()
+    confidence = {k: later["confidence"][k] for k in ("usual", "rare", "left_out")}
+    loaded = Posterior.of_state({**later, "version": 4, "confidence": confidence}, model, nn.CrossEntropyLoss())
+    close(loaded.predict(new), early)
+    close(Posterior.of_state(later, model, nn.CrossEntropyLoss()).predict(new), posterior.predict(new))
+    assert (posterior.predict(new) - early).abs().max() > 1e-3
 
 
 def test_choices_are_checked_and_failures_leave_it_as_it_was():
@@ -353,9 +369,12 @@ def test_novelty_is_counted_in_steps_beyond_the_training_data(structure):
     usual, rare = posterior.confidence.usual, posterior.confidence.rare
     found = posterior.novelty(new)
     close(found, (u / rare).log() / math.log(rare / usual))
-    assert (found > 0).any()
+    assert (found > 1).any()
     f = model(new).detach()
-    close(posterior.predict(new), (f * 2 ** -found.clamp(min=0).unsqueeze(1)).softmax(1))
+    close(posterior.predict(new), (f * 4 ** -(found - 1).clamp(min=0).unsqueeze(1)).softmax(1))
+    early = posterior.tune_prior(match="early")
+    close(early.novelty(new), found)
+    close(early.predict(new), (f * 2 ** -found.clamp(min=0).unsqueeze(1)).softmax(1))
     with pytest.raises(ValueError, match="novelty needs a posterior of class probabilities that was matched"):
         posterior.tune_prior(match=None).novelty(new)
 

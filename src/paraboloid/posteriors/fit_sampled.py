@@ -20,6 +20,8 @@ from paraboloid.losses import LossFunction
 from paraboloid.passes import trees
 from paraboloid.passes.parameter_layers import layer_of
 from paraboloid.posteriors.likelihood import Likelihood
+from paraboloid.posteriors.prediction.confidence import RARE, RARE_OF_SAMPLES
+from paraboloid.posteriors.prior_tuning.matching import MATCHES
 from paraboloid.posteriors.sampled import checkpoint as checkpoints
 from paraboloid.posteriors.sampled.fitting import Fitting, normalisation_layers
 from paraboloid.posteriors.sampled.sampled_posterior import SampledPosterior
@@ -80,9 +82,9 @@ def sampled_laplace(
     curvature        "ggn", or "jacobian": the identity in the place of the loss's Hessian, as in `laplace`; the prior
                      is then what one sample tells of each parameter, without EM (em_steps=0: `prior_precision`)
     match            how sure class probabilities are, as in `Posterior.tune_prior`, unless em_steps=0.  "auto": the
-                     network's own confidence, lowered where the outputs' variance under curvature="jacobian" is beyond
-                     that on `data` (as many samples again); "exponent": `match_confidence()`; None: the plain Bayesian
-                     predictive
+                     network's own confidence, lowered where the outputs' variance under curvature="jacobian" is well
+                     beyond that on `data` (as many samples again); "early": from its 99th percentile on; "exponent":
+                     `match_confidence()`; None: the plain Bayesian predictive
     solver           "dual" (exact, by the tangent kernel of all outputs and data points), "block" (solves on blocks of
                      that kernel, to the relative residual `tol`), "cg" (all data in each product, to `tol`), "sgd"
                      (`epochs` passes with Nesterov's momentum and averaging, in batches of `batch_size` where `data` is
@@ -111,7 +113,7 @@ def sampled_laplace(
     check_count("epochs", epochs)
     check_count("batch_size", batch_size)
     for name, value, choices in (
-        ("match", match, ("auto", "exponent", None)), ("solver", solver, SOLVERS), ("objective", objective, OBJECTIVES),
+        ("match", match, MATCHES), ("solver", solver, SOLVERS), ("objective", objective, OBJECTIVES),
         ("normalisation", normalisation, ("held", "free")), ("shard", shard, ("data", "samples")),
         ("g_prior", g_prior, (True, False)),
     ):  # fmt: skip
@@ -170,7 +172,9 @@ def sampled_laplace(
             unweighted = replace(likelihood, curvature="jacobian")
             fitting = replace(fitting, tol=max(tol, ABOUT))
             posterior.unweighted = fitting.drawn(unweighted, g_prior, 1.0, per, 1, beside, callback)
-        posterior.confidence = fitting.confidence(posterior.unweighted)
+        early = match == "early"
+        confidence = fitting.confidence(posterior.unweighted, RARE if early else RARE_OF_SAMPLES)
+        posterior.confidence = confidence if early else confidence.later()
     return posterior
 
 

@@ -177,11 +177,11 @@ class Posterior:
                 "unit" (default with curvature="jacobian"): what one sample tells of each parameter, at once
         match   how sure predictions are, which is calibration and changes neither the evidence nor samples nor
                 `functional`.  "auto": class probabilities have the network's own confidence, lowered where the outputs'
-                variance under curvature="jacobian" and method="unit" is beyond that on `data` (module `confidence`);
+                variance under curvature="jacobian" and method="unit" is well beyond that on `data` (`confidence`);
                 after "grid" an exponent, the best on `validation`.  A Gaussian's variances are multiplied by `spread`,
-                so that their mean on `data` is that of Kronecker factors (module `spread`).  "exponent":
-                `match_confidence(data)`.  None: none, the plain Bayesian predictive.  Without the training data (loaded
-                or updated, and no data=) what was matched stays
+                so that their mean on `data` is that of Kronecker factors (module `spread`).  "early": from the 99th
+                percentile on.  "exponent": `match_confidence(data)`.  None: none, the plain Bayesian predictive.
+                Without the training data (loaded or updated, and no data=) what was matched stays
         per     one precision for "all" (default of the evidence), for each "layer" (module) or "parameter" (of "unit")
         noise   whether the noise variance is tuned too; default: where there is one, but for "grid"
         Raises ValueError where what a method needs is missing.
@@ -295,8 +295,8 @@ class Posterior:
 
         log(u / u_99) / log(u_99 / u_50) for the variance u of the outputs under curvature="jacobian" and a prior that
         knows as much as one sample, and its quantiles on the training data: -1 is as usual as their median, 0 as rare
-        as one in a hundred of them, and every further step halves the log-odds of `predict`.  Reject by this rather
-        than by low confidence, in which an input that the network finds easy outweighs one that it does not know.
+        as one in a hundred of them, and beyond 1 every half step halves the log-odds of `predict`.  Reject by this
+        rather than by low confidence, in which an input that the network finds easy outweighs one it does not know.
         Raises ValueError where nothing was matched (`tune_prior`).
         """
         return novelty(self, x)

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from paraboloid.posteriors.posterior import Posterior
 
 State = dict[str, Any]
-VERSION = 4
-READ = (2, 3, VERSION)
+VERSION = 5
+READ = (2, 3, 4, VERSION)
 PLAIN = (
     "structure", "loss", "constant", "count", "elements", "target", "noise_variance", "temperature", "sharpness",
     "spread", "max_memory", "options",

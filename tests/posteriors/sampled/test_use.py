@@ -259,7 +259,12 @@ def test_predictions():
         assert p.shape == (40, 3) and p.amax(1).mean() < sure.mean() + 0.01
     known = matched.predict(x).amax(1) / sure  # much of the training data is left alone, nothing is made surer
     assert known.max() < 1 + 1e-6 and (known > 1 - 1e-6).double().mean() > 0.5
-    assert (matched.predict(30 * x).amax(1) < model(30 * x).softmax(1).amax(1)).all()
+    early = pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), 4, em_steps=1, match="early")
+    assert (early.predict(30 * x).amax(1) < model(30 * x).softmax(1).amax(1)).all()
+    assert matched.confidence.rare < early.confidence.rare and matched.confidence.usual == early.confidence.usual
+    steps = matched.confidence.steps(matched.unweighted.functional(30 * x, diagonal=True)[1].mean(1, keepdim=True))
+    assert (steps > 1).double().mean() > 0.3
+    torch.testing.assert_close(matched.predict(30 * x), (model(30 * x) * 4 ** -(steps - 1).clamp(min=0)).softmax(1))
     single = pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), 4, em_steps=1, match="exponent")
     assert single.sharpness != 1.0 and single.confidence is None
     assert pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), 4, em_steps=0).confidence is None

@@ -14,12 +14,13 @@ from paraboloid.report.section import Panel, Section, Table
 from paraboloid.report.theme import FULL, INK, MUTED, OTHER, SAME, inline_svg
 
 COLUMNS = 6  # of images in a row
+FURTHEST = 2.0  # of a band beyond the data and the mean, in their range
 
 
 def page(record: dict[str, Any]) -> str:
     """The HTML page of a record that `uncertainty` made."""
     results = record["results"]
-    about = f"{results['what']}, {results['method']}; the network was trained on {results['title']}."
+    about = f"{results['what']} (--method {results['method']}), fitted to the trained network of: {results['title']}."
     return render_study(f"Uncertainty of {results['title']}", about, record, sections(results))
 
 
@@ -48,10 +49,14 @@ def _reliability(results: dict[str, Any]) -> Panel:
     def draw(figure: Figure) -> None:
         axis = figure.subplots()
         axis.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        for key, label, color in (("network", "the network", SAME), ("matched", "this posterior", OTHER)):
+        for key, label, color, width in (
+            ("network", "the network", SAME, 4),
+            ("matched", "this posterior", OTHER, 1.5),
+        ):
             rows = results[key]["bins"]
             total = results[key]["count"]
-            axis.plot([r["confidence"] for r in rows], [r["accuracy"] for r in rows], color=color, label=label)
+            axis.plot([r["confidence"] for r in rows], [r["accuracy"] for r in rows], color=color, label=label,
+                      linewidth=width)  # fmt: skip
             axis.scatter([r["confidence"] for r in rows], [r["accuracy"] for r in rows],
                          [14 + 260 * r["count"] / total for r in rows], color=color)  # fmt: skip
         axis.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1.02), ylim=(0, 1.05))
@@ -97,20 +102,34 @@ def _band(band: dict[str, Any]) -> Panel:
             axis.fill_between(x, mean - 2 * std, mean + 2 * std, color=color, alpha=alpha, linewidth=0, label=label)
         axis.plot(x, mean, color=OTHER)
         axis.plot(band["seen_x"], band["seen_y"], ".", color=INK, markersize=3, label="training data")
-        axis.set(xlabel="input", ylabel="output")
+        axis.set(xlabel="input", ylabel="output", ylim=shown)
         axis.legend()
 
+    shown, cut = limits(band)
     what = "Prediction with a band of two standard deviations, on the training data and beyond it"
-    return Panel(inline_svg("band", what, (7.4, 4.2), draw), f"{what}.")
+    return Panel(inline_svg("band", what, (7.4, 4.2), draw), f"{what}.{cut}")
+
+
+def limits(band: dict[str, Any]) -> tuple[tuple[float, float] | None, str]:
+    """Of the axis of outputs, where the band goes so far beyond everything else that it would hide it, and a remark."""
+    lines = np.concatenate([band["seen_y"], band["mean"]])
+    low, high = float(lines.min()), float(lines.max())
+    most = 2 * max(band["std"])
+    room = FURTHEST * (high - low)
+    if most <= room:
+        return None, ""
+    return (low - room, high + room), f" The band is cut off: at its widest it is ± {number(most, 2)}."
 
 
 def _unseen(results: dict[str, Any], numeric: bool) -> Panel:
     rows = results["unseen"]
     if numeric:
         cells = [[r["name"], fixed(r["area"], None), number(r["ratio"], 3)] for r in rows]
-        table = Table(
-            "Unlike inputs, by the model's variance", ["inputs", "told apart (AUROC)", "spread over test's"], cells
-        )
+        tables = [
+            Table(
+                "Unlike inputs, by the model's variance", ["inputs", "told apart (AUROC)", "spread over test's"], cells
+            )
+        ]
 
         def draw(figure: Figure) -> None:
             axis = figure.subplots()
@@ -121,27 +140,30 @@ def _unseen(results: dict[str, Any], numeric: bool) -> Panel:
     else:
         columns: dict[str, list[str]] = {
             "inputs": [r["name"] for r in rows],
-            "network, AUROC": [fixed(r["network_area"], None, 3) for r in rows],
+            "network": [fixed(r["network_area"], None, 3) for r in rows],
             "this posterior": [fixed(r["area"], None, 3) for r in rows],
         }
         novelty = any(r["novelty_area"] is not None for r in rows)
         if novelty:
-            columns["its novelty"] = [fixed(r["novelty_area"], None, 3) for r in rows]
-        columns["network, mean confidence"] = [percent(r["network_confidence"]) for r in rows]
-        columns["this posterior's"] = [percent(r["confidence"]) for r in rows]
-        table = Table(
-            "Unlike inputs, told from test inputs by low confidence" + ", and by novelty (posterior.novelty)" * novelty,
-            list(columns), [list(row) for row in zip(*columns.values(), strict=True)],
-        )  # fmt: skip
+            columns["novelty"] = [fixed(r["novelty_area"], None, 3) for r in rows]
+        sure = [[r["name"], percent(r["network_confidence"]), percent(r["confidence"])] for r in rows]
+        tables = [
+            Table(
+                "Told from test inputs (AUROC)", list(columns),
+                [list(row) for row in zip(*columns.values(), strict=True)],
+                note="By low confidence" + (", and by posterior.novelty." if novelty else "."),
+            ),
+            Table("Mean confidence", ["inputs", "network", "this posterior"], sure),
+        ]  # fmt: skip
 
         def draw(figure: Figure) -> None:
             pairs = [("test inputs", results["network_histogram"], results["histogram"]),
                      *((r["name"], r["network_histogram"], r["histogram"]) for r in rows)]  # fmt: skip
             axes = figure.subplots(len(pairs), 1, sharex=True, squeeze=False)[:, 0]
             for axis, (name, own, ours) in zip(axes, pairs, strict=True):
-                places = (np.arange(len(own)) + 0.5) / len(own)
-                axis.step(places, own, where="mid", color=SAME, label="the network")
-                axis.fill_between(places, 0, ours, step="mid", color=OTHER, alpha=0.35, label="this posterior")
+                edges = np.linspace(0, 1, len(own) + 1)
+                axis.stairs(own, edges, color=SAME, label="the network")
+                axis.stairs(ours, edges, fill=True, color=OTHER, alpha=0.35, label="this posterior")
                 axis.set_title(name)
                 axis.set_yticks([])
                 axis.set_ylim(0, None)
@@ -152,7 +174,7 @@ def _unseen(results: dict[str, Any], numeric: bool) -> Panel:
     if numeric:
         what = "How well the model's variance tells unlike inputs from test inputs"
     height = 1.2 + 0.4 * len(rows) if numeric else 1.0 + 1.1 * (1 + len(rows))
-    return Panel(inline_svg("unseen", what, (7.4, height), draw), f"{what}.", [table])
+    return Panel(inline_svg("unseen", what, (7.4, height), draw), f"{what}.", tables)
 
 
 def _least_sure(rows: list[dict[str, Any]], numeric: bool) -> Panel:

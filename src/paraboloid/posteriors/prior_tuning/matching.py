@@ -22,7 +22,7 @@ from paraboloid.reductions.kronecker_factors import MAX_FACTOR, merged
 if TYPE_CHECKING:
     from paraboloid.posteriors.posterior import Posterior
 
-MATCHES = ("auto", "exponent", None)
+MATCHES = ("auto", "early", "exponent", None)
 LEAST = 10  # samples, of which a fold is left out
 PLAIN: dict[str, Any] = {"confidence": None, "unweighted": None, "sharpness": 1.0, "spread": 1.0}
 
@@ -47,7 +47,8 @@ def matched(
     elif match == "exponent":
         posterior.match_confidence(data)
     else:
-        posterior.unweighted, posterior.confidence = by_variance(posterior, data)
+        posterior.unweighted, confidence = by_variance(posterior, data)
+        posterior.confidence = confidence if match == "early" else confidence.later()
 
 
 def by_variance(posterior: Posterior, data: Data) -> tuple[Posterior, Confidence]:

@@ -68,7 +68,12 @@ def tune(
         else:
             with only(posterior.model, list(posterior.weights)):
                 by_evidence(posterior, data if method == "adapted" else None, per or "all", noise, steps)
-                if noise and match == "auto" and data is not None and posterior.likelihood.kind == "gaussian":
+                if (
+                    noise
+                    and match in ("auto", "early")
+                    and data is not None
+                    and posterior.likelihood.kind == "gaussian"
+                ):
                     alike = partial(by_evidence, data=data if method == "adapted" else None, per=per or "all",
                                     noise=True, steps=steps)  # fmt: skip
                     posterior.spread = spread(posterior, data, alike)

@@ -26,7 +26,7 @@ from paraboloid.passes.random_state import RandomStream
 from paraboloid.passes.wrappers import unwrapped
 from paraboloid.posteriors.fit import parameters_of
 from paraboloid.posteriors.likelihood import Likelihood
-from paraboloid.posteriors.prediction.confidence import RARE, SAMPLES, Confidence, shared
+from paraboloid.posteriors.prediction.confidence import SAMPLES, Confidence, shared
 from paraboloid.posteriors.prior_tuning.evidence import groups_of
 from paraboloid.posteriors.sampled import checkpoint as checkpoints
 from paraboloid.posteriors.sampled import noise
@@ -199,8 +199,8 @@ class Fitting:
         return TangentSystem(curvature, strength, self.seed, self.mine, group=group)
 
     @torch.no_grad()
-    def confidence(self, unweighted: SampledPosterior) -> Confidence:
-        """Quantiles, on the data of all processes, of the variances that the *others* leave each data point.
+    def confidence(self, unweighted: SampledPosterior, rare: float) -> Confidence:
+        """The median and the quantile `rare`, on all data, of the variances that the *others* leave each data point.
 
         Its own output holds its variance down, which no new input's does.  With S_n = strength J_n Sigma J_n^T the
         variance without n is S_n (1 - S_n)^-1 / strength.  A draw's outputs f_n = sqrt(strength) J_n d have the second
@@ -223,7 +223,7 @@ class Fitting:
         variances = torch.cat(found)
         if self.group is not None and self.shard == "data":
             variances = torch.cat([torch.tensor(part) for part in collectives.gathered(variances.tolist(), self.group)])
-        return Confidence.of(variances, RARE)  # beyond which confidence is lowered
+        return Confidence.of(variances, rare)
 
     def _check_order(self, marks: Tensor, start: int) -> None:
         assert self.order is not None
