@@ -7,6 +7,7 @@ from torch import nn
 
 import paraboloid as pb
 from paraboloid.data.cutting import Cuts
+from paraboloid.posteriors.prediction import confidence
 
 F64 = torch.float64
 CE = nn.CrossEntropyLoss()
@@ -229,3 +230,20 @@ def test_jacobians_of_a_sequence_model_are_those_of_the_dense_one():
     rows = torch.cat([J.split(sizes, 2)[i] for i in at], 2)
     Sigma = posterior.precision().apply(torch.eye(rows.shape[2], dtype=F64))
     close(posterior.functional(x)[1], rows @ Sigma @ rows.mT)
+
+
+@pytest.mark.parametrize(("structure", "curvature"), [("kron", "ggn"), ("full", "jacobian")])
+def test_of_many_outputs_fewer_samples_are_looked_at(structure, curvature, monkeypatch):
+    """Every third of them here, whatever the batches."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    x, y = torch.randn(30, 3, dtype=F64), torch.randint(4, (30,))
+    posterior = pb.laplace(model, CE, (x, y), structure, curvature=curvature)
+    whole, _ = confidence.seen(posterior, (x, y))
+    monkeypatch.setattr(confidence, "OUTPUTS", 40)
+    monkeypatch.setattr(confidence, "VARIANCES", 9)
+    for data in ((x, y), [(x[:1], y[:1]), (x[1:3], y[1:3]), (x[3:20], y[3:20]), (x[20:], y[20:])]):
+        close(confidence.seen(posterior, data)[0], whole[::3])
+    assert len(confidence.seen(posterior, (x[::5], y[::5]), 30)[0]) == 2
+    monkeypatch.setattr(confidence, "VARIANCES", 15)
+    close(confidence.seen(posterior, (x, y))[0], whole[::2])

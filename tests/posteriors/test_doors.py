@@ -145,3 +145,30 @@ def test_preferences():
     mean, variance = posterior.functional(pairs[:, :1], diagonal=True)
     close(mean, reward(pairs[:, 0]).detach())
     assert (variance > 0).all()
+
+
+@pytest.mark.parametrize("weights", ["all", "last_layer"])
+@pytest.mark.parametrize("structure", ["full", "functional", "kron", "diag"])
+def test_nothing_is_predicted_of_no_inputs(structure, weights):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(20, 3)
+    posterior = laplace(model, nn.CrossEntropyLoss(), (x, torch.randint(2, (20,))), structure, weights).tune_prior()
+    for link in ("probit", "mc", "bridge", "weights"):
+        assert posterior.predict(x[:0], link, samples=3).shape == (0, 2)
+    assert posterior.predict(x).shape == (20, 2)  # as ever
+    assert posterior.novelty(x[:0]).shape == (0,)
+    assert [tuple(t.shape) for t in posterior.functional(x[:0])] == [(0, 2), (0, 2, 2)]
+    assert posterior.functional_samples(x[:0], 5).shape == (5, 0, 2)
+    regression = laplace(model, nn.MSELoss(), (x, torch.randn(20, 2)), structure, weights).tune_prior().predict(x[:0])
+    assert regression.mean.shape == regression.variance.shape == (0, 2)
+
+
+def test_a_noise_that_vanishes_is_named():
+    """Zero targets and zero weights: no residual, no noise."""
+    model, x = nn.Linear(2, 1), torch.randn(6, 2)
+    with torch.no_grad():
+        model.weight.zero_(), model.bias.zero_()
+    posterior = laplace(model, nn.MSELoss(), (x, torch.zeros(6, 1)), "full")
+    with pytest.raises(ValueError, match="the residuals of 6 targets vanish"):
+        posterior.tune_prior()
+    assert posterior.tune_prior(noise=False).noise_variance == 1.0

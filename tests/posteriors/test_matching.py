@@ -224,8 +224,8 @@ def test_files_of_before_are_lowered_early():
     new = 4 * torch.randn(9, 3, dtype=F64)
     early = posterior.predict(new)
     later = posterior.tune_prior().state_dict()
-    confidence = {k: later["confidence"][k] for k in ("usual", "rare", "left_out")}
-    loaded = Posterior.of_state({**later, "version": 4, "confidence": confidence}, model, nn.CrossEntropyLoss())
+    known = {k: later["confidence"][k] for k in ("usual", "rare", "left_out")}
+    loaded = Posterior.of_state({**later, "version": 4, "confidence": known}, model, nn.CrossEntropyLoss())
     close(loaded.predict(new), early)
     close(Posterior.of_state(later, model, nn.CrossEntropyLoss()).predict(new), posterior.predict(new))
     assert (posterior.predict(new) - early).abs().max() > 1e-3

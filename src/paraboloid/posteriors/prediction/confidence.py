@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from paraboloid.posteriors.posterior import Posterior
 
 SAMPLES = 10_000  # of the data, the first ones, by which the quantiles are taken
+OUTPUTS, VARIANCES = 15_000, 800  # fewer samples where these have more outputs, but so many variances
 USUAL, RARE = 0.5, 0.99
 RARE_OF_SAMPLES = 0.98  # of variances that others leave, as a few samples of the weights tell them
 RARE_LEFT_OUT = 0.95  # of variances that are left by the others, and so have the tail that new inputs have
@@ -103,19 +104,32 @@ def novelty(posterior: Posterior, x: Inputs) -> Tensor:
     return found.squeeze(1) if kind == "categorical" else found
 
 
-def seen(posterior: Posterior, data: Data) -> tuple[Tensor, bool]:
+def seen(posterior: Posterior, data: Data, count: int | None = None) -> tuple[Tensor, bool]:
     """Variances of the outputs on the data that the posterior was fitted to, flat, and whether they are left by others.
 
-    Where the curvature is exact, each sample's variance is the one that the others leave it, S (I - S)^-1 / strength
-    with S = strength J Sigma J^T: its own output holds the rest of it down, which no new input's does.
+    Of all samples, or of every so-manyth where the `count` samples of all data (default: the posterior's), of which
+    `data` may be a part, have many outputs.  Where the curvature is exact, each sample's variance is the one that the
+    others leave it, S (I - S)^-1 / strength with S = strength J Sigma J^T: its own output holds the rest of it down,
+    which no new input's does.
     """
-    kind, found, count = posterior.likelihood.kind, [], 0
+    kind, found, gone, every = posterior.likelihood.kind, [], 0, 0
+    count = posterior.count if count is None else count
     whole = posterior.structure == "functional" and posterior.options["subset"] is None
     exact = posterior.structure == "full" or whole
     if whole and (at_hand := _at_hand(posterior)) is not None:
         return shared(at_hand, kind).flatten(), True
     for inputs, _ in batch_data.batches(data):
-        exact = exact and _outputs(posterior, inputs) <= MOST_OUTPUTS
+        cut = posterior._cuts.of(posterior.model, inputs, posterior.output)
+        if not every:
+            shape = _shape(posterior, cut.take(inputs, slice(0, 1)) if cut.possible else inputs)
+            exact = exact and shape.numel() <= MOST_OUTPUTS
+            apart = shape.numel() // (shape[0] if kind == "categorical" else 1)
+            every = -(-count // max(OUTPUTS // shape.numel(), -(-VARIANCES // apart)))
+        start, gone = -gone % every, gone + cut.samples  # of this batch; of all before and with it
+        if every > 1 and cut.possible:
+            if start >= cut.samples:
+                continue
+            inputs = cut.take(inputs, slice(start, None, every))
         if exact:
             mean, covariance = posterior.functional(inputs)
             strength = float(posterior.strength())
@@ -123,8 +137,7 @@ def seen(posterior: Posterior, data: Data) -> tuple[Tensor, bool]:
         else:
             variance = posterior.functional(inputs, diagonal=True)[1]
         found.append(shared(variance, kind).flatten())
-        count += len(variance)
-        if count >= SAMPLES:
+        if gone >= SAMPLES * every:
             break
     return torch.cat(found), exact
 
@@ -140,11 +153,11 @@ def _at_hand(unweighted: Posterior) -> Tensor | None:
 
 
 @torch.no_grad()
-def _outputs(posterior: Posterior, inputs: Any) -> int:
-    """Elements of a sample's output."""
+def _shape(posterior: Posterior, inputs: Any) -> torch.Size:
+    """Of a sample's output."""
     device = next(iter(posterior.weights.values())).device
     with evaluating(posterior.model), isolated(posterior.model, device, 0):
-        return batch_data.call(unwrapped(posterior.model), inputs, posterior.output)[0].numel()
+        return batch_data.call(unwrapped(posterior.model), inputs, posterior.output)[0].shape
 
 
 def _left_out(S: Tensor) -> Tensor:

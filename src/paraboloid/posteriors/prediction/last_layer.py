@@ -35,12 +35,14 @@ def variances(
     Kronecker    sum_i U[c, i]^2 sum_j (phi V)[j]^2 / (h + lambda)[i, j], with the factors' eigenvectors U and V
 
     f may be a view of that, its axes in any order.  In as many numbers as the outputs and features have.  None where
-    the posterior is over something else, or has another structure.  `cuts` and `known` remember, for the caller, where
-    the samples of such inputs lie and how large their outputs are, which else a few have to tell.
+    the posterior is over something else, or has another structure, and of no samples.  `cuts` and `known` remember, for
+    the caller, where the samples of such inputs lie and how large their outputs are, which else a few have to tell.
     """
     if not isinstance(precision, InEigenbasis | Mixture) or len(posterior.weights) > 2:
         return None
     cut = (Cuts() if cuts is None else cuts).of(posterior.model, inputs, posterior.output)
+    if cut.samples == 0:
+        return None
     known, like = {} if known is None else known, tuple((t.shape[1:], t.dtype) for t in tensors(inputs))
     means, found, start = [], [], 0
     while start < cut.samples:

@@ -12,10 +12,12 @@ from paraboloid.data.batches import Inputs, Output, device_of
 from paraboloid.data.cutting import Cut, Cuts, tensors
 from paraboloid.engine.tape import Tape
 from paraboloid.passes.memory import JACOBIANS
+from paraboloid.passes.trees import mapped
 from paraboloid.posteriors.prediction.jacobian import Jacobian, pull_outputs, recorded
 
 PROBE = 8  # samples of the first chunk, which tells what one takes
 PULLED = 32  # elements of their outputs that are looked at for it, where these are taken apart
+TOGETHER = 16  # samples that are pulled at once rather than more of their elements, which takes as many times the pulls
 Covariance = Callable[[Jacobian], Tensor]
 
 
@@ -32,6 +34,10 @@ def moments(
     """
     cut = (Cuts() if cuts is None else cuts).of(model, inputs, output)
     N = cut.samples
+    if N == 0:  # of one sample of zeros, none
+        one = mapped(lambda t: t.new_zeros(1, *t.shape[1:]), inputs)
+        mean, made = moments(model, names, one, output, covariance, formed, max_memory, apart=apart)
+        return mean[:0], made[:0]
     limit = JACOBIANS.of(max_memory, device_of(inputs))
     known = {} if known is None else known
     like = (formed, apart, tuple((t.shape[1:], t.dtype) for t in tensors(inputs)))
@@ -87,8 +93,9 @@ def _least(cut: Cut, step: int = 1) -> int:
 def _chunks(known: tuple[float, int], limit: int, apart: bool, cut: Cut) -> tuple[int, int]:
     """How many samples, and how many of their K output elements, to take at a time; known are an element's bytes, K."""
     size, K = known
-    if apart and size * K * _least(cut) > limit:
-        return _least(cut), max(1, int(limit / (size * _least(cut))))
+    few = _least(cut, max(1, min(TOGETHER, int(limit / size))))
+    if apart and size * K * few > limit:
+        return few, max(1, int(limit / (size * few)))
     return _least(cut, max(1, int(limit / (size * K)))), K
 
 

@@ -94,7 +94,7 @@ def _predict(
         return poisson(posterior, mean, variance)
     if kind == "heteroscedastic":
         return heteroscedastic(posterior, mean, variance)
-    return Prediction(mean, variance, gaussian_noise(posterior, variance))
+    return Prediction(mean, variance.clamp(min=0), gaussian_noise(posterior, variance))  # rounding may leave less
 
 
 def gaussian_noise(posterior: Posterior, like: Tensor) -> Tensor:
@@ -114,6 +114,8 @@ def of_probabilities(loss: BCE | KLDiv, mean: Tensor, variance: Tensor) -> Tenso
 def _is_large(posterior: Posterior, x: Inputs) -> bool:
     """Whether the covariances of all elements of each output, [N, K, K], are too much to hold."""
     cut = posterior._cuts.of(posterior.model, x, posterior.output)
+    if cut.samples == 0:
+        return False
     one = cut.take(x, slice(0, 1)) if cut.possible else x
     first = next(iter(posterior.weights.values()))
     with evaluating(posterior.model), isolated(posterior.model, first.device, 0):

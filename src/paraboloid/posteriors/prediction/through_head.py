@@ -43,9 +43,9 @@ def variances(
     posterior: Posterior, inputs: Inputs, precision: Precision, cut: Cut, known: dict[Any, Any]
 ) -> tuple[Tensor, Tensor] | None:
     """Mean and variance of the outputs, chunked over samples; None where the last layer is of another kind, shares a
-    weight, or has no fewer features than outputs, or where one sample's features do not fit into the memory."""
+    weight, or has no fewer features than outputs, where a sample's features do not fit into the memory, and of none."""
     few = isinstance(precision, Woodbury) and precision.formed <= ROWS
-    if not (few or isinstance(precision, InEigenbasis | Mixture)):
+    if not (few or isinstance(precision, InEigenbasis | Mixture)) or cut.samples == 0:
         return None
     limit = JACOBIANS.of(posterior.max_memory, device_of(inputs))
     like = ("head", tuple((t.shape[1:], t.dtype) for t in tensors(inputs)))

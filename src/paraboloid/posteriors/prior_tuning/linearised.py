@@ -47,11 +47,15 @@ class LinearisedModel:
         self.passes += 1
         parameters = list(self.replay.parameters.values())
         known = self._last[1] if self._last is not None and self._last[0] is delta else None
+        still = known is None and not delta.any()  # at the trained weights themselves
         outputs: list[Tensor] = []
         with self.replay.graphs() as graphs:
             for i, graph in enumerate(graphs):
                 self.replay.certify(graph)
-                f = known[i] if known else graph.f.detach() + graph.push(split(delta, parameters)).detach()
+                if known is not None:
+                    f = known[i]
+                else:
+                    f = graph.f.detach() if still else graph.f.detach() + graph.push(split(delta, parameters)).detach()
                 outputs.append(f)
                 total = total + visit(graph, f)
         self._last = delta, outputs
@@ -150,7 +154,7 @@ def optimum(
     """
     theta, strength = model.theta, float(strength)
     tol = (1e-8 if theta.dtype == torch.float64 else 1e-4) if tol is None else tol
-    delta = torch.zeros_like(theta) if start is None else start.clone()
+    delta = torch.zeros_like(theta) if start is None else start
     M = None if preconditioner is None else _Preconditioner(preconditioner, theta)
 
     def objective(d: Tensor) -> Tensor:

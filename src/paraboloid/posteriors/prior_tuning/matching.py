@@ -100,21 +100,22 @@ def _quantiles(unweighted: Posterior, data: Data, rest: Posterior | None) -> Con
     """
     cut = partial(unweighted._cuts.of, unweighted.model, output=unweighted.output)
     fold, others = (Fold(data, cut, 0, inside) for inside in (True, False))
+    count = unweighted.count
     if rest is None:
         found, exact = seen(unweighted, data)
-        if exact or unweighted.count < LEAST:
+        if exact or count < LEAST:
             return Confidence.of(found, RARE_LEFT_OUT if exact else RARE, exact)
         try:
             rest = refitted(unweighted, others, **PLAIN)
-            within, _ = seen(unweighted, fold)
+            within, _ = seen(unweighted, fold, count)
         except Together:
             return Confidence.of(found)
     else:
-        within, _ = seen(unweighted, fold)
-        found = torch.cat([within, seen(unweighted, others)[0]])
+        within, _ = seen(unweighted, fold, count)
+        found = torch.cat([within, seen(unweighted, others, count)[0]])
     apart = replace(rest, **PLAIN)
     apart.prior_precision = unweighted.prior_precision
-    left = Confidence.of((1 - 1 / FOLDS) * seen(apart, fold)[0], RARE_LEFT_OUT)
+    left = Confidence.of((1 - 1 / FOLDS) * seen(apart, fold, count)[0], RARE_LEFT_OUT)
     usual = Confidence.of(within).usual
     factor = max(1.0, left.usual / usual) if usual > 0 else 1.0
     whole = Confidence.of(found)

@@ -172,6 +172,12 @@ class _Updates:
             moved = [abs(math.log(float(updated[names[0]] / prior[names[0]].mean()))) for names in groups]
             if self.noise:
                 variance = 2 * loss / max(posterior.elements - slope * gamma.item(), 1e-3 * posterior.elements)
+                if not variance > torch.finfo(torch.float32).tiny:
+                    raise ValueError(
+                        f"the residuals of {posterior.elements} targets vanish (summed squares {2 * loss:.3g} with "
+                        f"{gamma.item():.4g} weights determined), so that no noise variance fits them; expected some "
+                        "noise. Pass noise=False and choose noise_variance, or stop the training earlier."
+                    )
                 moved.append(abs(math.log(variance / posterior.noise_variance)))
                 posterior.noise_variance = variance
             prior = updated
