@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from paraboloid.passes.module_tree import ModuleTree, modules_of, named_parameters_of
+from paraboloid.passes.module_tree import ModuleTree, modules_and_parameters_of, modules_of, named_parameters_of
 
 
 def model():
@@ -76,6 +76,9 @@ def test_one_walk_finds_what_torch_finds(m):
     expected, found = list(m.named_parameters()), named_parameters_of(m)
     assert list(found) == [name for name, _ in expected]
     assert all(p is found[name] for name, p in expected)
+    modules, parameters = modules_and_parameters_of(m)
+    assert modules == list(m.modules())
+    assert [id(p) for p in parameters] == [id(p) for _, p in expected]
     nested = nn.Sequential(m)
     assert modules_of(nested) == list(nested.modules())
     assert list(named_parameters_of(nested)) == [name for name, _ in nested.named_parameters()]
