@@ -172,3 +172,11 @@ def test_a_noise_that_vanishes_is_named():
     with pytest.raises(ValueError, match="the residuals of 6 targets vanish"):
         posterior.tune_prior()
     assert posterior.tune_prior(noise=False).noise_variance == 1.0
+
+
+def test_inputs_that_hold_no_numbers_are_named():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(20, 3)
+    posterior = laplace(model, nn.CrossEntropyLoss(), (x, torch.randint(2, (20,))))
+    with pytest.raises(ValueError, match=r"'0\.weight' holds NaN or infinity"):
+        posterior.predict(torch.full((2, 3), torch.nan))

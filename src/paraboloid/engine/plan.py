@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -90,6 +91,9 @@ def check_totals(
             total = total + o.total()[0]
         eps = least if g.dtype in dtypes else max(least, rounding(g.dtype, f.device))
         error, scale = largest_entry(total - g).item(), largest_entry(g).item()
+        if not math.isfinite(scale):
+            raise ValueError(f"the gradient of an output with respect to the parameter {name!r} holds NaN or infinity; "
+                             "expected finite ones. Check the inputs and the parameters.")  # fmt: skip
         if not error <= eps**0.6 * scale + eps**0.9 * size[name] + vanishing(g.dtype):
             raise RuntimeError(
                 f"parameter {name!r}: the recorded calls add up to a gradient that differs from autograd's by "

@@ -27,6 +27,7 @@ from paraboloid.posteriors.sampled.fitting import Fitting, normalisation_layers
 from paraboloid.posteriors.sampled.sampled_posterior import SampledPosterior
 from paraboloid.posteriors.sampled.state import Progress
 from paraboloid.posteriors.weights import Weights, choose
+from paraboloid.posteriors.widened import widened
 
 ABOUT = 1e-2  # residual to which samples are solved for that only order inputs by their variance
 SOLVERS, OBJECTIVES = ("auto", "dual", "block", "cg", "sgd"), ("low-variance", "noisy-targets")
@@ -109,6 +110,7 @@ def sampled_laplace(
     Sources: Antoran et al. 2023, arXiv:2210.04994 (samples, EM, g-prior); Lin et al. 2023, arXiv:2306.11589 (descent);
     Antoran et al. 2022, arXiv:2206.08900 (the optimum of the linearised model).
     """
+    model = widened(model)
     check_count("samples", samples)
     check_count("epochs", epochs)
     check_count("batch_size", batch_size)

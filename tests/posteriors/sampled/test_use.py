@@ -366,3 +366,15 @@ def test_a_loader_that_shuffles(max_memory):
     again = pb.sampled_laplace(model, nn.CrossEntropyLoss(), loader, max_memory=max_memory, **options)
     assert again.confidence == shuffled.confidence
     assert abs(shuffled.confidence.usual / plain.confidence.usual - 1) < 0.1
+
+
+def test_nothing_is_predicted_of_no_inputs_and_half_precision_is_widened():
+    model, x, y = classifier()
+    posterior = pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), 4, em_steps=1)
+    for link in ("probit", "mc", "bridge", "weights"):
+        assert posterior.predict(x[:0], link, samples=3).shape == (0, 3)
+    assert [tuple(t.shape) for t in posterior.functional(x[:0])] == [(0, 3), (0, 3, 3)]
+    assert posterior.functional_samples(x[:0]).shape == (4, 0, 3)
+    half = pb.sampled_laplace(model.half(), nn.CrossEntropyLoss(), (x.half(), y), 4, em_steps=1)
+    same = pb.sampled_laplace(model.float(), nn.CrossEntropyLoss(), (x.half().float(), y), 4, em_steps=1)
+    torch.testing.assert_close(half.predict(9 * x.half()), same.predict((9 * x.half()).float()))

@@ -38,6 +38,11 @@ def tangent_outputs(
     start, size, flops, batching = 0, 0, 0, None
     cut = (Cuts() if cuts is None else cuts).of(model, inputs, output)
     N = cut.samples
+    if N == 0:  # of one sample of zeros, none
+        one = trees.mapped(lambda t: t.new_zeros(1, *t.shape[1:]), inputs)
+        for f, found in tangent_outputs(model, names, one, output, rows, max_memory):
+            yield f[:0], found[:, :0]
+        return
     with only(model, names):
         parameters: list[Any] = list(trees.parameters(model).values())
         autocast, inside = Autocast(parameters[0].device), convolutions_for(parameters)
