@@ -356,11 +356,11 @@ def test_bad_input(monkeypatch):
 @pytest.mark.parametrize("max_memory", [None, 1])
 def test_a_loader_that_shuffles(max_memory):
     """Each data point's variance without it is found with the noise that it had, in whatever order it came."""
-    model, x, y = classifier(n=64)
-    options = {"samples": 256, "em_steps": 1, "solver": "cg", "seed": 4}
+    model, x, y = classifier(n=20)
+    options = {"samples": 128, "em_steps": 1, "solver": "cg", "seed": 4}
     generator_state = torch.get_rng_state()
     plain = pb.sampled_laplace(model, nn.CrossEntropyLoss(), (x, y), **options)
-    loader = DataLoader(TensorDataset(x, y), 16, shuffle=True)
+    loader = DataLoader(TensorDataset(x, y), 10, shuffle=True)
     shuffled = pb.sampled_laplace(model, nn.CrossEntropyLoss(), loader, max_memory=max_memory, **options)
     assert torch.equal(torch.get_rng_state(), generator_state)
     again = pb.sampled_laplace(model, nn.CrossEntropyLoss(), loader, max_memory=max_memory, **options)
