@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from numbers import Real
@@ -20,7 +21,7 @@ from paraboloid.losses import LossFunction
 from paraboloid.passes import trees
 from paraboloid.passes.parameter_layers import layer_of
 from paraboloid.posteriors.likelihood import Likelihood
-from paraboloid.posteriors.prediction.confidence import RARE, RARE_OF_SAMPLES
+from paraboloid.posteriors.prediction.confidence import RARE, RARE_OF_SAMPLES, Confidence
 from paraboloid.posteriors.prior_tuning.matching import MATCHES
 from paraboloid.posteriors.sampled import checkpoint as checkpoints
 from paraboloid.posteriors.sampled.fitting import Fitting, normalisation_layers
@@ -29,7 +30,7 @@ from paraboloid.posteriors.sampled.state import Progress
 from paraboloid.posteriors.weights import Weights, choose
 from paraboloid.posteriors.widened import widened
 
-ABOUT = 1e-2  # residual to which samples are solved for that only order inputs by their variance
+ABOUT, UNSOLVED = 1e-2, 0.5  # residuals of samples that only order inputs by their variance: aimed at, useless from
 SOLVERS, OBJECTIVES = ("auto", "dual", "block", "cg", "sgd"), ("low-variance", "noisy-targets")
 
 
@@ -84,8 +85,9 @@ def sampled_laplace(
                      is then what one sample tells of each parameter, without EM (em_steps=0: `prior_precision`)
     match            how sure class probabilities are, as in `Posterior.tune_prior`, unless em_steps=0.  "auto": the
                      network's own confidence, lowered where the outputs' variance under curvature="jacobian" is well
-                     beyond that on `data` (as many samples again); "early": from its 99th percentile on; "exponent":
-                     `match_confidence()`; None: the plain Bayesian predictive
+                     beyond that on `data` (as many samples again, and with a warning not at all where those are no
+                     solutions); "early": from its 99th percentile on; "exponent": `match_confidence()`; None: the
+                     plain Bayesian predictive
     solver           "dual" (exact, by the tangent kernel of all outputs and data points), "block" (solves on blocks of
                      that kernel, to the relative residual `tol`), "cg" (all data in each product, to `tol`), "sgd"
                      (`epochs` passes with Nesterov's momentum and averaging, in batches of `batch_size` where `data` is
@@ -175,9 +177,25 @@ def sampled_laplace(
             fitting = replace(fitting, tol=max(tol, ABOUT))
             posterior.unweighted = fitting.drawn(unweighted, g_prior, 1.0, per, 1, beside, callback)
         early = match == "early"
-        confidence = fitting.confidence(posterior.unweighted, RARE if early else RARE_OF_SAMPLES)
+        confidence = _confidence(fitting, posterior.unweighted, RARE if early else RARE_OF_SAMPLES)
         posterior.confidence = confidence if early else confidence.later()
     return posterior
+
+
+def _confidence(fitting: Fitting, unweighted: SampledPosterior, rare: float) -> Confidence:
+    """That of the fit; where its samples are no solutions, that which leaves the network's predictions, with a warning.
+
+    Samples that are not solved have about the same variance on all training data and a much larger one everywhere else,
+    by which the inputs of the training data's own kind would all lose their classes.
+    """
+    if unweighted.residual < UNSOLVED:
+        return fitting.confidence(unweighted, rare)
+    warnings.warn(
+        f"the relative residual of the samples by which confidence is matched is {unweighted.residual:.2g}; expected "
+        f"less than {UNSOLVED}. They do not tell which inputs are rare: class probabilities are the network's own. "
+        "Take more epochs, solver='cg', or match=None for the plain Bayesian predictive.", RuntimeWarning, stacklevel=3,
+    )  # fmt: skip
+    return Confidence(0.0, 0.0)
 
 
 def _check_positive(name: str, value: Any, otherwise: str = "") -> None:

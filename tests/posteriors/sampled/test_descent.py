@@ -80,3 +80,24 @@ def test_descent_on_a_plain_quadratic():
     with pytest.raises(Diverged, match="the squared gradient has grown from"):
         for _ in range(50):
             descent.step(0, [A @ descent.x[0]], 1.0, precision, None)
+
+
+def test_samples_that_are_no_solutions_leave_the_networks_predictions():
+    """Their variances are alike on all training data and larger elsewhere: matched by them, all would be uniform."""
+    model, x, y = classifier()
+    with pytest.warns(RuntimeWarning) as told:
+        posterior = pb.sampled_laplace(
+            model, nn.CrossEntropyLoss(), (x, y), 4, solver="sgd", epochs=1, batch_size=8, seed=0
+        )
+    assert posterior.unweighted.residual > 1
+    assert any(
+        "the samples by which confidence is matched is 6.3; expected less than 0.5" in str(w.message) for w in told
+    )
+    new = torch.randn(30, 4, dtype=F64)
+    for link in ("probit", "mc", "weights"):
+        torch.testing.assert_close(posterior.predict(new, link), model(new).softmax(1))
+    with pytest.warns(RuntimeWarning):
+        early = pb.sampled_laplace(
+            model, nn.CrossEntropyLoss(), (x, y), 4, solver="sgd", epochs=1, batch_size=8, match="early"
+        )
+    torch.testing.assert_close(early.predict(new), model(new).softmax(1))
