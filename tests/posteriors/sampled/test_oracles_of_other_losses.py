@@ -133,3 +133,18 @@ def test_the_fixed_point_of_several_precisions(per, solver):
             lam[at] = gamma[at].sum() / squares[at].sum()
     assert abs(found["weight"] / lam[0].item() - 1) < 0.03
     assert abs(found["bias"] / lam[7].item() - 1) < 0.03
+
+
+@pytest.mark.parametrize("solver", ["dual", "cg"])
+def test_a_group_of_which_the_data_determines_less_than_half_a_weight(solver):
+    """One weight t of curvature h: the evidence is largest at h / (h t^2 - 1), where 1 - 1 / (h t^2) of it is determined."""
+    x = torch.linspace(-1, 1, 20, dtype=torch.float64)[:, None]
+    h, told = x.square().sum(), 1.6
+    t = (told / h).sqrt()
+    model = nn.Linear(1, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.fill_(t)
+    p = pb.sampled_laplace(
+        model, nn.MSELoss(reduction="sum"), (x, t * x), 256, em_steps=30, g_prior=False, seed=1, solver=solver
+    )
+    assert abs(p.prior_precision / float(h / (told - 1)) - 1) < 0.02

@@ -316,12 +316,14 @@ class Run:
         tiny = torch.finfo(self.theta.dtype).tiny
         quieter = 1.0 if state.noise is None else self._noise(state, linear, before)
         squares = [s / quieter for s in squares] if self.system.scale is not None else squares  # in its units
-        # The samples' noise may take the gamma of a group below zero: one weight is the least that EM goes on from.
-        gammas = [max(g, min(1.0, n / 2)) for g, n in zip(state.gammas, self.counts, strict=True)]
+        # The samples' noise may take the gamma of a group below zero: its own error is the least that EM goes on from.
+        assert state.b is not None and state.w is not None
+        drawn = len(state.w) if self.across is None else sum(collectives.gathered(len(state.w), self.across))
+        least = [min(1.0, n / 2, (2 * n / drawn) ** 0.5) for n in self.counts]
+        gammas = [max(g, at) for g, at in zip(state.gammas, least, strict=True)]
         updated = [min(max(g / max(s, tiny), LOWEST), HIGHEST) for g, s in zip(gammas, squares, strict=True)]
         pairs = zip(updated, state.precision, strict=True)
         state.settled = all(abs(new / old - 1) < SETTLED for new, old in [*pairs, (quieter, 1.0)])
-        assert state.b is not None and state.w is not None
         # Directions that the data does not determine, D - gamma of them, keep the prior's draw.
         shares = self.expanded([1 - min(g / n, 1.0) for g, n in zip(gammas, self.counts, strict=True)])
         self.system.reweighted(state.b, state.w, before, self.expanded(updated), shares)
