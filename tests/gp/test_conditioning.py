@@ -1,9 +1,11 @@
 """Means, variances and samples of every solver against a Cholesky factor in plain view, in float64."""
 
 import re
+import warnings
 
 import pytest
 import torch
+from sklearn.gaussian_process.kernels import DotProduct
 
 import paraboloid as pb
 from paraboloid.gp import choosing
@@ -71,6 +73,18 @@ def test_without_samples_the_variance_is_exact(solver):
     rtol, atol = (0.1, 5e-3) if solver == "sgd" else (0.02, 2e-4)  # its tolerance is of the function, and loose
     torch.testing.assert_close(gp.variance(NEW), covariance.diagonal(), rtol=rtol, atol=atol)
     torch.testing.assert_close(gp.predict(NEW)[1], gp.variance(NEW))
+
+
+@pytest.mark.parametrize("solver", ["cg", "block", "sdd", "sgd"])
+@pytest.mark.parametrize("kernel, noise", [(DotProduct(1.0), 0.1), (pb.gp.RBF(50.0), 0.01)], ids=["linear", "smooth"])
+def test_without_samples_small_variances_keep_their_digits(solver, kernel, noise):
+    """The data leaves a thousandth of the prior's variance and less, which residuals of the tolerance are far above."""
+    x, y = data(150)
+    reference = pb.gp.condition(kernel, x, y, noise, solver="cholesky").variance(NEW)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a few steps do not reach the tolerance
+        gp = pb.gp.condition(kernel, x, y, noise, solver=solver, samples=0, tol=1e-3, steps=20)
+        torch.testing.assert_close(gp.variance(NEW), reference, rtol=0.01, atol=0)
 
 
 def test_a_value_does_not_depend_on_what_else_is_asked_for():
